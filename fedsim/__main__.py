@@ -1,0 +1,312 @@
+"""The command line: `fedsim run | partition | plot | list | doctor`.
+
+A user's mistake is one line on standard error and exit code 2; a failing client shows its own traceback and exits 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedsim.errors import ClientError, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="""Federated fine-tuning of language models, simulated on one machine.
+
+State an experiment in a YAML file - base model, adapter, data, partition, rounds - and get each site alone, federated and
+centralised on matched budgets, on one validation set, as a run folder with metrics, models and figures.
+
+\b
+  fedsim run experiments/lora_sentiment/tiny.yaml
+  fedsim run experiments/lora_sentiment/tiny.yaml seed=1 adapter.name=p_tuning
+  fedsim partition experiments/lora_sentiment/tiny.yaml 'partition={name: dirichlet, num_clients: 10, alpha: 0.1}'
+""",
+)
+
+File = Annotated[
+    Path, typer.Argument(help="YAML file of an experiment; a run's own config.yaml works too.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides with dotted keys, e.g. local.lr=1e-3 cohort.size=5 adapter.name=ia3.",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def run(
+    file: File,
+    overrides: Overrides = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress; only the table and the paths at the end.")
+    ] = False,
+) -> None:
+    """Run an experiment, or go on with it where it was stopped.
+
+    Trains the modes the file names (local, federated, central), chooses models on the validation rows, scores them once on
+    the test rows, and writes RESULTS/NAME/ID/: config.yaml, environment.json, partition.npz, metrics.jsonl, checkpoints/,
+    the models (global/, best/, local/SITE/, central/) and figures/. The id depends on everything that changes the numbers, so
+    the same command finds its run again: finished, it shows it; stopped, it goes on from the last complete round.
+
+    Changing a section's name (adapter.name=p_tuning) drops the file's other keys of that section.
+    """
+    from fedsim.config import Experiment
+    from fedsim.experiment import run as run_experiment
+
+    done = run_experiment(Experiment.load(file, overrides or []), progress=not quiet)
+    from fedsim.runs import load_runs, summary
+
+    metrics = load_runs(done.path)
+    for metric in ("accuracy", "exact_match", "loss"):
+        if (metrics["name"] == metric).any():
+            _table(summary(metrics, metric=metric), f"{metric} of {done.path}")
+    for figure in sorted((done.path / "figures").iterdir()):
+        print(figure)
+
+
+@app.command()
+def partition(
+    file: File,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for partition.json and partition.png; default RESULTS/NAME/partition.")
+    ] = None,
+) -> None:
+    """Show who would hold which rows, before any training: a table and a figure."""
+    import json
+
+    from matplotlib.figure import Figure
+
+    from fedsim import plots
+    from fedsim.build import prepare
+    from fedsim.config import Experiment
+
+    exp = Experiment.load(file, overrides or [])
+    report = prepare(exp, tokenize=False).report
+    place = out or Path(exp.results).expanduser() / exp.name / "partition"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "partition.json").write_text(json.dumps(report, indent=2) + "\n")
+    figure = Figure(layout="constrained")
+    plots.partition(report, figure.subplots())
+    figure.savefig(place / "partition.png", dpi=150)
+    _partition_table(report)
+    print(place / "partition.json")
+    print(place / "partition.png")
+
+
+@app.command()
+def plot(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, experiment folders or a results folder.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the figures; default: the run's own figures/, or ./figures for several runs."),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="accuracy, loss, exact_match; default: all there are.")] = None,
+) -> None:
+    """Draw the figures of a run again, or several runs side by side."""
+    from fedsim.plots import plot_runs
+    from fedsim.runs import find_runs
+
+    found = find_runs(runs)
+    place = out or (found[0] / "figures" if len(found) == 1 else Path("figures"))
+    for path in plot_runs(found, place, metric=metric):
+        print(path)
+
+
+@app.command("list")
+def list_(
+    path: Annotated[Path, typer.Argument(help="A results folder, an experiment's or a run's.")] = Path("results"),
+    components: Annotated[
+        bool,
+        typer.Option(
+            "--components",
+            help="List what a config can name instead: adapters, data, partitioners ... with their keys.",
+        ),
+    ] = False,
+) -> None:
+    """List runs with their state and best scores, or the components a config can name."""
+    if components:
+        _components()
+        return
+    from fedsim.runs import list_runs
+
+    frame = list_runs(path)
+    _table(frame, f"{len(frame)} run(s) in {path}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say which versions and devices are here, and what works with them."""
+    import importlib.util
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    lines: list[tuple[str, str]] = [("python", platform.python_version())]
+    for name in (
+        "fedsim-llm",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "numpy",
+        "scipy",
+        "pandas",
+        "matplotlib",
+        "omegaconf",
+        "safetensors",
+    ):
+        try:
+            lines.append((name, version(name)))
+        except PackageNotFoundError:
+            lines.append((name, "missing: pip install fedsim-llm, or pip install -e . in the repository"))
+    gguf = importlib.util.find_spec("gguf") is not None
+    lines.append(("GGUF models", "work" if gguf else "need: pip install gguf"))
+    for name in ("tensorboard", "wandb", "mlflow"):
+        there = importlib.util.find_spec(name) is not None
+        lines.append((f"tracker {name}", "works" if there else f"needs: pip install {name}"))
+    lines.append(
+        ("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads by default, bfloat16 {_bf16_on_cpu(torch)}")
+    )
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        lines.append(
+            (
+                f"cuda:{i}",
+                f"{about.name}, {about.total_memory / 2**30:.0f} GiB, bfloat16 {'works' if torch.cuda.is_bf16_supported() else 'is not supported'}",
+            )
+        )
+    if torch.cuda.device_count() == 0:
+        lines.append(("CUDA", "no device: the executor uses the CPU"))
+    count = torch.cuda.device_count()
+    default = (
+        "serial on cpu"
+        if count == 0
+        else "serial on cuda:0"
+        if count == 1
+        else f"pool of {count} workers, one per CUDA device"
+    )
+    lines.append(("default executor", default))
+    lines.append(
+        (
+            "FEDSIM_DATA",
+            os.environ.get("FEDSIM_DATA", "not set: experiments on real data look for their files under it"),
+        )
+    )
+    width = max(len(k) for k, _ in lines)
+    for key, value in lines:
+        print(f"{key:{width}s}  {value}")
+
+
+def _bf16_on_cpu(torch: Any) -> str:
+    fast = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return "works, with AMX" if fast else "works, without AMX (slower than float32 as a rule)"
+
+
+def _components() -> None:
+    from fedsim.config import components, keys_of
+
+    for section in ("data", "partition", "adapter", "algorithm", "executor"):
+        print(f"{section}:")
+        for name, cls in components(section).items():
+            if name:
+                print(f"  {name:22s} {', '.join(k for k in keys_of(cls) if k != 'name')}")
+            else:
+                print(f"  {'(any PEFT method)':22s} by PEFT's name, with the keys of its config class")
+
+
+def _partition_table(report: dict[str, Any]) -> None:
+    import pandas as pd
+
+    counts = pd.DataFrame(report["class_counts"], columns=report["class_names"])
+    frame = pd.concat([pd.DataFrame({"client": report["client_names"], "rows": report["sizes"]}), counts], axis=1)
+    frame["JS (bits)"] = [None if v is None else round(v, 4) for v in report["js"]]
+    shown = frame if len(frame) <= 40 else frame.head(40)
+    _table(shown, f"{len(frame)} clients, {report['rows']} rows")
+    if len(frame) > 40:
+        print(f"... and {len(frame) - 40} more clients; all of them are in partition.json")
+    print(
+        f"mean JS divergence {report['js_mean']:.4f} bits (max {report['js_max']:.4f}), size Gini {report['size_gini']:.3f}"
+    )
+    notes = [f"{k.replace('_', ' ')}: {v}" for k, v in report["notes"].items() if v]
+    if notes:
+        print("; ".join(notes))
+    if report["empty_clients"]:
+        print(f"without a row, left out of cohorts: {', '.join(report['empty_clients'])}")
+
+
+def _table(frame: Any, title: str) -> None:
+    """Print a DataFrame, whole words and whole paths whatever the width of the terminal."""
+    import pandas as pd
+
+    def cell(value: Any) -> str:
+        if value is None or value is pd.NA or (isinstance(value, float) and pd.isna(value)):
+            return "-"
+        return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    columns = [str(c) for c in frame.columns]
+    rows = [[cell(v) for v in row] for row in frame.itertuples(index=False)]
+    numeric = [
+        all(r[i] == "-" or r[i].replace(".", "", 1).lstrip("-").isdigit() for r in rows) for i in range(len(columns))
+    ]
+    widths = [max(len(c), *(len(r[i]) for r in rows)) if rows else len(c) for i, c in enumerate(columns)]
+    print(f"\n{title}")
+    for line in [columns, ["-" * w for w in widths], *rows]:
+        print(
+            "  ".join(v.rjust(w) if n else v.ljust(w) for v, w, n in zip(line, widths, numeric, strict=True)).rstrip()
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line's entry.
+
+    Args:
+        argv: arguments without the program's name; None = those of the process.
+
+    Returns:
+        The exit code: 0, 1 for a failing client or a bug, 2 for a user's mistake, 130 after Ctrl-C.
+    """
+    try:
+        app(args=None if argv is None else list(argv), prog_name="fedsim", standalone_mode=False)
+    except UserError as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        return 2
+    except ClientError as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fedsim: stopped; the same command goes on from the last complete round", file=sys.stderr)
+        return 130
+    except typer.Exit as error:
+        return error.exit_code
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the command line parser's own usage errors
+            print(f"fedsim: {error.format_message()}; see fedsim --help", file=sys.stderr)
+            return 2
+        raise
+    return 0
+
+
+def cli() -> None:
+    """Console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""From a config to data, partition and checks: everything that can fail before a model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedsim.config import Experiment, expand_path
+from fedsim.data import sources
+from fedsim.data.batches import Draw
+from fedsim.data.partition import PARTITIONERS, Partition, measure, site_rows, site_rows_by_column
+from fedsim.data.sources import Source
+from fedsim.data.tokens import Template, Tokens, encode
+from fedsim.errors import UserError
+from fedsim.models import base
+from fedsim.seeding import stream
+
+CENTRAL = "central"
+
+
+@dataclass
+class Parts:
+    """What an experiment is made of, up to the model.
+
+    Attributes:
+        exp: the config.
+        source: rows and label words.
+        model: where the base comes from.
+        tokenizer: the base's.
+        tokens: split -> arrays.
+        partition: client -> rows of the training split.
+        own: client -> rows of the validation split, the site's own validation.
+        report: class counts, sizes and skew of the partition; goes into the run folder.
+    """
+
+    exp: Experiment
+    source: Source
+    model: base.Source
+    tokenizer: Any
+    tokens: dict[str, Tokens]
+    partition: Partition
+    own: Partition
+    report: dict[str, Any]
+
+    @property
+    def clients(self) -> np.ndarray:
+        """Numbers of the clients that hold rows, int64 ascending; the others are left out of cohorts."""
+        return np.nonzero(self.partition.sizes > 0)[0]
+
+    def client(self, name: str | int) -> int:
+        """A client's number from its id, or from its number.
+
+        Raises:
+            UserError: if there is no such client.
+        """
+        known = [self.partition.name(c) for c in range(self.partition.num_clients)]
+        if isinstance(name, int) and 0 <= name < len(known):
+            return name
+        if name in known:
+            return known.index(name)
+        raise UserError(
+            f"client: {name!r} is none of this partition's: {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}"
+        )
+
+    def run_id(self) -> str:
+        """Hash of all that the numbers depend on: the config, with content hashes in place of data and model paths."""
+        identity = self.exp.identity()
+        identity["model"]["path"] = base.content_hash(self.model)
+        for key in ("path", "validation", "test"):
+            if isinstance(identity["data"].get(key), str):
+                identity["data"][key] = None
+        digest = hashlib.sha256(repr(_sorted(identity)).encode())
+        for name in sources.SPLITS:
+            digest.update(repr(sorted(self.source.splits[name].columns.items())).encode())
+        return digest.hexdigest()[:12]
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return sorted((k, _sorted(v)) for k, v in value.items())
+    return value
+
+
+def draw_of(exp: Experiment) -> Draw:
+    """How the experiment's clients draw batches."""
+    work = exp.local
+    return Draw(work.batch_size, work.epochs, work.shuffle, work.drop_last)
+
+
+def load_source(exp: Experiment) -> Source:
+    """Load the rows.
+
+    Raises:
+        UserError: as the source says.
+    """
+    data = exp.data
+    keys = {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}
+    for name in ("template", "max_length", "too_long", "name"):
+        keys.pop(name)
+    for name in ("path", "validation", "test"):
+        if isinstance(keys.get(name), str):
+            keys[name] = expand_path(keys[name], f"data.{name}")
+    if data.name in ("headlines", "financial_phrasebank"):
+        renamed = keys.pop("columns")
+        if renamed:
+            raise UserError(
+                f"data.columns: {renamed!r} has no use here; the columns of {data.name} are sentence and label"
+            )
+        return getattr(sources, data.name)(**keys)
+    return getattr(sources, data.name)(**keys, needs_labels=_needs_labels(exp))
+
+
+def _needs_labels(exp: Experiment) -> bool | None:
+    """Whether rows must have a class, must not be read as classes, or (None) may have one."""
+    if exp.model.task == "sequence_classification":
+        return True
+    if exp.data.template is None:
+        return None
+    return Template.parse(exp.data.template).fields[-1] == "label"
+
+
+def template_of(exp: Experiment, source: Source) -> str:
+    """The prompt template in force.
+
+    Raises:
+        UserError: if the config gives none and the source has none of its own.
+    """
+    if exp.data.template is not None:
+        return exp.data.template
+    own = source.text if exp.model.task == "sequence_classification" else source.template
+    if own is None:
+        columns = ", ".join(source.splits["train"].columns)
+        raise UserError(
+            f"data.template: null, and these columns have no template of their own: {columns}; write one, e.g. '{{instruction}} {{response}}'"
+        )
+    return own
+
+
+def prepare(exp: Experiment, *, tokenize: bool = True) -> Parts:
+    """Load, tokenise, partition and check.
+
+    Args:
+        exp: the config.
+        tokenize: False where only the partition is wanted; rows are then tokenised only if some may be dropped.
+
+    Raises:
+        UserError: for whatever can be known to be impossible before a model is loaded.
+    """
+    model = base.find(expand_path(exp.model.path, "model.path"))
+    source = load_source(exp)
+    template = template_of(exp, source)
+    words = source.labels if _answers_are_labels(exp, template, source) else None
+    exp = _resolve(exp, source, template, words)
+    tokens: dict[str, Tokens] = {}
+    tokenizer = None
+    fields = Template.parse(template).fields
+    texts = {name: split.texts(fields, exp.data.columns, source.labels) for name, split in source.splits.items()}
+    if tokenize or exp.data.too_long == "drop":
+        tokenizer = base.load_tokenizer(model)
+        for name, split in source.splits.items():
+            tokens[name] = encode(
+                texts[name],
+                split.labels if words is not None or exp.model.task == "sequence_classification" else None,
+                template=template,
+                tokenizer=tokenizer,
+                task=exp.model.task,
+                label_words=words,
+                max_length=exp.data.max_length,
+                too_long=exp.data.too_long,
+                split=name,
+            )
+        for name in ("train", "validation"):
+            if len(tokens[name].kept()) == 0:
+                why = ", ".join(f"{len(r)} {k}" for k, r in tokens[name].left_out.items())
+                raise UserError(
+                    f"data: no row of the {name} split is left ({why}); look at data.template and data.max_length"
+                )
+    kept = {
+        name: tokens[name].kept() if name in tokens else np.arange(len(source.splits[name])) for name in sources.SPLITS
+    }
+    partition, own, report = _partition(exp, source, kept)
+    report["left_out"] = {s: {k: len(r) for k, r in t.left_out.items()} for s, t in tokens.items() if t.left_out}
+    report["truncated"] = {s: t.truncated for s, t in tokens.items() if t.truncated}
+    parts = Parts(exp, source, model, tokenizer, tokens, partition, own, report)
+    _check(parts)
+    return parts
+
+
+def _resolve(exp: Experiment, source: Source, template: str, words: list[str] | None) -> Experiment:
+    """The config with what the data decided written out; resolving it again changes nothing, so the run's id stays."""
+    classes = words is not None or exp.model.task == "sequence_classification"
+    if exp.best.metric == "accuracy" and not classes:
+        raise UserError(
+            "best.metric: 'accuracy' needs label words or a head; these answers are free text, use loss or exact_match"
+        )
+    metric = exp.best.metric or ("accuracy" if classes else "loss")
+    best = dataclasses.replace(exp.best, metric=metric, mode=exp.best.mode or ("min" if metric == "loss" else "max"))
+    return dataclasses.replace(
+        exp, best=best, data=dataclasses.replace(exp.data, template=template, labels=source.labels)
+    )
+
+
+def _answers_are_labels(exp: Experiment, template: str, source: Source) -> bool:
+    return (
+        source.labels is not None and exp.model.task == "causal_lm" and Template.parse(template).fields[-1] == "label"
+    )
+
+
+def _classes(exp: Experiment, source: Source) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Split -> class of each row, by which clients are divided and skew is measured; and the classes' names."""
+    by = getattr(exp.partition, "by", None)
+    train = source.splits["train"]
+    if by is not None:
+        if by not in train.columns:
+            raise UserError(f"partition.by: {by!r} is no column; the data has: {', '.join(train.columns)}")
+        names = sorted({str(v) for v in train.columns[by]})
+        index = {n: i for i, n in enumerate(names)}
+        return {
+            s: np.array([index.get(str(v), -1) for v in split.columns.get(by, [])], dtype=np.int64)
+            for s, split in source.splits.items()
+        }, names
+    if source.labels is not None:
+        return {s: split.labels for s, split in source.splits.items()}, source.labels
+    if exp.partition.name in ("dirichlet", "dirichlet_fedma", "class_counts", "shards"):
+        raise UserError(
+            f"partition.by: null, but these rows have no classes to divide by; name one of: {', '.join(train.columns)}"
+        )
+    return {s: np.zeros(len(split), dtype=np.int64) for s, split in source.splits.items()}, ["rows"]
+
+
+def _partition(
+    exp: Experiment, source: Source, kept: dict[str, np.ndarray]
+) -> tuple[Partition, Partition, dict[str, Any]]:
+    classes, names = _classes(exp, source)
+    train, held = classes["train"][kept["train"]], classes["validation"]
+    held_kept = kept["validation"] if len(held) else np.empty(0, dtype=np.int64)
+    held = held[held_kept]
+    known = held >= 0
+    keys = {f.name: getattr(exp.partition, f.name) for f in dataclasses.fields(exp.partition)}
+    name = keys.pop("name")
+    keys.pop("by", None)
+    rng = stream(exp.seed, "partition")
+    if name == "by_column":
+        column = keys.pop("column")
+        columns = source.splits["train"].columns
+        if column not in columns:
+            raise UserError(f"partition.column: {column!r} is no column; the data has: {', '.join(columns)}")
+        keys["values"] = [columns[column][r] for r in kept["train"]]
+    if name == "class_counts":
+        _check_counts(keys["counts"], names)
+    partition = PARTITIONERS[name](train, rng, **keys)
+    report = {**measure(partition, train, len(names)), "class_names": names, "partitioner": name}
+    if name == "by_column":
+        there = source.splits["validation"].columns.get(column)
+        own = site_rows_by_column(partition, [there[r] for r in held_kept] if there is not None else [])
+    else:
+        own = site_rows(partition, train, held[known], stream(exp.seed, "site validation"))
+        own = Partition(own.offsets, np.nonzero(known)[0][own.indices], partition.names)
+    mapped = Partition(partition.offsets, kept["train"][partition.indices], partition.names, partition.notes)
+    return mapped, Partition(own.offsets, held_kept[own.indices], partition.names), report
+
+
+def _check_counts(counts: list[list[int]], names: list[str]) -> None:
+    for i, row in enumerate(counts):
+        if len(row) != len(names):
+            raise UserError(
+                f"partition.counts[{i}]: {row!r} has {len(row)} counts for {len(names)} classes: {', '.join(names)}"
+            )
+
+
+def _check(parts: Parts) -> None:
+    exp, sizes = parts.exp, parts.partition.sizes
+    held = len(parts.clients)
+    if held == 0:
+        raise UserError("partition: no client holds a row; raise the counts or lower num_clients")
+    if exp.cohort.size != "all" and exp.cohort.size > held:
+        raise UserError(
+            f"cohort.size: {exp.cohort.size} clients a round, but only {held} hold rows; give at most {held}, or all"
+        )
+    work = exp.local
+    if work.epochs is not None and work.drop_last:
+        small = [c for c in parts.clients if sizes[c] < work.batch_size]
+        if small:
+            name, rows = parts.partition.name(int(small[0])), int(sizes[small[0]])
+            raise UserError(
+                f"local.drop_last: true leaves {name} ({rows} rows, {len(small)} such client(s)) without a step at local.batch_size={work.batch_size}; "
+                f"set drop_last=false, batch_size={int(min(sizes[parts.clients]))} or less, or local.steps"
+            )
+    if parts.tokens:
+        positions = base.max_positions(base.load_config(parts.model))
+        extra = getattr(exp.adapter, "num_virtual_tokens", 0)
+        longest = max(int(t.lengths.max(initial=0)) for t in parts.tokens.values())
+        if positions is not None and longest + extra > positions:
+            virtual = f" and {extra} virtual tokens" if extra else ""
+            raise UserError(
+                f"data.max_length: {exp.data.max_length} lets rows of {longest} tokens{virtual} through, the base takes {positions}; give at most {positions - extra}"
+            )
+
+
+def batches(exp: Experiment, client: str | int, round: int) -> list[np.ndarray]:
+    """Row numbers (in the training split) of each optimiser step of a client's round: a plain loop can follow them.
+
+    Args:
+        exp: the config.
+        client: a client's id or number, or `central` for the centralised run.
+        round: from 1.
+
+    Returns:
+        One int64 array a step, `[rows of the batch]`.
+
+    Raises:
+        UserError: for a client or a round that does not exist.
+    """
+    from fedsim.experiment import schedule_of
+
+    if not 1 <= round <= exp.rounds:
+        raise UserError(f"round: {round} is outside 1 to rounds={exp.rounds}")
+    parts = prepare(exp, tokenize=False)
+    draw = draw_of(exp)
+    if client == CENTRAL:
+        rows = np.sort(np.concatenate([parts.partition.rows(int(c)) for c in parts.clients]))
+        steps = schedule_of(parts, CENTRAL).central_steps(round)
+        return draw.batches(rows, stream(exp.seed, "batches", CENTRAL, round), steps)
+    number = parts.client(client)
+    name = parts.partition.name(number)
+    return draw.batches(parts.partition.rows(number), stream(exp.seed, "batches", name, round), exp.local.steps)

@@ -1,0 +1,1 @@
+"""Data: sources, partitioners, tokenised arrays and batches."""

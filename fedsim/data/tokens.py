@@ -1,0 +1,247 @@
+"""Examples tokenised once into flat arrays, which all workers share.
+
+A prompt template names columns in braces; its last field is the answer of a causal LM, everything before it the prompt.
+White space between the two belongs to the answer, as subword tokenizers want it: `... sentiment:` + ` neutral`.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.errors import UserError
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template: `parts` are (literal text, field or None) in order.
+
+    Text of the data is put in as it is: braces in it mean nothing.
+    """
+
+    parts: tuple[tuple[str, str | None], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Template:
+        """Read `"{sentence} sentiment: {label}"`.
+
+        Raises:
+            UserError: for unbalanced braces, an unnamed field or a format specification.
+        """
+        try:
+            pieces = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise UserError(
+                f"data.template: {text!r} cannot be read ({error}); double a brace that is meant as text"
+            ) from None
+        parts = []
+        for literal, name, spec, conversion in pieces:
+            if name is not None and (not name.isidentifier() or spec or conversion):
+                raise UserError(
+                    f"data.template: {text!r} has the field {{{name}}}; a field is one plain column name in braces"
+                )
+            parts.append((literal, name))
+        if not any(name for _, name in parts):
+            raise UserError(f"data.template: {text!r} has no {{field}}; name columns in braces")
+        return cls(tuple(parts))
+
+    @property
+    def fields(self) -> list[str]:
+        """Field names in order."""
+        return [name for _, name in self.parts if name]
+
+    def split(self, row: dict[str, str]) -> tuple[str, str]:
+        """(prompt, answer) of a row; the answer carries the white space before it and any text after it."""
+        last = max(i for i, (_, name) in enumerate(self.parts) if name)
+        prompt = "".join(literal + (row[name] if name else "") for literal, name in self.parts[:last])
+        prompt += self.parts[last][0]
+        answer = row[self.parts[last][1]] + "".join(literal for literal, _ in self.parts[last + 1 :])
+        stripped = prompt.rstrip()
+        return stripped, prompt[len(stripped) :] + answer
+
+    def text(self, row: dict[str, str]) -> str:
+        """The whole text of a row."""
+        return "".join(literal + (row[name] if name else "") for literal, name in self.parts)
+
+
+@dataclass
+class Tokens:
+    """A split as flat arrays. n rows, N tokens in all.
+
+    Attributes:
+        ids: int32 `[N]`, rows end to end.
+        offsets: int64 `[n + 1]`.
+        prompts: int32 `[n]`, prompt tokens of each row (all of them for sequence classification).
+        labels: int64 `[n]`, class of each row, -1 where there are no classes.
+        pad_id: the pad token.
+        is_classes: True for sequence classification.
+        candidates: tokens of each label word, without end-of-text, for scoring a causal LM; None without label words.
+        answers: answer texts by row, for exact match.
+        left_out: rows that are not trained or scored on, and why: {"too long": [...], "empty answer": [...]}.
+        truncated: rows that were cut to `max_length`.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    prompts: Tensor
+    labels: Tensor
+    pad_id: int
+    is_classes: bool
+    candidates: list[list[int]] | None = None
+    answers: list[str] = field(default_factory=list)
+    left_out: dict[str, list[int]] = field(default_factory=dict)
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 `[n]`."""
+        return np.diff(self.offsets.numpy())
+
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of these rows."""
+        offsets = self.offsets.numpy()
+        return offsets[rows + 1] - offsets[rows]
+
+    def row(self, index: int) -> np.ndarray:
+        """Token ids of a row."""
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        return self.ids.numpy()[start:end]
+
+    def kept(self) -> np.ndarray:
+        """Rows that are trained or scored on, int64, ascending."""
+        out = np.ones(len(self), dtype=bool)
+        for rows in self.left_out.values():
+            out[rows] = False
+        return np.nonzero(out)[0]
+
+    def share(self) -> None:
+        """Move the arrays into shared memory, in place."""
+        for name in ("ids", "offsets", "prompts", "labels"):
+            getattr(self, name).share_memory_()
+
+
+def encode(
+    rows: Sequence[dict[str, str]],
+    labels: np.ndarray | None,
+    *,
+    template: str,
+    tokenizer: Any,
+    task: str,
+    label_words: Sequence[str] | None,
+    max_length: int,
+    too_long: str,
+    split: str,
+) -> Tokens:
+    """Tokenise a split.
+
+    Args:
+        rows: field -> text of each row, n of them.
+        labels: class of each row, int64 `[n]`, or None.
+        template: see `Template`.
+        tokenizer: the base's.
+        task: causal_lm | sequence_classification.
+        label_words: names of the classes in order, where the answer is one of them.
+        max_length: most tokens of a row, answer and end-of-text included.
+        too_long: truncate | drop | error.
+        split: its name, for messages.
+
+    Raises:
+        UserError: for a row that is too long where `too_long` is error, or a template that ends in no answer.
+    """
+    parsed = Template.parse(template)
+    classes = np.full(len(rows), -1, dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
+    if task == "sequence_classification":
+        cut = parsed.fields[-1] == "label"
+        texts = [parsed.split(r)[0] if cut else parsed.text(r) for r in rows]
+        sequences = tokenizer(texts)["input_ids"] if texts else []
+        prompts, answers, candidates = [len(s) for s in sequences], [[] for _ in sequences], None
+        answer_texts: list[str] = []
+        limit = max_length
+    else:
+        pairs = [parsed.split(r) for r in rows]
+        anchor = pairs[0][0][-8:] if pairs else ""
+        encoded = _encode_answers(tokenizer, sorted({a for _, a in pairs}), anchor)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        sequences = _without_end(tokenizer, tokenizer([p for p, _ in pairs])["input_ids"]) if pairs else []
+        prompts, answers = [len(s) for s in sequences], [encoded[a] + end for _, a in pairs]
+        answer_texts = [a for _, a in pairs]
+        candidates = None
+        if label_words is not None:
+            spaced = [parsed.split({**dict.fromkeys(parsed.fields, "x"), parsed.fields[-1]: w})[1] for w in label_words]
+            words = _encode_answers(tokenizer, spaced, anchor)
+            candidates = [words[w] for w in spaced]
+        limit = max_length
+    ids, offsets, kept_prompts = [], [0], []
+    left_out: dict[str, list[int]] = {}
+    truncated = 0
+    for i, (prompt, answer) in enumerate(zip(sequences, answers, strict=True)):
+        if task == "causal_lm" and not answer_texts[i].strip():
+            left_out.setdefault("empty answer", []).append(i)
+        elif len(prompt) == 0:
+            left_out.setdefault("empty text", []).append(i)
+        elif len(prompt) + len(answer) > limit:
+            if too_long == "error":
+                length = len(prompt) + len(answer)
+                raise UserError(
+                    f"data.max_length: {limit}, but row {i} of {split} has {length} tokens; raise it, or set data.too_long to truncate or drop"
+                )
+            if too_long == "drop":
+                left_out.setdefault("too long", []).append(i)
+            truncated += too_long == "truncate"
+            prompt, answer = _truncate(prompt, answer, limit, task)
+        ids.append(np.asarray([*prompt, *answer], dtype=np.int32))
+        offsets.append(offsets[-1] + len(ids[-1]))
+        kept_prompts.append(len(prompt))
+    flat = np.concatenate(ids) if ids else np.empty(0, dtype=np.int32)
+    return Tokens(
+        ids=torch.from_numpy(flat),
+        offsets=torch.tensor(offsets, dtype=torch.int64),
+        prompts=torch.tensor(kept_prompts, dtype=torch.int32),
+        labels=torch.from_numpy(classes.copy()),
+        pad_id=tokenizer.pad_token_id,
+        is_classes=task == "sequence_classification",
+        candidates=candidates,
+        answers=answer_texts,
+        left_out=left_out,
+        truncated=truncated,
+    )
+
+
+def _encode_answers(tokenizer: Any, answers: Sequence[str], anchor: str) -> dict[str, list[int]]:
+    """Tokens of each answer as it continues a prompt: those that follow the anchor's own, where it keeps its own.
+
+    Tokenised alone, an answer would get the word-start mark that sentence-piece tokenizers put before a text.
+    """
+    if not answers:
+        return {}
+    head = tokenizer(anchor, add_special_tokens=False)["input_ids"]
+    joint = tokenizer([anchor + a for a in answers], add_special_tokens=False)["input_ids"]
+    alone = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    out = {}
+    for answer, both, single in zip(answers, joint, alone, strict=True):
+        out[answer] = list(both[len(head) :]) if both[: len(head)] == head else list(single)
+    return out
+
+
+def _without_end(tokenizer: Any, sequences: list[list[int]]) -> list[list[int]]:
+    """Prompts without the closing special token that some tokenizers add: the answer follows."""
+    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    return [s[:-1] if len(s) > 1 and s[-1] in closing else s for s in sequences]
+
+
+def _truncate(prompt: list[int], answer: list[int], limit: int, task: str) -> tuple[list[int], list[int]]:
+    if task == "sequence_classification":
+        return [*prompt[: limit - 1], prompt[-1]], []  # the last token may be the separator that encoders expect
+    room = limit - len(answer)
+    if room >= 1:
+        return prompt[-room:], answer
+    return prompt[-1:], answer[: limit - 1]

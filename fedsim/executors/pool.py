@@ -1,0 +1,267 @@
+"""Packs on worker processes, one or more per device, alive for the whole run.
+
+Global parameters and partial sums lie in tensors that are shared once at the start - shared memory on the CPU, CUDA IPC
+on GPUs - and are refilled in place: no parameter travels through a pipe. What a pack computes does not depend on who
+computes it, and partial sums are handed out in pack order, so any number of workers gives the bits of the serial
+executor at the same threads per worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from fedsim.executors.serial import MakeTrainer, client_failed
+from fedsim.params import Layout, Params
+from fedsim.types import Pack, Report, Scores, Scoring, Task
+
+_TWO_SLOTS_BELOW = 1 << 28  # bytes: with two, a worker need not wait until an earlier pack elsewhere is merged
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    device: str
+    weights: Tensor | None = None
+    server: Tensor | None = None
+    slots: list[Tensor] = field(default_factory=list)
+    free: deque[int] = field(default_factory=deque)
+    busy: Pack | Scoring | None = None
+
+
+class PoolExecutor:
+    """Runs packs on worker processes.
+
+    Args:
+        make_trainer: device -> trainer; must pickle. What it holds in shared memory is not copied.
+        devices: one per worker; a device may occur several times.
+        threads: CPU threads of a worker.
+    """
+
+    def __init__(self, make_trainer: MakeTrainer, devices: Sequence[str], threads: int) -> None:
+        self.workers = list(devices)
+        self._pool: list[_Worker] = []
+        context = mp.get_context("spawn")
+        try:
+            with _main_not_imported():
+                for i, device in enumerate(devices):
+                    here, there = context.Pipe()
+                    process = context.Process(
+                        target=_work,
+                        args=(there, make_trainer, device, threads),
+                        name=f"fedsim-worker-{i}",
+                        daemon=True,
+                    )
+                    process.start()
+                    there.close()
+                    self._pool.append(_Worker(process, here, device))
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, layout: Layout, server: Layout) -> None:
+        """Share the buffers with the workers and wait until their models are loaded.
+
+        Raises:
+            ClientError: if a worker cannot load its model, with its traceback.
+        """
+        by_device: dict[str, tuple[Tensor, Tensor]] = {}
+        copies = 2 if layout.nbytes < _TWO_SLOTS_BELOW else 1
+        for worker in self._pool:
+            if worker.device not in by_device:
+                by_device[worker.device] = (_shared(layout, worker.device), _shared(server, worker.device))
+            worker.weights, worker.server = by_device[worker.device]
+            worker.slots = [_shared(layout, worker.device) for _ in range(copies)]
+            worker.free = deque(range(copies))
+            self._send(worker, ("share", layout, server, worker.weights, worker.server, worker.slots))
+        self.weights = self._pool[0].weights
+        self._server_layout = server
+        for worker in self._pool:
+            self._receive(worker)
+
+    def broadcast(self, weights: Tensor, server: Params) -> None:
+        """Refill the global parameters (flat `[N]`) and the server's state on every device, in place."""
+        done = set()
+        for worker in self._pool:
+            if id(worker.weights) not in done:
+                done.add(id(worker.weights))
+                worker.weights.copy_(weights)
+                self._server_layout.fill(worker.server, server)
+        if any(w.device.startswith("cuda") for w in self._pool):
+            torch.cuda.synchronize()  # the copies must have landed before another process reads them
+
+    def run(self, packs: Sequence[Pack]) -> Iterator[tuple[Report, Tensor]]:
+        """Train packs on whichever worker is free; yields (report, partial sum `[N]`) in the order of `packs`.
+
+        A pack goes out only to a worker with a free buffer, in order; so the pack that is waited for is always under way.
+
+        Raises:
+            ClientError: where a client's training raised, or a worker died.
+        """
+        waiting, ready = deque(packs), {}
+        for pack in packs:
+            while pack.index not in ready:
+                for worker in self._pool:
+                    if waiting and worker.busy is None and worker.free:
+                        worker.busy = waiting.popleft()
+                        self._send(worker, ("train", worker.busy, worker.free[0]))
+                for worker in self._ready():
+                    report = self._receive(worker)
+                    ready[report.index] = (report, worker, worker.free.popleft())
+                    worker.busy = None
+            report, worker, slot = ready.pop(pack.index)
+            yield report, worker.slots[slot]
+            worker.free.append(slot)
+
+    def score(self, requests: Sequence[Scoring]) -> list[Scores]:
+        """Score each request on whichever worker is free; the answers are in the order of `requests`."""
+        out: list[Scores | None] = [None] * len(requests)
+        waiting, places = deque(enumerate(requests)), {}
+        while any(s is None for s in out):
+            for worker in self._pool:
+                if waiting and worker.busy is None:
+                    places[id(worker)], worker.busy = waiting.popleft()
+                    self._send(worker, ("score", worker.busy))
+            for worker in self._ready():
+                out[places[id(worker)]] = self._receive(worker)
+                worker.busy = None
+        return out
+
+    def close(self) -> None:
+        """End the workers and free what was shared; may be called twice."""
+        for worker in self._pool:
+            with contextlib.suppress(OSError):
+                worker.pipe.send(("stop",))
+        for worker in self._pool:
+            if worker.busy is None:
+                worker.process.join(timeout=5)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            worker.pipe.close()
+            worker.process.close()
+        self._pool = []
+        self.weights = None
+
+    # ------------------------------------------------------------------------------------------- messages
+
+    def _send(self, worker: _Worker, message: tuple[Any, ...]) -> None:
+        try:
+            worker.pipe.send(message)
+        except OSError:
+            raise self._died(worker) from None
+
+    def _ready(self) -> list[_Worker]:
+        """Busy workers that have answered, after waiting for one; a worker that has died raises."""
+        busy = [w for w in self._pool if w.busy is not None]
+        answered = wait([w.pipe for w in busy] + [w.process.sentinel for w in self._pool])
+        ready = [w for w in busy if w.pipe in answered]
+        for worker in self._pool:
+            if worker.process.sentinel in answered and worker not in ready:
+                raise self._died(worker)
+        return ready
+
+    def _receive(self, worker: _Worker) -> Any:
+        try:
+            kind, *rest = worker.pipe.recv()
+        except (EOFError, OSError):
+            raise self._died(worker) from None
+        if kind == "error":
+            task, trace = rest
+            raise client_failed(task, f"{worker.device} ({worker.process.name})", trace)
+        return rest[0]
+
+    def _died(self, worker: _Worker) -> Exception:
+        worker.process.join(timeout=5)
+        code = worker.process.exitcode
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        task = worker.busy.tasks[0] if isinstance(worker.busy, Pack) else None
+        return client_failed(task, f"{worker.device} ({worker.process.name})", f"the worker process died: {how}")
+
+
+def _shared(layout: Layout, device: str) -> Tensor:
+    tensor = layout.empty(device)
+    return (
+        tensor.share_memory_() if tensor.device.type == "cpu" else tensor
+    )  # CUDA tensors are shared by handle when sent
+
+
+def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads: int) -> None:
+    """A worker's life: load the model, then train and score what it is told to, until told to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    current: list[Task | None] = [None]
+    trainer, weights, server, server_layout, slots = None, None, None, None, []
+    while True:
+        try:
+            kind, *rest = pipe.recv()
+        except (EOFError, OSError):
+            return
+        if kind == "stop":
+            # Views into shared memory go before the process does, or CUDA reports leaked handles.
+            del trainer, weights, server, slots
+            return
+        try:
+            if kind == "share":
+                layout, server_layout, weights, server, slots = rest
+                trainer = make_trainer(device)
+                assert trainer.layout == layout, "the worker's parameters are not those the run was started with"
+                answer: Any = None
+            elif kind == "train":
+                pack, slot = rest
+                answer = trainer.train(
+                    pack, weights, server_layout.views(server), slots[slot], lambda task: current.__setitem__(0, task)
+                )
+                current[0] = None
+            else:
+                answer = trainer.score(rest[0], weights)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # what was written must be visible to the process that reads it next
+            pipe.send(("done", answer))
+        except Exception:
+            pipe.send(("error", current[0], traceback.format_exc()))
+
+
+def _die_with_parent() -> None:
+    """End at once when the main process is gone, even in the middle of a step."""
+    wait([mp.parent_process().sentinel])
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _main_not_imported() -> Iterator[None]:
+    """Start processes that do not import the user's main script: it needs no `if __name__ == "__main__"` guard then.
+
+    What a worker runs is imported from fedsim; spawn would otherwise run the script again in each of them.
+    """
+    main = sys.modules["__main__"]
+    missing = object()
+    saved = {name: main.__dict__.get(name, missing) for name in ("__file__", "__spec__")}
+    main.__dict__.pop("__file__", None)
+    main.__dict__["__spec__"] = None
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is missing:
+                main.__dict__.pop(name, None)
+            else:
+                main.__dict__[name] = value

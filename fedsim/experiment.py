@@ -1,0 +1,597 @@
+"""One experiment, start to end: build, run the modes, score the chosen models once on the test rows, export, report.
+
+`run` is a function without global state: it can be called in a loop, in a notebook, twice in a row. Everything it starts
+it ends, and the same call goes on from the last complete round of a run folder that is already there.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsim.algorithms import ALGORITHMS, Algorithm
+from fedsim.build import CENTRAL, Parts, draw_of, prepare
+from fedsim.config import Experiment
+from fedsim.data.tokens import Tokens
+from fedsim.errors import UserError
+from fedsim.executors import PoolExecutor, SerialExecutor
+from fedsim.models import adapters, base
+from fedsim.models.forward import Net
+from fedsim.params import Layout, Params, clone
+from fedsim.progress import Progress
+from fedsim.rounds import CENTRAL as CENTRAL_CLIENT
+from fedsim.rounds import Choice, Schedule, State, merged_rows, restore, run_rounds, state_info, state_tensors
+from fedsim.run_folder import RunFolder, environment, save_partition
+from fedsim.store import Records
+from fedsim.trackers import Trackers
+from fedsim.training.optim import Optim
+from fedsim.training.solo import Recipe, Sites, SoloTrainer, stores_of
+from fedsim.types import Row, Scoring
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its folder.
+        id: its id: a hash of the config and of the content of data and model.
+    """
+
+    path: Path
+    id: str
+
+    def metrics(self) -> Any:
+        """Its metrics as a `pandas.DataFrame`; see `fedsim.load_runs`."""
+        from fedsim.runs import load_runs
+
+        return load_runs(self.path)
+
+    def table(self) -> Any:
+        """local / federated / central as a `pandas.DataFrame`."""
+        from fedsim.runs import summary
+
+        df = self.metrics()
+        return summary(df, metric="accuracy" if (df["name"] == "accuracy").any() else "loss")
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+@dataclass
+class Bundle:
+    """All that a worker needs to make its trainer; pickles as handles to shared memory."""
+
+    model: nn.Module
+    adapter: str
+    settings: dict[str, Any]
+    task: str
+    base_dropout: bool
+    autocast: torch.dtype | None
+    seed: int
+    tokens: dict[str, Tokens]
+    train: tuple[Tensor, Tensor]
+    own: tuple[Tensor, Tensor]
+    algorithms: dict[str, Algorithm]
+    recipe: Recipe
+    state: Path
+    tokenizer: Any
+
+    def attach(self) -> tuple[nn.Module, list[nn.Module]]:
+        """Put the adapter on the base, in place."""
+        return adapters.attach(self.model, self.adapter, self.settings, task=self.task, seed=self.seed)
+
+    def trainer(self, model: nn.Module, own: list[nn.Module], device: torch.device) -> SoloTrainer:
+        """The trainer around a model that already has its adapter."""
+        net = Net(
+            model.to(device), own, task=self.task, device=device, base_dropout=self.base_dropout, autocast=self.autocast
+        )
+        sites = Sites(
+            functools.partial(_rows, *self.train), functools.partial(_rows, *self.own), len(self.train[0]) - 1
+        )
+        return SoloTrainer(net, self.tokens, sites, self.algorithms, self.recipe, self.seed, self.state, self.tokenizer)
+
+    def __call__(self, device: torch.device) -> SoloTrainer:
+        with base.quiet():
+            return self.trainer(*self.attach(), device)
+
+
+def _rows(offsets: Tensor, indices: Tensor, client: int) -> np.ndarray:
+    return indices.numpy()[int(offsets[client]) : int(offsets[client + 1])]
+
+
+def recipe_of(exp: Experiment) -> Recipe:
+    """How the experiment's clients train and are scored."""
+    work, ev = exp.local, exp.evaluate
+    names = [f.name for f in dataclasses.fields(Optim)]
+    keys = {n: getattr(work, n) for n in names}
+    # Alone and central nothing is merged: rounds are only places where they are scored, so the optimiser lives on.
+    keep = {"federated": work.keep_state, "local": True, "central": True}
+    return Recipe(
+        Optim(**{**keys, "betas": tuple(work.betas)}),
+        draw_of(exp),
+        work.micro_batch or work.batch_size,
+        work.schedule_over,
+        work.horizon,
+        keep,
+        ev.every_steps,
+        ev.batch_size,
+        ev.generate,
+        ev.max_new_tokens,
+    )
+
+
+def schedule_of(parts: Parts, mode: str) -> Schedule:
+    """Who trains when and how much, for one mode."""
+    exp, partition = parts.exp, parts.partition
+    clients = parts.clients
+    size = len(clients) if exp.cohort.size == "all" else exp.cohort.size
+    lengths = parts.tokens["train"].lengths if parts.tokens else None
+
+    def mean_length(client: int) -> float:
+        if lengths is None:
+            return 1.0
+        return float(lengths.mean() if client == CENTRAL_CLIENT else lengths[partition.rows(client)].mean())
+
+    return Schedule(
+        mode=mode,
+        seed=exp.seed,
+        rounds=exp.rounds,
+        clients=clients,
+        size=size,
+        name=partition.name,
+        sizes=partition.sizes,
+        count=draw_of(exp).count,
+        steps=exp.local.steps,
+        epochs=exp.local.epochs or 1,
+        batch_size=exp.local.batch_size,
+        match=exp.central.match,
+        weights=exp.algorithm.weights,
+        length=mean_length,
+        every_rounds=exp.evaluate.every_rounds,
+    )
+
+
+def devices_of(exp: Experiment) -> tuple[str, list[str]]:
+    """(serial | pool, the device of each worker) for this machine.
+
+    Raises:
+        UserError: for a device that is not there, or a type it cannot compute in.
+    """
+    ex = exp.executor
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if ex.name == "serial":
+        kind, devices = "serial", [(cuda[0] if cuda else "cpu") if ex.device == "auto" else ex.device]
+    else:
+        given = getattr(ex, "devices", "auto")
+        devices = (cuda or ["cpu"]) if given == "auto" else list(given)
+        count = ex.workers or len(devices)
+        kind = "serial" if ex.name == "auto" and count == 1 else "pool"
+        devices = [devices[i % len(devices)] for i in range(max(count, len(devices)) if ex.name == "pool" else count)]
+    devices = ["cuda:0" if d == "cuda" else d for d in devices]
+    for device in devices:
+        if device.startswith("cuda") and device not in cuda:
+            raise UserError(f"executor: {device!r} is not on this machine, which has: {', '.join(['cpu', *cuda])}")
+    return kind, devices
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def run(exp: Experiment | dict[str, Any], *, progress: bool = True) -> Run:
+    """Run an experiment, or go on with it from the last complete round of its run folder.
+
+    Args:
+        exp: the config, as `Experiment` or as the nested dict that YAML gives.
+        progress: show what goes on, on standard error.
+
+    Returns:
+        The run: its folder holds `config.yaml`, `metrics.jsonl`, the partition, the models and the figures.
+
+    Raises:
+        UserError: for what the user can put right; nothing has been trained then.
+        ClientError: where a client's training raised: its round, id and traceback.
+    """
+    if isinstance(exp, dict):
+        exp = Experiment.from_dict(exp)
+    kind, devices = devices_of(exp)
+    parts = prepare(exp)
+    exp = parts.exp
+    run_id = parts.run_id()
+    folder = RunFolder(Path(exp.results).expanduser() / exp.name / run_id)
+    show = Progress(progress, exp.rounds)
+    try:
+        status = folder.read_json("status.json") or {}
+        if status.get("rounds", exp.rounds) != exp.rounds:
+            raise UserError(
+                f"rounds: {exp.rounds}, but {folder.path} was started with {status['rounds']}; use another name or results folder"
+            )
+        if status.get("state") == "finished":
+            show.note(f"already finished: {folder.path}")
+        else:
+            _Session(exp, parts, folder, show, kind, devices, status).run()
+    finally:
+        show.end()
+        folder.close()
+    return Run(folder.path, run_id)
+
+
+class _Session:
+    """One call of `run`: what its steps share. Nothing of it outlives the call but the folder."""
+
+    def __init__(
+        self,
+        exp: Experiment,
+        parts: Parts,
+        folder: RunFolder,
+        show: Progress,
+        kind: str,
+        devices: list[str],
+        status: dict,
+    ) -> None:
+        self.exp, self.parts, self.folder, self.show = exp, parts, folder, show
+        self.kind, self.devices, self.status = kind, devices, status
+        self.before, self.began = float(status.get("seconds", 0.0)), time.monotonic()
+        self.choice = Choice(exp.best.metric, exp.best.mode)
+        self.initial: list[Row] | None = None
+        self.predictions: dict[str, np.ndarray] = {}
+
+    # ------------------------------------------------------------------------------------------ start to end
+
+    def run(self) -> None:
+        exp, folder = self.exp, self.folder
+        self.plan = self._plan()
+        self._write_inputs()
+        self.trackers = Trackers(exp.tracking.with_, exp.name, folder.path, exp.to_dict())
+        executor = None
+        try:
+            executor = self._build()
+            for mode in [m for m in ("local", "federated", "central") if m in exp.modes]:
+                done = folder.read_json(f"checkpoints/{mode}/done.json")
+                if done is not None:
+                    self.predictions |= {k: np.array(v) for k, v in done["predictions"].items()}
+                    continue
+                self._run_mode(mode, executor)
+            self._write_predictions()
+        except BaseException as error:
+            self._status("failed", str(error).split("\n")[0][:300] or type(error).__name__)
+            raise
+        finally:
+            if executor is not None:
+                executor.close()
+            self.trackers.close()
+        self._figures()
+        self._status("finished")
+
+    def _plan(self) -> dict[str, Any]:
+        """What is resolved at the first start and holds for every resume: threads decide the last bits of sums."""
+        plan = self.folder.read_json("plan.json")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = self.exp.executor.threads
+        if plan is None:
+            plan = {"threads": threads or max(1, cores // len(self.devices)), "lanes": 1}
+            self.folder.write_json("plan.json", plan)
+        elif threads is not None and threads != plan["threads"]:
+            way = "the run was started with another number, which its last bits depend on; leave the key out, or use another name"
+            raise UserError(f"executor.threads: {threads}, but {self.folder.path.name} has {plan['threads']}: {way}")
+        return plan
+
+    def _write_inputs(self) -> None:
+        folder, parts = self.folder, self.parts
+        folder.write_text("config.yaml", self.exp.to_yaml())
+        folder.write_json("environment.json", environment(self.devices, self.plan["threads"]))
+        save_partition(folder, parts.partition.to_arrays())
+        folder.write_json("partition.json", parts.report)
+        self._status("running")
+
+    def _status(self, state: str, reason: str | None = None) -> None:
+        value = {"state": state, "rounds": self.exp.rounds, "seconds": round(self._seconds(), 3)}
+        self.folder.write_json("status.json", value | ({"reason": reason} if reason else {}))
+
+    def _seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def _build(self) -> SerialExecutor | PoolExecutor:
+        """Load the base once, start the executor, attach the adapter, and say what is trained and what travels."""
+        exp, parts = self.exp, self.parts
+        whole = exp.adapter.name == "none"
+        sixteen = exp.model.dtype in ("bfloat16", "float16")
+        labels = len(parts.source.labels) if exp.model.task == "sequence_classification" else None
+        self.show.note(f"loading {exp.model.path}")
+        model = base.load_base(
+            parts.model,
+            task=exp.model.task,
+            dtype="float32" if whole and sixteen else exp.model.dtype,
+            num_labels=labels,
+            pad_token_id=parts.tokenizer.pad_token_id,
+            seed=exp.seed,
+        )
+        (self.folder.path / "checkpoints").mkdir(exist_ok=True)
+        settings = exp.to_dict()["adapter"]
+        settings.pop("name")
+        self.bundle = Bundle(
+            model=model,
+            adapter=exp.adapter.name,
+            settings=settings,
+            task=exp.model.task,
+            base_dropout=exp.model.base_dropout,
+            autocast=getattr(torch, exp.model.dtype) if whole and sixteen else None,
+            seed=exp.seed,
+            tokens=parts.tokens,
+            train=_shareable(parts.partition),
+            own=_shareable(parts.own),
+            algorithms={m: ALGORITHMS["local" if m != "federated" else exp.algorithm.name]() for m in exp.modes},
+            recipe=recipe_of(exp),
+            state=self.folder.path / "checkpoints",
+            tokenizer=parts.tokenizer,
+        )
+        executor: SerialExecutor | PoolExecutor
+        if self.kind == "pool":
+            base.share_memory(model)
+            for shared in [*self.bundle.train, *self.bundle.own]:
+                shared.share_memory_()
+            for tokens in parts.tokens.values():
+                tokens.share()
+            # Workers are sent the bare base: they start before the adapter is put on this process's copy.
+            executor = PoolExecutor(self.bundle, self.devices, self.plan["threads"])
+        try:
+            self.model, own = self.bundle.attach()
+            params = adapters.trained(self.model)
+            self.layout = Layout.of(params)
+            self.start = clone(params)
+            self.stores = stores_of(self.bundle.state, self.bundle.algorithms, self.start, self.bundle.recipe)
+            if self.kind == "serial":
+                executor = SerialExecutor(
+                    lambda device: self.bundle.trainer(self.model, own, device), self.devices[0], self.plan["threads"]
+                )
+            self._describe(params)
+            if not (self.folder.path / "init").exists():
+                self._save_model(self.start, self.folder.path / "init")
+            algorithm = self.bundle.algorithms.get("federated")
+            server = algorithm.init(self.start)[0] if algorithm else {}
+            executor.start(self.layout, Layout.of(server))
+        except BaseException:
+            if self.kind == "pool":
+                executor.close()
+            raise
+        return executor
+
+    def _describe(self, params: Params) -> None:
+        about = adapters.describe(self.model, params)
+        kept = {m: self.stores[m].nbytes for m in self.exp.modes}
+        self.folder.write_json("model.json", {**about, "adapter": self.exp.adapter.name, "kept_bytes_per_client": kept})
+        mb = about["bytes_up"] / 1e6
+        self.show.note(
+            f"{self.exp.adapter.name} on {self.exp.model.path}: {about['trained']:,} of {about['parameters']:,} parameters are trained "
+            f"({about['per_cent']:.2f} %); a client sends {mb:.2f} MB and receives {mb:.2f} MB a round"
+        )
+        report = self.parts.report
+        skew = f"mean JS divergence {report['js_mean']:.3f} bits, size Gini {report['size_gini']:.2f}"
+        self.show.note(
+            f"{len(self.parts.clients)} clients, {report['rows']} rows, {skew}; {self.kind} on {', '.join(self.devices)}, {self.plan['threads']} thread(s)"
+        )
+        if report["empty_clients"]:
+            names = report["empty_clients"]
+            self.show.note(
+                f"left out, no rows: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+            )
+        for split, why in report["left_out"].items():
+            self.show.note(f"{split}: " + ", ".join(f"{n} rows left out ({k})" for k, n in why.items()))
+        for split, n in report["truncated"].items():
+            self.show.note(f"{split}: {n} rows cut to data.max_length={self.exp.data.max_length}")
+        if self.exp.training.lanes == "auto":
+            self.show.note("lanes: 1 (clients train one after another on a worker)")
+
+    # ------------------------------------------------------------------------------------------- a mode
+
+    def _run_mode(self, mode: str, executor: SerialExecutor | PoolExecutor) -> None:
+        exp, folder = self.exp, self.folder
+        algorithm = self.bundle.algorithms[mode]
+        schedule = schedule_of(self.parts, mode)
+        state = self._state(mode, algorithm)
+        infos = folder.checkpoints(mode)
+        if infos:
+            restore(state, infos, folder.load_tensors(mode, infos[-1]["round"]))
+            folder.cut_metrics(infos[-1]["metrics_bytes"])
+            self.show.note(f"{mode}: going on after round {state.round}")
+        else:
+            before = folder.read_json("checkpoints/modes.json") or {}
+            folder.cut_metrics(before.get("metrics_bytes", 0))
+            self._log(self._initial_rows(mode, schedule, executor, state))
+        self.show.begin(mode, state.round)
+
+        def on_round(round: int, rows: list[Row]) -> None:
+            self._log(rows)
+            if round % exp.checkpoint.every == 0 or round == exp.rounds:
+                self._checkpoint(mode, state, algorithm)
+            self.show.round(round, _headline(rows, round, self.choice.metric))
+
+        run_rounds(
+            schedule,
+            algorithm,
+            self.layout,
+            executor,
+            state,
+            self.choice,
+            generate=exp.evaluate.generate,
+            copy_best=functools.partial(self._copy_best, mode),
+            on_pack=self.show.pack,
+            on_round=on_round,
+        )
+        predictions = self._finish_mode(mode, state, executor)
+        self.predictions |= predictions
+        length = folder.sync_metrics()
+        folder.write_json("checkpoints/modes.json", {"metrics_bytes": length})
+        folder.write_json(
+            f"checkpoints/{mode}/done.json", {"predictions": {k: v.tolist() for k, v in predictions.items()}}
+        )
+        self.show.end()
+
+    def _state(self, mode: str, algorithm: Algorithm) -> State:
+        flat = self.layout.fill(self.layout.empty(), self.start)
+        return State(flat, clone(algorithm.init(self.start)[0]), Records(), keeps=self.stores[mode].width > 0)
+
+    def _log(self, rows: list[Row]) -> None:
+        self.folder.log(rows, self._seconds())
+        self.trackers.log(rows)
+
+    def _checkpoint(self, mode: str, state: State, algorithm: Algorithm) -> None:
+        for name in (mode, f"best-{mode}"):
+            if name in self.stores:
+                self.stores[name].sync()
+        keep = self.exp.checkpoint.keep
+        self.folder.save_checkpoint(mode, state.round, state_tensors(state, algorithm.merges), state_info(state), keep)
+        state.records.commit(keep)
+        state.best_records.commit(keep)
+        self._status("running")
+
+    def _copy_best(self, mode: str, record: int, into: int) -> None:
+        self.stores[f"best-{mode}"].write(into, self.stores[mode].read(record)[: self.layout.numel])
+
+    def _initial_rows(
+        self, mode: str, schedule: Schedule, executor: SerialExecutor | PoolExecutor, state: State
+    ) -> list[Row]:
+        """Scores before training, the start of every curve; all modes start from the same parameters."""
+        if self.initial is None:
+            executor.broadcast(state.params, state.server)
+            scores = executor.score([Scoring("validation", generate=self.exp.evaluate.generate)])[0]
+            self.initial = merged_rows(0, 0, scores, "", schedule.name)
+        names = [schedule.name(int(c)) for c in schedule.clients] if mode == "local" else [None]
+        return [dataclasses.replace(row, scope=mode, client=name) for name in names for row in self.initial]
+
+    # ------------------------------------------------------------------------------------------- the end
+
+    def _finish_mode(self, mode: str, state: State, executor: SerialExecutor | PoolExecutor) -> dict[str, np.ndarray]:
+        """Score the chosen models once on the test rows, export last and chosen ones; test predictions by model."""
+        generate = self.exp.evaluate.generate
+        has_test = len(self.parts.tokens["test"].kept()) > 0
+        requests, owners = [], []
+        if self.bundle.algorithms[mode].merges:
+            self._export(state.params, "global")
+            if state.best is not None:
+                self._export(state.best_params, "best")
+                executor.broadcast(state.best_params, state.server)
+                requests.append(Scoring("test", generate=generate))
+                owners.append((None, state.best, mode))
+        else:
+            for client, record in sorted(state.records.table.items()):
+                name = CENTRAL if client == CENTRAL_CLIENT else self.parts.partition.name(client)
+                place = CENTRAL if client == CENTRAL_CLIENT else f"local/{folder_name(name)}"
+                self._export(self.stores[mode].read(record)[: self.layout.numel], place)
+                if client not in state.site_best:
+                    continue
+                best, store = state.best_records.read(client), f"best-{mode}"
+                self._export(self.stores[store].read(best), f"{place}/best")
+                requests.append(Scoring("test", record=best, store=store, generate=generate))
+                owners.append((None if client == CENTRAL_CLIENT else name, state.site_best[client], name))
+        if not has_test:
+            return {}
+        rows, predictions = [], {}
+        for scores, (client, best, label) in zip(executor.score(requests), owners, strict=True):
+            rows += [Row(best.round, best.step, mode, client, "test", n, v, w) for n, (v, w) in scores.values.items()]
+            if scores.predictions is not None:
+                predictions[label] = scores.predictions
+        self._log(rows)
+        return predictions
+
+    def _export(self, flat: Tensor, place: str) -> None:
+        self._save_model(self.layout.views(flat), self.folder.path / place)
+
+    def _save_model(self, params: Params, place: Path) -> None:
+        for name, parameter in adapters.trained(self.model).items():
+            parameter.data.copy_(params[name])
+        beside = place.with_name(f".{place.name}.{os.getpid()}")
+        if place.is_dir():  # a chosen model may lie inside: only the files are replaced
+            beside = place
+        exp = self.exp
+        settings = self.bundle.settings
+        adapters.save(
+            self.model,
+            beside,
+            name=exp.adapter.name,
+            settings=settings,
+            base_name=exp.model.path,
+            tokenizer=self.parts.tokenizer,
+        )
+        if beside != place:
+            beside.rename(place)
+
+    def _write_predictions(self) -> None:
+        """Predictions on the test rows by every model, and a table of examples to read."""
+        words = self.parts.source.labels
+        if not self.predictions or words is None:
+            return
+        tokens = self.parts.tokens["test"]
+        rows, labels = tokens.kept(), tokens.labels.numpy()
+        names = sorted(self.predictions, key=lambda n: (n != "federated", n != CENTRAL, n))
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["row", "label", *names])
+        for i, row in enumerate(rows):
+            writer.writerow([int(row), words[labels[row]], *(words[self.predictions[n][i]] for n in names)])
+        self.folder.write_text("predictions.csv", out.getvalue())
+        self.folder.write_text("figures/examples.md", self._examples(rows, labels, words, names))
+
+    def _examples(self, rows: np.ndarray, labels: np.ndarray, words: list[str], names: list[str]) -> str:
+        """A dozen test inputs, classes in turn, with what each model predicts."""
+        split = self.parts.source.splits["test"]
+        by_class = [[i for i, r in enumerate(rows) if labels[r] == c] for c in range(len(words))]
+        turns = [group[k] for k in range(12) for group in by_class if k < len(group)][:12]
+        text = [c for c in split.columns if c not in ("label", self.exp.data.columns.get("label"))]
+        shown = (
+            self.exp.data.columns.get("sentence")
+            or self.exp.data.columns.get("text")
+            or next((c for c in ("sentence", "text") if c in text), text[0])
+        )
+        names = names[:6]
+        lines = ["| input | label | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+        for i in turns:
+            cell = " ".join(str(split.columns[shown][rows[i]]).replace("|", "\\|").split())
+            guesses = [words[self.predictions[n][i]] for n in names]
+            truth = words[labels[rows[i]]]
+            lines.append(f"| {cell} | {truth} | " + " | ".join(g if g == truth else f"**{g}**" for g in guesses) + " |")
+        return "\n".join(
+            [*lines, "", "Test rows, each model as chosen on the validation rows; wrong predictions in bold.", ""]
+        )
+
+    def _figures(self) -> None:
+        from fedsim.plots import save_figures
+
+        self.folder.sync_metrics()
+        for path in save_figures(self.folder.path):
+            self.show.note(f"figure: {path}")
+
+
+def _shareable(partition: Any) -> tuple[Tensor, Tensor]:
+    return torch.tensor(partition.offsets), torch.tensor(partition.indices)
+
+
+def folder_name(client: str) -> str:
+    """A client's id as a folder's name; an id with other characters gets a hash so that no two collide."""
+    safe = re.sub(r"[^\w.+-]", "_", client).strip(".") or "_"
+    return safe if safe == client else f"{safe[:60]}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
+
+
+def _headline(rows: list[Row], round: int, metric: str) -> str:
+    """What a round came to, in a few words."""
+    last = [r for r in rows if r.split == "validation" and r.name == metric]
+    merged = [r.value for r in last if r.client is None]
+    own = [r.value for r in {r.client: r for r in last if r.client is not None}.values()]
+    train = [r.value for r in rows if r.split == "train" and r.name == "loss"]
+    parts = [f"train loss {np.mean(train):.3f}"] if train else []
+    parts += [f"clients' {metric} {np.mean(own):.3f}"] if own else []
+    parts += [f"{metric} {merged[-1]:.3f}"] if merged else []
+    return ", ".join(parts)

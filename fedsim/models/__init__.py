@@ -1,0 +1,1 @@
+"""Base models, adapters and the forward pass that trainers and evaluators share."""

@@ -1,0 +1,330 @@
+"""What is trained on a base: PEFT's methods, fedsim's bottleneck adapters, or the whole model; saving and loading it.
+
+PEFT is the source of names, target rules and file formats: what is trained is written as a PEFT folder that
+`PeftModel.from_pretrained(base, folder)` loads. Where PEFT cannot hold the method - `adapter` is ours, and of p-tuning
+and prefix tuning PEFT saves the virtual tokens only - the trained state stands beside it, and `load_adapter` loads it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.errors import UserError
+from fedsim.models import bottleneck
+from fedsim.models.base import quiet
+from fedsim.params import Params
+from fedsim.seeding import stream_seed
+
+STATE = "fedsim_state.safetensors"
+_QKV = {
+    *("q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin"),
+    *("query_proj", "key_proj", "value_proj", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv"),
+}
+_HEADS = ("classifier", "score", "classification_head")
+
+
+def attach(
+    base: nn.Module, name: str, settings: dict[str, Any], *, task: str, seed: int
+) -> tuple[nn.Module, list[nn.Module]]:
+    """Put an adapter on a frozen base (in place) and mark what is trained.
+
+    Args:
+        base: frozen; 16-bit, float32 or float64.
+        name: lora | p_tuning | adapter | prefix | prompt | ia3 | none | any PEFT method.
+        settings: the component's keys.
+        task: causal_lm | sequence_classification; the head of the latter is trained too.
+        seed: the adapter starts from the stream `init` of this seed, the same in every process.
+
+    Returns:
+        The model to call - a `PeftModel`, or the base itself for `adapter` and `none` - and the modules that are the
+        adapter's own: those whose dropout acts in training while the base's does not.
+
+    Raises:
+        UserError: if the base cannot take the adapter, or a target module does not exist.
+    """
+    dtype = torch.float64 if next(base.parameters()).dtype == torch.float64 else torch.float32
+    of_base = set(map(id, base.modules()))
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(stream_seed(seed, "init", "adapter"))
+        if name == "none":
+            base.to(dtype).requires_grad_(True)  # 16-bit compute comes from autocast over float32 weights
+            model = base
+        elif name == "adapter":
+            bottleneck.attach_bottleneck(base, **settings, dtype=dtype)
+            for full, parameter in base.named_parameters():
+                head = task == "sequence_classification" and any(h in full.split(".") for h in _HEADS)
+                parameter.requires_grad_(head or ".adapter_" in full)
+            model = base
+        else:
+            model = _attach_peft(base, name, settings, task)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    own = [m for n, m in model.named_modules() if id(m) not in of_base and "modules_to_save" not in n]
+    return model, own
+
+
+def trained(model: nn.Module) -> Params:
+    """Name -> trained parameter; a tensor that is used twice (a tied head) is there once."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str) -> nn.Module:
+    import peft
+
+    try:
+        config = _peft_config(base, name, settings, task)
+        if getattr(config, "target_modules", None):
+            _check_targets(base, config.target_modules)
+        model = peft.get_peft_model(base, config)
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:240]
+        kind = base.config.model_type
+        raise UserError(f"adapter.name: {name!r} cannot be put on this base ({kind}): {text}") from None
+    if name == "lora" and settings["init"] == "xavier":
+        for full, parameter in model.named_parameters():
+            if ".lora_A." in full:
+                nn.init.xavier_normal_(parameter)
+    return model
+
+
+def _peft_config(base: nn.Module, name: str, settings: dict[str, Any], task: str) -> Any:
+    import peft
+
+    task_type = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}[task]
+    s = settings
+    if name == "lora":
+        return peft.LoraConfig(
+            task_type=task_type,
+            r=s["r"],
+            lora_alpha=s["alpha"],
+            lora_dropout=s["dropout"],
+            target_modules=_auto_qkv(base) if s["target_modules"] == "auto" else s["target_modules"],
+            init_lora_weights="gaussian" if s["init"] == "gaussian" else True,
+            fan_in_fan_out=_is_conv1d(base),
+        )
+    if name == "p_tuning":
+        return peft.PromptEncoderConfig(
+            task_type=task_type,
+            num_virtual_tokens=s["num_virtual_tokens"],
+            encoder_hidden_size=s["hidden"],
+            encoder_reparameterization_type="MLP",
+        )
+    if name == "prefix":
+        return peft.PrefixTuningConfig(
+            task_type=task_type,
+            num_virtual_tokens=s["num_virtual_tokens"],
+            prefix_projection=s["projection"],
+            encoder_hidden_size=s["hidden"],
+        )
+    if name == "prompt":
+        if s["init_text"] is None:
+            return peft.PromptTuningConfig(task_type=task_type, num_virtual_tokens=s["num_virtual_tokens"])
+        return peft.PromptTuningConfig(
+            task_type=task_type,
+            num_virtual_tokens=s["num_virtual_tokens"],
+            prompt_tuning_init="TEXT",
+            prompt_tuning_init_text=s["init_text"],
+            tokenizer_name_or_path=base.config._name_or_path,
+        )
+    if name == "ia3":
+        auto = s["target_modules"] == "auto"
+        chosen = (
+            {} if auto else {"target_modules": s["target_modules"], "feedforward_modules": s["feedforward_modules"]}
+        )
+        return peft.IA3Config(task_type=task_type, fan_in_fan_out=_is_conv1d(base), **chosen)
+    return _peft_classes()[name.lower()](task_type=task_type, **settings)
+
+
+def _peft_classes() -> dict[str, type]:
+    import peft
+
+    return {kind.value.lower(): cls for kind, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def check_peft_settings(name: str, settings: dict[str, Any], path: str) -> None:
+    """Check a PEFT method's name and keys before any model is loaded.
+
+    Raises:
+        UserError: for a name PEFT does not know, or a key its config class does not take.
+    """
+    import dataclasses
+
+    known = _peft_classes()
+    ours = ["lora", "p_tuning", "adapter", "prefix", "prompt", "ia3", "none"]
+    if name.lower() not in known:
+        near = difflib.get_close_matches(name, [*ours, *known], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"{path}.name: {name!r} is not known; {hint}fedsim's own: {', '.join(ours)}; or a PEFT method: {', '.join(sorted(known))}"
+        )
+    fields = {f.name for f in dataclasses.fields(known[name.lower()])} - {"task_type", "peft_type", "inference_mode"}
+    for key in settings:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(
+                f"{path}.{key}: {settings[key]!r} is for no known key; {hint}PEFT's {name} takes: {', '.join(sorted(fields))}"
+            )
+
+
+def _auto_qkv(base: nn.Module) -> list[str]:
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in bottleneck.projections(base)})
+    found = [leaf for leaf in leaves if leaf in _QKV]
+    if not found:
+        raise UserError(
+            f"adapter.target_modules: 'auto' finds no attention input projection in this base; name some of {', '.join(leaves)}"
+        )
+    return found
+
+
+def _is_conv1d(base: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(m, Conv1D) for m in base.modules())
+
+
+def _check_targets(base: nn.Module, targets: Any) -> None:
+    if isinstance(targets, str):
+        return  # "all-linear" or a regular expression: PEFT's own rule and message
+    names = [name for name, _ in base.named_modules()]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in bottleneck.projections(base)})
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(
+                f"adapter.target_modules: {target!r} does not exist in this base; it has: {', '.join(leaves)}"
+            )
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def save(
+    model: nn.Module, folder: Path, *, name: str, settings: dict[str, Any], base_name: str, tokenizer: Any
+) -> None:
+    """Write what the model has been trained to, and read it back to be sure that it is there.
+
+    Args:
+        model: from `attach`.
+        folder: a PEFT folder afterwards; for `none` a transformers folder with its tokenizer.
+        name: the adapter's name.
+        settings: its keys.
+        base_name: the base as the user wrote it, put into the adapter's config.
+        tokenizer: saved beside a whole model.
+
+    Raises:
+        OSError: if what was written is not what is in memory.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    params = trained(model)
+    with quiet():
+        if name == "none":
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            return
+        if name == "adapter":
+            bottleneck.save_bottleneck(folder, params, {**settings, "base_model_name_or_path": base_name})
+            return
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = base_name
+        model.save_pretrained(folder, save_embedding_layers=False)
+        config.inference_mode = False
+        if _saves_tokens_only(model):
+            from safetensors.torch import save_file
+
+            save_file({n: p.detach().cpu().contiguous() for n, p in params.items()}, folder / STATE)
+    _verify_peft(model, folder)
+
+
+def _saves_tokens_only(model: nn.Module) -> bool:
+    kind = model.peft_config["default"].peft_type.value
+    return kind in ("P_TUNING", "PREFIX_TUNING")
+
+
+def _verify_peft(model: nn.Module, folder: Path) -> None:
+    import peft
+    from safetensors.torch import load_file
+
+    written = load_file(folder / "adapter_model.safetensors")
+    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    for key, tensor in expected.items():
+        if key not in written or not torch.equal(written[key], tensor.detach().cpu()):
+            raise OSError(f"{folder}: {key} was not written as it is in memory; is the disk full?")
+
+
+def load_adapter(base: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:
+    """Load what `fedsim` saved onto a base model, whatever the method.
+
+    Args:
+        base: the base model it was trained on, as transformers loads it; changed in place.
+        folder: `global/`, `best/`, `init/`, `local/<client>/` ... of a run.
+        trainable: go on training it; for p-tuning and prefix tuning this restores the prompt encoder itself.
+
+    Returns:
+        The model to call.
+
+    Raises:
+        UserError: if the folder holds no adapter, or one that does not fit the base.
+    """
+    import peft
+
+    folder = Path(folder)
+    if (folder / bottleneck.CONFIG).is_file():
+        model = bottleneck.load_bottleneck(base.requires_grad_(False), folder)
+        for name in _tensor_names(folder / bottleneck.WEIGHTS):
+            model.get_parameter(name).requires_grad_(trainable)
+        return model
+    if not (folder / "adapter_config.json").is_file():
+        way = (
+            "it is a whole model: load it with transformers"
+            if (folder / "config.json").is_file()
+            else "give global/, best/ or init/ of a run"
+        )
+        raise UserError(f"{folder}: holds no adapter; {way}")
+    with quiet():
+        model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    if trainable and (folder / STATE).is_file():
+        from safetensors.torch import load_file
+
+        own = dict(model.named_parameters())
+        for name, tensor in load_file(folder / STATE).items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise UserError(
+                    f"{folder}: tensor {name} does not fit this base; load it on the base it was trained on"
+                )
+            own[name].data = tensor.to(own[name].device)
+    return model
+
+
+def _tensor_names(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as handle:
+        return list(handle.keys())
+
+
+def describe(model: nn.Module, params: Params) -> dict[str, Any]:
+    """What is trained and what travels: parameters, per cent of the model, bytes per client, round and direction."""
+    total = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in params.values())
+    size = sum(p.numel() * p.element_size() for p in params.values())
+    return {
+        "parameters": total,
+        "trained": count,
+        "per_cent": 100 * count / total,
+        "bytes_up": size,
+        "bytes_down": size,
+    }
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that are not trained."""
+    seen: dict[int, Tensor] = {p.data_ptr(): p for p in model.parameters() if not p.requires_grad}
+    return sum(p.numel() * p.element_size() for p in seen.values())

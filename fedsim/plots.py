@@ -1,0 +1,521 @@
+"""Figures from `load_runs()`: the three curves, the partition, the sites, settings against each other.
+
+Every function draws on the axes it is given, or on a figure of its own that pyplot does not know, so nothing has to be
+closed; in a notebook end the cell with `curves(df).figure`, or pass `ax=plt.subplots()[1]`. Colours are from the
+palette of Okabe and Ito (jfly.uni-koeln.de/color), chosen to differ in brightness, with line styles and markers, so
+that a grey print can be read too.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+from matplotlib.transforms import offset_copy
+
+from fedsim.errors import UserError
+from fedsim.runs import (
+    COLUMNS,
+    SCOPES,
+    PathLike,
+    Traces,
+    find_runs,
+    load_partition,
+    load_runs,
+    require_metric,
+    round_ends,
+    rows_of,
+    traces,
+)
+
+LOCAL, FEDERATED, MERGED, CENTRAL = "#0072B2", "#E69F00", "#C8102E", "#000000"
+CYCLE = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
+METRICS = ("accuracy", "loss", "exact_match")
+DPI = 150
+WIDTH = 4.5  # inches; text of 9 points is still 7 when the figure is set 3.5 inches wide
+NAMED = 30  # clients whose names and numbers still fit
+STYLE = {"font.size": 9.0, "axes.titlesize": 9.0, "axes.labelsize": 9.0, "legend.fontsize": 8.0}
+STYLE |= {"xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "axes.spines.top": False, "axes.spines.right": False}
+X_LABELS = {
+    "step": "optimiser steps per site",
+    "round": "rounds",
+    "tokens": "tokens trained, all sites",
+    "seconds": "wall-clock time (s)",
+    "bytes": "sent up and down, all sites (MiB)",
+}
+Y_LABELS = {"accuracy": "accuracy", "loss": "loss (nats per answer token)", "exact_match": "exact match"}
+
+
+def curves(
+    df: pd.DataFrame, metric: str = "accuracy", ax: Axes | None = None, x: str = "step", split: str = "validation"
+) -> Axes:
+    """Local, federated and central over the course of training.
+
+    Local sites: a thin line each, their mean and their range. Federated: the mean of the cohort's clients inside each
+    round, the jump at each merge, a red dot on each merged model. Central: dashed; what it did in a round is stretched
+    to where the sites' round ends, so that at one x all have spent the same budget. With several runs each line is the
+    mean over runs, as far as all of them have come, and each band their range.
+
+    Args:
+        df: rows of one or more runs from `load_runs`; a warning says so where they differ in more than the seed.
+        metric: "accuracy", "loss", "exact_match" or any other recorded name.
+        x: "step" (optimiser steps per site; the furthest site's where they differ), "round", or the scope's own
+            running total of "tokens" (trained, all clients), "seconds" (wall clock since the scope's training began) or
+            "bytes" (up and down, all clients). A scope without that total, as one that sends nothing, is left out.
+        split: "validation", or "site" for each site's own validation rows.
+
+    Raises:
+        UserError: an unknown x or metric, or x = tokens, seconds or bytes where no scope recorded them.
+    """
+    require_metric(df, metric, split)
+    if len(groups := settings(df)) > 1:
+        labels = "; ".join(label for label, _ in groups[:4])
+        warnings.warn(
+            f"curves draws one mean over {len(groups)} settings ({labels}); filter first or use compare", stacklevel=2
+        )
+    with matplotlib.rc_context(STYLE if ax is None else {}):
+        ax = ax or _figure(3.4).add_subplot()
+        _legend_below(ax, _draw_curves(ax, df, metric, x, split, name_sites=True))
+    return ax
+
+
+def partition(report: dict[str, Any], ax: Axes | None = None) -> Axes:
+    """Heat map of a partition: clients x classes, rows per cell, with the clients' sizes beside it.
+
+    Args:
+        report: from `load_partition`; read are `class_counts` [C][L] and, where present, `class_names` [L],
+            `client_names` [C], `js_mean` (bits) and `size_gini`.
+
+    Raises:
+        UserError: the report has no class counts.
+    """
+    if not report.get("class_counts"):
+        raise UserError("the partition report holds no class_counts; give what load_partition(run) returns")
+    counts = np.atleast_2d(np.asarray(report["class_counts"], dtype=np.int64))
+    clients, classes = counts.shape
+    top, sizes = max(int(counts.max()), 1), counts.sum(axis=1)
+    with matplotlib.rc_context(STYLE if ax is None else {}):
+        ax = ax or _figure(min(1.5 + 0.27 * clients, 5.5)).add_subplot()
+        image = ax.imshow(counts, cmap="Blues", aspect="auto", vmin=0, vmax=top)
+        _name_ticks(ax.xaxis, report.get("class_names") or [str(n) for n in range(classes)], 20)
+        _name_ticks(ax.yaxis, report.get("client_names") or [f"site-{n + 1}" for n in range(clients)], NAMED)
+        labels = ax.get_xticklabels()
+        letter = 0.6 * labels[0].get_size() / 72.0  # a letter's width in inches, roughly
+        if letter * sum(len(label.get_text()) + 2 for label in labels) > 0.75 * _inches(ax):
+            ax.tick_params(axis="x", labelrotation=90)
+        if clients <= NAMED and len(str(top)) * classes <= 30:
+            for (row, column), value in np.ndenumerate(counts):
+                color = "white" if value > 0.55 * top else "black"
+                ax.text(column, row, str(value), ha="center", va="center", color=color, fontsize=8)
+        side = ax.inset_axes((1.02, 0.0, 0.15, 1.0), sharey=ax)
+        edges = np.repeat(np.arange(clients + 1) - 0.5, 2)[1:-1]
+        side.fill_betweenx(edges, 0, np.repeat(sizes, 2), color="#BDBDBD", linewidth=0)
+        if clients <= NAMED:
+            side.hlines(np.arange(1, clients) - 0.5, 0, sizes.max(), color="white", linewidth=1.0)
+            for row, size in enumerate(sizes):
+                side.text(0.05 * max(sizes.max(), 1), row, str(size), va="center", fontsize=8)
+        side.set(xlim=(0, max(int(sizes.max()), 1)), xticks=[], xlabel="size")
+        side.tick_params(axis="y", left=False, labelleft=False)
+        side.spines[:].set_visible(False)
+        ax.spines[:].set(visible=True, color="#BDBDBD")
+        shape = {"pad": 0.03, "fraction": 0.06, "aspect": 20 if clients <= 12 else 40}
+        ax.figure.colorbar(image, ax=ax, label="rows", **shape).outline.set_visible(False)
+        facts = (("mean JS divergence {:.3f} bits", "js_mean"), ("size Gini {:.2f}", "size_gini"))
+        ax.set_title(", ".join(text.format(report[key]) for text, key in facts if report.get(key) is not None))
+        ax.set(xlabel="class", ylabel="client")
+    return ax
+
+
+def sites(df: pd.DataFrame, metric: str = "accuracy", ax: Axes | None = None) -> Axes:
+    """Per site: its own model against the merged one, on the site's own validation rows and on the shared ones.
+
+    Values are the last recorded, averaged over runs. Sites stand in the order of the rows; beyond 30 in the order of
+    what the merged model gains on their own rows.
+
+    Raises:
+        UserError: no site was scored with this metric.
+    """
+    last = df[df["value"].notna()]
+
+    def by_site(scope: str, split: str, name: str) -> pd.Series:
+        rows = last[(last["scope"] == scope) & (last["split"] == split) & (last["name"] == name)]
+        ends = rows.groupby(["run", "client"], sort=False, observed=True)["value"].last()
+        return ends.groupby("client", sort=False).mean()
+
+    table = pd.DataFrame(
+        {
+            "alone_own": by_site("local", "site", metric),
+            "merged_own": by_site("federated", "site", f"merged_{metric}"),
+            "alone_shared": by_site("local", "validation", metric),
+        }
+    )
+    if table.empty:
+        raise UserError(f"no site was scored with {metric!r}: run the local or the federated mode with validation on")
+    table = table.loc[[client for client in last["client"].unique() if client in table.index]]
+    shared = last[(last["split"] == "validation") & (last["name"] == metric)]
+    table["merged_shared"] = rows_of(shared, "federated").groupby("run", observed=True)["value"].last().mean()
+    few = len(table) <= NAMED
+    if not few:
+        table = table.loc[(table["merged_own"] - table["alone_own"]).sort_values(kind="stable").index]
+    with matplotlib.rc_context(STYLE if ax is None else {}):
+        ax = ax or _figure(1.5 + 0.36 * len(table) if few else 6.0).add_subplot()
+        entries: list[tuple[Any, str]] = []
+        for rows, shift, empty in (("own", -0.17, False), ("shared", 0.17, True)):
+            at = np.arange(len(table)) + shift
+            ax.hlines(
+                at, table[f"alone_{rows}"], table[f"merged_{rows}"], color="#999999", linewidth=1.0 if few else 0.4
+            )
+            for model, color, marker in (("alone", LOCAL, "s"), ("merged", MERGED, "o")):
+                if (values := table[f"{model}_{rows}"]).notna().any():
+                    look = {"markersize": 5.5 if few else 2.0, "markerfacecolor": "white" if empty else color}
+                    (dots,) = ax.plot(values, at, marker, color=color, zorder=3, **look)
+                    entries.append((dots, f"{'site alone' if model == 'alone' else 'merged model'}, {rows} rows"))
+        _name_ticks(ax.yaxis, [str(name) for name in table.index], NAMED)
+        ax.set(ylim=(len(table) - 0.5, -0.5), xlabel=_value_label(metric, "validation"))
+        ax.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+        _legend_below(ax, entries)
+    return ax
+
+
+def compare(df: pd.DataFrame, metric: str = "accuracy", x: str = "step") -> Figure:
+    """Settings against each other: a panel for each scope, a line for each setting (the mean over its seeds).
+
+    Args:
+        df: rows of several runs from `load_runs`; federated lines join the merged models. The untrained model, the
+            same for all, is left out: it would press the differences together.
+        metric: a name recorded on the validation rows.
+        x: as in `curves`.
+
+    Raises:
+        UserError: no run recorded the metric, or none recorded what x asks for.
+    """
+    require_metric(df, metric, "validation")
+    groups = settings(df)
+    lines: dict[str, dict[int, np.ndarray]] = {scope: {} for scope in SCOPES}
+    for number, (_, rows) in enumerate(groups):
+        found = [traces(part, metric) for _, part in rows.groupby("run", observed=True)]
+        members = {
+            "local": [list(one.local.values()) for one in found if one.local],
+            "federated": [[one.merged] for one in found if len(one.merged)],
+            "central": [[one.central] for one in found if len(one.central)],
+        }
+        for scope, runs in members.items():
+            if runs and (scale := _scale(rows, scope, x)) is not None:
+                grid, values = _bundle(runs)
+                line = np.column_stack([np.interp(grid, *scale), values.mean(axis=0)])
+                lines[scope][number] = line[grid > 0]
+    shown = {scope: found for scope, found in lines.items() if found}
+    if not shown:
+        raise _no_axis(x)
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(2.8 + 0.17 * -(-len(groups) // len(shown)), width=max(2.4 * len(shown), WIDTH))
+        panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+        entries: dict[int, Any] = {}
+        for panel, (scope, found_lines) in zip(panels, shown.items(), strict=True):
+            for at, line in found_lines.items():
+                look = {"color": CYCLE[at % 7], "linestyle": ("-", "--", ":")[at // 7 % 3], "marker": "os^Dv"[at % 5]}
+                (entries[at],) = panel.plot(
+                    *line.T, markersize=3.5, linewidth=1.3, markevery=-(-len(line) // 6), **look
+                )
+            panel.set_title(
+                {"local": "local, mean of sites", "federated": "federated, merged", "central": scope}[scope]
+            )
+            _dress(panel, metric, x, "validation")
+            panel.label_outer()
+        labels = [groups[at][0] for at in sorted(entries)]
+        columns = max(1, min(len(shown), int(14 * figure.get_figwidth() / max(map(len, labels)))))
+        handles = [entries[at] for at in sorted(entries)]
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def save_figures(run_path: PathLike, out: PathLike | None = None, metric: str | None = None) -> list[Path]:
+    """Write one run's figures: `accuracy.png`, `loss.png`, `exact_match.png`, `partition.png`, those it has data for.
+
+    Args:
+        run_path: the run folder.
+        out: folder to write to; the run's own `figures/` if None.
+        metric: draw only this metric's curves, beside the partition; None draws all there are.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: no run there, or it did not record `metric`.
+    """
+    folder = Path(run_path)
+    df = load_runs(folder)
+    figures = {name: curves(df, name).figure for name in _recorded(df, metric)}
+    if (folder / "partition.json").is_file() and (report := load_partition(folder)).get("class_counts"):
+        figures["partition"] = partition(report).figure
+    target = folder / "figures" if out is None else Path(out)
+    return [_save(figure, target / f"{name}.png") for name, figure in figures.items()]
+
+
+def plot_runs(paths: PathLike | Iterable[PathLike], out: PathLike, metric: str | None = None) -> list[Path]:
+    """Write the figures of one run, or of several together, to the folder `out`, made where missing.
+
+    One run: as `save_figures`. Up to four: a panel each with shared axes. More: those that differ in nothing but the
+    seed share a panel with their range; beyond four such settings `compare` lays them over each other.
+
+    Args:
+        paths: run folders, experiment folders or results roots.
+        out: the folder for the files.
+        metric: the only metric drawn; None draws all that were recorded.
+
+    Raises:
+        UserError: a missing path, no run in it, or no run recorded `metric`.
+    """
+    folders = find_runs(paths)
+    if len(folders) == 1:
+        return save_figures(folders[0], out, metric)
+    df = load_runs(folders)
+    written = []
+    for name in _recorded(df, metric):
+        scored = df.loc[(df["name"] == name) & (df["split"] == "validation"), "run"].unique()
+        rows = df[df["run"].isin(scored)]
+        groups = settings(rows, seeds_apart=len(scored) <= 4)
+        figure = _panels(groups, name) if len(groups) <= 4 else compare(rows, name)
+        written.append(_save(figure, Path(out) / f"{name}.png"))
+    return written
+
+
+def settings(df: pd.DataFrame, seeds_apart: bool = False) -> list[tuple[str, pd.DataFrame]]:
+    """Runs by setting: (what tells it from the others, its rows), in the order of the rows.
+
+    A setting is the config but for `seed` (unless `seeds_apart`) and but for what no result depends on: `results`,
+    `executor`, `tracking`, `checkpoint`. A run that nothing tells from the others is labelled by its id.
+    """
+    skip = {*COLUMNS, "run", "results", "executor", "tracking", "checkpoint"} | (set() if seeds_apart else {"seed"})
+    config = df.drop_duplicates("run").set_index("run").rename_axis(None)
+    config = config[[key for key in config if key.split(".")[0] not in skip]].astype(object)
+    config = config.where(config.notna(), None).map(str)
+    config = config.loc[:, config.nunique() > 1]
+    if seeds_apart:
+        config["run"] = config.index.astype(str)
+    groups = []
+    for _, runs in config.groupby(list(config), sort=False) if config.shape[1] else [(None, config)]:
+        said = runs.iloc[0].drop("run", errors="ignore")
+        label = ", ".join(f"{key} = {value}" for key, value in said.items() if value != "None")
+        unlike = str(runs.index[0]) if len(runs) == 1 else f"{len(runs)} runs"
+        groups.append((label or unlike, df[df["run"].isin(runs.index)]))
+    return groups
+
+
+def _panels(groups: Sequence[tuple[str, pd.DataFrame]], metric: str) -> Figure:
+    columns = len(groups) if len(groups) <= 3 else 2
+    lines = -(-len(groups) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(0.9 + 2.2 * lines, width=max(WIDTH, 2.4 * columns + 0.4))
+        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        entries: dict[str, Any] = {}
+        for panel, (label, rows) in zip(panels, groups, strict=True):
+            for handle, text in _draw_curves(panel, rows, metric, "step", "validation"):
+                entries.setdefault(text, handle)
+            panel.set_title(textwrap.fill(label, 38) if len(groups) > 1 else "")
+            panel.label_outer()
+        ncols = 4 if columns == 3 else 2
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=ncols, frameon=False)
+    return figure
+
+
+def _draw_curves(
+    ax: Axes, df: pd.DataFrame, metric: str, x: str, split: str, name_sites: bool = False
+) -> list[tuple[Any, str]]:
+    """Draw one setting's runs; returns the legend's entries."""
+    if x not in X_LABELS:
+        raise UserError(f"x={x!r} is not an axis; use one of {', '.join(X_LABELS)}")
+    scales = {scope: _scale(df, scope, x) for scope in SCOPES}
+    if all(scale is None for scale in scales.values()):
+        raise _no_axis(x)
+    found = [traces(rows, metric, split) for _, rows in df.groupby("run", observed=True)]
+    several = len(found) > 1
+    of_runs = f"range of {len(found)} runs"
+    entries: list[tuple[Any, str]] = []
+    local = [list(one.local.values()) for one in found if one.local]
+    if local and (scale := scales["local"]):
+        grid, values = _bundle(local)
+        band, line = _banded(ax, np.interp(grid, *scale), values, LOCAL, 0.15, linewidth=2.2, zorder=4)
+        for curve in [] if several else local[0]:
+            width = max(0.2, 0.65 - 0.01 * len(local[0]))
+            ax.plot(np.interp(curve[:, 0], *scale), curve[:, 1], color=LOCAL, linewidth=width, alpha=0.6, zorder=2)
+        entries.append(((band, line), f"local, {of_runs}" if several else "local sites, mean and range"))
+    central = [[one.central] for one in found if len(one.central)]
+    if central and (scale := scales["central"]):
+        grid, values = _bundle(central)
+        band, line = _banded(ax, np.interp(grid, *scale), values, CENTRAL, 0.12, linewidth=1.3, linestyle=(0, (4, 2)))
+        name = "central (same budget)" if x in ("step", "round") and scales["local"] is not None else "central"
+        entries.append(((band, line) if several else line, name))
+    federated = [one for one in found if one.clients or len(one.merged)]
+    if federated and (scale := scales["federated"]):
+        places, values, at_merge = _saw_tooth(federated)
+        at = np.interp(places, *scale)
+        band, line = _banded(ax, at, values, FEDERATED, 0.25 if several else 0.0, linewidth=1.7, zorder=5)
+        clients = f"federated, {of_runs}" if several else "federated clients, mean"
+        entries.append(((band, line) if several else line, clients))
+        (dots,) = ax.plot(at[at_merge], values.mean(axis=0)[at_merge], "o", color=MERGED, markersize=4.5, zorder=6)
+        entries.append((dots, "merged model"))
+    _dress(ax, metric, x, split)
+    if name_sites and local and not several and scales["local"] and len(found[0].local) <= 6:
+        _label_ends(ax, {name: float(curve[-1, 1]) for name, curve in found[0].local.items()})
+    return entries
+
+
+def _banded(ax: Axes, at: np.ndarray, values: np.ndarray, color: str, alpha: float, **look: Any) -> tuple[Any, Any]:
+    band = ax.fill_between(at, values.min(axis=0), values.max(axis=0), color=color, alpha=alpha, linewidth=0, zorder=1)
+    (line,) = ax.plot(at, values.mean(axis=0), color=color, **look)
+    return band, line
+
+
+def _saw_tooth(found: Sequence[Traces]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Federated curves as far as all runs have come: positions [n], values [runs, n], which are merged models [n]."""
+    merged = [dict(one.merged) for one in found]
+    places, values, at_merge = [np.empty(0)], [np.empty((len(found), 0))], [np.empty(0, dtype=bool)]
+    for number in sorted({int(key) for one in found for key in (*one.clients, *one.merged[:, 0])}):
+        if all(number in one.clients for one in found):
+            grid, inside = _stack([_mean(one.clients[number]) for one in found])
+            places.append(grid)
+            values.append(inside)
+            at_merge.append(np.zeros(len(grid), dtype=bool))
+        if all(number in one for one in merged):
+            places.append(np.array([float(number)]))
+            values.append(np.array([[one[number]] for one in merged]))
+            at_merge.append(np.ones(1, dtype=bool))
+    return np.concatenate(places), np.concatenate(values, axis=1), np.concatenate(at_merge)
+
+
+def _mean(members: Sequence[np.ndarray]) -> np.ndarray:
+    grid, values = _stack(members)
+    return np.column_stack([grid, values.mean(axis=0)])
+
+
+def _stack(members: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Curves [n, 2] on one grid: the positions [G] that all of them reach, values [members, G]."""
+    grid = np.unique(np.concatenate([one[:, 0] for one in members]))
+    grid = grid[(grid >= max(one[0, 0] for one in members)) & (grid <= min(one[-1, 0] for one in members))]
+    return grid, np.stack([np.interp(grid, one[:, 0], one[:, 1]) for one in members])
+
+
+def _bundle(runs: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The curves of one run, or the mean curve of each of several, on one grid."""
+    return _stack(runs[0]) if len(runs) == 1 else _stack([_mean(run) for run in runs])
+
+
+def _scale(df: pd.DataFrame, scope: str, x: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Rounds and where their ends lie on axis `x` for a scope (mean over runs); None where it has no rows for that."""
+    ends = []
+    for _, run in df.groupby("run", observed=True):
+        rows = run[run["scope"] == scope]
+        if rows.empty:
+            continue
+        if x == "round":
+            ends.append(pd.Series(np.arange(int(run["round"].max()) + 1.0)))
+        elif x == "step":
+            ends.append(_site_steps(run))
+        elif x == "seconds":
+            clock = rows[rows["split"] != "test"].groupby("round")["seconds"].max().dropna()
+            ends.append(clock - clock.get(0, rows["seconds"].min()))
+        else:
+            spent = rows[rows["name"].isin(("bytes_up", "bytes_down") if x == "bytes" else ("tokens",))]
+            total = spent[spent["round"] > 0].groupby("round")["value"].sum().cumsum() / (2**20 if x == "bytes" else 1)
+            ends.append(total if total.empty else pd.concat([pd.Series({0: 0.0}), total]))
+    mean = pd.concat([pd.Series(dtype=float), *ends], axis=1).sort_index().mean(axis=1).dropna()
+    return (mean.index.to_numpy(float), mean.to_numpy(float)) if len(mean) else None
+
+
+def _site_steps(run: pd.DataFrame) -> pd.Series:
+    """Steps of the sites at each round's end: the centralised model's own only where it ran alone."""
+    sites_of = [scope for scope in ("federated", "local") if (run["scope"] == scope).any()] or ["central"]
+    ends = pd.concat([round_ends(run, scope) for scope in sites_of], axis=1).max(axis=1).sort_index()
+    last = int(run["round"].max())
+    if (
+        last > ends.index[-1] > 0
+    ):  # the central mode is ahead of the sites: their next rounds will be as long as the last ones
+        ends.loc[last] = ends.iloc[-1] * last / ends.index[-1]
+    return ends
+
+
+def _no_axis(x: str) -> UserError:
+    missing = {"tokens": "tokens rows", "bytes": "bytes_up or bytes_down rows"}.get(x, f"{x} values")
+    return UserError(f"x={x!r}: these runs recorded no {missing}; use x='step' or x='round'")
+
+
+def _dress(ax: Axes, metric: str, x: str, split: str) -> None:
+    ax.set(xlabel=X_LABELS[x], ylabel=_value_label(metric, split).replace(" (", "\n("))
+    ax.grid(color="#E5E5E5", linewidth=0.6)
+    ax.set_axisbelow(True)
+    if x == "tokens":
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=x in ("step", "round")))
+    low, high = ax.dataLim.intervaly
+    if "loss" in metric and low > 0 and high > 20 * low:  # or the first point would flatten all the rest
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _value_label(metric: str, split: str) -> str:
+    whose = "own validation" if split == "site" else split
+    return f"{whose} {Y_LABELS.get(metric, metric.replace('_', ' '))}"
+
+
+def _label_ends(ax: Axes, ends: dict[str, float]) -> None:
+    """Name the sites' curves at the right, at the height where they end, pushed apart where names would touch."""
+    to_axes = ax.transData + ax.transAxes.inverted()
+    least = 9.0 / (72.0 * ax.get_window_extent().height / ax.figure.dpi)
+    below = -np.inf
+    for name, value in sorted(ends.items(), key=lambda item: item[1]):
+        at = to_axes.transform((ax.get_xlim()[1], value))[1]
+        below = max(at, below + least)
+        ax.text(1.015, below, name, transform=ax.transAxes, va="center", fontsize=7.5, color=LOCAL)
+
+
+def _inches(ax: Axes) -> float:
+    return float(ax.get_window_extent().width / ax.figure.dpi)
+
+
+def _legend_below(ax: Axes, entries: Sequence[tuple[Any, str]]) -> None:
+    # in points below the axes, past tick labels and axis label: it holds for axes of any size
+    drop = 1.2 * (ax.xaxis.label.get_size() + ax.xaxis.get_ticklabels()[0].get_size()) + 12
+    place = offset_copy(ax.transAxes, ax.figure, y=-drop, units="points")
+    handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
+    look = {"frameon": False, "borderaxespad": 0.0, "columnspacing": 1.2, "handlelength": 2.4, "fontsize": 8}
+    look["ncols"] = 2 if _inches(ax) > 3.2 else 1
+    ax.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), bbox_transform=place, **look)
+
+
+def _name_ticks(axis: Axis, names: Sequence[str], most: int) -> None:
+    """Names on the ticks 0, 1, ...; where there are more than `most`, on about eight of them."""
+    count = len(names)
+    at = np.arange(count) if count <= most else np.unique(np.linspace(0, count - 1, 8).astype(int))
+    short = [name if len(name) <= 18 else f"{name[:10]}\N{HORIZONTAL ELLIPSIS}{name[-7:]}" for name in map(str, names)]
+    axis.set_ticks(at, [short[place] for place in at])
+    axis.set_tick_params(length=0 if count <= most else 3)
+
+
+def _recorded(df: pd.DataFrame, metric: str | None) -> list[str]:
+    if metric is not None:
+        require_metric(df, metric, "validation")
+        return [metric]
+    names = set(df.loc[df["split"] == "validation", "name"])
+    return [name for name in METRICS if name in names]
+
+
+def _figure(height: float, width: float = WIDTH) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=DPI)
+    return file

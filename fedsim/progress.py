@@ -1,0 +1,91 @@
+"""What a user sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from fedsim.types import Report
+
+
+class Progress:
+    """Round, phase, clients done, tokens per second and time left.
+
+    Args:
+        show: False is silent.
+        rounds: rounds of each mode.
+    """
+
+    def __init__(self, show: bool, rounds: int) -> None:
+        self.show, self.rounds = show, rounds
+        self._live: Any = None
+        self._task: Any = None
+        self._terminal = show and sys.stderr.isatty()
+        self._mode, self._began, self._tokens, self._first = "", 0.0, 0, 0
+        self._clients, self._round = 0, 0
+
+    def note(self, text: str) -> None:
+        """One line."""
+        if self.show:
+            self._print(text)
+
+    def begin(self, mode: str, done: int) -> None:
+        """A mode begins, `done` of its rounds behind it."""
+        self._mode, self._began, self._tokens, self._first, self._round = mode, time.monotonic(), 0, done, done
+        self._clients = 0
+        if not self._terminal:
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+        )
+        self._live = Bar(*columns, console=Console(stderr=True), transient=True)
+        self._live.start()
+        self._task = self._live.add_task(mode, total=self.rounds, completed=done, text="")
+
+    def pack(self, round: int, report: Report) -> None:
+        """A pack is done."""
+        self._tokens += report.tokens
+        self._clients += len(report.steps)
+        if self._live is not None:
+            rate = self._tokens / max(1e-9, time.monotonic() - self._began)
+            text = f"round {round}/{self.rounds}, {self._clients} clients done, {rate:,.0f} tokens/s{self._left()}"
+            self._live.update(self._task, text=text)
+
+    def round(self, round: int, text: str) -> None:
+        """A round is done; `text` says what came out."""
+        self._round = round
+        if self._live is not None:
+            self._live.update(self._task, completed=round)
+        if self.show:
+            rate = self._tokens / max(1e-9, time.monotonic() - self._began)
+            self._print(
+                f"{self._mode:9s} round {round}/{self.rounds}  {self._clients} clients  {rate:,.0f} tokens/s{self._left()}  {text}"
+            )
+        self._clients = 0
+
+    def end(self) -> None:
+        """The mode is over; may be called twice."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _left(self) -> str:
+        done = self._round - self._first
+        if done == 0 or self._round >= self.rounds:
+            return ""
+        seconds = (time.monotonic() - self._began) / done * (self.rounds - self._round)
+        return f", {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
+
+    def _print(self, text: str) -> None:
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)

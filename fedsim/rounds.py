@@ -1,0 +1,363 @@
+"""The round loop: one engine for each site alone, federated and centralised.
+
+Local-only is the algorithm that never merges; centralised is one client, number -1, that holds every row. So the three
+curves differ in who trains and whether a merge follows, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.aggregators import Partial, WeightedMean
+from fedsim.algorithms import Algorithm
+from fedsim.params import Layout, Params, clone
+from fedsim.seeding import stream
+from fedsim.store import Records
+from fedsim.types import Pack, Report, Row, Scores, Scoring, Task
+
+CENTRAL = -1
+
+
+class Executor(Protocol):
+    """Where packs run; see `fedsim.executors`."""
+
+    def broadcast(self, weights: Tensor, server: Params) -> None: ...
+    def run(self, packs: list[Pack]) -> Any: ...
+    def score(self, requests: list[Scoring]) -> list[Scores]: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who trains when and how much: everything of a mode that is a function of the config and the partition alone.
+
+    Attributes:
+        mode: local | federated | central.
+        seed, rounds: the experiment's.
+        clients: numbers of the clients that hold rows, int64 ascending.
+        size: clients of a cohort.
+        name: client number -> its id.
+        rows: client number -> how many rows it holds, int64 by client.
+        count: (rows, steps) -> optimiser steps of a round.
+        steps: optimiser steps of a round, or None for passes.
+        epochs, batch_size: passes of a round where work is in passes; rows of a batch.
+        match: how central is matched: epochs | steps.
+        weights: samples | steps | uniform.
+        length: mean tokens of a client's row, by client number; places the longest packs first.
+        every_rounds: evaluation frequency.
+    """
+
+    mode: str
+    seed: int
+    rounds: int
+    clients: np.ndarray
+    size: int
+    name: Callable[[int], str]
+    sizes: np.ndarray
+    count: Callable[[int, int | None], int]
+    steps: int | None
+    epochs: int
+    batch_size: int
+    match: str
+    weights: str
+    length: Callable[[int], float]
+    every_rounds: int
+
+    def cohort(self, round: int) -> np.ndarray:
+        """The clients of a round, ascending: a function of (seed, round)."""
+        if self.size >= len(self.clients):
+            return self.clients
+        rng = stream(self.seed, "cohort", round)
+        return np.sort(self.clients[rng.choice(len(self.clients), self.size, replace=False, shuffle=False)])
+
+    def evaluates(self, round: int) -> bool:
+        """Whether models are scored at the end of the round."""
+        return round % self.every_rounds == 0 or round == self.rounds
+
+    @cached_property
+    def _last_rounds(self) -> dict[int, int]:
+        return {int(c): r for r in range(1, self.rounds + 1) for c in self.cohort(r)}
+
+    def central_steps(self, round: int) -> int | None:
+        """Optimiser steps of the centralised client in a round, or None for as many passes as a site makes."""
+        cohort = self.cohort(round)
+        site = [self.count(int(self.sizes[c]), self.steps) for c in cohort]
+        if self.match == "steps":
+            return max(1, round_half_up(sum(site) / len(site)))
+        if self.steps is None and len(cohort) == len(self.clients):
+            return None
+        rows = sum(site) * self.batch_size if self.steps is not None else int(self.sizes[cohort].sum()) * self.epochs
+        return max(1, round_half_up(rows / self.batch_size))
+
+    @cached_property
+    def _central_counts(self) -> list[int]:
+        total = int(self.sizes[self.clients].sum())
+        return [self.count(total, self.central_steps(r)) for r in range(1, self.rounds + 1)]
+
+    def tasks(self, round: int, state: State) -> list[Task]:
+        """What each client of the round does."""
+        if self.mode == "central":
+            steps = self.central_steps(round)
+            done = self._central_counts
+            return [self._task(CENTRAL, "central", round, steps, sum(done[: round - 1]), sum(done), 1.0, state)]
+        out = []
+        for c in map(int, self.cohort(round)):
+            n = int(self.sizes[c])
+            per_round = self.count(n, self.steps)
+            weight = {"samples": n, "steps": per_round, "uniform": 1}[self.weights]
+            out.append(
+                self._task(
+                    c,
+                    self.name(c),
+                    round,
+                    self.steps,
+                    (round - 1) * per_round,
+                    self.rounds * per_round,
+                    float(weight),
+                    state,
+                )
+            )
+        return out
+
+    def _task(
+        self,
+        client: int,
+        name: str,
+        round: int,
+        steps: int | None,
+        start: int,
+        horizon: int,
+        weight: float,
+        state: State,
+    ) -> Task:
+        write = state.records.new() if state.keeps else -1
+        done = state.steps.get(client, 0)
+        return Task(client, name, round, steps, done, start, horizon, weight, state.records.read(client), write)
+
+    def packs(self, round: int, state: State) -> list[Pack]:
+        """One client a pack, the longest first; partial sums are merged in this order, whoever made them."""
+        out = []
+        for task in self.tasks(round, state):
+            total = int(self.sizes[self.clients].sum()) if task.client == CENTRAL else int(self.sizes[task.client])
+            steps = self.count(total, task.steps)
+            rows = steps * self.batch_size if task.steps is not None else total * self.epochs
+            last = self.mode == "local" and self._last_rounds[task.client] == round
+            out.append(Pack(0, self.mode, (task,), self.evaluates(round) or last, int(rows * self.length(task.client))))
+        out.sort(key=lambda p: (-p.tokens, p.tasks[0].client))
+        return [dataclasses.replace(p, index=i) for i, p in enumerate(out)]
+
+
+def round_half_up(x: float) -> int:
+    """The nearest whole number, halves up: Python's own rounds them to even."""
+    return int(np.floor(x + 0.5))
+
+
+@dataclass
+class Chosen:
+    """The best model so far: its validation score, and the round and step it was reached at."""
+
+    value: float
+    round: int
+    step: int
+
+
+@dataclass
+class State:
+    """All that a mode carries from round to round; a checkpoint holds it.
+
+    Attributes:
+        params: global parameters, flat `[N]`.
+        server: the algorithm's server state.
+        records: where client states lie; `keeps` says whether there are any.
+        steps: optimiser steps done, by client.
+        round: the last complete round.
+        best: best merged model so far; `best_params` its parameters, flat.
+        site_best: by client, the best of its own models, where nothing is merged; `best_records` where they lie.
+    """
+
+    params: Tensor
+    server: Params
+    records: Records
+    keeps: bool
+    steps: dict[int, int] = field(default_factory=dict)
+    round: int = 0
+    best: Chosen | None = None
+    best_params: Tensor | None = None
+    site_best: dict[int, Chosen] = field(default_factory=dict)
+    best_records: Records = field(default_factory=Records)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the best model is chosen, on validation rows."""
+
+    metric: str
+    mode: str
+
+    def better(self, value: float, than: Chosen | None) -> bool:
+        """Whether a score beats the best one; a tie keeps the earlier model, and NaN never wins."""
+        if np.isnan(value):
+            return False
+        return than is None or (value > than.value if self.mode == "max" else value < than.value)
+
+
+def run_rounds(
+    schedule: Schedule,
+    algorithm: Algorithm,
+    layout: Layout,
+    executor: Executor,
+    state: State,
+    choice: Choice,
+    *,
+    generate: bool,
+    copy_best: Callable[[int, int], None],
+    on_pack: Callable[[int, Report], None],
+    on_round: Callable[[int, list[Row]], None],
+) -> State:
+    """Run a mode's remaining rounds.
+
+    Args:
+        schedule: who trains when.
+        algorithm: whose `server_update` makes the next global parameters.
+        layout: of the parameters.
+        executor: where packs run.
+        state: from the start or from a checkpoint; carried forward in place.
+        choice: how the best model is chosen.
+        generate: whether merged models are scored on generated text as well.
+        copy_best: (record of a client's state, record to keep its parameters in), where nothing is merged.
+        on_pack: called after each pack.
+        on_round: called after each round with its metrics rows, to log and checkpoint.
+    """
+    aggregator = WeightedMean(layout)
+    sum_buffer = layout.empty(state.params.device)
+    executor.broadcast(state.params, state.server)
+    for round in range(state.round + 1, schedule.rounds + 1):
+        packs = schedule.packs(round, state)
+        total, reports = aggregator.zero(sum_buffer), []
+        for report, partial in executor.run(packs):
+            if algorithm.merges:
+                aggregator.merge(total, Partial(partial, report.weight))
+            reports.append(report)
+            on_pack(round, report)
+        rows = [row for report in reports for row in report.rows]
+        _settle(packs, reports, state)
+        if algorithm.merges:
+            info = {"round": round, "clients": len(packs)}
+            params, state.server = algorithm.server_update(
+                layout.views(state.params), state.server, aggregator.result(total), info
+            )
+            state.params = layout.fill(state.params, clone(params))
+            executor.broadcast(state.params, state.server)
+            rows += _traffic(round, packs, state, layout.nbytes)
+            if schedule.evaluates(round):
+                rows += _score_merged(round, executor, state, choice, generate, schedule)
+        else:
+            _choose_by_site(packs, rows, state, choice, copy_best)
+        state.round = round
+        on_round(round, rows)
+    return state
+
+
+def _settle(packs: list[Pack], reports: list[Report], state: State) -> None:
+    for report in reports:
+        for client, steps in report.steps.items():
+            state.steps[client] = state.steps.get(client, 0) + steps
+    for pack in packs:
+        for task in pack.tasks:
+            if task.write >= 0:
+                state.records.wrote(task.client, task.write)
+
+
+def _traffic(round: int, packs: list[Pack], state: State, nbytes: int) -> list[Row]:
+    out = []
+    for task in (t for p in packs for t in p.tasks):
+        step = state.steps[task.client]
+        out += [Row(round, step, "federated", task.name, "train", n, float(nbytes)) for n in ("bytes_up", "bytes_down")]
+    return out
+
+
+def merged_rows(round: int, step: int, scores: Scores, scope: str, name: Callable[[int], str]) -> list[Row]:
+    """Rows of a model that no client owns: on the shared rows, and on each site's own as `merged_...`."""
+    out = [Row(round, step, scope, None, "validation", n, v, w) for n, (v, w) in scores.values.items()]
+    for client, values in scores.sites.items():
+        out += [Row(round, step, scope, name(client), "site", f"merged_{n}", v, w) for n, (v, w) in values.items()]
+    return out
+
+
+def _score_merged(
+    round: int, executor: Executor, state: State, choice: Choice, generate: bool, schedule: Schedule
+) -> list[Row]:
+    scores = executor.score([Scoring("validation", generate=generate, sites=True)])[0]
+    step = max(state.steps.values())
+    value = scores.values[choice.metric][0]
+    if choice.better(value, state.best):
+        state.best, state.best_params = Chosen(value, round, step), state.params.clone()
+    return merged_rows(round, step, scores, "federated", schedule.name)
+
+
+def _choose_by_site(
+    packs: list[Pack], rows: list[Row], state: State, choice: Choice, copy_best: Callable[[int, int], None]
+) -> None:
+    for task in (t for p in packs for t in p.tasks):
+        name, step = None if task.client == CENTRAL else task.name, state.steps[task.client]
+        own = [
+            r
+            for r in rows
+            if r.client == name and r.split == "validation" and r.step == step and r.name == choice.metric
+        ]
+        if own and choice.better(own[-1].value, state.site_best.get(task.client)):
+            state.site_best[task.client] = Chosen(own[-1].value, task.round, step)
+            record = state.best_records.new()
+            copy_best(task.write, record)
+            state.best_records.wrote(task.client, record)
+
+
+def state_tensors(state: State, merges: bool) -> dict[str, Tensor]:
+    """The tensors of a checkpoint. Where nothing is merged, all that changes lies in the clients' records."""
+    out = {f"server.{n}": t for n, t in state.server.items()}
+    if merges:
+        out["params"] = state.params
+        if state.best_params is not None:
+            out["best"] = state.best_params
+    return out or {"empty": torch.zeros(1)}
+
+
+def state_info(state: State) -> dict[str, Any]:
+    """The rest of a checkpoint, for JSON."""
+    return {
+        "table": {str(c): r for c, r in state.records.table.items()},
+        "best_table": {str(c): r for c, r in state.best_records.table.items()},
+        "steps": {str(c): n for c, n in state.steps.items()},
+        "best": None if state.best is None else dataclasses.asdict(state.best),
+        "site_best": {str(c): dataclasses.asdict(b) for c, b in state.site_best.items()},
+    }
+
+
+def restore(state: State, infos: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+    """Bring a fresh state to the last of these checkpoints.
+
+    Args:
+        state: fresh; changed in place.
+        infos: what the kept checkpoints say, oldest first: the records they refer to stay untouched.
+        tensors: of the last one.
+    """
+    info = infos[-1]
+    tables = [{int(c): r for c, r in i["table"].items()} for i in infos]
+    best_tables = [{int(c): r for c, r in i["best_table"].items()} for i in infos]
+    state.records, state.best_records = Records(tables[-1], tables), Records(best_tables[-1], best_tables)
+    state.steps = {int(c): n for c, n in info["steps"].items()}
+    state.round = info["round"]
+    state.best = Chosen(**info["best"]) if info["best"] else None
+    state.site_best = {int(c): Chosen(**b) for c, b in info["site_best"].items()}
+    if "params" in tensors:
+        state.params.copy_(tensors["params"])
+    state.best_params = tensors.get("best")
+    for name, tensor in state.server.items():
+        tensor.copy_(tensors[f"server.{name}"])

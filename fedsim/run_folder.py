@@ -1,0 +1,197 @@
+"""Writing a run folder: configs and reports written whole, metrics appended, checkpoints that are complete or absent.
+
+A file is written beside its place, synced and renamed; a checkpoint counts once its small JSON file is there, which names
+the bytes of `metrics.jsonl` that belong to it and the hash of its tensors. Nothing in a run folder is a pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.errors import UserError
+from fedsim.types import Row
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    beside.replace(path)
+
+
+class RunFolder:
+    """One run's folder, `results/<experiment>/<run id>/`.
+
+    Args:
+        path: the folder; made if it is not there.
+
+    Raises:
+        UserError: if it cannot be written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._metrics = (path / "metrics.jsonl").open("ab")
+        except OSError as error:
+            raise UserError(
+                f"results: {str(path)!r} cannot be written to ({error.strerror}); give results=FOLDER"
+            ) from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file whole."""
+        write_atomic(self.path / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's content, or None where there is none."""
+        file = self.path / name
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file whole."""
+        write_atomic(self.path / name, text.encode())
+
+    def log(self, rows: Iterable[Row], seconds: float) -> None:
+        """Append metrics rows; they count once a checkpoint is committed after them."""
+        lines = [
+            json.dumps({**dataclasses.asdict(row), "seconds": round(seconds, 3)}, ensure_ascii=False) + "\n"
+            for row in rows
+        ]
+        self._metrics.write("".join(lines).encode())
+
+    def sync_metrics(self) -> int:
+        """Wait until all rows are on the disk; returns the file's length in bytes."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def cut_metrics(self, length: int) -> None:
+        """Drop rows after the last commit."""
+        self._metrics.flush()
+        os.truncate(self.path / "metrics.jsonl", length)
+        self._metrics.seek(length)
+
+    def close(self) -> None:
+        """Close the metrics file."""
+        self._metrics.close()
+
+    # ---------------------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(
+        self, mode: str, round: int, tensors: dict[str, Tensor], info: dict[str, Any], keep: int
+    ) -> None:
+        """Commit a round: its tensors, then the JSON file that makes it count; those before the last `keep` go."""
+        from safetensors.torch import save
+
+        folder = self.path / "checkpoints" / mode
+        data = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+        write_atomic(folder / f"round-{round:05d}.safetensors", data)
+        info = {
+            **info,
+            "round": round,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "metrics_bytes": self.sync_metrics(),
+        }
+        write_atomic(folder / f"round-{round:05d}.json", json.dumps(info).encode())
+        for old in sorted(folder.glob("round-*.json"))[:-keep]:
+            old.unlink()
+            old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+    def checkpoints(self, mode: str) -> list[dict[str, Any]]:
+        """What the mode's committed checkpoints say of themselves, oldest first; damaged ones are left out."""
+        out = []
+        for file in sorted((self.path / "checkpoints" / mode).glob("round-*.json")):
+            tensors = file.with_suffix(".safetensors")
+            try:
+                info = json.loads(file.read_text())
+                whole = hashlib.sha256(tensors.read_bytes()).hexdigest() == info["sha256"]
+            except (OSError, ValueError, KeyError):
+                whole = False
+            if whole:
+                out.append(info)
+        return out
+
+    def load_tensors(self, mode: str, round: int) -> dict[str, Tensor]:
+        """Tensors of a checkpoint."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / "checkpoints" / mode / f"round-{round:05d}.safetensors")
+
+
+def save_partition(folder: RunFolder, arrays: dict[str, np.ndarray]) -> None:
+    """Write `partition.npz`."""
+    import io
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomic(folder.path / "partition.npz", buffer.getvalue())
+
+
+def environment(devices: list[str], threads: int) -> dict[str, Any]:
+    """Where a run ran: commit, versions, devices; no host names and no paths."""
+    import platform
+    import subprocess
+    from importlib.metadata import PackageNotFoundError, version
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    versions = {}
+    for name in (
+        "fedsim-llm",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "numpy",
+        "scipy",
+        "pandas",
+        "gguf",
+        "safetensors",
+    ):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    status = git("status", "--porcelain")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+        "devices": devices,
+        "threads": threads,
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

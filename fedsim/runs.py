@@ -1,0 +1,402 @@
+"""Reading run folders: what ran, every metrics row as one DataFrame, the partition report, the summary table.
+
+A run folder is `results/<experiment>/<run id>/` with `config.yaml` and an append-only `metrics.jsonl`; reading it needs
+no torch. `traces` turns one run's rows into curves on an axis of rounds, which `fedsim.plots` draws.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from fedsim.errors import UserError
+
+COLUMNS = ("round", "step", "scope", "client", "split", "name", "value", "weight", "seconds")
+SCOPES = ("local", "federated", "central")
+PathLike = str | os.PathLike[str]
+
+
+def find_runs(path: PathLike | Iterable[PathLike]) -> list[Path]:
+    """The run folders at or below the paths, each once, in sorted order under each path.
+
+    Raises:
+        UserError: a path does not exist, or no run (`config.yaml` beside `metrics.jsonl`) is in it.
+    """
+    found: dict[Path, Path] = {}
+    for root in [path] if isinstance(path, (str, os.PathLike)) else list(path):
+        if not Path(root).is_dir():
+            raise UserError(f"no folder {str(root)!r}; give a run folder, an experiment's folder or the results root")
+        below = []
+        for folder, subfolders, files in os.walk(root):
+            if "config.yaml" in files and "metrics.jsonl" in files:
+                below.append(Path(folder))
+                subfolders.clear()  # a run's checkpoints and figures hold no further runs
+        if not below:
+            raise UserError(f"no run in {str(root)!r}: no folder there holds both config.yaml and metrics.jsonl")
+        for run in sorted(below):
+            found.setdefault(run.resolve(), run)
+    if not found:
+        raise UserError("no run given: name at least one run folder, experiment's folder or results root")
+    return list(found.values())
+
+
+def load_runs(path: PathLike | Iterable[PathLike], names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Every metrics row of the runs at or below `path`, with run, experiment and the config beside it.
+
+    Args:
+        path: a run folder, an experiment's folder, the results root, or several of these.
+        names: keep only rows whose `name` is one of these (`["accuracy", "loss"]`); None keeps all.
+
+    Returns:
+        One row per metrics row: `round`, `step` (Int64), `scope`, `client` (object, None for the merged or central
+        model), `split`, `name`, `value`, `weight`, `seconds` (float64), `run`, `experiment`, and each config value
+        under its dotted key (`partition.alpha`); lists as JSON strings, numbers as numbers, all else categorical.
+        Where a resumed run logged a row again, the later one holds.
+
+    Raises:
+        UserError: a missing path, no run in it, a damaged file (with its line), or a name that no run recorded.
+    """
+    folders = find_runs(path)
+    configs = [_config(folder) for folder in folders]
+    frames = [_metrics(folder / "metrics.jsonl") for folder in folders]
+    if names is not None:
+        known = sorted({str(name) for frame in frames for name in frame["name"].unique()})
+        for name in names:
+            if name not in known:
+                raise UserError(f"no metric {name!r} in these runs; recorded: {', '.join(known) or 'nothing'}")
+        frames = [frame[frame["name"].isin(list(names))] for frame in frames]
+    lengths = [len(frame) for frame in frames]
+    table = pd.concat(frames, ignore_index=True)
+    columns: dict[str, Any] = {key: table[key] for key in COLUMNS}
+    for key in ("scope", "split", "name"):
+        columns[key] = table[key].astype("category")
+    ids = [folder.resolve().name for folder in folders]
+    labels = [str(folder) if ids.count(run) > 1 else run for run, folder in zip(ids, folders, strict=True)]
+    columns["run"] = _repeat(labels, lengths)  # copies of one run in several places stay apart
+    columns["experiment"] = _repeat([_experiment(c, f) for c, f in zip(configs, folders, strict=True)], lengths)
+    flat = [_flatten(config) for config in configs]
+    for key in dict.fromkeys(key for one in flat for key in one):
+        if key not in columns:  # the config's own `name` is the column `experiment`
+            columns[key] = _repeat([one.get(key) for one in flat], lengths)
+    return pd.DataFrame(columns)
+
+
+def list_runs(path: PathLike | Iterable[PathLike]) -> pd.DataFrame:
+    """One row per run at or below `path`.
+
+    Returns:
+        Columns `experiment`, `run`, `state` (from status.json, else "unknown"), `modes`, `rounds_done` (by the mode
+        that is furthest behind), `rounds` (planned), `metric` (the run's `best.metric`), `best_local` (mean over sites
+        of each site's best), `best_federated`, `best_central` (validation, NaN where there is none), `path`.
+
+    Raises:
+        UserError: as `load_runs`.
+    """
+    rows = []
+    for folder in find_runs(path):
+        config, df = _config(folder), _metrics(folder / "metrics.jsonl")
+        best = config.get("best") or {}
+        metric = str(best.get("metric", "accuracy"))
+        sign = 1.0 if str(best.get("mode", _mode(metric))) == "max" else -1.0
+        scored = _trained(df[(df["split"] == "validation") & (df["name"] == metric)])
+        modes = list(config.get("modes") or [scope for scope in SCOPES if (df["scope"] == scope).any()])
+        bests, done = {}, []
+        for scope in SCOPES:
+            own = rows_of(scored, scope)
+            by_client = (sign * own["value"]).groupby(own["client"], dropna=False).max()
+            bests[f"best_{scope}"] = sign * float(by_client.mean()) if len(by_client) else float("nan")
+            if scope in modes:
+                rounds = rows_of(df, scope)["round"]
+                done.append(int(rounds.max()) if rounds.notna().any() else 0)
+        rows.append(
+            {"experiment": _experiment(config, folder), "run": folder.resolve().name, "state": _state(folder)}
+            | {"modes": ", ".join(modes), "rounds_done": min(done, default=0), "rounds": config.get("rounds")}
+            | {"metric": metric, **bests, "path": str(folder)}
+        )
+    return pd.DataFrame(rows)
+
+
+def load_partition(run: PathLike) -> dict[str, Any]:
+    """The partition report (`partition.json`) of one run folder.
+
+    Raises:
+        UserError: there is none, or it is not JSON.
+    """
+    file = Path(run) / "partition.json"
+    if not file.is_file():
+        raise UserError(f"no partition report {str(file)!r}; give the folder of a run that has built its partition")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); run the experiment again to write it anew") from None
+
+
+def summary(df: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
+    """The table that closes a run: each site alone, their mean, federated, central.
+
+    Args:
+        df: rows from `load_runs`; with several runs a column `run` comes first.
+        metric: "accuracy", "loss", "exact_match" or any other recorded name.
+
+    Returns:
+        Columns `model`, `validation (last)`, `validation (best)` (over all evaluated after training began), `site` (own
+        validation rows, last; the mean over sites for the merged model), `test` (the best model's), `steps` (optimiser
+        steps, Int64). NaN where nothing was recorded. The mean over sites is unweighted.
+
+    Raises:
+        UserError: no run recorded the metric.
+    """
+    require_metric(df, metric)
+    blocks = []
+    for run, rows in df.groupby("run", sort=False, observed=True):
+        block = pd.DataFrame(_summary_rows(rows, metric))
+        if df["run"].nunique() > 1:
+            block.insert(0, "run", str(run))
+        blocks.append(block)
+    return pd.concat(blocks, ignore_index=True).astype({"steps": "Int64"})
+
+
+def _summary_rows(df: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
+    best_max = mode_of(df, metric) == "max"
+
+    def line(model: str, rows: pd.DataFrame, site: pd.DataFrame, test: pd.DataFrame) -> dict[str, Any]:
+        scored = _trained(rows[(rows["name"] == metric) & (rows["split"] == "validation")])["value"].dropna()
+        last = scored.iloc[-1] if len(scored) else np.nan
+        best = (scored.max() if best_max else scored.min()) if len(scored) else np.nan
+        return {
+            "model": model,
+            "validation (last)": float(last),
+            "validation (best)": float(best),
+            "site": _mean_of_last(site),
+            "test": _mean_of_last(test),
+            "steps": rows["step"].max(),
+        }
+
+    table = []
+    local = rows_of(df, "local")
+    for client, rows in local.groupby("client", sort=False):
+        named = rows[rows["name"] == metric]
+        table.append(line(f"local {client}", rows, named[named["split"] == "site"], named[named["split"] == "test"]))
+    if table:
+        sites = pd.DataFrame(table)
+        table.append(
+            {"model": "local mean", **sites.drop(columns=["model", "steps"]).mean(), "steps": sites["steps"].max()}
+        )
+    for scope in ("federated", "central"):
+        rows = rows_of(df, scope)
+        if rows.empty:
+            continue
+        both = df[(df["scope"] == scope) & (df["split"] == "site")]
+        site = both[both["name"] == (f"merged_{metric}" if scope == "federated" else metric)]
+        table.append(line(scope, rows, site, rows[(rows["name"] == metric) & (rows["split"] == "test")]))
+    return table
+
+
+def mode_of(df: pd.DataFrame, metric: str) -> str:
+    """ "max" or "min": which way the metric is better; the config's `best.mode` where `best.metric` is this metric."""
+    if "best.metric" in df and "best.mode" in df:
+        said = df.loc[df["best.metric"] == metric, "best.mode"].dropna()
+        if len(said):
+            return str(said.iloc[0])
+    return _mode(metric)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """One run's curves. Every curve is float64 [points, 2]: position on the axis of rounds, value.
+
+    Position 0 is before training, 2 the end of round 2, 1.5 the middle of round 2 by optimiser steps of that model.
+    `clients[r]` are the cohort's curves inside round r; each opens with the merged model the round started from.
+    """
+
+    local: dict[str, np.ndarray]
+    clients: dict[int, list[np.ndarray]]
+    merged: np.ndarray
+    central: np.ndarray
+
+
+def traces(df: pd.DataFrame, metric: str = "accuracy", split: str = "validation") -> Traces:
+    """The curves of one run on the axis of rounds, from its rows in `load_runs`' table.
+
+    With split "site" the merged model's value is the mean over sites of its `merged_<metric>` rows.
+    """
+    df = df.assign(position=_positions(df))
+    df = df[(df["split"] == split) & df["value"].notna() & df["position"].notna()]
+    rows = df[df["name"] == metric]
+    merged = _curve(rows_of(rows, "federated"))
+    if split == "site":
+        named = df[(df["scope"] == "federated") & (df["name"] == f"merged_{metric}")]
+        merged = _curve(named.assign(position=named["round"].astype(float)))
+    start = {int(at): value for at, value in merged}
+    clients: dict[int, list[np.ndarray]] = {}
+    inside = rows[(rows["scope"] == "federated") & rows["client"].notna() & (rows["round"] > 0)]
+    for (number, _), part in inside.groupby(["round", "client"], sort=True):
+        curve = _curve(part)
+        if number - 1 in start:
+            curve = np.vstack([[number - 1, start[number - 1]], curve])
+        clients.setdefault(int(number), []).append(curve)
+    local = {str(client): _curve(part) for client, part in rows_of(rows, "local").groupby("client", sort=False)}
+    return Traces(local, clients, merged, _curve(rows_of(rows, "central")))
+
+
+def _curve(rows: pd.DataFrame) -> np.ndarray:
+    at, place = np.unique(rows["position"].to_numpy(float), return_inverse=True)
+    return np.column_stack([at, np.bincount(place, rows["value"].to_numpy(float)) / np.bincount(place)])
+
+
+def round_ends(df: pd.DataFrame, scope: str) -> pd.Series:
+    """Optimiser steps at each round's end (index: round, from 0) in one run's scope: the merged model's, else the
+    furthest client's.
+    """
+    rows = df[(df["scope"] == scope) & df["step"].notna()]
+    furthest = rows.groupby("round")["step"].max().astype(float)
+    stated = rows_of(rows, scope).groupby("round")["step"].max().astype(float)
+    return pd.concat([pd.Series({0: 0.0}), stated.combine_first(furthest).drop(0, errors="ignore")])
+
+
+def _positions(df: pd.DataFrame) -> np.ndarray:
+    """Where each row of one run lies on the axis of rounds, float64 [rows]: round - 1 + the part of its steps done."""
+    keys = ["scope", "client", "round"]
+    rows = df[["scope", "client", "round", "step"]].astype({"scope": object, "round": float, "step": float})
+    rows["client"] = rows["client"].where(rows["client"].notna() & (rows["scope"] != "central"), "")
+    ends = rows.groupby(keys)["step"].max().rename("end").reset_index()
+    before = ends.groupby(["scope", "client"])[["round", "end"]].shift().fillna(0.0)
+    # Rounds without a row in between are taken to have been equally long ...
+    ends["start"] = ends["end"] - (ends["end"] - before["end"]) / (ends["round"] - before["round"]).clip(lower=1.0)
+    # ... but a federated client may have sat them out: only one in step with the merged model trained in all of them.
+    merged = round_ends(df, "federated")
+    at, steps = merged.index.to_numpy(float), merged.to_numpy(float)
+    in_step = ends["end"] == np.interp(ends["round"], at, steps)
+    start = np.where(in_step, np.interp(ends["round"] - 1.0, at, steps), before["end"])
+    ends["start"] = np.where(ends["scope"] == "federated", start, ends["start"])
+    rows = rows.merge(ends, on=keys, how="left")
+    length = (rows["end"] - rows["start"]).to_numpy(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        part = np.where(length > 0, (rows["step"] - rows["start"]).to_numpy(float) / length, 1.0)
+    number = rows["round"].to_numpy(float)
+    return np.round(np.where(number == 0, 0.0, number - 1.0 + np.clip(part, 0.0, 1.0)), 9)
+
+
+def rows_of(df: pd.DataFrame, scope: str) -> pd.DataFrame:
+    """A scope's models that are kept: the sites of `local`, the merged model of `federated`, the one of `central`."""
+    rows = df[df["scope"] == scope]
+    return rows if scope == "central" else rows[rows["client"].notna() == (scope == "local")]
+
+
+def _trained(df: pd.DataFrame) -> pd.DataFrame:
+    return df[df["round"] > 0]
+
+
+def _mean_of_last(rows: pd.DataFrame) -> float:
+    last = rows.dropna(subset=["value"]).groupby("client", dropna=False)["value"].last()
+    return float(last.mean()) if len(last) else float("nan")
+
+
+def _mode(metric: str) -> str:
+    return "min" if metric.endswith(("loss", "perplexity")) else "max"
+
+
+def require_metric(df: pd.DataFrame, metric: str, split: str | None = None) -> None:
+    """Raise a UserError that lists what was recorded if no row (of the split) has this name."""
+    rows = df if split is None else df[df["split"] == split]
+    if not (rows["name"] == metric).any():
+        known = ", ".join(sorted(rows["name"].astype(str).unique())) or "nothing"
+        where = "these rows" if split is None else f"split {split!r}"
+        raise UserError(f"no metric {metric!r} in {where}; recorded: {known}")
+
+
+def _metrics(file: Path) -> pd.DataFrame:
+    lines = file.read_bytes().decode("utf-8", errors="replace").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if lines and _problem(lines[-1]):
+        warnings.warn(f"{file}: the last line ({len(lines)}) is torn and left out", stacklevel=3)
+        lines.pop()
+    try:
+        rows = json.loads(f"[{','.join(lines)}]")  # one call for all lines: several times faster than one a line
+        data: dict[str, Any] = {key: [row.get(key) for row in rows] for key in COLUMNS}
+        frame = pd.DataFrame(
+            {key: pd.array(data[key], dtype="Int64") for key in ("round", "step")}
+            | {key: pd.Series(data[key], dtype=object) for key in ("scope", "client", "split", "name")}
+            | {key: np.array(data[key], dtype=np.float64) for key in ("value", "weight", "seconds")}
+        )[list(COLUMNS)]
+        sound = len(rows) == len(lines) and frame[["round", "scope", "split", "name"]].notna().all(axis=None)
+    except (ValueError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        for number, text in enumerate(lines, start=1):
+            if problem := _problem(text):
+                raise UserError(f"{file}, line {number}: {problem}; mend or delete this line")
+        raise UserError(f"{file}: not a metrics file; every line must be one JSON object with {', '.join(COLUMNS)}")
+    return frame.drop_duplicates(["round", "step", "scope", "client", "split", "name"], keep="last", ignore_index=True)
+
+
+def _problem(text: str) -> str | None:
+    try:
+        row = json.loads(text)
+    except ValueError:
+        return "not JSON"
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for key in ("scope", "split", "name"):
+        if not isinstance(row.get(key), str):
+            return f"{key} is {row.get(key)!r}, not a string"
+    for key in ("round", "step", "value", "weight", "seconds"):
+        kinds = (int,) if key in ("round", "step") else (int, float)
+        if not isinstance(row.get(key), kinds) and (key == "round" or row.get(key) is not None):
+            return f"{key} is {row.get(key)!r}, not a number"
+    return None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{folder / 'config.yaml'}: not YAML ({why}); restore the file") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.yaml'}: holds no sections; restore the file")
+    return config
+
+
+def _experiment(config: dict[str, Any], folder: Path) -> str:
+    return str(config.get("name") or folder.resolve().parent.name)
+
+
+def _state(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "status.json").read_text(encoding="utf-8"))["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, (list, dict)) else value
+    return flat
+
+
+def _repeat(values: list[Any], lengths: list[int]) -> Any:
+    """One value a run, spread over its rows: a number column where all are numbers, else categorical."""
+    if all(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in values):
+        if any(value is not None for value in values):
+            whole = all(isinstance(value, int) for value in values)
+            return np.repeat(np.array(values, dtype=np.int64 if whole else np.float64), lengths)
+    elif all(isinstance(value, bool) for value in values):
+        return np.repeat(np.array(values, dtype=bool), lengths)
+    kinds = list(dict.fromkeys(value for value in values if value is not None))
+    codes = [-1 if value is None else kinds.index(value) for value in values]
+    return pd.Categorical.from_codes(np.repeat(codes, lengths), categories=pd.Index(kinds, dtype=object))

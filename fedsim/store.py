@@ -1,0 +1,99 @@
+"""Client state that outlives a round, in one memory-mapped file of equal records.
+
+A record is a flat vector: the algorithm's client state, then the optimiser's moments. Only clients that have been seen
+have records, so a million clients cost nothing until they take part. Workers map the record they were told to read and
+the one they were told to write; parameters never travel through a pickle. A round writes into a record that no
+checkpoint refers to, so what a checkpoint refers to is never half-written.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+class Store:
+    """Records of `width` elements in the file at `path`; opening it twice, from any process, sees the same records."""
+
+    def __init__(self, path: Path, width: int, dtype: torch.dtype) -> None:
+        self.path, self.width, self.dtype = path, width, dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a record."""
+        return self.width * self.dtype.itemsize
+
+    def read(self, record: int) -> Tensor:
+        """A copy of a record, `[width]`, on the CPU."""
+        return torch.from_numpy(np.array(self._map(record, "r")))
+
+    def write(self, record: int, *parts: Tensor) -> None:
+        """Fill a record with these vectors, end to end; the file grows as needed."""
+        end = (record + 1) * self.nbytes
+        if not self.path.exists() or self.path.stat().st_size < end:
+            with open(self.path, "ab") as handle:
+                os.truncate(handle.fileno(), max(end, os.fstat(handle.fileno()).st_size))
+        view, start = self._map(record, "r+"), 0
+        for part in parts:
+            view[start : start + part.numel()] = part.detach().cpu().numpy()
+            start += part.numel()
+        assert start == self.width, f"a record has {self.width} elements, got {start}"
+        view.flush()
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        if self.path.exists():
+            with open(self.path, "rb") as handle:
+                os.fsync(handle.fileno())
+
+    def _map(self, record: int, mode: str) -> np.memmap:
+        return np.memmap(
+            self.path, dtype=_NUMPY[self.dtype], mode=mode, offset=record * self.nbytes, shape=(self.width,)
+        )
+
+
+class Records:
+    """Which record holds which client's state: what the last checkpoint refers to, and what the rounds since wrote.
+
+    Lives in the main process; a checkpoint saves `table`.
+    """
+
+    def __init__(self, table: dict[int, int] | None = None, committed: list[dict[int, int]] | None = None) -> None:
+        self.table: dict[int, int] = dict(table or {})  # client -> record of its newest state
+        self._kept: list[set[int]] = [set(t.values()) for t in committed or []]
+        used = set(self.table.values()).union(*self._kept)
+        self._next = max(used, default=-1) + 1
+        self._free = sorted(set(range(self._next)) - used)
+
+    def read(self, client: int) -> int:
+        """The record of the client's newest state, or -1 where it has none."""
+        return self.table.get(client, -1)
+
+    def new(self) -> int:
+        """A record that nothing refers to."""
+        if self._free:
+            return self._free.pop(0)
+        self._next += 1
+        return self._next - 1
+
+    def wrote(self, client: int, record: int) -> None:
+        """The client's newest state is now in `record`; its former one is free unless a checkpoint refers to it."""
+        former = self.table.get(client)
+        self.table[client] = record
+        if former is not None and not any(former in kept for kept in self._kept):
+            self._free.append(former)
+
+    def commit(self, keep: int) -> None:
+        """A checkpoint refers to the table as it is; those before the last `keep` no longer hold records."""
+        self._kept.append(set(self.table.values()))
+        dropped = self._kept[:-keep]
+        self._kept = self._kept[-keep:]
+        alive = set(self.table.values()).union(*self._kept)
+        gone = set().union(*dropped) - alive if dropped else set()
+        self._free = sorted(set(self._free) | gone)

@@ -1,0 +1,1 @@
+"""Training a pack of clients on one device."""

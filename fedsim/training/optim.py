@@ -1,0 +1,102 @@
+"""The optimiser of a client over one flat vector of parameters: torch's own, with a schedule and state that can be kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Hyperparameters; see the keys of the same names under `local`."""
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    momentum: float
+    clip: float | None
+    schedule: str
+    warmup: int
+    min_lr: float
+
+    @property
+    def num_moments(self) -> int:
+        """Vectors of state beside the parameters: 2 for AdamW, 1 for SGD with momentum, else 0."""
+        return 2 if self.optimizer == "adamw" else int(self.momentum > 0)
+
+    def lr_at(self, step: int, horizon: int) -> float:
+        """Learning rate of a step, counted from 0; as transformers' `cosine_with_min_lr`, but flat after the horizon.
+
+        Linear from 0 over `warmup` steps; then lr, or
+        min_lr + (lr - min_lr) (1 + cos(pi p)) / 2 with p = (step - warmup) / (horizon - warmup), at most 1.
+        """
+        if step < self.warmup:
+            return self.lr * step / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        progress = min(1.0, (step - self.warmup) / max(1, horizon - self.warmup))
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class FlatOptimizer:
+    """torch's AdamW or SGD on one vector that holds all trained parameters: elementwise rules do not see the difference.
+
+    Args:
+        optim: hyperparameters.
+        flat: the parameters, `[N]`; updated in place.
+        grad: their gradient, `[N]`; filled by the backward pass.
+    """
+
+    def __init__(self, optim: Optim, flat: Tensor, grad: Tensor) -> None:
+        self.optim = optim
+        self.parameter = nn.Parameter(flat, requires_grad=True)
+        self.parameter.grad = grad
+        self.moments = [torch.zeros_like(flat) for _ in range(optim.num_moments)]
+        # The fused kernels round scalars to float32, which would be the largest error of a float64 run.
+        fused = flat.device.type == "cuda" and flat.dtype == torch.float32
+        if optim.optimizer == "adamw":
+            self.torch: torch.optim.Optimizer = torch.optim.AdamW(
+                [self.parameter],
+                lr=optim.lr,
+                betas=optim.betas,
+                eps=optim.eps,
+                weight_decay=optim.weight_decay,
+                fused=fused,
+            )
+        else:
+            self.torch = torch.optim.SGD(
+                [self.parameter], lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused
+            )
+
+    def reset(self, steps_done: int, moments: Tensor | None) -> None:
+        """Begin a client's round: fresh, or with the moments of its `steps_done` steps so far.
+
+        Args:
+            steps_done: optimiser steps behind these moments; AdamW's bias correction needs the count.
+            moments: the moments end to end, `[num_moments * N]`, or None for a fresh start.
+        """
+        size = self.parameter.numel()
+        for i, moment in enumerate(self.moments):
+            if moments is None:
+                moment.zero_()
+            else:
+                moment.copy_(moments[i * size : (i + 1) * size])
+        state = self.torch.state[self.parameter]
+        state.clear()
+        if self.optim.optimizer == "adamw":
+            step = torch.tensor(float(steps_done if moments is not None else 0), device=self.parameter.device)
+            state.update(step=step, exp_avg=self.moments[0], exp_avg_sq=self.moments[1])
+        elif self.moments:
+            state.update(momentum_buffer=self.moments[0])
+
+    def step(self, lr: float) -> None:
+        """Clip the gradient to the norm limit and take one step."""
+        if self.optim.clip is not None:
+            nn.utils.clip_grad_norm_([self.parameter], self.optim.clip)
+        self.torch.param_groups[0]["lr"] = lr
+        self.torch.step()

@@ -1,0 +1,125 @@
+"""Records that travel between the round loop, the executors and the trainers. All of them pickle in a few bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's work in one round.
+
+    Attributes:
+        client: the client's number, or -1 for the centralised client that holds every row.
+        name: its id as the user reads it.
+        round: the round, from 1.
+        steps: optimiser steps to do, or None for `epochs` passes.
+        steps_done: optimiser steps the client has done before this round.
+        schedule_from: place of its first step in a schedule over the run.
+        horizon: optimiser steps of that schedule where the config gives none.
+        weight: its weight in the mean.
+        read: record of the client's stored state to start from, or -1 for a fresh start.
+        write: record to leave its state in, or -1 to leave none.
+    """
+
+    client: int
+    name: str
+    round: int
+    steps: int | None
+    steps_done: int
+    schedule_from: int
+    horizon: int
+    weight: float
+    read: int = -1
+    write: int = -1
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Clients trained together on one device; each takes a lane.
+
+    Attributes:
+        index: place in the round: partial sums are merged in this order, whoever made them.
+        mode: local | federated | central.
+        tasks: one per lane.
+        evaluate: whether the clients are scored at the end of the round.
+        tokens: expected work in tokens, for scheduling and progress.
+    """
+
+    index: int
+    mode: str
+    tasks: tuple[Task, ...]
+    evaluate: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metrics row, less the wall-clock seconds that the run adds: see `docs/architecture.md`, "A run folder"."""
+
+    round: int
+    step: int
+    scope: str
+    client: str | None
+    split: str
+    name: str
+    value: float
+    weight: float = 1.0
+
+
+@dataclass
+class Report:
+    """What comes back from a pack beside its partial sum.
+
+    Attributes:
+        index: the pack's.
+        rows: metrics rows.
+        steps: optimiser steps done, by client number.
+        weight: sum of the weights in the partial sum.
+        tokens: tokens trained on.
+        seconds: wall-clock of the pack.
+    """
+
+    index: int
+    rows: list[Row] = field(default_factory=list)
+    steps: dict[int, int] = field(default_factory=dict)
+    weight: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A request to score parameters that lie in the shared buffer, or in a client's record.
+
+    Attributes:
+        split: validation | test.
+        record: record whose parameters are scored, or -1 for the shared buffer.
+        store: which store the record is in.
+        generate: also generate answers and compare them.
+        sites: also score each site's own validation rows.
+    """
+
+    split: str
+    record: int = -1
+    store: str = ""
+    generate: bool = False
+    sites: bool = False
+
+
+@dataclass
+class Scores:
+    """Sums over the rows of a split, divided once at the end.
+
+    Attributes:
+        values: metric name -> (value, rows it rests on).
+        sites: client number -> the same, on that site's own rows.
+        predictions: predicted class by row of the split, or None where there are no classes.
+        tokens: answer tokens scored.
+    """
+
+    values: dict[str, tuple[float, float]]
+    sites: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    predictions: Any = None
+    tokens: int = 0
