@@ -168,7 +168,7 @@ def prepare(exp: Experiment, *, tokenize: bool = True) -> Parts:
                 template=template,
                 tokenizer=tokenizer,
                 task=exp.model.task,
-                label_words=words,
+                label_words=source.labels if exp.model.task == "sequence_classification" else words,
                 max_length=exp.data.max_length,
                 too_long=exp.data.too_long,
                 split=name,

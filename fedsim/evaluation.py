@@ -18,6 +18,9 @@ from fedsim.models.forward import Net
 from fedsim.types import Scores
 
 
+_FEW_CLASSES = 20  # with more of them, counts by class would be most of a run's metrics
+
+
 @dataclass
 class RowScores:
     """What is known of each row of a split, n rows.
@@ -85,12 +88,15 @@ def score_rows(
     return RowScores(rows, nll, count, predicted, exact)
 
 
-def summarise(scores: RowScores, labels: np.ndarray, rows: np.ndarray | None = None) -> dict[str, tuple[float, float]]:
+def summarise(scores: RowScores, tokens: Tokens, rows: np.ndarray | None = None) -> dict[str, tuple[float, float]]:
     """Metric name -> (value, rows it rests on), over all scored rows or the given row numbers.
+
+    Beside loss, accuracy and exact match there is `predicted:WORD`, how many rows were predicted to be of each class: it
+    shows at once that a site without a class never answers it.
 
     Args:
         scores: of a split.
-        labels: class of every row of the split, int64.
+        tokens: the split.
         rows: row numbers to look at.
     """
     chosen = np.arange(len(scores.rows)) if rows is None else np.nonzero(np.isin(scores.rows, rows))[0]
@@ -99,16 +105,20 @@ def summarise(scores: RowScores, labels: np.ndarray, rows: np.ndarray | None = N
     n = float(len(chosen))
     out = {"loss": (float(scores.nll[chosen].sum() / scores.count[chosen].sum()), n)}
     if scores.predicted is not None:
-        out["accuracy"] = (float((scores.predicted[chosen] == labels[scores.rows[chosen]]).mean()), n)
+        predicted = scores.predicted[chosen]
+        out["accuracy"] = (float((predicted == tokens.labels.numpy()[scores.rows[chosen]]).mean()), n)
+        if len(tokens.words) <= _FEW_CLASSES:
+            counts = np.bincount(predicted, minlength=len(tokens.words))
+            out |= {f"predicted:{w}": (float(c), n) for w, c in zip(tokens.words, counts, strict=True)}
     if scores.exact is not None:
         out["exact_match"] = (float(scores.exact[chosen].mean()), n)
     return out
 
 
-def to_scores(rows: RowScores, labels: np.ndarray, sites: dict[int, np.ndarray] | None = None) -> Scores:
+def to_scores(rows: RowScores, tokens: Tokens, sites: dict[int, np.ndarray] | None = None) -> Scores:
     """The sums that travel: over the whole split, and over each site's own rows where `sites` gives them."""
-    by_site = {c: summarise(rows, labels, own) for c, own in (sites or {}).items() if len(own)}
-    return Scores(summarise(rows, labels), by_site, rows.predicted, int(rows.count.sum()))
+    by_site = {c: summarise(rows, tokens, own) for c, own in (sites or {}).items() if len(own)}
+    return Scores(summarise(rows, tokens), by_site, rows.predicted, int(rows.count.sum()))
 
 
 def _num_classes(net: Net) -> int:

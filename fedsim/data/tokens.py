@@ -81,6 +81,7 @@ class Tokens:
         labels: int64 `[n]`, class of each row, -1 where there are no classes.
         pad_id: the pad token.
         is_classes: True for sequence classification.
+        words: names of the classes in order; empty where there are none.
         candidates: tokens of each label word, without end-of-text, for scoring a causal LM; None without label words.
         answers: answer texts by row, for exact match.
         left_out: rows that are not trained or scored on, and why: {"too long": [...], "empty answer": [...]}.
@@ -93,6 +94,7 @@ class Tokens:
     labels: Tensor
     pad_id: int
     is_classes: bool
+    words: list[str] = field(default_factory=list)
     candidates: list[list[int]] | None = None
     answers: list[str] = field(default_factory=list)
     left_out: dict[str, list[int]] = field(default_factory=dict)
@@ -149,7 +151,7 @@ def encode(
         template: see `Template`.
         tokenizer: the base's.
         task: causal_lm | sequence_classification.
-        label_words: names of the classes in order, where the answer is one of them.
+        label_words: names of the classes in order, where the answer or the head is for one of them.
         max_length: most tokens of a row, answer and end-of-text included.
         too_long: truncate | drop | error.
         split: its name, for messages.
@@ -163,7 +165,7 @@ def encode(
         cut = parsed.fields[-1] == "label"
         texts = [parsed.split(r)[0] if cut else parsed.text(r) for r in rows]
         sequences = tokenizer(texts)["input_ids"] if texts else []
-        prompts, answers, candidates = [len(s) for s in sequences], [[] for _ in sequences], None
+        answers, candidates = [[] for _ in sequences], None
         answer_texts: list[str] = []
         limit = max_length
     else:
@@ -172,7 +174,7 @@ def encode(
         encoded = _encode_answers(tokenizer, sorted({a for _, a in pairs}), anchor)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         sequences = _without_end(tokenizer, tokenizer([p for p, _ in pairs])["input_ids"]) if pairs else []
-        prompts, answers = [len(s) for s in sequences], [encoded[a] + end for _, a in pairs]
+        answers = [encoded[a] + end for _, a in pairs]
         answer_texts = [a for _, a in pairs]
         candidates = None
         if label_words is not None:
@@ -209,6 +211,7 @@ def encode(
         labels=torch.from_numpy(classes.copy()),
         pad_id=tokenizer.pad_token_id,
         is_classes=task == "sequence_classification",
+        words=list(label_words or []),
         candidates=candidates,
         answers=answer_texts,
         left_out=left_out,

@@ -261,7 +261,7 @@ class SoloTrainer:
             tokenizer=tokenizer,
             max_new_tokens=self.recipe.max_new_tokens,
         )
-        return to_scores(rows, tokens.labels.numpy(), own)
+        return to_scores(rows, tokens, own)
 
     def score(self, request: Scoring, weights: Tensor) -> Scores:
         """Score the global parameters `weights` (flat `[N]`), or those that open a record."""

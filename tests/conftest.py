@@ -1,0 +1,195 @@
+"""A small laboratory for the tests that run experiments: few rows, models of a few thousand parameters, plain loaders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+LABELS = ["negative", "neutral", "positive"]
+COUNTS = {"train": (12, 28, 20), "validation": (6, 10, 8), "test": (4, 6, 5)}  # rows per class
+TEMPLATE = "{sentence} sentiment: {label}"
+WIDTH, LAYERS, HEADS = 32, 2, 2
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` over `into`, section by section; a section whose `name` changes starts afresh."""
+    out = dict(into)
+    for key, value in new.items():
+        same = isinstance(value, dict) and isinstance(out.get(key), dict)
+        if same and value.get("name", out[key].get("name")) == out[key].get("name"):
+            out[key] = {**out[key], **value}
+        else:
+            out[key] = value
+    return out
+
+
+def _config(kind: str) -> Any:
+    import transformers as tf
+
+    size = {"vocab_size": 1536, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    wide = {**size, "intermediate_size": 2 * WIDTH, **ends}
+    if kind == "llama":
+        return tf.LlamaConfig(**wide, max_position_embeddings=256, tie_word_embeddings=True)
+    if kind == "phi":  # fused projections and unfused ones in one family: phi has q, k, v and a `dense` output
+        return tf.PhiConfig(**wide, max_position_embeddings=256)
+    if kind == "gpt_neox":
+        return tf.GPTNeoXConfig(**wide, max_position_embeddings=256)
+    if kind == "bert":
+        return tf.BertConfig(**wide, max_position_embeddings=256, num_labels=len(LABELS))
+    if kind == "opt":
+        return tf.OPTConfig(**size, **ends, ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH, max_position_embeddings=256)
+    if kind == "gpt2":
+        return tf.GPT2Config(vocab_size=1536, n_positions=256, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, **ends)
+    raise KeyError(kind)
+
+
+class Lab:
+    """Where a test's experiments run.
+
+    Attributes:
+        root: folder of the test.
+        rows: split -> [(sentence, label)], in the order of the data files.
+    """
+
+    def __init__(self, root: Path, shared: Path, rows: dict[str, list[tuple[str, str]]]) -> None:
+        self.root, self.shared, self.rows = root, shared, rows
+
+    def base(self, kind: str) -> str:
+        """Folder of a random model of 32 features and 2 layers, with the tokenizer of `tiny`.
+
+        Every parameter is moved off its initial value, so that no bias or gain starts at 0 or 1 and no gradient
+        vanishes for a reason a real model does not have.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+        from fedsim.models.base import TINY
+
+        folder = self.shared / kind
+        if not folder.is_dir():
+            auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(11)
+                model = auto.from_config(_config(kind))
+                for parameter in model.parameters():
+                    parameter.data += 0.08 * torch.randn_like(parameter)
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+        return str(folder)
+
+    def tree(self, **sections: Any) -> dict[str, Any]:
+        """The nested dict of a small experiment in float64, with these sections changed."""
+        data = {f: str(self.shared / f"{n}.jsonl") for f, n in zip(("path", "validation", "test"), COUNTS, strict=True)}
+        tree = {
+            "name": "lab",
+            "seed": 3,
+            "results": str(self.root / "results"),
+            "rounds": 1,
+            "modes": ["federated"],
+            "model": {"path": self.base("llama"), "dtype": "float64"},
+            "adapter": {"name": "lora", "r": 3, "alpha": 6},
+            "data": {"name": "table", **data, "template": TEMPLATE, "labels": LABELS},
+            "partition": {"name": "iid", "num_clients": 3},
+            "local": {"steps": 2, "batch_size": 6, "lr": 5e-3, "betas": [0.9, 0.98]},
+            "executor": {"name": "serial", "threads": 1},
+        }
+        return _merge(tree, sections)
+
+    def exp(self, **sections: Any) -> Any:
+        """The same, as an `Experiment`."""
+        from fedsim import Experiment
+
+        return Experiment.from_dict(self.tree(**sections))
+
+    def run(self, exp: Any = None, **sections: Any) -> Path:
+        """Run it; its folder."""
+        import fedsim
+
+        return fedsim.run(exp if exp is not None else self.exp(**sections), progress=False).path
+
+    @staticmethod
+    def metrics(folder: Path) -> list[dict[str, Any]]:
+        """Metrics rows in order, less the seconds."""
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    @staticmethod
+    def value(folder: Path, **where: Any) -> float:
+        """The value of the one metrics row that has these columns."""
+        rows = [r for r in Lab.metrics(folder) if all(r[k] == v for k, v in where.items())]
+        assert len(rows) == 1, f"{len(rows)} rows with {where}"
+        return rows[0]["value"]
+
+    @staticmethod
+    def tensors(folder: Path) -> dict[str, dict[str, Any]]:
+        """Relative path -> tensors of every safetensors file in a run folder, checkpoints included."""
+        from safetensors.torch import load_file
+
+        return {str(f.relative_to(folder)): load_file(f) for f in sorted(folder.rglob("*.safetensors"))}
+
+    def same_bits(self, one: Path, other: Path) -> None:
+        """Assert that two run folders hold the same tensors, metrics rows and test predictions, bit for bit."""
+        import torch
+
+        a, b = self.tensors(one), self.tensors(other)
+        assert a, f"no tensors in {one}"
+        assert a.keys() == b.keys()
+        for file in a:
+            assert a[file].keys() == b[file].keys(), file
+            for name, tensor in a[file].items():
+                assert torch.equal(tensor, b[file][name]), f"{file}: {name}"
+        assert self.metrics(one) == self.metrics(other)
+        predictions = [f / "predictions.csv" for f in (one, other)]
+        assert [p.read_bytes() if p.exists() else None for p in predictions[:1]] == [
+            p.read_bytes() if p.exists() else None for p in predictions[1:]
+        ]
+
+
+@pytest.fixture(scope="session")
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[tuple[str, str]]]]:
+    from fedsim.data.headlines import generate
+
+    folder, made, rows = tmp_path_factory.mktemp("lab"), generate(5), {}
+    for split, counts in COUNTS.items():
+        short = sorted(made[split], key=lambda r: (len(r[0]), r[0]))
+        taken = {label: [r for r in short if r[1] == label][:n] for label, n in zip(LABELS, counts, strict=True)}
+        rows[split] = sorted(r for group in taken.values() for r in group)
+        lines = [json.dumps({"sentence": s, "label": label}) for s, label in rows[split]]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder, rows
+
+
+@pytest.fixture
+def lab(
+    tmp_path: Path, _shared: tuple[Path, dict[str, list[tuple[str, str]]]], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Lab]:
+    """A laboratory in the test's own folder: one torch thread, no figures (they have tests of their own)."""
+    import torch
+
+    import fedsim.plots
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(fedsim.plots, "save_figures", lambda folder: [])
+    yield Lab(tmp_path, *_shared)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def distance() -> Callable[[dict[str, Any], dict[str, Any]], float]:
+    """(tensors, tensors expected) -> the largest relative difference of a tensor, by 2-norms; both hold the same names."""
+
+    def largest(found: dict[str, Any], expected: dict[str, Any]) -> float:
+        assert found.keys() == expected.keys()
+        assert expected, "nothing to compare"
+        return max(float((found[n] - e).norm() / e.norm().clamp_min(1e-30)) for n, e in expected.items())
+
+    return largest
