@@ -17,7 +17,6 @@ from fedsim.data.tokens import Tokens
 from fedsim.models.forward import Net
 from fedsim.types import Scores
 
-
 _FEW_CLASSES = 20  # with more of them, counts by class would be most of a run's metrics
 
 
