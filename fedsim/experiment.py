@@ -441,8 +441,10 @@ class _Session:
         self.show.end()
 
     def _state(self, mode: str, algorithm: Algorithm) -> State:
-        flat = self.layout.fill(self.layout.empty(), self.start)
-        return State(flat, clone(algorithm.init(self.start)[0]), Records(), keeps=self.stores[mode].width > 0)
+        # Merging happens where the first worker's parameters lie: on its device, not in the memory of the host.
+        flat = self.layout.fill(self.layout.empty(self.devices[0]), self.start)
+        server = clone(algorithm.init(self.layout.views(flat))[0])
+        return State(flat, server, Records(), keeps=self.stores[mode].width > 0)
 
     def _log(self, rows: list[Row]) -> None:
         self.folder.log(rows, self._seconds())

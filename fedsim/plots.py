@@ -1,7 +1,7 @@
 """Figures from `load_runs()`: the three curves, the partition, the sites, settings against each other.
 
-Every function draws on the axes it is given, or on a figure of its own that pyplot does not know, so nothing has to be
-closed; in a notebook end the cell with `curves(df).figure`, or pass `ax=plt.subplots()[1]`. Colours are from the
+Every function draws on the axes it is given, or on new ones of pyplot's, which a notebook shows at the end of its cell.
+Colours are from the
 palette of Okabe and Ito (jfly.uni-koeln.de/color), chosen to differ in brightness, with line styles and markers, so
 that a grey print can be read too.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ Y_LABELS = {"accuracy": "accuracy", "loss": "loss (nats per answer token)", "exa
 
 
 def curves(
-    df: pd.DataFrame, metric: str = "accuracy", ax: Axes | None = None, x: str = "step", split: str = "validation"
+    df: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy", x: str = "step", split: str = "validation"
 ) -> Axes:
     """Local, federated and central over the course of training.
 
@@ -68,6 +69,7 @@ def curves(
 
     Args:
         df: rows of one or more runs from `load_runs`; a warning says so where they differ in more than the seed.
+        ax: axes to draw on; None makes new ones.
         metric: "accuracy", "loss", "exact_match" or any other recorded name.
         x: "step" (optimiser steps per site; the furthest site's where they differ), "round", or the scope's own
             running total of "tokens" (trained, all clients), "seconds" (wall clock since the scope's training began) or
@@ -83,29 +85,31 @@ def curves(
         warnings.warn(
             f"curves draws one mean over {len(groups)} settings ({labels}); filter first or use compare", stacklevel=2
         )
-    with matplotlib.rc_context(STYLE if ax is None else {}):
-        ax = ax or _figure(3.4).add_subplot()
+    with _style(ax):
+        ax = ax or _new_axes(3.4)
         _legend_below(ax, _draw_curves(ax, df, metric, x, split, name_sites=True))
     return ax
 
 
-def partition(report: dict[str, Any], ax: Axes | None = None) -> Axes:
+def partition(report: dict[str, Any] | PathLike, ax: Axes | None = None) -> Axes:
     """Heat map of a partition: clients x classes, rows per cell, with the clients' sizes beside it.
 
     Args:
-        report: from `load_partition`; read are `class_counts` [C][L] and, where present, `class_names` [L],
+        report: a run folder, or the report that `load_partition` reads from it; used are `class_counts` [C][L] and, where present, `class_names` [L],
             `client_names` [C], `js_mean` (bits) and `size_gini`.
 
     Raises:
         UserError: the report has no class counts.
     """
+    if not isinstance(report, dict):
+        report = load_partition(report)
     if not report.get("class_counts"):
         raise UserError("the partition report holds no class_counts; give what load_partition(run) returns")
     counts = np.atleast_2d(np.asarray(report["class_counts"], dtype=np.int64))
     clients, classes = counts.shape
     top, sizes = max(int(counts.max()), 1), counts.sum(axis=1)
-    with matplotlib.rc_context(STYLE if ax is None else {}):
-        ax = ax or _figure(min(1.5 + 0.27 * clients, 5.5)).add_subplot()
+    with _style(ax):
+        ax = ax or _new_axes(min(1.5 + 0.27 * clients, 5.5))
         image = ax.imshow(counts, cmap="Blues", aspect="auto", vmin=0, vmax=top)
         _name_ticks(ax.xaxis, report.get("class_names") or [str(n) for n in range(classes)], 20)
         _name_ticks(ax.yaxis, report.get("client_names") or [f"site-{n + 1}" for n in range(clients)], NAMED)
@@ -136,7 +140,7 @@ def partition(report: dict[str, Any], ax: Axes | None = None) -> Axes:
     return ax
 
 
-def sites(df: pd.DataFrame, metric: str = "accuracy", ax: Axes | None = None) -> Axes:
+def sites(df: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy") -> Axes:
     """Per site: its own model against the merged one, on the site's own validation rows and on the shared ones.
 
     Values are the last recorded, averaged over runs. Sites stand in the order of the rows; beyond 30 in the order of
@@ -167,8 +171,8 @@ def sites(df: pd.DataFrame, metric: str = "accuracy", ax: Axes | None = None) ->
     few = len(table) <= NAMED
     if not few:
         table = table.loc[(table["merged_own"] - table["alone_own"]).sort_values(kind="stable").index]
-    with matplotlib.rc_context(STYLE if ax is None else {}):
-        ax = ax or _figure(1.5 + 0.36 * len(table) if few else 6.0).add_subplot()
+    with _style(ax):
+        ax = ax or _new_axes(1.5 + 0.36 * len(table) if few else 6.0)
         entries: list[tuple[Any, str]] = []
         for rows, shift, empty in (("own", -0.17, False), ("shared", 0.17, True)):
             at = np.arange(len(table)) + shift
@@ -255,9 +259,13 @@ def save_figures(run_path: PathLike, out: PathLike | None = None, metric: str | 
     """
     folder = Path(run_path)
     df = load_runs(folder)
-    figures = {name: curves(df, name).figure for name in _recorded(df, metric)}
-    if (folder / "partition.json").is_file() and (report := load_partition(folder)).get("class_counts"):
-        figures["partition"] = partition(report).figure
+    figures = {}
+    with matplotlib.rc_context(STYLE):  # figures of their own, which pyplot does not know and nobody has to close
+        for name in _recorded(df, metric):
+            figures[name] = curves(df, _figure(3.4).add_subplot(), name).figure
+        if (folder / "partition.json").is_file() and (report := load_partition(folder)).get("class_counts"):
+            height = min(1.5 + 0.27 * len(report["class_counts"]), 5.5)
+            figures["partition"] = partition(report, _figure(height).add_subplot()).figure
     target = folder / "figures" if out is None else Path(out)
     return [_save(figure, target / f"{name}.png") for name, figure in figures.items()]
 
@@ -390,7 +398,7 @@ def _saw_tooth(found: Sequence[Traces]) -> tuple[np.ndarray, np.ndarray, np.ndar
         if all(number in one for one in merged):
             places.append(np.array([float(number)]))
             values.append(np.array([[one[number]] for one in merged]))
-            at_merge.append(np.ones(1, dtype=bool))
+            at_merge.append(np.array([number > 0]))  # the model before training is no merge
     return np.concatenate(places), np.concatenate(values, axis=1), np.concatenate(at_merge)
 
 
@@ -509,6 +517,23 @@ def _recorded(df: pd.DataFrame, metric: str | None) -> list[str]:
         return [metric]
     names = set(df.loc[df["split"] == "validation", "name"])
     return [name for name in METRICS if name in names]
+
+
+def _style(ax: Axes | None) -> AbstractContextManager[None]:
+    """Our style for axes of our own; a user's axes keep theirs."""
+    if ax is not None:
+        return nullcontext()
+    import matplotlib.pyplot as plt
+
+    # The first figure switches to the backend, a notebook's too; inside rc_context that switch would be undone again.
+    plt.close(plt.figure())
+    return matplotlib.rc_context(STYLE)
+
+
+def _new_axes(height: float) -> Axes:
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(WIDTH, height), layout="constrained")[1]
 
 
 def _figure(height: float, width: float = WIDTH) -> Figure:

@@ -305,7 +305,7 @@ def _score_merged(
 def _choose_by_site(
     packs: list[Pack], rows: list[Row], state: State, choice: Choice, copy_best: Callable[[int, int], None]
 ) -> None:
-    for task in (t for p in packs for t in p.tasks):
+    for task in (t for p in packs if p.evaluate for t in p.tasks):
         name, step = None if task.client == CENTRAL else task.name, state.steps[task.client]
         own = [
             r

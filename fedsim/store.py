@@ -44,7 +44,6 @@ class Store:
             view[start : start + part.numel()] = part.detach().cpu().numpy()
             start += part.numel()
         assert start == self.width, f"a record has {self.width} elements, got {start}"
-        view.flush()
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""

@@ -101,8 +101,8 @@ class PoolExecutor:
                 done.add(id(worker.weights))
                 worker.weights.copy_(weights)
                 self._server_layout.fill(worker.server, server)
-        if any(w.device.startswith("cuda") for w in self._pool):
-            torch.cuda.synchronize()  # the copies must have landed before another process reads them
+        for device in {w.device for w in self._pool if w.device.startswith("cuda")}:
+            torch.cuda.synchronize(device)  # the copies must have landed before another process reads them
 
     def run(self, packs: Sequence[Pack]) -> Iterator[tuple[Report, Tensor]]:
         """Train packs on whichever worker is free; yields (report, partial sum `[N]`) in the order of `packs`.

@@ -202,7 +202,7 @@ class SoloTrainer:
         mean = float(loss) / max(1, len(batches))
         report.rows.append(Row(task.round, done, mode, name, "train", "loss", mean, float(len(batches))))
         report.rows.append(Row(task.round, done, mode, name, "train", "tokens", float(tokens)))
-        if pack.evaluate:
+        if pack.evaluate or (recipe.every_steps and done % recipe.every_steps == 0):
             report.rows += self._score_rows(task, mode, done)
 
     def _backward(self, batch: np.ndarray) -> tuple[Tensor, int]:

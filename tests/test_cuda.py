@@ -1,0 +1,56 @@
+"""What only a GPU can show; the same code paths run on the CPU in the other tests."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedsim
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+
+
+def _run(folder: Path, executor: dict, **keys: object) -> dict[str, str]:
+    """Runs a small federation; name -> hash of every file of tensors in the run folder."""
+    exp = fedsim.Experiment(
+        name="cuda",
+        results=str(folder),
+        rounds=2,
+        modes=["local", "federated"],
+        partition={"name": "iid", "num_clients": 4},
+        local={"steps": 3, "batch_size": 8, "lr": 1e-3},
+        executor=executor,
+        **keys,
+    )
+    path = fedsim.run(exp, progress=False).path
+    return {str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest() for f in path.rglob("*.safetensors")}
+
+
+def test_two_workers_on_one_gpu_give_the_bits_of_the_serial_executor(tmp_path: Path) -> None:
+    serial = _run(tmp_path / "serial", {"name": "serial", "device": "cuda:0", "threads": 1})
+    pool = _run(tmp_path / "pool", {"name": "pool", "devices": ["cuda:0"], "workers": 2, "threads": 1})
+    assert serial == pool
+
+
+def test_default_executor_uses_every_device(tmp_path: Path) -> None:
+    from fedsim.experiment import devices_of
+
+    kind, devices = devices_of(fedsim.Experiment())
+    assert devices == [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    assert kind == ("pool" if len(devices) > 1 else "serial")
+
+
+def test_cuda_and_cpu_agree_in_float64(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    for name, executor in (
+        ("cpu", {"name": "serial", "device": "cpu"}),
+        ("gpu", {"name": "serial", "device": "cuda:0"}),
+    ):
+        _run(tmp_path / name, executor, model={"path": "tiny", "dtype": "float64"})
+    cpu, gpu = (load_file(next((tmp_path / n).rglob("global/adapter_model.safetensors"))) for n in ("cpu", "gpu"))
+    for key, tensor in cpu.items():
+        assert (gpu[key] - tensor).norm() <= 1e-9 * tensor.norm()
