@@ -14,6 +14,8 @@ import typer
 
 from fedsim.errors import ClientError, UserError
 
+_INTERRUPTED = 130  # what the parser makes of Ctrl-C
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -283,24 +285,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a failing client or a bug, 2 for a user's mistake, 130 after Ctrl-C.
     """
     try:
-        app(args=None if argv is None else list(argv), prog_name="fedsim", standalone_mode=False)
+        code = app(args=None if argv is None else list(argv), prog_name="fedsim", standalone_mode=False)
     except UserError as error:
         print(f"fedsim: {error}", file=sys.stderr)
         return 2
     except ClientError as error:
         print(f"fedsim: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("fedsim: stopped; the same command goes on from the last complete round", file=sys.stderr)
-        return 130
-    except typer.Exit as error:
-        return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"fedsim: {error.filename}: {error.strerror}; give another folder or file", file=sys.stderr)
+        return 2
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+            return 2
         if hasattr(error, "format_message"):  # the command line parser's own usage errors
             print(f"fedsim: {error.format_message()}; see fedsim --help", file=sys.stderr)
             return 2
         raise
-    return 0
+    if code == _INTERRUPTED:
+        print("fedsim: stopped; the same command goes on from the last complete round", file=sys.stderr)
+    return code if isinstance(code, int) else 0
 
 
 def cli() -> None:

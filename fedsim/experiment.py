@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import gc
 import hashlib
 import io
 import os
@@ -162,6 +163,7 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
         weights=exp.algorithm.weights,
         length=mean_length,
         every_rounds=exp.evaluate.every_rounds,
+        scores_clients=exp.evaluate.clients,
     )
 
 
@@ -273,8 +275,10 @@ class _Session:
             if executor is not None:
                 executor.close()
             self.trackers.close()
-        self._figures()
+            executor = self.model = self.bundle = None  # the base need not lie in memory while figures are drawn
+        gc.collect()
         self._status("finished")
+        self._figures()
 
     def _plan(self) -> dict[str, Any]:
         """What is resolved at the first start and holds for every resume: threads decide the last bits of sums."""

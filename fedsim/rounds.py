@@ -51,7 +51,7 @@ class Schedule:
         match: how central is matched: epochs | steps.
         weights: samples | steps | uniform.
         length: mean tokens of a client's row, by client number; places the longest packs first.
-        every_rounds: evaluation frequency.
+        every_rounds, scores_clients: evaluation frequency; whether clients are scored before a merge.
     """
 
     mode: str
@@ -69,6 +69,7 @@ class Schedule:
     weights: str
     length: Callable[[int], float]
     every_rounds: int
+    scores_clients: bool = True
 
     def cohort(self, round: int) -> np.ndarray:
         """The clients of a round, ascending: a function of (seed, round)."""
@@ -148,8 +149,9 @@ class Schedule:
             total = int(self.sizes[self.clients].sum()) if task.client == CENTRAL else int(self.sizes[task.client])
             steps = self.count(total, task.steps)
             rows = steps * self.batch_size if task.steps is not None else total * self.epochs
+            scored = self.evaluates(round) and (self.scores_clients or self.mode != "federated")
             last = self.mode == "local" and self._last_rounds[task.client] == round
-            out.append(Pack(0, self.mode, (task,), self.evaluates(round) or last, int(rows * self.length(task.client))))
+            out.append(Pack(0, self.mode, (task,), scored or last, int(rows * self.length(task.client))))
         out.sort(key=lambda p: (-p.tokens, p.tasks[0].client))
         return [dataclasses.replace(p, index=i) for i, p in enumerate(out)]
 

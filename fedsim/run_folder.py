@@ -6,7 +6,6 @@ the bytes of `metrics.jsonl` that belong to it and the hash of its tensors. Noth
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -68,10 +67,7 @@ class RunFolder:
 
     def log(self, rows: Iterable[Row], seconds: float) -> None:
         """Append metrics rows; they count once a checkpoint is committed after them."""
-        lines = [
-            json.dumps({**dataclasses.asdict(row), "seconds": round(seconds, 3)}, ensure_ascii=False) + "\n"
-            for row in rows
-        ]
+        lines = [json.dumps({**vars(row), "seconds": round(seconds, 3)}, ensure_ascii=False) + "\n" for row in rows]
         self._metrics.write("".join(lines).encode())
 
     def sync_metrics(self) -> int:

@@ -268,7 +268,9 @@ def _positions(df: pd.DataFrame) -> np.ndarray:
     keys = ["scope", "client", "round"]
     rows = df[["scope", "client", "round", "step"]].astype({"scope": object, "round": float, "step": float})
     rows["client"] = rows["client"].where(rows["client"].notna() & (rows["scope"] != "central"), "")
-    ends = rows.groupby(keys)["step"].max().rename("end").reset_index()
+    # A site's rows of the merged model carry that model's step, not the site's.
+    own = ~df["name"].astype(str).str.startswith("merged_").to_numpy()
+    ends = rows[own].groupby(keys)["step"].max().rename("end").reset_index()
     before = ends.groupby(["scope", "client"])[["round", "end"]].shift().fillna(0.0)
     # Rounds without a row in between are taken to have been equally long ...
     ends["start"] = ends["end"] - (ends["end"] - before["end"]) / (ends["round"] - before["round"]).clip(lower=1.0)

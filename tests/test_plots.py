@@ -272,7 +272,11 @@ def test_plot_runs_one_run_and_beyond_four_settings(tmp_path: Path) -> None:
 
 
 def test_nothing_is_clipped_or_laid_over_the_curves(run: Path) -> None:
-    for ax in (plots.curves(load_runs(run), metric="loss"), plots.sites(load_runs(run)), plots.partition(load_partition(run))):
+    for ax in (
+        plots.curves(load_runs(run), metric="loss"),
+        plots.sites(load_runs(run)),
+        plots.partition(load_partition(run)),
+    ):
         figure = ax.figure
         figure.draw_without_rendering()
         figure.canvas.draw()

@@ -5,7 +5,9 @@ Every source gives three splits of named text columns. A classification source a
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +212,8 @@ def _decode(raw: bytes) -> str:
 
 def _read_phrasebank(file: Path) -> list[tuple[str, str]]:
     rows = []
-    for number, line in enumerate(_decode(file.read_bytes()).splitlines(), 1):
+    # Not splitlines(): it also breaks at characters that are text here, such as ISO-8859-1's 0x85.
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", _decode(file.read_bytes())), 1):
         if not line.strip():
             continue
         sentence, at, label = line.rpartition("@")
@@ -265,14 +268,24 @@ def _read_table(path: str, key: str) -> Any:
     try:
         if kind in (".csv", ".tsv"):
             separator = "," if kind == ".csv" else "\t"
-            frame = pd.read_csv(file, sep=separator, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+            # As text: "007", "1.50" and "True" are answers as they stand.
+            frame = pd.read_csv(
+                file, sep=separator, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig"
+            )
+            if not isinstance(frame.index, pd.RangeIndex):
+                raise UserError(
+                    f"{key}: {path!r} has rows with more fields than its header; quote text that holds {separator!r}"
+                )
             _no_repeated_columns(file, separator, key)
         elif kind in (".jsonl", ".ndjson"):
-            frame = pd.read_json(file, lines=True, convert_dates=False, dtype=False, encoding="utf-8")
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+            frame = _frame([json.loads(line) for line in lines if line.strip()])
         elif kind == ".json":
-            frame = pd.read_json(file, convert_dates=False, dtype=False, encoding="utf-8")
+            frame = _frame(json.loads(file.read_text(encoding="utf-8-sig")))
         elif kind == ".parquet":
-            frame = pd.read_parquet(file)
+            import pyarrow.parquet
+
+            frame = _frame(pyarrow.parquet.read_table(file).to_pylist())
         else:
             raise UserError(
                 f"{key}: {path!r} ends in {kind or 'nothing'}; give a .csv, .tsv, .json, .jsonl or .parquet file"
@@ -289,6 +302,15 @@ def _read_table(path: str, key: str) -> Any:
         raise UserError(f"{key}: {path!r} has no rows")
     frame.columns = [str(c) for c in frame.columns]
     return frame
+
+
+def _frame(records: Any) -> Any:
+    """Records as a DataFrame of the values as they are: a missing value turns no whole number into a float."""
+    import pandas as pd
+
+    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+        raise ValueError("expected a list of objects, one a row")
+    return pd.DataFrame(records, dtype=object)
 
 
 def _no_repeated_columns(file: Path, separator: str, key: str) -> None:
@@ -382,12 +404,10 @@ def _classes(frame: Any, column: str, words: list[str], split: str) -> np.ndarra
         )
     index = {w: i for i, w in enumerate(words)}
     values = [None if _missing(v) else _word(v) for v in frame[column].tolist()]
-    by_number = not any(v in index for v in values) and all(
-        v is not None and v.isdigit() and int(v) < len(words) for v in values
-    )
+    by_number = not any(v in index for v in values) and all(v is not None and v.isdigit() for v in values)
     out = np.empty(len(values), dtype=np.int64)
     for i, value in enumerate(values):
-        if by_number:
+        if by_number and int(value) < len(words):
             out[i] = int(value)
         elif value not in index:
             shown = "empty" if value is None else repr(value)

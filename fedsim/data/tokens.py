@@ -162,6 +162,10 @@ def encode(
     parsed = Template.parse(template)
     classes = np.full(len(rows), -1, dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
     if task == "sequence_classification":
+        if "label" in parsed.fields[:-1]:
+            raise UserError(
+                f"data.template: {template!r} shows the head the label it is to find; leave {{label}} out, or put it last"
+            )
         cut = parsed.fields[-1] == "label"
         texts = [parsed.split(r)[0] if cut else parsed.text(r) for r in rows]
         sequences = tokenizer(texts)["input_ids"] if texts else []

@@ -1,8 +1,8 @@
 """What is trained on a base: PEFT's methods, fedsim's bottleneck adapters, or the whole model; saving and loading it.
 
 PEFT is the source of names, target rules and file formats: what is trained is written as a PEFT folder that
-`PeftModel.from_pretrained(base, folder)` loads. Where PEFT cannot hold the method - `adapter` is ours, and of p-tuning
-and prefix tuning PEFT saves the virtual tokens only - the trained state stands beside it, and `load_adapter` loads it.
+`PeftModel.from_pretrained(base, folder)` loads. Where PEFT cannot hold the method - `adapter` is ours, and of the prompt
+methods PEFT saves the virtual tokens only - the trained state stands beside it, and `load_adapter` loads it.
 """
 
 from __future__ import annotations
@@ -236,16 +236,11 @@ def save(
         config.base_model_name_or_path = base_name
         model.save_pretrained(folder, save_embedding_layers=False)
         config.inference_mode = False
-        if _saves_tokens_only(model):
+        if config.is_prompt_learning:  # PEFT keeps the virtual tokens, not what makes them, and trains neither again
             from safetensors.torch import save_file
 
             save_file({n: p.detach().cpu().contiguous() for n, p in params.items()}, folder / STATE)
     _verify_peft(model, folder)
-
-
-def _saves_tokens_only(model: nn.Module) -> bool:
-    kind = model.peft_config["default"].peft_type.value
-    return kind in ("P_TUNING", "PREFIX_TUNING")
 
 
 def _verify_peft(model: nn.Module, folder: Path) -> None:
@@ -288,18 +283,23 @@ def load_adapter(base: nn.Module, folder: str | Path, *, trainable: bool = False
             else "give global/, best/ or init/ of a run"
         )
         raise UserError(f"{folder}: holds no adapter; {way}")
-    with quiet():
-        model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
-    if trainable and (folder / STATE).is_file():
-        from safetensors.torch import load_file
+    if not (trainable and (folder / STATE).is_file()):
+        with quiet():
+            return peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    # PEFT trains no prompt that it has loaded: the method is put on anew and filled with the state that trained.
+    from safetensors.torch import load_file
 
-        own = dict(model.named_parameters())
-        for name, tensor in load_file(folder / STATE).items():
-            if name not in own or own[name].shape != tensor.shape:
-                raise UserError(
-                    f"{folder}: tensor {name} does not fit this base; load it on the base it was trained on"
-                )
-            own[name].data = tensor.to(own[name].device)
+    with quiet():
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        for key in ("token_dim", "num_layers", "num_attention_heads"):  # as this base has them
+            setattr(config, key, None)
+        model = peft.get_peft_model(base.requires_grad_(False), config)
+    own = trained(model)
+    for name, tensor in load_file(folder / STATE).items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise UserError(f"{folder}: tensor {name} does not fit this base; load it on the base it was trained on")
+        own[name].data = tensor.to(own[name].device)
     return model
 
 

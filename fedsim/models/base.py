@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fedsim.errors import UserError
 from fedsim.seeding import stream_seed
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+HEADS = {"classifier", "score", "classification_head", "pooler", "pre_classifier"}  # may start anew
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -231,11 +232,16 @@ def load_base(
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "init", "head"))
-            model = auto.from_pretrained(source.location, **args)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, json.JSONDecodeError) as error:
+            model, report = auto.from_pretrained(source.location, output_loading_info=True, **args)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(
             f"model.path: {source.name!r} could not be loaded ({_first_line(error)}); {_way_out(source)}"
         ) from None
+    missing = sorted(k for k in report["missing_keys"] if not set(k.split(".")) & HEADS)
+    if missing:
+        raise UserError(
+            f"model.path: the weights of {source.name!r} lack {missing[0]} ({len(missing)} such); {_way_out(source)}"
+        )
     model.config.use_cache = False
     model.config.pad_token_id = pad_token_id
     model.requires_grad_(False)

@@ -41,6 +41,7 @@ class Net:
         self.model, self.own, self.task, self.device = model, own, task, device
         self.base_dropout, self.autocast = base_dropout, autocast
         self._batch: Batch | None = None
+        self._training: bool | None = None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         head = (
             base.get_output_embeddings()
@@ -54,6 +55,9 @@ class Net:
 
     def train(self, on: bool) -> None:
         """Switch dropout on or off: the adapter's own, and the base's only where asked."""
+        if on == self._training:
+            return
+        self._training = on
         self.model.train(on and self.base_dropout)
         for module in self.own:
             module.training = on

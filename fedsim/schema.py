@@ -1,0 +1,186 @@
+"""From plain values, as YAML gives them, to typed dataclasses and back.
+
+A section that holds one of several components is chosen by its `name`; each component takes its own keys. What does not
+fit raises `UserError`: one line with the full key path, the value and the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fedsim.errors import UserError
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    """Field -> type, with the names in annotations resolved."""
+    return get_type_hints(cls)
+
+
+def _key(f: dataclasses.Field) -> str:
+    return f.metadata.get("key", f.name)
+
+
+def keys_of(cls: type) -> list[str]:
+    """The keys a section takes, as the user writes them."""
+    return [_key(f) for f in dataclasses.fields(cls)]
+
+
+def plain(value: Any) -> Any:
+    """Nested dicts, lists and scalars of a dataclass; `convert` takes them back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        out = {_key(f): plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if "settings" in out:  # a component whose keys are somebody else's
+            return {"name": out["name"], **out["settings"]}
+        return {"name": out.pop("name"), **out} if "name" in out else out  # inherited keys would stand before the name
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def check_keys(cls: type, value: dict[str, Any], path: str, owner: str = "") -> None:
+    """Refuse keys that a section does not take.
+
+    Raises:
+        UserError: naming the key, the nearest known one and all that are taken.
+    """
+    known = keys_of(cls)
+    for key in value:
+        if key not in known:
+            full = f"{path}.{key}" if path else str(key)
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"{full}: {value[key]!r} is for no known key{hint or ';'} {owner or path or 'the top level'} takes: {', '.join(known)}"
+            )
+
+
+def _is_component(cls: type) -> bool:
+    """Whether a dataclass is one of several that a section chooses by `name`."""
+    return get_origin(hints_of(cls).get("name")) is Literal or "settings" in hints_of(cls)
+
+
+def components_of(annotation: Any) -> dict[str, type] | None:
+    """name -> dataclass where an annotation is one component or several to choose from by `name`."""
+    members = get_args(annotation) if get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
+    if not all(dataclasses.is_dataclass(m) and _is_component(m) for m in members):
+        return None
+    table = {}
+    for member in members:
+        table[next(f.default for f in dataclasses.fields(member) if f.name == "name")] = member
+    return table
+
+
+def convert(annotation: Any, value: Any, path: str) -> Any:
+    """A plain value as the type that an annotation names.
+
+    Raises:
+        UserError: with the full key path, the value and the way out.
+    """
+    table = components_of(annotation)
+    if table is not None:
+        return _convert_component(table, value, path)
+    if dataclasses.is_dataclass(annotation):
+        return _convert_section(annotation, value, path)
+    return _convert_leaf(annotation, value, path)
+
+
+def _convert_component(table: dict[str, type], value: Any, path: str) -> Any:
+    names = [n for n in table if n]
+    if isinstance(value, str):
+        raise UserError(f"{path}: {value!r} is not a section; write {path}={{name: {value}}} or {path}.name={value}")
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {value!r} is not a section with a name; names: {', '.join(names)}")
+    default = next(iter(names)) if len(names) == 1 or path == "executor" else None
+    name = value.get("name", default)
+    if name is None:
+        raise UserError(
+            f"{path}.name: missing beside {', '.join(map(str, value)) or 'nothing'}; one of {', '.join(names)}"
+        )
+    if not isinstance(name, str):
+        raise UserError(f"{path}.name: {name!r} is not a name; one of {', '.join(names)}")
+    if name not in table:
+        if "" not in table:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise UserError(
+                f"{path}.name: {name!r} is not known{f'; did you mean {near[0]}?' if near else ';'} one of {', '.join(names)}"
+            )
+        return table[""](name=name, settings={k: v for k, v in value.items() if k != "name"})
+    return _convert_section(table[name], {**value, "name": name}, path, owner=f"{path} {name}")
+
+
+def _convert_section(cls: type, value: Any, path: str, owner: str = "") -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {value!r} is not a section; its keys are {', '.join(keys_of(cls))}")
+    check_keys(cls, value, path, owner)
+    hints = hints_of(cls)
+    out = {}
+    for f in dataclasses.fields(cls):
+        if _key(f) in value:
+            out[f.name] = convert(hints[f.name], value[_key(f)], f"{path}.{_key(f)}")
+    return cls(**out)
+
+
+_MISMATCH = object()
+
+
+def _convert_leaf(annotation: Any, value: Any, path: str) -> Any:
+    result = _try_leaf(annotation, value, path)
+    if result is _MISMATCH:
+        raise UserError(f"{path}: {value!r} is not {_describe(annotation)}")
+    return result
+
+
+def _try_leaf(annotation: Any, value: Any, path: str) -> Any:
+    origin = get_origin(annotation)
+    if annotation is Any:
+        return value
+    if origin is Literal:
+        return value if any(value == a and type(value) is type(a) for a in get_args(annotation)) else _MISMATCH
+    if origin in (types.UnionType, typing.Union):
+        for member in get_args(annotation):
+            result = _try_leaf(member, value, path)
+            if result is not _MISMATCH:
+                return result
+        return _MISMATCH
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            return _MISMATCH
+        return [_convert_leaf(get_args(annotation)[0], v, f"{path}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            return _MISMATCH
+        return {str(k): _convert_leaf(get_args(annotation)[1], v, f"{path}.{k}") for k, v in value.items()}
+    if annotation in (None, type(None)):
+        return None if value is None else _MISMATCH
+    if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if annotation is int and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return int(value) if math.isfinite(value) and float(value).is_integer() else _MISMATCH
+    if annotation in (str, bool):
+        return value if isinstance(value, annotation) else _MISMATCH
+    return _MISMATCH
+
+
+def _describe(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        options = [str(a) for a in get_args(annotation)]
+        return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_describe(a) for a in get_args(annotation))
+    if origin is list:
+        return f"a list (each {_describe(get_args(annotation)[0])})"
+    if origin is dict:
+        return "a mapping {key: value}"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(annotation, str(annotation))

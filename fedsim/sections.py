@@ -1,0 +1,677 @@
+"""The sections of an experiment: frozen dataclasses with a sentence under each field and a check of their values."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fedsim.errors import UserError
+
+_NAME_LAYERS = "is empty; name layers of the base, or use auto"
+
+
+def check_that(ok: bool, path: str, value: Any, problem: str) -> None:
+    if not ok:
+        raise UserError(f"{path}: {value!r} {problem}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The base model."""
+
+    path: str = "tiny"
+    """`tiny` (ships with fedsim), a hub id, a transformers folder, a GGUF file, or `package:NAME/FILE` for a file or folder inside an installed package."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Type of the frozen base; what is trained stays float32 (float64 under a float64 base)."""
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    """Answer written as text and scored by its likelihood, or a classification head on the last token or the pooled output."""
+    base_dropout: bool = False
+    """Whether the dropout layers inside the base act in training; an adapter's own dropout is a key of the adapter."""
+
+    def check(self, path: str) -> None:
+        check_that(bool(self.path), f"{path}.path", self.path, "is empty; give a hub id, a folder, a GGUF file or tiny")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adaptation (Hu et al., 2021), by PEFT."""
+
+    name: Literal["lora"] = "lora"
+    r: int = 8
+    """Rank of the update."""
+    alpha: float = 16.0
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the input of A, in training only."""
+    target_modules: list[str] | Literal["auto", "all-linear"] = "auto"
+    """Leaf names of the layers to adapt; auto = the attention input projections: q, k and v, or the fused one."""
+    init: Literal["kaiming", "xavier", "gaussian"] = "kaiming"
+    """How A starts (B starts at zero): kaiming is PEFT's default, xavier the one of the published runs."""
+
+    def check(self, path: str) -> None:
+        check_that(self.r >= 1, f"{path}.r", self.r, "is not a rank; give 1 or more")
+        positive = math.isfinite(self.alpha) and self.alpha > 0
+        check_that(positive, f"{path}.alpha", self.alpha, "is not a positive number; r or 2 r are usual")
+        check_that(len(self.target_modules) > 0, f"{path}.target_modules", self.target_modules, _NAME_LAYERS)
+        check_that(0 <= self.dropout < 1, f"{path}.dropout", self.dropout, "is outside [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuning:
+    """P-tuning (Liu et al., 2021): virtual tokens made by an MLP prompt encoder, by PEFT."""
+
+    name: Literal["p_tuning"] = "p_tuning"
+    num_virtual_tokens: int = 10
+    """Virtual tokens in front of every input."""
+    hidden: int = 1024
+    """Width of the prompt encoder's hidden layers."""
+
+    def check(self, path: str) -> None:
+        check_that(self.num_virtual_tokens >= 1, f"{path}.num_virtual_tokens", self.num_virtual_tokens, "is below 1")
+        check_that(self.hidden >= 1, f"{path}.hidden", self.hidden, "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """Bottleneck adapters (Houlsby et al., 2019) after the attention's and the MLP's output projection; fedsim's own."""
+
+    name: Literal["adapter"] = "adapter"
+    bottleneck: int = 32
+    """Width of the bottleneck."""
+    dropout: float = 0.0
+    """Dropout on the adapter's hidden layer, in training only."""
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    """Non-linearity inside the bottleneck."""
+    target_modules: list[str] | Literal["auto"] = "auto"
+    """Leaf names of the layers whose output is adapted; auto = the output projections of attention and MLP."""
+
+    def check(self, path: str) -> None:
+        check_that(self.bottleneck >= 1, f"{path}.bottleneck", self.bottleneck, "is below 1")
+        check_that(0 <= self.dropout < 1, f"{path}.dropout", self.dropout, "is outside [0, 1)")
+        check_that(len(self.target_modules) > 0, f"{path}.target_modules", self.target_modules, _NAME_LAYERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Prefix tuning (Li and Liang, 2021), by PEFT."""
+
+    name: Literal["prefix"] = "prefix"
+    num_virtual_tokens: int = 10
+    """Length of the trained key/value prefix of every layer."""
+    projection: bool = False
+    """Make the prefix by an MLP, as in the paper, or train it directly."""
+    hidden: int = 512
+    """Width of that MLP."""
+
+    def check(self, path: str) -> None:
+        check_that(self.num_virtual_tokens >= 1, f"{path}.num_virtual_tokens", self.num_virtual_tokens, "is below 1")
+        check_that(self.hidden >= 1, f"{path}.hidden", self.hidden, "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Prompt tuning (Lester et al., 2021), by PEFT."""
+
+    name: Literal["prompt"] = "prompt"
+    num_virtual_tokens: int = 10
+    """Trained embeddings in front of every input."""
+    init_text: str | None = None
+    """Start from the embeddings of this text; null starts from randomly drawn ones."""
+
+    def check(self, path: str) -> None:
+        check_that(self.num_virtual_tokens >= 1, f"{path}.num_virtual_tokens", self.num_virtual_tokens, "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ia3:
+    """IA3 (Liu et al., 2022): trained scales on keys, values and the MLP's inner activations, by PEFT."""
+
+    name: Literal["ia3"] = "ia3"
+    target_modules: list[str] | Literal["auto"] = "auto"
+    """Leaf names of the layers to scale; auto = PEFT's choice for the architecture."""
+    feedforward_modules: list[str] | Literal["auto"] = "auto"
+    """Those of them whose input is scaled instead of their output; auto = PEFT's choice."""
+
+    def check(self, path: str) -> None:
+        both = (self.target_modules == "auto") == (self.feedforward_modules == "auto")
+        check_that(
+            both, f"{path}.feedforward_modules", self.feedforward_modules, "goes with target_modules: give both or none"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """No adapter: every parameter of the base is trained and exchanged."""
+
+    name: Literal["none"] = "none"
+
+    def check(self, path: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherPeft:
+    """Any other PEFT method by its PEFT name, with PEFT's own settings as keys."""
+
+    name: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keys of PEFT's config class for the method."""
+
+    def check(self, path: str) -> None:
+        from fedsim.models.adapters import check_peft_settings
+
+        check_peft_settings(self.name, self.settings, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DataKeys:
+    template: str | None = None
+    """Text of one example with {fields}; the last field is the answer of a causal LM. Null = the source's own default."""
+    labels: list[str] | None = None
+    """Label words in order, which numbers the classes; null = the source's own, or the sorted values of the label column."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Template field -> column of the file, where their names differ, e.g. {sentence: text, label: sentiment}."""
+    max_length: int = 128
+    """Longest example in tokens, answer included."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to longer ones: cut the prompt from its left (then the answer from its right), leave them out, or stop."""
+
+    def check(self, path: str) -> None:
+        check_that(self.max_length >= 2, f"{path}.max_length", self.max_length, "is below 2 tokens")
+        if self.template is not None:
+            check_that(
+                "{" in self.template, f"{path}.template", self.template, "has no {field}; name columns in braces"
+            )
+        if self.labels is not None:
+            check_that(len(self.labels) >= 2, f"{path}.labels", self.labels, "has fewer than two labels")
+            check_that(len(set(self.labels)) == len(self.labels), f"{path}.labels", self.labels, "names a label twice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headlines(_DataKeys):
+    """The embedded data set: generated financial headlines with the PhraseBank's class counts."""
+
+    name: Literal["headlines"] = "headlines"
+    seed: int = 0
+    """Seed of the generator."""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        check_that(self.seed >= 0, f"{path}.seed", self.seed, "is negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinancialPhraseBank(_DataKeys):
+    """Financial PhraseBank (Malo et al., 2014): `sentence@label` lines, the published shuffle and 80/10/10 cut."""
+
+    name: Literal["financial_phrasebank"] = "financial_phrasebank"
+    path: str = ""
+    """The original text file (UTF-8 or ISO-8859-1), or a hub id."""
+    shuffle_seed: int = 1234
+    """Seed of the one shuffle before the cut, by Python's `random`."""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        way = "is empty; give the path of Sentences_AllAgree.txt from the Financial PhraseBank v1.0, or a hub id"
+        check_that(bool(self.path), f"{path}.path", self.path, way)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table(_DataKeys):
+    """Your own CSV, TSV, JSON, JSONL or Parquet file."""
+
+    name: Literal["table"] = "table"
+    path: str = ""
+    """The file; its ending tells the format."""
+    validation: str | float = 0.1
+    """A file of its own, or the fraction of `path` to hold out."""
+    test: str | float = 0.1
+    """A file of its own, or the fraction of `path` to hold out; 0 = no test rows."""
+    split_seed: int = 0
+    """Seed of the shuffle before fractions are cut off."""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        check_that(
+            bool(self.path), f"{path}.path", self.path, "is empty; give a .csv, .tsv, .json, .jsonl or .parquet file"
+        )
+        _check_held_out(self, path, "a file")
+
+
+def _check_held_out(section: Table | Hub, path: str, named: str) -> None:
+    held = 0.0
+    for key in ("validation", "test"):
+        value = getattr(section, key)
+        if isinstance(value, str):
+            check_that(bool(value), f"{path}.{key}", value, f"is empty; give {named} or a fraction in [0, 1)")
+        else:
+            check_that(0 <= value < 1, f"{path}.{key}", value, f"is neither {named} nor a fraction in [0, 1)")
+            held += value
+    check_that(section.validation != 0, f"{path}.validation", section.validation, "leaves no row to validate on")
+    check_that(held < 1, f"{path}.test", section.test, "and validation together leave no training rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub(_DataKeys):
+    """Any data set that `datasets.load_dataset` opens: a hub id or a local data set folder."""
+
+    name: Literal["hub"] = "hub"
+    path: str = ""
+    """The id or folder."""
+    subset: str | None = None
+    """Configuration name of the data set."""
+    train: str = "train"
+    """Split to train on."""
+    validation: str | float = 0.1
+    """Split to validate on, or the fraction of the training split to hold out."""
+    test: str | float = 0.1
+    """Split to test on, or the fraction of the training split to hold out; 0 = no test rows."""
+    split_seed: int = 0
+    """Seed of the shuffle before fractions are cut off."""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        check_that(bool(self.path), f"{path}.path", self.path, "is empty; give a data set id such as org/name")
+        _check_held_out(self, path, "a split's name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Clients:
+    num_clients: int = 3
+    """Number of clients."""
+
+    def check(self, path: str) -> None:
+        check_that(self.num_clients >= 1, f"{path}.num_clients", self.num_clients, "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ByClass(_Clients):
+    by: str | None = None
+    """Column whose values are the classes to divide by; null = the label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iid(_Clients):
+    """Rows dealt at random, sizes equal to within one."""
+
+    name: Literal["iid"] = "iid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Dirichlet(_ByClass):
+    alpha: float = 1.0
+    """Concentration: small = each class on few clients, large = every client alike."""
+    min_rows: int = 10
+    """Fewest rows a client may end with; a draw below it is drawn again."""
+    max_redraws: int = 100
+    """Draws before giving up or repairing."""
+    repair: bool = False
+    """Take the best draw and move rows from the largest clients to those below `min_rows`, instead of failing."""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        positive = math.isfinite(self.alpha) and self.alpha > 0
+        check_that(
+            positive, f"{path}.alpha", self.alpha, "is not a positive number; 0.1 is very uneven, 100 nearly even"
+        )
+        check_that(self.min_rows >= 0, f"{path}.min_rows", self.min_rows, "is negative")
+        check_that(self.max_redraws >= 1, f"{path}.max_redraws", self.max_redraws, "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dirichlet(_Dirichlet):
+    """Each class divided over the clients by Dirichlet proportions, without a cap."""
+
+    name: Literal["dirichlet"] = "dirichlet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirichletFedma(_Dirichlet):
+    """The published sampler (FedMA, NVFlare, FedML): a client that holds N/K rows drops out of a class's draw."""
+
+    name: Literal["dirichlet_fedma"] = "dirichlet_fedma"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCounts:
+    """Explicit rows per class and client, drawn by the seed."""
+
+    name: Literal["class_counts"] = "class_counts"
+    counts: list[list[int]] = field(default_factory=list)
+    """counts[client][class], classes in the order of `data.labels`."""
+    by: str | None = None
+    """Column whose values are the classes; null = the label."""
+
+    def check(self, path: str) -> None:
+        check_that(
+            len(self.counts) > 0,
+            f"{path}.counts",
+            self.counts,
+            "is empty; give one list of rows per class for each client",
+        )
+        same = len({len(row) for row in self.counts}) == 1
+        check_that(
+            same, f"{path}.counts", self.counts, "has rows of different length; each client needs one count per class"
+        )
+        check_that(len(self.counts[0]) > 0, f"{path}.counts", self.counts, "names no class; give one count per class")
+        check_that(min(map(min, self.counts)) >= 0, f"{path}.counts", self.counts, "has a negative count")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards(_ByClass):
+    """Each client gets rows of at most s classes."""
+
+    name: Literal["shards"] = "shards"
+    classes_per_client: int = 2
+    """s, the most classes a client holds."""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        check_that(self.classes_per_client >= 1, f"{path}.classes_per_client", self.classes_per_client, "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByColumn:
+    """One client per value of a column: natural ids such as users, sites or sources."""
+
+    name: Literal["by_column"] = "by_column"
+    column: str = ""
+    """The column."""
+    min_rows: int = 1
+    """Fewest rows of a client; a value with fewer is an error, since every row belongs to someone."""
+
+    def check(self, path: str) -> None:
+        check_that(
+            bool(self.column), f"{path}.column", self.column, "is empty; name the column that holds the clients' ids"
+        )
+        check_that(self.min_rows >= 1, f"{path}.min_rows", self.min_rows, "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity(_Clients):
+    """Random rows, sizes by a power law."""
+
+    name: Literal["quantity"] = "quantity"
+    exponent: float = 1.0
+    """The k-th largest client is proportional to k to the power of minus this; 0 = equal sizes."""
+    min_rows: int = 10
+    """Fewest rows of a client."""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        check_that(
+            math.isfinite(self.exponent) and self.exponent >= 0,
+            f"{path}.exponent",
+            self.exponent,
+            "is not a number >= 0",
+        )
+        check_that(self.min_rows >= 0, f"{path}.min_rows", self.min_rows, "is negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortKeys:
+    """Who takes part in a round."""
+
+    size: int | Literal["all"] = "all"
+    """Clients drawn for each round, without repetition, or all of them."""
+
+    def check(self, path: str) -> None:
+        check_that(self.size == "all" or self.size >= 1, f"{path}.size", self.size, "is below 1; give a number or all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalWork:
+    """What one client does in one round."""
+
+    steps: int | None = None
+    """Optimiser steps a round; full batches from an endless stream of reshuffled passes. Not together with epochs."""
+    epochs: int | None = None
+    """Passes over the client's rows a round; the last batch of a pass may be short. One pass where neither is given."""
+    batch_size: int = 32
+    """Rows of an optimiser step."""
+    micro_batch: int | None = None
+    """Rows in one forward and backward pass; null = the whole batch. Changes memory and speed, not the numbers."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """torch's AdamW or SGD."""
+    lr: float = 1e-3
+    """Learning rate at the top of the schedule."""
+    weight_decay: float = 0.01
+    """Decay of every trained tensor, as torch's optimiser defines it."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's decay rates of the two moments."""
+    eps: float = 1e-8
+    """AdamW's term in the denominator."""
+    momentum: float = 0.0
+    """SGD's momentum."""
+    clip: float | None = 1.0
+    """Largest global norm of a client's gradient; null = no clipping."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or half a cosine from lr to min_lr at the horizon."""
+    warmup: int = 0
+    """Steps of linear warm-up from zero."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine and after it."""
+    horizon: int | None = None
+    """Step at which the cosine ends; null = the steps of the whole run (or of the round, with schedule_over: round)."""
+    schedule_over: Literal["run", "round"] = "run"
+    """One schedule over the whole run, in which a round begins where (round - 1) x its steps a round lead, or one every round."""
+    keep_state: bool = True
+    """A client keeps its optimiser's moments from round to round, or starts each round fresh. Alone and central always keep them."""
+    shuffle: bool = True
+    """Reshuffle the client's rows before every pass."""
+    drop_last: bool = False
+    """With epochs: leave the short last batch of a pass out."""
+
+    def check(self, path: str) -> None:
+        if self.steps is not None:
+            way = f"and {path}.epochs={self.epochs} are both given; set one of them to null"
+            check_that(self.epochs is None, f"{path}.steps", self.steps, way)
+            check_that(self.steps >= 1, f"{path}.steps", self.steps, "is below 1")
+            check_that(
+                not self.drop_last,
+                f"{path}.drop_last",
+                True,
+                "goes with epochs; work in steps always draws full batches",
+            )
+        if self.epochs is not None:
+            check_that(self.epochs >= 1, f"{path}.epochs", self.epochs, "is below 1")
+        check_that(self.batch_size >= 1, f"{path}.batch_size", self.batch_size, "is below 1")
+        if self.micro_batch is not None:
+            fits = 1 <= self.micro_batch <= self.batch_size
+            check_that(fits, f"{path}.micro_batch", self.micro_batch, f"is outside 1 to batch_size={self.batch_size}")
+        check_that(math.isfinite(self.lr) and self.lr > 0, f"{path}.lr", self.lr, "is not a positive number")
+        check_that(0 <= self.min_lr <= self.lr, f"{path}.min_lr", self.min_lr, f"is outside 0 to lr={self.lr}")
+        decay = math.isfinite(self.weight_decay) and self.weight_decay >= 0
+        check_that(
+            decay, f"{path}.weight_decay", self.weight_decay, "is not a finite number, or negative; 0 turns decay off"
+        )
+        two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        check_that(two, f"{path}.betas", self.betas, "is not two numbers in [0, 1)")
+        check_that(math.isfinite(self.eps) and self.eps > 0, f"{path}.eps", self.eps, "is not a positive number")
+        check_that(0 <= self.momentum < 1, f"{path}.momentum", self.momentum, "is outside [0, 1)")
+        if self.optimizer == "adamw":
+            check_that(self.momentum == 0, f"{path}.momentum", self.momentum, "is a key of sgd; adamw takes betas")
+        check_that(
+            self.clip is None or self.clip > 0, f"{path}.clip", self.clip, "is not positive; null turns clipping off"
+        )
+        check_that(self.warmup >= 0, f"{path}.warmup", self.warmup, "is negative")
+        if self.horizon is not None:
+            check_that(self.schedule == "cosine", f"{path}.horizon", self.horizon, f"goes with {path}.schedule=cosine")
+            check_that(
+                self.horizon > self.warmup, f"{path}.horizon", self.horizon, f"is not beyond warmup={self.warmup}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Central:
+    """How the centralised run is matched to the federated one."""
+
+    match: Literal["epochs", "steps"] = "epochs"
+    """As many rows a round as all sites of the cohort together (the same passes over the data), or as many steps as one site."""
+
+    def check(self, path: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvgKeys:
+    """Federated averaging (McMahan et al., 2017)."""
+
+    name: Literal["fedavg"] = "fedavg"
+    weights: Literal["samples", "steps", "uniform"] = "samples"
+    """A client's weight in the mean: its rows, the optimiser steps it did in the round, or one."""
+
+    def check(self, path: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """How the best model is chosen, on validation rows."""
+
+    metric: Literal["accuracy", "loss", "exact_match"] | None = None
+    """Validation metric; null = accuracy where there are label words or a head, else loss."""
+    mode: Literal["max", "min"] | None = None
+    """Whether more or less is better; null = min for loss, max otherwise."""
+
+    def check(self, path: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """How often the state of the run is kept."""
+
+    every: int = 1
+    """Rounds between two checkpoints; at most this many rounds are lost."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed."""
+
+    def check(self, path: str) -> None:
+        check_that(self.every >= 1, f"{path}.every", self.every, "is below 1")
+        check_that(self.keep >= 1, f"{path}.keep", self.keep, "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """When and how models are scored on the validation rows."""
+
+    every_steps: int | None = None
+    """Score a client inside a round after every so many of its optimiser steps since the start; null = never inside."""
+    every_rounds: int = 1
+    """Score at every so manieth merge, and always at the last."""
+    clients: bool = True
+    """Score the clients of a federated round just before they are merged, or the merged model alone."""
+    batch_size: int = 64
+    """Rows of a scoring batch."""
+    generate: bool = False
+    """Also generate the answer greedily and count exact matches (causal LM)."""
+    max_new_tokens: int = 32
+    """Longest generated answer in tokens."""
+
+    def check(self, path: str) -> None:
+        check_that(
+            self.every_steps is None or self.every_steps >= 1, f"{path}.every_steps", self.every_steps, "is below 1"
+        )
+        for key in ("every_rounds", "batch_size", "max_new_tokens"):
+            check_that(getattr(self, key) >= 1, f"{path}.{key}", getattr(self, key), "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How clients share a device."""
+
+    lanes: int | Literal["auto"] = "auto"
+    """Clients trained in one pass; this version trains one client at a time, and auto means just that."""
+
+    def check(self, path: str) -> None:
+        one = self.lanes in ("auto", 1)
+        check_that(
+            one,
+            f"{path}.lanes",
+            self.lanes,
+            "is not available: this version trains one client at a time; use 1 or auto",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoExecutor:
+    """Every CUDA device there is, one worker process each where there are several; without any, this process on the CPU."""
+
+    name: Literal["auto"] = "auto"
+    workers: int | None = None
+    """That many worker processes on the default devices; null = as described."""
+    threads: int | None = None
+    """CPU threads of a worker; null = the cores divided by the workers, fixed at the run's first start."""
+
+    def check(self, path: str) -> None:
+        check_that(self.workers is None or self.workers >= 1, f"{path}.workers", self.workers, "is below 1")
+        check_that(self.threads is None or self.threads >= 1, f"{path}.threads", self.threads, "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serial:
+    """Everything in this process, on one device."""
+
+    name: Literal["serial"] = "serial"
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto = the first CUDA device, else the CPU."""
+    threads: int | None = None
+    """CPU threads; null = all cores, fixed at the run's first start."""
+
+    def check(self, path: str) -> None:
+        _check_device(self.device, f"{path}.device")
+        check_that(self.threads is None or self.threads >= 1, f"{path}.threads", self.threads, "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Worker processes that live for the whole run, each pinned to a device."""
+
+    name: Literal["pool"] = "pool"
+    devices: list[str] | Literal["auto"] = "auto"
+    """Devices, e.g. [cuda:0, cuda:1] or [cpu]; auto = every CUDA device, else the CPU."""
+    workers: int | None = None
+    """Worker processes, dealt over the devices in turn; null = one per device."""
+    threads: int | None = None
+    """CPU threads of a worker; null = the cores divided by the workers, fixed at the run's first start."""
+
+    def check(self, path: str) -> None:
+        if self.devices != "auto":
+            check_that(len(self.devices) > 0, f"{path}.devices", self.devices, "is empty; give [cpu] or [cuda:0, ...]")
+            for i, device in enumerate(self.devices):
+                _check_device(device, f"{path}.devices[{i}]")
+            if self.workers is not None:
+                enough = self.workers >= len(self.devices)
+                check_that(
+                    enough,
+                    f"{path}.workers",
+                    self.workers,
+                    f"leaves some of the {len(self.devices)} devices without work",
+                )
+        check_that(self.workers is None or self.workers >= 1, f"{path}.workers", self.workers, "is below 1")
+        check_that(self.threads is None or self.threads >= 1, f"{path}.threads", self.threads, "is below 1")
+
+
+def _check_device(device: str, path: str) -> None:
+    known = device == "auto" or re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None
+    check_that(known, path, device, "is not a device; use cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """Experiment trackers, through accelerate."""
+
+    with_: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list, metadata={"key": "with"})
+    """Trackers that get every metrics row; each needs its own package."""
+
+    def check(self, path: str) -> None:
+        pass
+
+
+Adapter = Lora | PTuning | Bottleneck | Prefix | Prompt | Ia3 | Whole | OtherPeft
+Data = Headlines | FinancialPhraseBank | Table | Hub
+PartitionKeys = Iid | Dirichlet | DirichletFedma | ClassCounts | Shards | ByColumn | Quantity
+Executor = AutoExecutor | Serial | Pool

@@ -1,0 +1,441 @@
+"""Where rows come from: the real PhraseBank, tables of every format, local data set folders, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedsim.build import load_source, prepare
+from fedsim.config import Experiment
+from fedsim.data.sources import Source, Split, financial_phrasebank, headlines, hub, table
+from fedsim.errors import UserError
+
+SENTIMENT = ["negative", "neutral", "positive"]
+PAIRS = [(f"text {i}", "ab"[i % 2]) for i in range(20)]
+
+
+def read(path: Path, **keys: Any) -> Source:
+    """`table` with the config's defaults, but a fifth of the rows held out for each split."""
+    defaults: dict[str, Any] = {"validation": 0.2, "test": 0.2, "split_seed": 0, "labels": None, "columns": {}}
+    return table(path=str(path), **{**defaults, "needs_labels": None, **keys})
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    """The message of a refusal: always one line."""
+    with pytest.raises(UserError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def all_rows(source: Source, *columns: str) -> list[tuple[Any, ...]]:
+    """Rows of all splits, sorted."""
+    parts = [zip(*(s.columns[c] for c in columns), strict=True) for s in source.splits.values()]
+    return sorted(row for part in parts for row in part)
+
+
+def csv_of(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ PhraseBank
+
+
+def phrasebank_file(*parts: str) -> Path:
+    root = os.environ.get("FEDSIM_DATA")
+    if not root:
+        pytest.skip("FEDSIM_DATA is not set")
+    file = Path(root, "financial_phrasebank", *parts)
+    if not file.is_file():
+        pytest.skip(f"{file} is not there")
+    return file
+
+
+@pytest.mark.real
+def test_the_real_phrasebank_has_the_published_cut_in_both_encodings() -> None:
+    """Counts: NVFlare 2.4.0's peft example on Sentences_AllAgree, 1,811 / 226 / 227 rows; see the published figure."""
+    published = {"train": [246, 1107, 458], "validation": [26, 147, 53]}
+    found = [
+        financial_phrasebank(path=str(phrasebank_file(*place)), shuffle_seed=1234, labels=None)
+        for place in (("Sentences_AllAgree.txt",), ("latin1", "Sentences_AllAgree.txt"))
+    ]
+    for source in found:
+        assert [len(s) for s in source.splits.values()] == [1811, 226, 227]
+        for name, counts in published.items():
+            assert np.bincount(source.splits[name].labels).tolist() == counts
+        everything = [s for split in source.splits.values() for s in split.columns["sentence"]]
+        assert len(everything) == 2264 and not any("@" in s[-10:] for s in everything)
+    for name in published:
+        assert found[0].splits[name].columns == found[1].splits[name].columns, "the same sentences, decoded alike"
+    accents = [s for s in found[0].splits["train"].columns["sentence"] if not s.isascii()]
+    assert accents and not any("\ufffd" in s or "Ã" in s for s in accents)
+
+
+@pytest.mark.real
+def test_another_shuffle_seed_cuts_the_real_file_elsewhere() -> None:
+    file = str(phrasebank_file("Sentences_AllAgree.txt"))
+    first, second = (financial_phrasebank(path=file, shuffle_seed=s, labels=None) for s in (1234, 1))
+    assert first.splits["validation"].columns != second.splits["validation"].columns
+    assert all_rows(first, "sentence", "label") == all_rows(second, "sentence", "label")
+
+
+def _lines(n: int = 20) -> str:
+    return "".join(f"sentence {i}@{SENTIMENT[i % 3]}\n" for i in range(n))
+
+
+def bank(path: Path, labels: list[str] | None = None) -> Source:
+    return financial_phrasebank(path=str(path), shuffle_seed=1234, labels=labels)
+
+
+def test_labels_may_stand_in_another_order(tmp_path: Path) -> None:
+    file = csv_of(tmp_path / "s.txt", _lines())
+    usual, turned = bank(file), bank(file, ["positive", "negative", "neutral"])
+    assert usual.labels == SENTIMENT and turned.labels == ["positive", "negative", "neutral"]
+    for name in usual.splits:
+        words = [usual.labels[c] for c in usual.splits[name].labels]
+        assert words == [turned.labels[c] for c in turned.splits[name].labels] == usual.splits[name].columns["label"]
+    assert "'good'" in refusal(lambda: bank(file, ["good", "bad", "neutral"]))
+
+
+def test_an_at_sign_in_a_sentence_and_dos_line_ends_are_text(tmp_path: Path) -> None:
+    text = (_lines() + "write to a@b.fi now @positive\n").replace("\n", "\r\n")
+    rows = all_rows(bank(csv_of(tmp_path / "s.txt", text)), "sentence", "label")
+    assert ("write to a@b.fi now", "positive") in rows and len(rows) == 21
+
+
+@pytest.mark.parametrize(
+    ("mark", "encoding"), [("\x85", "latin-1"), ("\u2028", "utf-8"), ("\x0c", "utf-8"), ("\x1c", "utf-8")]
+)
+def test_only_a_newline_ends_a_line(tmp_path: Path, mark: str, encoding: str) -> None:
+    """Python's `str.splitlines` also breaks at these; 0x85 is the ellipsis of Windows' form of ISO-8859-1."""
+    file = csv_of(tmp_path / "s.txt", _lines() + f"profit{mark}rose é@positive\n", encoding)
+    assert len(all_rows(bank(file), "sentence")) == 21
+
+
+@pytest.mark.parametrize("line", ["no label", "x@good", "@neutral", "x@"])
+def test_a_line_that_is_no_sentence_and_label_is_named_by_number(tmp_path: Path, line: str) -> None:
+    message = refusal(lambda: bank(csv_of(tmp_path / "s.txt", _lines() + "\n" + line + "\n")))
+    assert "s.txt: line 22 is" in message and repr(line) in message and "negative, neutral, positive" in message
+
+
+def test_phrasebank_files_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
+    assert "no sentences" in refusal(lambda: bank(csv_of(tmp_path / "s.txt", "\n\n")))
+    assert "too few" in refusal(lambda: bank(csv_of(tmp_path / "s.txt", "a@neutral\n")))
+    message = refusal(lambda: bank(tmp_path / "nowhere.txt"))
+    assert "nowhere.txt" in message and "Sentences_AllAgree.txt" in message
+
+
+def test_headlines_have_the_published_counts_by_the_words_order() -> None:
+    usual = headlines(seed=0, labels=None)
+    assert np.bincount(usual.splits["train"].labels).tolist() == [246, 1107, 458]
+    turned = headlines(seed=0, labels=["positive", "neutral", "negative"])
+    assert np.bincount(turned.splits["train"].labels).tolist() == [458, 1107, 246]
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    frame = pd.DataFrame(rows)
+    kind = path.suffix
+    if kind in (".csv", ".tsv"):
+        frame.to_csv(path, index=False, sep="," if kind == ".csv" else "\t")
+    elif kind == ".parquet":
+        frame.to_parquet(path)
+    elif kind == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+FORMATS = [".csv", ".tsv", ".json", ".jsonl", ".parquet"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_rows_and_cut(tmp_path: Path, kind: str) -> None:
+    source = read(_write(tmp_path / f"rows{kind}", [{"text": t, "label": w, "extra": 1} for t, w in PAIRS]))
+    assert source.labels == ["a", "b"] and source.template == "{text} label: {label}" and source.text == "{text}"
+    assert {n: len(s) for n, s in source.splits.items()} == {"train": 12, "validation": 4, "test": 4}
+    assert all_rows(source, "text", "label") == sorted(PAIRS)
+    for split in source.splits.values():
+        assert [source.labels[c] for c in split.labels] == split.columns["label"]
+        assert np.bincount(split.labels).tolist() == [len(split) // 2] * 2, "classes are spread alike over the splits"
+    other = read(_write(tmp_path / "same.csv", [{"text": t, "label": w} for t, w in PAIRS]))
+    assert [s.columns["text"] for s in other.splits.values()] == [s.columns["text"] for s in source.splits.values()]
+    moved = read(tmp_path / "same.csv", split_seed=1)
+    assert moved.splits["validation"].columns != other.splits["validation"].columns
+    assert all_rows(moved, "text", "label") == sorted(PAIRS)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_splits_may_be_files_of_their_own(tmp_path: Path, kind: str) -> None:
+    files = {
+        n: _write(tmp_path / f"{n}{kind}", [{"text": f"{n} {t}", "label": w} for t, w in PAIRS[:k]])
+        for n, k in (("train", 20), ("validation", 4), ("test", 2))
+    }
+    source = read(files["train"], validation=str(files["validation"]), test=str(files["test"]))
+    for name, split in source.splits.items():
+        assert split.columns["text"][0] == f"{name} text 0"
+    assert [len(s) for s in source.splits.values()] == [20, 4, 2]
+    source = read(files["train"], validation=str(files["validation"]), test=0.0)
+    assert [len(s) for s in source.splits.values()] == [20, 4, 0]
+    source = read(files["train"], validation=str(files["validation"]), test=0.1)
+    assert [len(s) for s in source.splits.values()] == [18, 4, 2], "one file and one fraction"
+
+
+def test_the_label_column_goes_by_name(tmp_path: Path) -> None:
+    rows = [{"headline": t, "label": "other", "sentiment": w} for t, w in PAIRS]
+    file = _write(tmp_path / "rows.csv", rows)
+    source = read(file, columns={"sentence": "headline", "label": "sentiment"})
+    assert source.labels == ["a", "b"] and source.template == "{sentence} label: {label}"
+    texts = source.splits["train"].texts(["sentence", "label"], {"sentence": "headline"}, source.labels)
+    known = dict(PAIRS)
+    assert all(row["label"] == known[row["sentence"]] for row in texts)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_labels_may_be_numbers_of_the_given_words(tmp_path: Path, kind: str) -> None:
+    file = _write(tmp_path / f"rows{kind}", [{"text": f"t{i}", "label": i % 3} for i in range(30)])
+    source = read(file, labels=SENTIMENT)
+    for split in source.splits.values():
+        assert [int(t[1:]) % 3 for t in split.columns["text"]] == split.labels.tolist()
+    texts = source.splits["train"].texts(["text", "label"], {}, source.labels)
+    assert all(row["label"] == SENTIMENT[int(row["text"][1:]) % 3] for row in texts), "the word, not the number"
+    assert read(file).labels == ["0", "1", "2"], "without words the numbers are the words"
+
+
+def test_a_label_that_is_not_listed_is_named_with_its_row(tmp_path: Path) -> None:
+    file = csv_of(tmp_path / "rows.csv", "text,label\nx,a\ny,b\nz,c\n" * 5)
+    message = refusal(lambda: read(file, labels=["a", "b"]))
+    assert "row 2 of train" in message and "'c'" in message and "a, b" in message
+    held = csv_of(tmp_path / "held.csv", "text,label\nx,a\ny,z\n")
+    message = refusal(lambda: read(file, validation=str(held)))
+    assert "row 1 of validation" in message and "'z'" in message
+    empty = csv_of(tmp_path / "empty.csv", "text,label\nx,a\ny,\n" * 5)
+    assert "row 1 of train has the label empty" in refusal(lambda: read(empty, labels=["a", "b"]))
+
+
+def test_a_number_beyond_the_given_words_is_named_with_its_own_row(tmp_path: Path) -> None:
+    file = csv_of(tmp_path / "rows.csv", "text,label\nx,0\ny,1\nz,2\nw,3\n")
+    message = refusal(lambda: read(file, labels=SENTIMENT))
+    assert "'3'" in message and "row 3 of train" in message, message
+
+
+def test_a_missing_column_lists_those_there(tmp_path: Path) -> None:
+    file = csv_of(tmp_path / "rows.csv", "text,label\nx,a\ny,b\n" * 5)
+    message = refusal(lambda: read(file, columns={"label": "sentiment"}))
+    assert message.startswith("data.columns.label: 'sentiment' ") and "text, label" in message
+    message = refusal(lambda: read(file, columns={"sentence": "headline"}))
+    assert message.startswith("data.columns.sentence: 'headline' ") and "text, label" in message
+    plain = csv_of(tmp_path / "plain.csv", "text,other\nx,a\n" * 5)
+    message = refusal(lambda: read(plain, needs_labels=True))
+    assert "'label'" in message and "text, other" in message
+    message = refusal(lambda: read(file, validation=str(plain)))
+    assert "validation file" in message and "text, other" in message
+    split = Split({"text": ["x"]}, None)
+    message = refusal(lambda: split.texts(["title"], {}, None))
+    assert "{title}" in message and "text" in message and "data.columns" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("r.csv", b"text,text,label\na,b,c\n", "'text' twice"),
+        ("r.csv", b"", "could not be read as csv"),
+        ("r.csv", b"text,label\n", "no rows"),
+        ("r.csv", "text,label\ncafé,a\n".encode("latin-1"), "not UTF-8"),
+        ("r.csv", b"text,label\na,b\na,b,c\n", "line 3"),
+        ("r.csv", b'text,label\n"a,b\n', "could not be read as csv"),
+        ("r.tsv", "text\tlabel\ncafé\ta\n".encode("latin-1"), "not UTF-8"),
+        ("r.json", b"[]", "no rows"),
+        ("r.json", b"{", "could not be read as json"),
+        ("r.jsonl", b'{"text": "a"}\n{"text"\n', "could not be read as jsonl"),
+        ("r.jsonl", "{'text': 'é'}".encode("latin-1"), "r.jsonl"),
+        ("r.parquet", b"PAR1", "could not be read as parquet"),
+        ("r.xlsx", b"x", "ends in .xlsx"),
+        ("r", b"x", "ends in nothing"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes, why: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = refusal(lambda: read(tmp_path / name))
+    assert message.startswith("data.path: ") and name in message and why in message
+
+
+def test_a_missing_file_is_named_with_its_key(tmp_path: Path) -> None:
+    assert refusal(lambda: read(tmp_path / "no.csv")).startswith(f"data.path: '{tmp_path}/no.csv' does not exist")
+    file = csv_of(tmp_path / "rows.csv", "text,label\nx,a\ny,b\n" * 5)
+    assert refusal(lambda: read(file, test=str(tmp_path / "no.csv"))).startswith("data.test: ")
+    assert "does not exist" in refusal(lambda: read(tmp_path))
+
+
+def test_a_row_with_a_field_too_many_never_shifts_the_columns(tmp_path: Path) -> None:
+    """pandas takes the first column for an index where every row has one field more than the header."""
+    file = csv_of(
+        tmp_path / "rows.csv", "text,label\n" + "".join(f"t{i},{w},extra{i % 2}\n" for i, (_, w) in enumerate(PAIRS))
+    )
+    assert "rows.csv" in refusal(lambda: read(file))
+
+
+def test_quotes_commas_newlines_and_marks_are_text(tmp_path: Path) -> None:
+    hard = ['a, "b"', "two\nlines", "{braces} {0}", "<b>&amp;</b> ${x} %s \\n", "NA", "null", "émoji 🙂", "'"]
+    for kind in FORMATS:
+        file = _write(tmp_path / f"rows{kind}", [{"text": t, "label": "xy"[i % 2]} for i, t in enumerate(hard * 3)])
+        rows = all_rows(read(file), "text", "label")
+        assert Counter(t for t, _ in rows) == Counter(hard * 3), kind
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".json", ".jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, kind: str) -> None:
+    file = _write(tmp_path / f"rows{kind}", [{"text": t, "label": w} for t, w in PAIRS])
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert all_rows(read(file), "text", "label") == sorted(PAIRS)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_instruction_and_response_pairs_have_no_classes(tmp_path: Path, kind: str) -> None:
+    source = read(_write(tmp_path / f"rows{kind}", [{"instruction": f"q{i}", "response": f"r{i}"} for i in range(10)]))
+    assert source.labels is None and source.template == "{instruction}\n{response}" and source.text is None
+    assert all(s.labels is None for s in source.splits.values())
+    texts = source.splits["test"].texts(["instruction", "response"], {}, None)
+    assert all(t["instruction"][1:] == t["response"][1:] for t in texts) and len(texts) == 2
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv"])
+@pytest.mark.parametrize(
+    "answers",
+    [["007", "010"], ["1.50", "2.00"], ["0", ""], ["1e3", "5"], ["True", "false"], ["1_000", "12345678901234567890"]],
+)
+def test_text_that_looks_like_numbers_stays_as_written(tmp_path: Path, kind: str, answers: list[str]) -> None:
+    """An answer of a sum, a code with leading zeros, a price: `7`, `1.5` and `0.0` would be other answers."""
+    rows = [{"instruction": f"q{i}", "response": a} for i, a in enumerate(answers * 5)]
+    source = read(_write(tmp_path / f"rows{kind}", rows))
+    texts = [t for s in source.splits.values() for t in s.texts(["instruction", "response"], {}, None)]
+    assert {t["instruction"]: t["response"] for t in texts} == {r["instruction"]: r["response"] for r in rows}
+
+
+def test_whole_numbers_beside_an_empty_cell_stay_whole(tmp_path: Path) -> None:
+    answers = [*range(9), None]
+    for kind in (".json", ".jsonl"):
+        file = _write(
+            tmp_path / f"rows{kind}", [{"instruction": f"q{i}", "response": a} for i, a in enumerate(answers)]
+        )
+        source = read(file)
+        texts = [t["response"] for s in source.splits.values() for t in s.texts(["response"], {}, None)]
+        assert sorted(texts) == ["", *map(str, range(9))], kind
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "string", "object"])
+def test_a_missing_value_is_never_a_word(tmp_path: Path, dtype: str) -> None:
+    """Parquet gives missing values of pandas' own types back as `pd.NA`, whose text is `<NA>`."""
+    values = [0, 1] * 5 if dtype == "Int64" else ["a", "b"] * 5
+    frame = pd.DataFrame({"text": [f"t{i}" for i in range(10)], "label": pd.array([*values[:9], None], dtype=dtype)})
+    frame.to_parquet(tmp_path / "rows.parquet")
+    assert "row 9 of train has the label empty" in refusal(lambda: read(tmp_path / "rows.parquet"))
+    frame.rename(columns={"label": "response", "text": "instruction"}).to_parquet(tmp_path / "pairs.parquet")
+    source = read(tmp_path / "pairs.parquet")
+    texts = [t["response"] for s in source.splits.values() for t in s.texts(["response"], {}, None)]
+    assert texts.count("") == 1 and "<NA>" not in texts
+
+
+def test_one_value_or_far_too_many_are_no_classes(tmp_path: Path) -> None:
+    one = csv_of(tmp_path / "one.csv", "text,label\n" + "x,a\n" * 9)
+    assert "1 different value" in refusal(lambda: read(one))
+    many = csv_of(tmp_path / "many.csv", "text,label\n" + "".join(f"x,l{i}\n" for i in range(1200)))
+    assert "1200 different values" in refusal(lambda: read(many))
+
+
+def test_fractions_leave_every_split_a_row_or_say_which_has_none(tmp_path: Path) -> None:
+    three = csv_of(tmp_path / "3.csv", "text,label\na,x\nb,y\nc,x\n")
+    assert [len(s) for s in read(three).splits.values()] == [1, 1, 1]
+    two = csv_of(tmp_path / "2.csv", "text,label\na,x\nb,y\n")
+    message = refusal(lambda: read(two))
+    assert "train split" in message and "2 in all" in message
+
+
+def test_a_tables_text_reaches_the_tokens_untouched(tmp_path: Path) -> None:
+    """Braces, newlines and markup of the data mean nothing to the template."""
+    hard = ["{label} {", "}} {{x}}", "<s> [INST] </s>", "line\nline", "%s {0} ${HOME}"]
+    rows = [{"text": f"{t} {i}", "label": "good" if i % 2 else "bad"} for i, t in enumerate(hard * 4)]
+    file = _write(tmp_path / "rows.csv", rows)
+    exp = Experiment(data={"name": "table", "path": str(file), "template": "{text} => {label}", "max_length": 512})
+    parts = prepare(exp)
+    for name, split in parts.tokens.items():
+        for i in range(len(split)):
+            text = parts.tokenizer.decode(split.row(i)[: int(split.prompts[i])], clean_up_tokenization_spaces=False)
+            assert text == f"{parts.source.splits[name].columns['text'][i]} =>"
+
+
+# ------------------------------------------------------------------------------------------------ hub
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local data set folder of CSV files, one a split; what `datasets` caches stays beside it."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    place = tmp_path / "my_data"
+    place.mkdir()
+    for name, n in (("train", 20), ("validation", 6), ("test", 4)):
+        _write(place / f"{name}.csv", [{"text": f"{name} {t}", "label": w} for t, w in PAIRS[:n]])
+    return place
+
+
+def from_hub(path: Path | str, **keys: Any) -> Source:
+    defaults: dict[str, Any] = {"subset": None, "train": "train", "validation": 0.2, "test": 0.2, "split_seed": 0}
+    return hub(path=str(path), **{**defaults, "labels": None, "columns": {}, "needs_labels": None, **keys})
+
+
+def test_a_local_data_set_folder_gives_its_splits_or_fractions(folder: Path) -> None:
+    source = from_hub(folder, validation="validation", test="test")
+    assert [len(s) for s in source.splits.values()] == [20, 6, 4] and source.labels == ["a", "b"]
+    assert all(t.startswith("validation ") for t in source.splits["validation"].columns["text"])
+    source = from_hub(folder)
+    assert [len(s) for s in source.splits.values()] == [12, 4, 4]
+    assert all(t.startswith("train ") for s in source.splits.values() for t in s.columns["text"])
+
+
+def test_a_split_that_is_not_there_lists_those_there(folder: Path) -> None:
+    message = refusal(lambda: from_hub(folder, validation="dev"))
+    assert message.startswith("data.validation: ") and "'dev'" in message and "train, validation, test" in message
+
+
+def test_class_names_of_a_data_set_keep_their_order(folder: Path, tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    names = ["zeta", "beta", "alpha"]
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})
+    rows = {"sentence": [f"t{i}" for i in range(15)], "label": [i % 3 for i in range(15)]}
+    place = tmp_path / "typed"
+    place.mkdir()
+    Dataset.from_dict(rows, features=features).to_parquet(str(place / "train.parquet"))
+    source = from_hub(place)
+    assert source.labels == names and source.template == "{sentence} label: {label}"
+    for split in source.splits.values():
+        assert [int(t[1:]) % 3 for t in split.columns["sentence"]] == split.labels.tolist()
+        assert [names[c] for c in split.labels] == split.columns["label"]
+    turned = from_hub(place, labels=["alpha", "beta", "zeta"])
+    assert [2 - c for c in source.splits["test"].labels] == turned.splits["test"].labels.tolist()
+
+
+@pytest.mark.parametrize("path", ["no_such_folder_here/nor_there", "./nowhere"])
+def test_a_data_set_that_cannot_be_loaded_is_one_line(folder: Path, path: str) -> None:
+    message = refusal(lambda: from_hub(path))
+    assert message.startswith(f"data.path: {path!r} could not be loaded") and "check the id" in message
+
+
+def test_the_config_reaches_the_source(folder: Path) -> None:
+    exp = Experiment(data={"name": "hub", "path": str(folder), "validation": "validation", "test": 0})
+    assert [len(s) for s in load_source(exp).splits.values()] == [20, 6, 0]
+    columns = {"name": "headlines", "columns": {"sentence": "text"}}
+    assert "data.columns" in refusal(lambda: load_source(Experiment(data=columns)))

@@ -1,0 +1,350 @@
+"""Templates and tokens: what is prompt, what is answer, what is scored, and what happens to rows that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fedsim.build import prepare
+from fedsim.config import Experiment
+from fedsim.data.batches import collate
+from fedsim.data.tokens import Template, Tokens, encode
+from fedsim.errors import UserError
+
+WORDS = ["negative", "neutral", "positive"]
+ROWS = [
+    {"sentence": "Profit rose in the first quarter .", "label": "positive"},
+    {"sentence": "Sales fell", "label": "negative"},
+    {"sentence": "The firm is based in Oslo and sells paper to printers there", "label": "neutral"},
+]
+CLASSES = np.array([2, 0, 1])
+TEMPLATE = "{sentence} sentiment: {label}"
+
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "profit", "rose", "sales", "fell", ":", "sent", "##iment", *WORDS]
+
+
+def _saved(tokenizer: Tokenizer, folder: Path, **special: str) -> Any:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def gpt2_like(folder: Path) -> Any:
+    """Byte-level BPE: the space belongs to the word, end-of-text and no pad of its own; nothing is put around a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([f"{r['sentence']} sentiment: {r['label']}" for r in ROWS] * 9, trainer)
+    return _saved(tokenizer, folder, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def bert_like(folder: Path) -> Any:
+    """WordPiece of a vocabulary written out above: [CLS] before and [SEP] after every text, no end-of-text."""
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(VOCAB)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return _saved(tokenizer, folder, **names)
+
+
+def llama_like(folder: Path) -> Any:
+    """Sentence-piece manners: a word-start mark before every text, <s> in front and </s> behind it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=special, initial_alphabet=list("abcdefghijklmnopqrstuvwxyz"), show_progress=False
+    )
+    tokenizer.train_from_iterator([f"{r['sentence']} sentiment: {r['label']}" for r in ROWS] * 9, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    return _saved(tokenizer, folder, **names)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return gpt2_like(tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return bert_like(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return llama_like(tmp_path_factory.mktemp("llama"))
+
+
+def tokens_of(tokenizer: Any, rows: list[dict[str, str]] = ROWS, **keys: Any) -> Tokens:
+    """`encode` as a causal LM with label words, unless told otherwise."""
+    defaults: dict[str, Any] = {"template": TEMPLATE, "task": "causal_lm", "label_words": WORDS, "max_length": 512}
+    keys = {**defaults, "too_long": "truncate", "split": "train", **keys}
+    labels = (
+        np.array([WORDS.index(r["label"]) for r in rows]) if "label" in rows[0] and rows[0]["label"] in WORDS else None
+    )
+    return encode(rows, labels, tokenizer=tokenizer, **keys)
+
+
+# ------------------------------------------------------------------------------------------------ templates
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "answer"),
+    [
+        ("{a} is: {b}", "A is:", " B"),
+        ("{a}{b}", "A", "B"),
+        ("{a}\n\n{b}.", "A", "\n\nB."),
+        ("{a} \t\n {b} end", "A", " \t\n B end"),
+        ("{{x}} {a} -> {b}", "{x} A ->", " B"),
+        ("{a} {a} {b}", "A A", " B"),
+        ("{b}", "", "B"),
+        (" {b}", "", " B"),
+    ],
+)
+def test_the_answer_is_the_last_field_with_the_white_space_before_it(template: str, prompt: str, answer: str) -> None:
+    parsed = Template.parse(template)
+    assert parsed.split({"a": "A", "b": "B"}) == (prompt, answer)
+    whole = parsed.text({"a": "A", "b": "B"})
+    assert prompt + answer == whole == template.format(a="A", b="B")
+
+
+def test_white_space_at_the_end_of_the_datas_text_goes_with_the_answer_too() -> None:
+    assert Template.parse("{a}{b}").split({"a": "A \n", "b": "B"}) == ("A", " \nB")
+
+
+def test_braces_and_markup_in_the_data_are_text() -> None:
+    row = {"a": "{b} }}{{ {0} {a!r} %s <b>\n${x}", "b": "{a}"}
+    assert Template.parse("{a}: {b}").split(row) == (row["a"] + ":", " {a}")
+
+
+def test_fields_stand_in_order() -> None:
+    assert Template.parse("{b} {a} {b}").fields == ["b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{a", "a}", "{} {b}", "{a.b} {c}", "{a[0]} {b}", "{a!r} {b}", "{a:>3} {b}", "{0} {b}", "{a b}", "x", "{{a}}"],
+)
+def test_a_template_that_cannot_be_read_is_one_line_that_shows_it(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Template.parse(text)
+    message = str(caught.value)
+    assert message.startswith("data.template: ") and repr(text) in message and "\n" not in message
+
+
+# ------------------------------------------------------------------------------------------------ what is scored
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_only_the_answer_and_the_end_of_text_are_scored(family: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(family)
+    tokens = tokens_of(tokenizer)
+    assert tokens.kept().tolist() == [0, 1, 2] and tokens.truncated == 0 and not tokens.left_out
+    batch = collate(tokens, np.array([2, 0, 1]))
+    for b, row in enumerate((2, 0, 1)):
+        ids, split = tokens.row(row), int(tokens.prompts[row])
+        answer = ids[split:]
+        assert answer[-1] == tokenizer.eos_token_id and (ids == tokenizer.eos_token_id).sum() == 1
+        assert tokenizer.decode(answer[:-1]).strip() == ROWS[row]["label"]
+        words = tokenizer.decode(ids[:split], skip_special_tokens=True).strip()
+        assert words == f"{ROWS[row]['sentence']} sentiment:"
+        mine = batch.rows == b
+        assert batch.targets[mine].tolist() == answer.tolist(), "each scored position predicts the next token"
+        assert batch.cols[mine].tolist() == list(range(split - 1, len(ids) - 1)), "the last prompt token predicts first"
+        assert batch.input_ids[b, : len(ids)].tolist() == ids.tolist()
+        assert (batch.input_ids[b, len(ids) :] == tokenizer.pad_token_id).all()
+        assert batch.attention_mask[b].tolist() == [1] * len(ids) + [0] * (batch.input_ids.shape[1] - len(ids))
+    assert len(batch.targets) == sum(len(tokens.row(r)) - int(tokens.prompts[r]) for r in range(3))
+
+
+def test_prompt_and_answer_are_the_tokens_of_the_whole_text(gpt2: Any) -> None:
+    """A byte-level tokenizer cuts before a space, so the two parts are what it makes of the text in one piece."""
+    tokens = tokens_of(gpt2)
+    for i, row in enumerate(ROWS):
+        whole = gpt2(f"{row['sentence']} sentiment: {row['label']}")["input_ids"]
+        assert tokens.row(i).tolist() == [*whole, gpt2.eos_token_id]
+
+
+def test_an_answer_continues_the_prompt_where_the_tokenizer_marks_word_starts(llama: Any) -> None:
+    """`{sentence}:{label}` without a space: tokenised alone the answer would get the mark of a new word."""
+    tokens = tokens_of(
+        llama, [{"sentence": "it is", "label": "paper"}], template="{sentence}:{label}", label_words=None
+    )
+    ids = tokens.row(0).tolist()
+    assert ids[0] == llama.bos_token_id and ids.count(llama.bos_token_id) == 1 and ids.count(llama.eos_token_id) == 1
+    assert llama.decode(ids[1:-1]) == "it is:paper"
+    assert llama("paper", add_special_tokens=False)["input_ids"] != ids[int(tokens.prompts[0]) : -1]
+
+
+def test_an_end_that_the_tokenizer_puts_after_the_prompt_does_not_stand_before_the_answer(bert: Any) -> None:
+    """Tokens by hand, numbers of `VOCAB`: [CLS] sales fell sent ##iment : | negative; no end-of-text exists."""
+    tokens = tokens_of(bert, [{"sentence": "sales fell", "label": "negative"}])
+    assert tokens.row(0).tolist() == [2, 6, 7, 9, 10, 8, 11]
+    assert int(tokens.prompts[0]) == 6
+    assert collate(tokens, np.array([0])).targets.tolist() == [11]
+
+
+def test_text_after_the_last_field_is_part_of_the_answer_and_of_the_candidates(gpt2: Any) -> None:
+    tokens = tokens_of(gpt2, template="{sentence} sentiment: {label}.")
+    assert [gpt2.decode(c) for c in tokens.candidates] == [f" {w}." for w in WORDS]
+    assert tokens.answers == [f" {r['label']}." for r in ROWS]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_label_words_of_several_tokens_are_whole_candidates(family: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(family)
+    words = ["very bad indeed", "good", "so so"]
+    rows = [{"sentence": "Sales fell", "label": w} for w in words]
+    tokens = tokens_of(tokenizer, rows, label_words=words)
+    assert tokens.candidates is not None and max(map(len, tokens.candidates)) > 3
+    for i, word in enumerate(words):
+        assert tokenizer.decode(tokens.candidates[i]).strip() == word
+        answer = tokens.row(i)[int(tokens.prompts[i]) :].tolist()
+        assert answer == [*tokens.candidates[i], tokenizer.eos_token_id], "scored as it is trained"
+    assert tokens_of(tokenizer, rows, label_words=None).candidates is None
+
+
+def test_classes_are_kept_and_missing_ones_are_minus_one(gpt2: Any) -> None:
+    assert tokens_of(gpt2).labels.tolist() == CLASSES.tolist()
+    assert encode(ROWS, None, template=TEMPLATE, tokenizer=gpt2, task="causal_lm", label_words=None, max_length=99,
+                  too_long="error", split="x").labels.tolist() == [-1, -1, -1]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ classification
+
+
+def test_a_head_reads_the_text_without_the_label(bert: Any) -> None:
+    """Tokens by hand, numbers of `VOCAB`; the separator stays, it is what encoders were trained with."""
+    rows = [
+        {"sentence": "profit rose", "label": "positive"},
+        {"sentence": "sales fell : profit fell", "label": "negative"},
+    ]
+    for template in ("{sentence}", "{sentence} {label}"):
+        tokens = tokens_of(bert, rows, template=template, task="sequence_classification", label_words=None)
+        assert tokens.row(0).tolist() == [2, 4, 5, 3] and tokens.row(1).tolist() == [2, 6, 7, 8, 4, 7, 3]
+        assert tokens.is_classes and tokens.candidates is None
+        batch = collate(tokens, np.array([0, 1]))
+        assert batch.targets.tolist() == [2, 0] and len(batch.rows) == 0
+        assert batch.input_ids.tolist() == [[2, 4, 5, 3, 0, 0, 0], [2, 6, 7, 8, 4, 7, 3]]
+
+
+def test_a_template_that_shows_the_head_its_label_is_refused() -> None:
+    exp = Experiment(
+        model={"task": "sequence_classification"}, data={"name": "headlines", "template": "{label}: {sentence}"}
+    )
+    with pytest.raises(UserError, match=r"^data\.template: .*label"):
+        prepare(exp)
+
+
+def test_a_long_text_for_a_head_is_cut_before_its_separator(bert: Any) -> None:
+    rows = [{"sentence": "profit rose sales fell", "label": "neutral"}]
+    keys: dict[str, Any] = {"template": "{sentence}", "task": "sequence_classification", "label_words": None}
+    tokens = tokens_of(bert, rows, max_length=4, **keys)
+    assert tokens.row(0).tolist() == [2, 4, 5, 3] and tokens.truncated == 1
+    assert tokens_of(bert, rows, max_length=4, too_long="drop", **keys).left_out == {"too long": [0]}
+
+
+# ------------------------------------------------------------------------------------------------ rows that do not fit
+
+
+def test_exactly_the_longest_length_fits(gpt2: Any) -> None:
+    longest = int(tokens_of(gpt2).lengths.max())
+    tokens = tokens_of(gpt2, max_length=longest, too_long="error")
+    assert tokens.lengths.max() == longest and not tokens.left_out
+    with pytest.raises(UserError) as caught:
+        tokens_of(gpt2, max_length=longest - 1, too_long="error", split="validation")
+    message = str(caught.value)
+    assert message.startswith(f"data.max_length: {longest - 1}, ") and "row 2 of validation" in message
+    assert f"{longest} tokens" in message and "truncate or drop" in message and "\n" not in message
+
+
+def test_truncation_cuts_the_prompt_from_its_left(gpt2: Any) -> None:
+    whole = tokens_of(gpt2)
+    limit = int(whole.lengths.max()) - 3
+    cut = tokens_of(gpt2, max_length=limit)
+    assert cut.truncated == 1 and cut.row(2).tolist() == whole.row(2).tolist()[3:]
+    assert int(cut.prompts[2]) == int(whole.prompts[2]) - 3
+    assert [cut.row(i).tolist() for i in (0, 1)] == [whole.row(i).tolist() for i in (0, 1)]
+    assert cut.kept().tolist() == [0, 1, 2]
+
+
+def test_truncation_cuts_the_answer_only_where_the_prompt_is_used_up(gpt2: Any) -> None:
+    rows = [{"sentence": "x", "label": "a long answer that will not fit"}]
+    whole = tokens_of(gpt2, rows, label_words=None)
+    split = int(whole.prompts[0])
+    answer = whole.row(0)[split:]
+    tokens = tokens_of(gpt2, rows, label_words=None, max_length=5)
+    assert tokens.row(0).tolist() == [int(whole.row(0)[split - 1]), *answer[:4].tolist()]
+    assert int(tokens.prompts[0]) == 1, "one prompt token stays: the first answer token needs something before it"
+
+
+def test_dropped_rows_are_named_and_the_rest_keeps_its_numbers(gpt2: Any) -> None:
+    limit = int(tokens_of(gpt2).lengths.max()) - 1
+    tokens = tokens_of(gpt2, max_length=limit, too_long="drop")
+    assert tokens.left_out == {"too long": [2]} and tokens.kept().tolist() == [0, 1] and tokens.truncated == 0
+    assert len(tokens) == 3 and tokens.lengths.max() <= limit
+    assert tokens.row(1).tolist() == tokens_of(gpt2).row(1).tolist()
+
+
+def test_empty_answers_and_empty_prompts_are_left_out_and_counted(gpt2: Any) -> None:
+    rows = [
+        {"instruction": "say it", "response": ""},
+        {"instruction": "say it", "response": "yes"},
+        {"instruction": "", "response": "yes"},
+        {"instruction": "say it", "response": " \n"},
+    ]
+    tokens = tokens_of(gpt2, rows, template="{instruction}\n{response}", label_words=None)
+    assert tokens.left_out == {"empty answer": [0, 3], "empty text": [2]}
+    assert tokens.kept().tolist() == [1] and len(tokens) == 4
+
+
+def test_rows_left_out_belong_to_no_client_and_are_counted_in_the_report(tmp_path: Path) -> None:
+    lines = [f'q{i},"{"" if i % 4 == 0 else "answer"}"' for i in range(20)]
+    lines += [f"q{'very ' * 200}{i},answer" for i in range(3)]
+    for name in ("train", "held"):
+        (tmp_path / f"{name}.csv").write_text("instruction,response\n" + "\n".join(lines) + "\n")
+    data = {"name": "table", "path": str(tmp_path / "train.csv"), "validation": str(tmp_path / "held.csv"), "test": 0}
+    parts = prepare(Experiment(data={**data, "too_long": "drop", "max_length": 64}))
+    assert parts.report["left_out"] == {s: {"empty answer": 5, "too long": 3} for s in ("train", "validation")}
+    held = np.concatenate([parts.partition.rows(int(c)) for c in parts.clients])
+    assert sorted(held.tolist()) == [i for i in range(20) if i % 4] == parts.tokens["train"].kept().tolist()
+    own = np.concatenate([parts.own.rows(int(c)) for c in parts.clients])
+    assert sorted(own.tolist()) == parts.tokens["validation"].kept().tolist()
+    cut = prepare(Experiment(data={**data, "max_length": 64}))
+    assert cut.report["truncated"] == {"train": 3, "validation": 3}
+    assert cut.report["left_out"] == {s: {"empty answer": 5} for s in ("train", "validation")}
+
+
+def test_data_of_which_nothing_is_left_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^data: no row of the train split is left \(1811 empty text\)"):
+        prepare(Experiment(data={"name": "headlines", "template": "{label}"}))
+
+
+def test_an_empty_split_has_no_tokens(gpt2: Any) -> None:
+    empty = encode([], np.empty(0, dtype=np.int64), template=TEMPLATE, tokenizer=gpt2, task="causal_lm",
+                   label_words=WORDS, max_length=9, too_long="error", split="test")  # fmt: skip
+    assert len(empty) == 0 and empty.kept().tolist() == [] and len(empty.lengths) == 0
+
+
+def test_shared_arrays_hold_the_same_tokens(gpt2: Any) -> None:
+    tokens = tokens_of(gpt2)
+    before = [tokens.row(i).tolist() for i in range(3)]
+    tokens.share()
+    assert tokens.ids.is_shared() and tokens.offsets.is_shared()
+    assert [tokens.row(i).tolist() for i in range(3)] == before
+    assert tokens.lengths_of(np.array([2, 0])).tolist() == [len(before[2]), len(before[0])]

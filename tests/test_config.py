@@ -1,0 +1,528 @@
+"""The config: defaults, overrides, paths, what is refused and in which words, and back to YAML."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedsim.config as config
+import fedsim.sections as sections_module
+from fedsim.config import Experiment, components, expand_path, keys_of
+from fedsim.errors import UserError
+
+NEEDED: dict[tuple[str, str], dict[str, Any]] = {  # what a component cannot do without
+    ("data", "financial_phrasebank"): {"path": "Sentences_AllAgree.txt"},
+    ("data", "table"): {"path": "rows.csv"},
+    ("data", "hub"): {"path": "org/name"},
+    ("partition", "class_counts"): {"counts": [[1, 2], [3, 4]]},
+    ("partition", "by_column"): {"column": "user"},
+}
+COMPONENTS = [
+    (section, name or "loha")
+    for section in ("adapter", "data", "partition", "algorithm", "executor")
+    for name in components(section)
+]
+
+# The example of the design document, as it stands there: these names are a contract with other people's scripts.
+DESIGN = """
+name: lora_sentiment            # results/<name>/<run id>/
+seed: 0
+modes: [local, federated, central]
+rounds: 5
+results: results                # root of the run folders
+model:     {path: tiny, dtype: float32, task: causal_lm}
+adapter:   {name: lora, r: 32, alpha: 32, dropout: 0.0, target_modules: auto}
+data:      {name: financial_phrasebank, path: "${oc.env:FEDSIM_DATA}/financial_phrasebank/Sentences_AllAgree.txt", template: "{sentence} sentiment: {label}", labels: [negative, neutral, positive], columns: {}, max_length: 128, too_long: truncate}
+partition: {name: class_counts, counts: [[6, 59, 25], [221, 525, 0], [19, 523, 433]]}
+cohort:    {size: all}          # or a number of clients per round
+local:     {steps: 200, batch_size: 128, micro_batch: 4, optimizer: adamw, lr: 1e-4, weight_decay: 0.01, betas: [0.9, 0.98], clip: 1.0, schedule: cosine, warmup: 50, min_lr: 1e-6, horizon: 2000, schedule_over: run, keep_state: true, epochs: null, shuffle: true, drop_last: false}
+central:   {match: epochs}
+algorithm: {name: fedavg, weights: steps}
+best:      {metric: accuracy, mode: max}
+checkpoint: {every: 1, keep: 2}
+evaluate:  {every_steps: 100, every_rounds: 1, batch_size: 64, generate: false}
+training:  {lanes: auto}
+executor:  {name: serial}
+tracking:  {with: []}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDSIM_DATA", "/somewhere")
+    monkeypatch.delenv("FEDSIM_NOWHERE", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str, *overrides: str) -> Experiment:
+    """The experiment of a YAML text with overrides."""
+    file = Path("experiment.yaml")
+    file.write_text(text, encoding="utf-8")
+    return Experiment.load(file, overrides)
+
+
+def refusal(text: str, *overrides: str) -> str:
+    """The message with which a config is refused."""
+    with pytest.raises(UserError) as caught:
+        load(text, *overrides)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ defaults
+
+
+def test_the_default_experiment_goes_to_yaml_and_back() -> None:
+    first = Experiment()
+    second = load(first.to_yaml())
+    assert second == first
+    assert second.to_yaml() == first.to_yaml()
+    assert first == load(""), "an empty file is the defaults"
+    assert (first.adapter.name, first.data.name, first.partition.name) == ("lora", "headlines", "iid")
+
+
+@pytest.mark.parametrize(("section", "name"), COMPONENTS)
+def test_every_components_defaults_go_to_yaml_and_back(section: str, name: str) -> None:
+    first = Experiment(**{section: {"name": name, **NEEDED.get((section, name), {})}})
+    assert getattr(first, section).name == name
+    second = load(first.to_yaml())
+    assert second == first
+    assert second.to_yaml() == first.to_yaml()
+    assert Experiment.from_dict(first.to_dict()) == first
+
+
+def test_a_config_far_from_the_defaults_goes_to_yaml_and_back() -> None:
+    first = Experiment(
+        name="a.b-c_1",
+        modes=["central"],
+        model={"path": "org/name", "dtype": "bfloat16", "task": "sequence_classification"},
+        adapter={"name": "lora", "r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        data={
+            "name": "table",
+            "path": "x.csv",
+            "validation": "v.csv",
+            "test": 0,
+            "labels": ["ja: é", "1", "null", "#"],
+        },
+        partition={"name": "dirichlet", "num_clients": 7, "alpha": 1e-5, "by": "site"},
+        cohort={"size": 3},
+        local={"epochs": 2, "lr": 1e-7, "clip": None, "optimizer": "sgd", "momentum": 0.5},
+        tracking={"with": ["tensorboard"]},
+        executor={"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1},
+    )
+    assert load(first.to_yaml()) == first
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{sentence}\n\n sentiment:\t{label} ",
+        "cost ${sentence} is {label}",
+        "a \\${sentence} # {label}: 'x' \"y\"",
+        "{{json}} {sentence}: {label}",
+        "1e5 {sentence} {label}",
+        "x " * 100 + "{sentence} {label}",
+    ],
+)
+def test_a_template_comes_back_from_the_resolved_config_as_it_was(text: str) -> None:
+    first = Experiment(data={"name": "headlines", "template": text})
+    assert load(first.to_yaml()).data.template == text
+
+
+@pytest.mark.parametrize("words", [["1e3", "2e3"], ["yes", "no"], ["1.50", "007"], ["null", "~"], ["???", "é"]])
+def test_label_words_that_look_like_numbers_stay_words(words: list[str]) -> None:
+    first = Experiment(data={"name": "headlines", "labels": words})
+    assert load(first.to_yaml()).data.labels == words
+
+
+def test_the_designs_example_loads_with_its_values() -> None:
+    exp = load(DESIGN)
+    assert exp.local.lr == 1e-4 and exp.local.min_lr == 1e-6 and exp.local.betas == [0.9, 0.98]
+    assert exp.partition.counts == [[6, 59, 25], [221, 525, 0], [19, 523, 433]]
+    assert (exp.local.steps, exp.local.epochs, exp.cohort.size) == (200, None, "all")
+    assert exp.tracking.with_ == [] and exp.executor.name == "serial"
+    for override in (
+        "partition={name: dirichlet, num_clients: 10, alpha: 0.5, min_rows: 10}",
+        "executor={name: pool, devices: [cpu], workers: 2, threads: 1}",
+        "model.dtype=float64",
+    ):
+        load(DESIGN, override)
+
+
+def test_one_epoch_is_the_work_where_none_is_given() -> None:
+    assert Experiment().local.epochs == 1
+    assert load("local: {steps: null, epochs: null}").local.epochs == 1
+    assert Experiment(local={"steps": 3}).local.epochs is None
+
+
+def test_numbers_are_taken_where_they_mean_the_same() -> None:
+    exp = load("local: {lr: 1, steps: 2.0, betas: [0, 0.5]}")
+    assert exp.local.lr == 1.0 and isinstance(exp.local.lr, float)
+    assert exp.local.steps == 2 and isinstance(exp.local.steps, int)
+    assert exp.local.betas == [0.0, 0.5]
+
+
+def test_the_identity_leaves_out_what_changes_no_number() -> None:
+    base = Experiment(local={"steps": 2})
+    same = dataclasses.replace(
+        base,
+        rounds=9,
+        results="elsewhere",
+        executor={"name": "pool", "workers": 2},
+        tracking={"with": ["mlflow"]},
+        checkpoint={"every": 3},
+    )
+    assert same.identity() == base.identity()
+    for change in ({"seed": 1}, {"local": {"steps": 3}}, {"modes": ["local"]}, {"evaluate": {"every_steps": 1}}):
+        assert dataclasses.replace(base, **change).identity() != base.identity(), change
+
+
+def test_sections_may_be_given_as_dataclasses() -> None:
+    exp = Experiment(adapter=config.PTuning(hidden=7), local=config.LocalWork(steps=3))
+    assert exp == Experiment(adapter={"name": "p_tuning", "hidden": 7}, local={"steps": 3})
+    with pytest.raises(UserError, match=r"^adapter\.r: 0 "):
+        Experiment(adapter=config.Lora(r=0))
+
+
+# ------------------------------------------------------------------------------------------------ overrides
+
+FILE = "adapter: {name: lora, r: 4, alpha: 99}\npartition: {name: dirichlet, num_clients: 7, alpha: 0.25}\n"
+
+
+def test_another_name_drops_the_files_keys_of_that_section_only() -> None:
+    exp = load(FILE, "adapter.name=ia3")
+    assert exp.adapter == config.Ia3()
+    assert exp.partition == config.Dirichlet(num_clients=7, alpha=0.25)
+    exp = load(FILE, "partition.name=dirichlet_fedma")
+    assert exp.partition == config.DirichletFedma(), "not the file's 7 clients, though it takes that key as well"
+
+
+def test_the_same_name_keeps_the_files_keys() -> None:
+    assert load(FILE, "adapter.name=lora").adapter == config.Lora(r=4, alpha=99)
+    assert load(FILE, "adapter.r=5").adapter == config.Lora(r=5, alpha=99)
+
+
+def test_a_whole_section_replaces_the_files() -> None:
+    assert load(FILE, "adapter={name: lora, r: 2}").adapter == config.Lora(r=2)
+    assert load(FILE, "adapter={name: p_tuning}").adapter == config.PTuning()
+
+
+def test_keys_after_a_new_name_are_the_new_components() -> None:
+    assert load(FILE, "adapter.name=prefix", "adapter.hidden=3").adapter == config.Prefix(hidden=3)
+    message = refusal(FILE, "adapter.name=prefix", "adapter.r=3")
+    assert message.startswith("adapter.r: 3 ") and "num_virtual_tokens" in message, message
+
+
+def test_later_overrides_win() -> None:
+    assert load(FILE, "seed=1", "seed=2").seed == 2
+    assert load(FILE, "adapter.name=prefix", "adapter.name=lora").adapter == config.Lora()
+
+
+def test_overrides_reach_sections_the_file_lacks() -> None:
+    assert load(FILE, "local.steps=3").local.steps == 3
+    assert load(FILE, "executor.workers=2").executor == config.AutoExecutor(workers=2)
+    assert load(FILE, "algorithm.weights=uniform").algorithm.weights == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("local.lr=1e-3", 1e-3),
+        ("local.betas=[0.5, 0.75]", [0.5, 0.75]),
+        ("local.clip=null", None),
+        ("local.keep_state=false", False),
+        ("results=a=b", "a=b"),
+        ('data.template="{sentence} sentiment: {label}"', "{sentence} sentiment: {label}"),
+        ("data.labels=[negative, neutral, positive]", ["negative", "neutral", "positive"]),
+    ],
+)
+def test_override_values_are_read_as_yaml(override: str, value: Any) -> None:
+    exp: Any = load("data: {name: headlines}", override)
+    for part in override.partition("=")[0].split("."):
+        exp = getattr(exp, part)
+    assert exp == value
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+# (override, the key path the message opens with, the value it shows, words of the way out)
+WRONG = [
+    ("seed=-1", "seed", "-1", "negative"),
+    ("rounds=0", "rounds", "0", "below 1"),
+    ("rounds=2.5", "rounds", "2.5", "whole number"),
+    ("rounds=true", "rounds", "True", "whole number"),
+    ("name=a/b", "name", "'a/b'", "letters"),
+    ("name=..", "name", "'..'", "letters"),
+    ("modes=[]", "modes", "[]", "local, federated, central"),
+    ("modes=[local, lokal]", "modes[1]", "'lokal'", "local, federated, central"),
+    ("modes=[local, local]", "modes", "['local', 'local']", "twice"),
+    ("modle.path=x", "modle", "{'path': 'x'}", "model"),
+    ("model=tiny", "model", "'tiny'", "path"),
+    ("model.path=''", "model.path", "''", "hub id"),
+    ("model.dtype=float8", "model.dtype", "'float8'", "bfloat16"),
+    ("model.task=regression", "model.task", "'regression'", "sequence_classification"),
+    ("model.base_dropout=1", "model.base_dropout", "1", "true or false"),
+    ("adapter=lora", "adapter", "'lora'", "adapter.name=lora"),
+    ("adapter.name=loar", "adapter.name", "'loar'", "did you mean lora?"),
+    ("adapter={r: 3}", "adapter.name", "r", "lora, p_tuning"),
+    ("adapter.rank=8", "adapter.rank", "8", "name, r, alpha"),
+    ("adapter.r=0", "adapter.r", "0", "1 or more"),
+    ("adapter.r=many", "adapter.r", "'many'", "whole number"),
+    ("adapter.alpha=-1", "adapter.alpha", "-1.0", "2 r"),
+    ("adapter.alpha=.inf", "adapter.alpha", "inf", "is not"),
+    ("adapter.dropout=1", "adapter.dropout", "1.0", "[0, 1)"),
+    ("adapter.dropout=.nan", "adapter.dropout", "nan", "[0, 1)"),
+    ("adapter.target_modules=q", "adapter.target_modules", "'q'", "a list"),
+    ("adapter.target_modules=[]", "adapter.target_modules", "[]", "auto"),
+    ("adapter={name: p_tuning, num_virtual_tokens: 0}", "adapter.num_virtual_tokens", "0", "below 1"),
+    ("adapter={name: adapter, bottleneck: 0}", "adapter.bottleneck", "0", "below 1"),
+    ("adapter={name: prefix, hidden: 0}", "adapter.hidden", "0", "below 1"),
+    ("adapter={name: ia3, target_modules: [k]}", "adapter.feedforward_modules", "'auto'", "both or none"),
+    ("adapter={name: none, r: 3}", "adapter.r", "3", "takes: name"),
+    ("adapter={name: loha, rr: 3}", "adapter.rr", "3", "did you mean r?"),
+    ("data.name=headline", "data.name", "'headline'", "did you mean headlines?"),
+    ("data.max_length=1", "data.max_length", "1", "2 tokens"),
+    ("data.too_long=cut", "data.too_long", "'cut'", "truncate, drop, error"),
+    ("data.template=hello", "data.template", "'hello'", "braces"),
+    ("data.labels=[a]", "data.labels", "['a']", "two"),
+    ("data.labels=[a, a]", "data.labels", "['a', 'a']", "twice"),
+    ("data.labels=[1, 2]", "data.labels[0]", "1", "text"),
+    ("data.columns=[a]", "data.columns", "['a']", "mapping"),
+    ("data={name: financial_phrasebank}", "data.path", "''", "Sentences_AllAgree.txt"),
+    ("data={name: table}", "data.path", "''", ".csv"),
+    ("data={name: table, path: x.csv, validation: 0}", "data.validation", "0.0", "validate"),
+    ("data={name: table, path: x.csv, validation: 2}", "data.validation", "2.0", "fraction in [0, 1)"),
+    ("data={name: table, path: x.csv, validation: 0.6, test: 0.5}", "data.test", "0.5", "no training rows"),
+    ("data={name: hub, path: a/b, validation: 0.6, test: 0.5}", "data.test", "0.5", "no training rows"),
+    ("data={name: table, path: x.csv, validation: ''}", "data.validation", "''", "file"),
+    ("data={name: hub}", "data.path", "''", "org/name"),
+    ("partition=iid", "partition", "'iid'", "partition.name=iid"),
+    ("partition.name=random", "partition.name", "'random'", "dirichlet_fedma"),
+    ("partition.num_clients=0", "partition.num_clients", "0", "below 1"),
+    ("partition.alpha=1", "partition.alpha", "1", "num_clients"),
+    ("partition={name: dirichlet, alpha: 0}", "partition.alpha", "0.0", "positive"),
+    ("partition={name: dirichlet_fedma, alpha: .inf}", "partition.alpha", "inf", "positive"),
+    ("partition={name: dirichlet, max_redraws: 0}", "partition.max_redraws", "0", "below 1"),
+    ("partition={name: class_counts}", "partition.counts", "[]", "each client"),
+    ("partition={name: class_counts, counts: [[1, 2], [3]]}", "partition.counts", "[[1, 2], [3]]", "length"),
+    ("partition={name: class_counts, counts: [[1, -2]]}", "partition.counts", "[[1, -2]]", "negative"),
+    ("partition={name: class_counts, counts: [[], []]}", "partition.counts", "[[], []]", "class"),
+    ("partition={name: class_counts, counts: [[1, x]]}", "partition.counts[0][1]", "'x'", "whole number"),
+    ("partition={name: shards, classes_per_client: 0}", "partition.classes_per_client", "0", "below 1"),
+    ("partition={name: by_column}", "partition.column", "''", "clients' ids"),
+    ("partition={name: quantity, exponent: -1}", "partition.exponent", "-1.0", ">= 0"),
+    ("cohort.size=0", "cohort.size", "0", "or all"),
+    ("cohort.size=some", "cohort.size", "'some'", "or all"),
+    ("local={steps: 2, epochs: 1}", "local.steps", "2", "local.epochs=1"),
+    ("local.steps=0", "local.steps", "0", "below 1"),
+    ("local={steps: 2, drop_last: true}", "local.drop_last", "True", "epochs"),
+    ("local.batch_size=0", "local.batch_size", "0", "below 1"),
+    ("local.micro_batch=64", "local.micro_batch", "64", "batch_size=32"),
+    ("local.optimizer=adam", "local.optimizer", "'adam'", "adamw, sgd"),
+    ("local.lr=0", "local.lr", "0.0", "positive"),
+    ("local.lr=.nan", "local.lr", "nan", "positive"),
+    ("local.lr=fast", "local.lr", "'fast'", "a number"),
+    ("local.min_lr=1", "local.min_lr", "1.0", "lr=0.001"),
+    ("local.weight_decay=-0.1", "local.weight_decay", "-0.1", "negative"),
+    ("local.weight_decay=.inf", "local.weight_decay", "inf", "finite"),
+    ("local.betas=[0.9]", "local.betas", "[0.9]", "two numbers"),
+    ("local.betas=[0.9, 1.0]", "local.betas", "[0.9, 1.0]", "[0, 1)"),
+    ("local.eps=0", "local.eps", "0.0", "positive"),
+    ("local.eps=.inf", "local.eps", "inf", "is not"),
+    ("local.momentum=0.9", "local.momentum", "0.9", "sgd"),
+    ("local.clip=0", "local.clip", "0.0", "null"),
+    ("local.horizon=10", "local.horizon", "10", "cosine"),
+    ("local={schedule: cosine, warmup: 10, horizon: 10}", "local.horizon", "10", "warmup=10"),
+    ("local.keep_state=maybe", "local.keep_state", "'maybe'", "true or false"),
+    ("local.with=1", "local.with", "1", "epochs"),
+    ("central.match=rows", "central.match", "'rows'", "epochs, steps"),
+    ("algorithm.name=fedprox", "algorithm.name", "'fedprox'", "fedavg"),
+    ("algorithm.mu=0.1", "algorithm.mu", "0.1", "weights"),
+    ("algorithm.weights=size", "algorithm.weights", "'size'", "samples, steps, uniform"),
+    ("best.metric=f1", "best.metric", "'f1'", "accuracy, loss"),
+    ("best.metric=exact_match", "best.metric", "'exact_match'", "evaluate.generate=true"),
+    ("checkpoint.keep=0", "checkpoint.keep", "0", "below 1"),
+    ("evaluate.every_steps=0", "evaluate.every_steps", "0", "below 1"),
+    ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens", "0", "below 1"),
+    ("training.lanes=4", "training.lanes", "4", "auto"),
+    ("executor=pool", "executor", "'pool'", "executor.name=pool"),
+    ("executor.name=ray", "executor.name", "'ray'", "auto, serial, pool"),
+    ("executor={name: serial, workers: 2}", "executor.workers", "2", "device"),
+    ("executor={name: serial, device: gpu}", "executor.device", "'gpu'", "cuda:N"),
+    ("executor={name: pool, devices: []}", "executor.devices", "[]", "[cpu]"),
+    ("executor={name: pool, devices: [cpu, gpu]}", "executor.devices[1]", "'gpu'", "cuda:N"),
+    ("executor={name: pool, devices: [cpu, cpu], workers: 1}", "executor.workers", "1", "devices"),
+    ("executor.threads=0", "executor.threads", "0", "below 1"),
+    ("tracking.with=[neptune]", "tracking.with[0]", "'neptune'", "wandb"),
+    ("tracking.with=wandb", "tracking.with", "'wandb'", "a list"),
+    ("messages={up: int8}", "messages", "{'up': 'int8'}", "takes"),
+    ("faults.retries=2", "faults", "{'retries': 2}", "takes"),
+    ("results=3", "results", "3", "text"),
+    ("local=3", "local", "3", "steps"),
+    ("local.lr.x=3", "local.lr", "{'x': 3}", "a number"),
+    ("model={path: tiny, dtype: float16, task: x}", "model.task", "'x'", "causal_lm"),
+    ("name=${oc.env:FEDSIM_NOWHERE}", "name", "FEDSIM_NOWHERE", "not found"),
+    ("model.path=${oc.env:FEDSIM_NOWHERE}/m", "model.path", "'${oc.env:FEDSIM_NOWHERE}/m'", "set FEDSIM_NOWHERE"),
+    ("results=${oc.env:FEDSIM_NOWHERE}", "results", "'${oc.env:FEDSIM_NOWHERE}'", "set FEDSIM_NOWHERE"),
+]
+
+SECTIONS = "adapter: {name: lora}\ndata: {name: headlines}\npartition: {name: iid}\n"
+
+
+@pytest.mark.parametrize(("override", "path", "value", "way"), WRONG, ids=[w[0] for w in WRONG])
+def test_a_wrong_value_is_one_line_with_path_value_and_way_out(override: str, path: str, value: str, way: str) -> None:
+    message = refusal(SECTIONS, override)
+    assert "\n" not in message, message
+    assert message.startswith(f"{path}: "), message
+    assert value in message, message
+    assert way in message, message
+
+
+@pytest.mark.parametrize(
+    ("sections", "path"),
+    [
+        ({"adapter": {"name": "none"}, "model": {"dtype": "float16"}}, "model.dtype"),
+        ({"model": {"task": "sequence_classification"}, "evaluate": {"generate": True}}, "evaluate.generate"),
+        ({"local": None}, "local"),
+        ({"adapter": None}, "adapter"),
+        ({"nonsense": 1}, "nonsense"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_from_python_too(sections: dict[str, Any], path: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Experiment.from_dict(sections)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["lr", "=3", "local.lr=[1", "", "partition.counts[0]=3"])
+def test_what_is_no_override_is_one_line_that_shows_one(override: str) -> None:
+    message = refusal(SECTIONS, override)
+    assert "\n" not in message and repr(override) in message and "key=value" in message
+
+
+def test_an_unquoted_template_override_says_to_quote_it() -> None:
+    message = refusal(SECTIONS, "data.template={sentence} sentiment: {label}")
+    assert "\n" not in message and "quote" in message.lower(), message
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"name: a\nname: b\n", "duplicate key name"),
+        (b"name:\n\t- a\n", "line 2"),
+        (b"- a\n- b\n", "list"),
+        ("name: café\n".encode("latin-1"), "UTF-8"),
+        (b"1: 2\n", "1: 2 is for no known key"),
+        (b"local:\n", "local: None is not a section"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_says_why(content: bytes, why: str) -> None:
+    Path("bad.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        Experiment.load("bad.yaml")
+    assert "\n" not in str(caught.value) and why in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key() -> None:
+    Path("bom.yaml").write_bytes(b"\xef\xbb\xbfname: x\n")
+    assert Experiment.load("bom.yaml").name == "x"
+
+
+@pytest.mark.parametrize("name", ["nowhere.yaml", "."])
+def test_a_missing_file_is_named(name: str) -> None:
+    with pytest.raises(UserError, match="no such file; give the YAML file"):
+        Experiment.load(name)
+
+
+# ------------------------------------------------------------------------------------------------ paths
+
+
+def test_environment_variables_in_paths_stay_in_the_resolved_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = "${oc.env:FEDSIM_DATA}/financial_phrasebank/Sentences_AllAgree.txt"
+    exp = load(DESIGN)
+    assert exp.data.path == raw and raw in exp.to_yaml()
+    assert expand_path(exp.data.path, "data.path") == "/somewhere/financial_phrasebank/Sentences_AllAgree.txt"
+    monkeypatch.setenv("FEDSIM_DATA", "/elsewhere")
+    assert expand_path(exp.data.path, "data.path").startswith("/elsewhere/")
+    monkeypatch.delenv("FEDSIM_DATA")
+    message = refusal(DESIGN)
+    assert message.startswith("data.path: ") and "set FEDSIM_DATA" in message and "data.path=PATH" in message
+
+
+def test_interpolation_outside_paths_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSIM_DATA", "abc")
+    exp = load("seed: 3\nname: run-${oc.env:FEDSIM_DATA}\nlocal: {steps: '${seed}'}")
+    assert (exp.local.steps, exp.name) == (3, "run-abc")
+    assert "${" not in exp.to_yaml()
+
+
+def test_relative_paths_are_looked_up_here_first_then_beside_the_file(tmp_path: Path) -> None:
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    file = folder / "e.yaml"
+    file.write_text("data: {name: table, path: rows.csv, validation: held.csv, test: 0.1}\nmodel: {path: base}\n")
+    (folder / "rows.csv").touch()
+    (folder / "base").mkdir()
+    exp = Experiment.load(file)
+    assert exp.data.path == str(folder / "rows.csv"), "only beside the YAML file"
+    assert exp.model.path == str(folder / "base")
+    assert exp.data.validation == "held.csv" and exp.data.test == 0.1, "what is nowhere stays as it was written"
+    (tmp_path / "rows.csv").touch()
+    assert Experiment.load(file).data.path == str(tmp_path / "rows.csv"), "the current directory comes first"
+    again = tmp_path / "run" / "config.yaml"
+    again.parent.mkdir()
+    again.write_text(exp.to_yaml())
+    assert Experiment.load(again) == exp
+
+
+@pytest.mark.parametrize("path", ["tiny", "package:json/decoder.py", "org/name"])
+def test_model_names_that_are_no_paths_stay(path: str) -> None:
+    assert load("", f"model.path={path}").model.path == path
+
+
+def test_home_in_a_path_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_path("~/x", "results") == str(tmp_path / "x")
+    assert expand_path("x~y", "results") == "x~y"
+
+
+# ------------------------------------------------------------------------------------------------ sentences
+
+
+def test_every_field_of_every_section_has_a_sentence_under_it() -> None:
+    bodies = [ast.parse(Path(m.__file__).read_text(encoding="utf-8")).body for m in (config, sections_module)]
+    seen = 0
+    for node in (n for body in bodies for n in body):
+        if not (isinstance(node, ast.ClassDef) and node.decorator_list):
+            continue
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if not isinstance(field, ast.AnnAssign):
+                continue
+            name = field.target.id  # type: ignore[union-attr]
+            if name == "name" and node.name != "Experiment":
+                continue  # the component's own name: the class says what it is
+            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert told, f"{node.name}.{name} has no sentence under it"
+            text = after.value.value  # type: ignore[union-attr]
+            assert isinstance(text, str) and len(text) > 4 and text.rstrip().endswith("."), (
+                f"{node.name}.{name}: {text!r}"
+            )
+            seen += 1
+    # Inherited fields stand once in their base class; all the rest of the keys must have been seen.
+    sections = [config.Experiment, config.Model, config.CohortKeys, config.LocalWork, config.Central, config.Best]
+    sections += [config.Checkpoint, config.Evaluate, config.Training, config.Tracking]
+    sections += [c for s in ("adapter", "data", "partition", "algorithm", "executor") for c in components(s).values()]
+    own = {(c.__name__, f) for s in sections for c in s.__mro__ for f in getattr(c, "__annotations__", {})}
+    assert seen == len([1 for c, f in own if f != "name" or c == "Experiment"])
+    for section in sections:
+        assert (section.__doc__ or "").partition("\n")[0].endswith("."), section
+
+
+def test_keys_are_listed_as_the_user_writes_them() -> None:
+    assert keys_of(config.Tracking) == ["with"]
+    assert "name" in keys_of(config.Lora) and "max_length" in keys_of(config.Table)
+    with pytest.raises(KeyError):
+        components("local")

@@ -1,0 +1,314 @@
+"""Scores against a loop that takes one row at a time, unpadded, through plain transformers and peft.
+
+The run's reported validation score of `global/` and `best/` is got again from those folders by code that shares nothing
+with the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import fedsim
+from fedsim.build import prepare
+from fedsim.errors import UserError
+from fedsim.models.base import TINY
+
+LABELS = ["negative", "neutral", "positive"]
+WORK = {"steps": 6, "batch_size": 8, "lr": 2e-2}
+VALIDATION = {"scope": "federated", "client": None, "split": "validation"}
+
+
+def base_of(exp: Any) -> nn.Module:
+    """The base in float64, as transformers loads it."""
+    if exp.model.task == "causal_lm":
+        return AutoModelForCausalLM.from_pretrained(exp.model.path, dtype=torch.float64)
+    return AutoModelForSequenceClassification.from_pretrained(exp.model.path, dtype=torch.float64, num_labels=3)
+
+
+def in_double(exp: Any, folder: Path) -> nn.Module:
+    """An adapter by plain peft, exact: PEFT makes virtual tokens in float32 and would round them."""
+    from safetensors.torch import load_file
+
+    model = peft.PeftModel.from_pretrained(base_of(exp), str(folder)).double().eval()
+    peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    return model
+
+
+@torch.no_grad()
+def by_words(
+    model: nn.Module, tok: Any, rows: Iterable[tuple[str, str]], words: Sequence[str], prompt: str = " sentiment:"
+) -> tuple[float, float, list[int]]:
+    """(mean loss per answer token, accuracy, predictions): every label of every row is a pass of its own."""
+    nll, tokens, predictions, right = 0.0, 0, [], 0
+    for sentence, word in rows:
+        head = tok(sentence + prompt)["input_ids"]
+        scores = []
+        for candidate in words:
+            answer = tok(f"{sentence}{prompt} {candidate}")["input_ids"][len(head) :]
+            ids = torch.tensor([head + answer + [tok.eos_token_id]])
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
+            logp = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[len(head) - 1 :, 0]
+            scores.append(float(logp[:-1].sum()))  # the end of text is trained on, but is no part of the word
+            if candidate == word:
+                nll -= float(logp.sum())
+                tokens += len(logp)
+        predictions.append(int(torch.tensor(scores).argmax()))
+        right += words[predictions[-1]] == word
+    return nll / tokens, right / len(predictions), predictions
+
+
+@torch.no_grad()
+def by_head(model: nn.Module, tok: Any, rows: Iterable[tuple[str, str]]) -> tuple[float, float]:
+    """(mean loss per row, accuracy) of a classification head."""
+    losses, right = [], []
+    for sentence, label in rows:
+        ids = torch.tensor([tok(f"{sentence} sentiment:")["input_ids"]])
+        logp = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1)
+        losses.append(-float(logp[LABELS.index(label)]))
+        right.append(int(logp.argmax()) == LABELS.index(label))
+    return sum(losses) / len(losses), sum(right) / len(right)
+
+
+def reported(lab: Any, run: Path, round: int, **where: Any) -> tuple[float, float]:
+    """(loss, accuracy) in the metrics."""
+    return tuple(lab.value(run, **{**VALIDATION, **where}, round=round, name=n) for n in ("loss", "accuracy"))
+
+
+# ----------------------------------------------------------------------------------------- the exported models
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [
+        ("llama", {"name": "lora", "r": 3}),
+        ("gpt2", {"name": "ia3"}),
+        ("llama", {"name": "prompt", "num_virtual_tokens": 3}),
+        ("gpt2", {"name": "p_tuning", "num_virtual_tokens": 3, "hidden": 16}),
+        ("llama", {"name": "prefix", "num_virtual_tokens": 3}),
+        ("gpt2", {"name": "prefix", "num_virtual_tokens": 3, "projection": True, "hidden": 16}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "-".join(k for k, x in v.items() if x is True) or v["name"],
+)
+def test_plain_peft_gets_the_reported_score_again(lab: Any, kind: str, adapter: dict) -> None:
+    exp = lab.exp(model={"path": lab.base(kind)}, adapter=adapter, local=WORK)
+    run = lab.run(exp)
+    tok = AutoTokenizer.from_pretrained(exp.model.path)
+    loss, accuracy, predictions = by_words(in_double(exp, run / "global"), tok, lab.rows["validation"], LABELS)
+    assert reported(lab, run, 1) == pytest.approx((loss, accuracy), rel=1e-9)
+    for i, word in enumerate(LABELS):
+        assert lab.value(run, **VALIDATION, round=1, name=f"predicted:{word}") == predictions.count(i)
+    untrained = by_words(in_double(exp, run / "init"), tok, lab.rows["validation"], LABELS)
+    assert reported(lab, run, 0) == pytest.approx(untrained[:2], rel=1e-9)
+    assert abs(untrained[0] - loss) > 0.1, "training changed nothing, so the comparison says little"
+
+
+def test_whole_models_are_loaded_again_by_transformers(lab: Any) -> None:
+    exp = lab.exp(adapter={"name": "none"}, local=WORK)
+    run = lab.run(exp)
+    model = AutoModelForCausalLM.from_pretrained(run / "global", dtype=torch.float64)
+    tok = AutoTokenizer.from_pretrained(run / "global")
+    assert reported(lab, run, 1) == pytest.approx(by_words(model, tok, lab.rows["validation"], LABELS)[:2], rel=1e-9)
+    with pytest.raises(UserError, match="whole model"):
+        fedsim.load_adapter(base_of(exp), run / "global")
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"name": "adapter", "bottleneck": 4},
+        {"name": "p_tuning", "num_virtual_tokens": 3, "hidden": 16},
+        {"name": "prefix", "num_virtual_tokens": 3},
+        {"name": "prefix", "num_virtual_tokens": 3, "projection": True, "hidden": 16},
+        {"name": "prompt", "num_virtual_tokens": 3},
+        {"name": "lora", "r": 3},
+    ],
+    ids=["adapter", "p_tuning", "prefix", "prefix-projection", "prompt", "lora"],
+)
+def test_load_adapter_gets_the_reported_score_again(lab: Any, adapter: dict, trainable: bool) -> None:
+    """float32 here: what PEFT keeps of a prompt in float64 it rounds to that when it is loaded."""
+    exp = lab.exp(adapter=adapter, local=WORK, model={"dtype": "float32"})
+    run = lab.run(exp)
+    base = AutoModelForCausalLM.from_pretrained(exp.model.path, dtype=torch.float32)
+    model = fedsim.load_adapter(base, run / "global", trainable=trainable).eval()
+    tok = AutoTokenizer.from_pretrained(exp.model.path)
+    loss, accuracy, _ = by_words(model, tok, lab.rows["validation"], LABELS)
+    assert reported(lab, run, 1) == pytest.approx((loss, accuracy), rel=1e-4)
+    grads = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        return
+    states = [lab.tensors(run / "global").get(f) for f in ("fedsim_state.safetensors", "fedsim_adapter.safetensors")]
+    for state in filter(None, states):
+        assert grads.keys() == state.keys(), "exactly what was trained can be trained on"
+        assert all(torch.equal(grads[n].detach(), t) for n, t in state.items())
+    ids = torch.tensor([tok("a b")["input_ids"]])
+    model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.square().sum().backward()
+    assert grads and all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in grads.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["lora", "none"])
+def test_heads_are_scored_row_by_row(lab: Any, kind: str, name: str) -> None:
+    """On a decoder the head reads the last token of a row, however far the batch is padded."""
+    exp = lab.exp(model={"path": lab.base(kind), "task": "sequence_classification"}, adapter={"name": name}, local=WORK)
+    run = lab.run(exp)
+    if name == "none":
+        model = AutoModelForSequenceClassification.from_pretrained(run / "global", dtype=torch.float64)
+    else:
+        model = in_double(exp, run / "global")
+    model.config.pad_token_id = None if kind == "llama" else model.config.pad_token_id  # one row: nothing is padding
+    tok = AutoTokenizer.from_pretrained(exp.model.path)
+    assert reported(lab, run, 1) == pytest.approx(by_head(model, tok, lab.rows["validation"]), rel=1e-9)
+
+
+def test_best_is_the_best_round_and_global_the_last(lab: Any) -> None:
+    """A rate far too high makes later rounds worse, so the two differ."""
+    exp = lab.exp(rounds=4, local={**WORK, "lr": 0.3, "clip": None}, best={"metric": "loss"})
+    run = lab.run(exp)
+    losses = [reported(lab, run, r)[0] for r in range(1, 5)]
+    best = losses.index(min(losses)) + 1
+    assert best < 4
+    tok = AutoTokenizer.from_pretrained(exp.model.path)
+    for folder, r in (("best", best), ("global", 4)):
+        found = by_words(in_double(exp, run / folder), tok, lab.rows["validation"], LABELS)
+        assert found[:2] == pytest.approx(reported(lab, run, r), rel=1e-9), folder
+    test = by_words(in_double(exp, run / "best"), tok, lab.rows["test"], LABELS)
+    assert reported(lab, run, best, split="test") == pytest.approx(test[:2], rel=1e-9)
+    lines = (run / "predictions.csv").read_text().splitlines()[1:]
+    assert [line.split(",") for line in lines] == [
+        [str(i), label, LABELS[p]] for i, ((_, label), p) in enumerate(zip(lab.rows["test"], test[2], strict=True))
+    ]
+
+
+def test_best_of_a_site_alone_is_its_best_round(lab: Any) -> None:
+    exp = lab.exp(
+        modes=["local", "central"], rounds=3, local={**WORK, "lr": 0.3, "clip": None}, best={"metric": "loss"}
+    )
+    run = lab.run(exp)
+    tok = AutoTokenizer.from_pretrained(exp.model.path)
+    for scope, client, folder in (("local", "site-2", "local/site-2"), ("central", None, "central")):
+        losses = [reported(lab, run, r, scope=scope, client=client)[0] for r in (1, 2, 3)]
+        chosen = by_words(in_double(exp, run / folder / "best"), tok, lab.rows["validation"], LABELS)[0]
+        last = by_words(in_double(exp, run / folder), tok, lab.rows["validation"], LABELS)[0]
+        assert chosen == pytest.approx(min(losses), rel=1e-9)
+        assert last == pytest.approx(losses[-1], rel=1e-9)
+
+
+# -------------------------------------------------------------------------------------------- labels and padding
+
+
+def renamed(lab: Any, words: dict[str, str]) -> dict[str, Any]:
+    """A data section whose labels are these words."""
+    files = {}
+    for key, split in (("path", "train"), ("validation", "validation"), ("test", "test")):
+        file = lab.root / f"{split}.csv"
+        file.write_text(
+            "\n".join(["sentence,label", *(f'"{s}",{words[label]}' for s, label in lab.rows[split])]) + "\n"
+        )
+        files[key] = str(file)
+    return {**files, "labels": list(words.values())}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"negative": "down", "neutral": "the same as before", "positive": "rather more"},
+        {"negative": "up and down", "neutral": "up and away", "positive": "up so much"},
+    ],
+    ids=["of differing length", "with a common start"],
+)
+def test_labels_of_several_tokens(lab: Any, words: dict[str, str]) -> None:
+    exp = lab.exp(data=renamed(lab, words), local=WORK, evaluate={"batch_size": 5})
+    run = lab.run(exp)
+    tok = AutoTokenizer.from_pretrained(exp.model.path)
+    lengths = {len(tok(f"a {w}")["input_ids"]) for w in words.values()}
+    assert max(lengths) > 3, "these labels do not test what they should"
+    rows = [(s, words[label]) for s, label in lab.rows["validation"]]
+    loss, accuracy, predictions = by_words(in_double(exp, run / "global"), tok, rows, list(words.values()))
+    assert reported(lab, run, 1) == pytest.approx((loss, accuracy), rel=1e-9)
+    assert len(set(predictions)) > 1 or len(lengths) > 1, "of labels of one length no one may always win"
+    for i, word in enumerate(words.values()):
+        assert lab.value(run, **VALIDATION, round=1, name=f"predicted:{word}") == predictions.count(i)
+
+
+@pytest.mark.parametrize("model", [{}, {"task": "sequence_classification"}], ids=["words", "head"])
+def test_scores_do_not_depend_on_padding(lab: Any, model: dict) -> None:
+    found = []
+    for size in (1, 7, 64):
+        run = lab.run(name=f"b{size}", model=model, local=WORK, evaluate={"batch_size": size})
+        found.append({(r["round"], r["client"], r["split"], r["name"]): r["value"] for r in lab.metrics(run)})
+    assert found[0] == pytest.approx(found[1], rel=1e-10)
+    assert found[0] == pytest.approx(found[2], rel=1e-10)
+
+
+def test_a_site_is_scored_on_its_own_rows(lab: Any) -> None:
+    exp = lab.exp(partition={"name": "dirichlet", "num_clients": 3, "alpha": 1.0, "min_rows": 5}, local=WORK)
+    run = lab.run(exp)
+    own, tok = prepare(exp).own, AutoTokenizer.from_pretrained(exp.model.path)
+    model = in_double(exp, run / "global")
+    taken = [int(r) for c in range(3) for r in own.rows(c)]
+    assert sorted(taken) == list(range(24)), "each validation row belongs to one site"
+    checked = 0
+    for c in range(3):
+        rows = [lab.rows["validation"][r] for r in own.rows(c)]
+        if not rows:
+            continue
+        loss, accuracy, _ = by_words(model, tok, rows, LABELS)
+        where = {"round": 1, "client": f"site-{c + 1}", "split": "site"}
+        assert lab.value(run, **where, name="merged_loss") == pytest.approx(loss, rel=1e-9)
+        assert lab.value(run, **where, name="merged_accuracy") == pytest.approx(accuracy)
+        checked += 1
+    assert checked > 1
+
+
+# ------------------------------------------------------------------------------------------------- generated text
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, tok: Any, prompt: str, limit: int) -> str:
+    """One token after another, each from a pass over all that stands before it."""
+    ids, out = tok(prompt)["input_ids"], []
+    for _ in range(limit):
+        at = torch.tensor([ids + out])
+        token = int(model(input_ids=at, attention_mask=torch.ones_like(at)).logits[0, -1].argmax())
+        if token == tok.eos_token_id:
+            break
+        out.append(token)
+    return tok.decode(out, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"name": "lora", "r": 8},
+        {"name": "p_tuning", "num_virtual_tokens": 3, "hidden": 16},
+        {"name": "prefix", "num_virtual_tokens": 6},
+        {"name": "none"},
+    ],
+    ids=lambda a: a["name"],
+)
+def test_exact_match_is_that_of_greedy_decoding_row_by_row(lab: Any, adapter: dict) -> None:
+    """The pretrained base, trained until it answers with a label word: some rows match and some do not."""
+    work = {"steps": 20, "batch_size": 8, "lr": {"none": 1e-3, "lora": 5e-3}.get(adapter["name"], 3e-2)}
+    evaluate = {"generate": True, "batch_size": 12, "max_new_tokens": 6}
+    model = {"path": str(TINY)}
+    exp = lab.exp(model=model, adapter=adapter, local=work, evaluate=evaluate, partition={"num_clients": 1})
+    run = lab.run(exp)
+    model = (
+        AutoModelForCausalLM.from_pretrained(run / "global", dtype=torch.float64)
+        if adapter["name"] == "none"
+        else in_double(exp, run / "global")
+    )
+    tok = AutoTokenizer.from_pretrained(exp.model.path)
+    texts = [greedy(model, tok, f"{s} sentiment:", 6) for s, _ in lab.rows["validation"]]
+    right = [t.strip() == label for t, (_, label) in zip(texts, lab.rows["validation"], strict=True)]
+    assert lab.value(run, **VALIDATION, round=1, name="exact_match") == pytest.approx(sum(right) / len(right))
+    assert 0 < sum(right) < len(right), texts

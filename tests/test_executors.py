@@ -1,0 +1,267 @@
+"""Serial and pool give the same bits; a failure names its client; nothing is left running or lying about.
+
+Most of the pool's behaviour is tested with a trainer of a few lines, whose sums are known; it is made in the worker from
+this module, as fedsim's own trainer is made from its bundle.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fedsim
+import fedsim.experiment
+from fedsim.errors import ClientError
+from fedsim.executors import PoolExecutor, SerialExecutor
+from fedsim.experiment import Bundle
+from fedsim.params import Layout, Params
+from fedsim.types import Pack, Report, Scores, Scoring, Task
+
+LAYOUT = Layout({"w": (2, 2)}, torch.float64)
+WEIGHTS = torch.arange(1.0, 5.0, dtype=torch.float64)
+SERVER = Layout({"c": (1,)}, torch.float64)
+
+
+@dataclass
+class Stub:
+    """A trainer whose partial sum is client x weights + the server's state; clients in `faults` come to grief."""
+
+    faults: dict[int, str]
+    layout: Layout = LAYOUT
+
+    def __call__(self, device: torch.device) -> Stub:
+        if "load" in self.faults.values():
+            raise RuntimeError("no room for the model")
+        return self
+
+    def train(
+        self, pack: Pack, weights: Tensor, server: Params, out: Tensor, on_task: Callable[[Task], None]
+    ) -> Report:
+        out.zero_()
+        for task in pack.tasks:
+            on_task(task)
+            fault = self.faults.get(task.client)
+            if fault == "raise":
+                raise ValueError("the user's own trouble")
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "slow":
+                time.sleep(0.3)
+            if fault == "hang":
+                time.sleep(3600)
+            out += task.client * weights + server["c"]
+        return Report(
+            pack.index, steps={t.client: 1 for t in pack.tasks}, weight=float(len(pack.tasks)), tokens=os.getpid()
+        )
+
+    def score(self, request: Scoring, weights: Tensor) -> Scores:
+        time.sleep(0.2 if request.record == 0 else 0.0)
+        return Scores({"loss": (float(weights.sum()) + request.record, 1.0)})
+
+
+def pack(index: int, *clients: int) -> Pack:
+    tasks = tuple(Task(c, f"site-{c}", 4, 1, 0, 0, 1, 1.0) for c in clients)
+    return Pack(index, "federated", tasks, False, 1)
+
+
+def left_behind(pids: list[int]) -> list[str]:
+    """Live children, and shared memory that these processes made and nobody freed."""
+    names = [f"torch_{pid}_" for pid in [os.getpid(), *pids]]
+    shm = Path("/dev/shm")
+    files = [p.name for p in shm.iterdir() if any(p.name.startswith(n) for n in names)] if shm.is_dir() else []
+    return files + [str(p) for p in multiprocessing.active_children()] + [str(p) for p in pids if _alive(p)]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture
+def pool() -> Iterator[Callable[..., PoolExecutor]]:
+    """Pools of stub trainers, started; closed at the end, after which nothing may be left."""
+    made: list[tuple[PoolExecutor, list[int]]] = []
+
+    def make(workers: int, faults: dict[int, str] | None = None, start: bool = True) -> PoolExecutor:
+        executor = PoolExecutor(Stub(faults or {}), ["cpu"] * workers, 1)
+        made.append((executor, [w.process.pid for w in executor._pool]))
+        if start:
+            executor.start(LAYOUT, SERVER)
+            executor.broadcast(WEIGHTS, {"c": torch.tensor([0.5]).double()})
+        return executor
+
+    yield make
+    for executor, pids in made:
+        executor.close()
+        executor.close()  # twice is once
+        assert left_behind(pids) == []
+
+
+# ------------------------------------------------------------------------------------------------ the pool alone
+
+
+def test_a_pool_of_two(pool: Any) -> None:
+    """One pool of two workers, since starting them is what takes long: order, buffers, broadcast, scores, a death."""
+    main = sys.modules["__main__"]
+    before = {k: main.__dict__.get(k, "absent") for k in ("__file__", "__spec__")}
+    executor = pool(2, {1: "slow"})
+    assert {k: main.__dict__.get(k, "absent") for k in ("__file__", "__spec__")} == before
+
+    # 9 packs on 2 workers of 2 buffers; pack 0 is slow, so later ones are ready first and have to wait their turn.
+    order, workers = [], set()
+    for report, total in executor.run([pack(i, i + 1) for i in range(9)]):
+        order.append(report.index)
+        workers.add(report.tokens)
+        found = total.clone()
+        time.sleep(0.02)  # the workers are at their next packs meanwhile, in their other buffers
+        assert torch.equal(total, found), "a sum stays as it is until the next is asked for"
+        assert torch.equal(total, (report.index + 1) * WEIGHTS + 0.5)
+    assert order == list(range(9))
+    assert len(workers) == 2, "both workers took part"
+
+    threes = torch.full((4,), 3.0, dtype=torch.float64)
+    executor.broadcast(threes, {"c": torch.zeros(1, dtype=torch.float64)})
+    assert all(torch.equal(t, 2 * threes) for _, t in executor.run([pack(i, 2) for i in range(4)]))
+
+    scores = executor.score([Scoring("test", record=i) for i in range(5)])  # the first is slow
+    assert [s.values["loss"][0] for s in scores] == [12.0 + i for i in range(5)]
+
+    os.kill(executor._pool[1].process.pid, signal.SIGKILL)  # while it has nothing to do
+    executor._pool[1].process.join()
+    with pytest.raises(ClientError, match="SIGKILL"):
+        list(executor.run([pack(i, 2) for i in range(4)]))
+
+
+def test_a_client_that_raises_is_named_with_its_own_traceback(pool: Any) -> None:
+    """The other worker is busy for an hour; nobody waits for it."""
+    executor = pool(2, {3: "raise", 9: "hang"})
+    with pytest.raises(ClientError) as caught:
+        list(executor.run([pack(0, 9), pack(1, 1, 3)]))
+    text = str(caught.value)
+    assert text.startswith("round 4, client site-3 failed")
+    assert "the user's own trouble" in text and "Traceback" in text and "test_executors.py" in text
+
+
+def test_a_killed_worker_is_named_with_its_client_and_signal(pool: Any) -> None:
+    executor = pool(1, {5: "kill"})
+    with pytest.raises(ClientError, match=r"^round 4, client site-5 failed.*\n.*SIGKILL"):
+        list(executor.run([pack(0, 1), pack(1, 2), pack(2, 5), pack(3, 6), pack(4, 7)]))
+
+
+def test_a_worker_that_cannot_load_its_model_says_why(pool: Any) -> None:
+    executor = pool(1, {0: "load"}, start=False)
+    with pytest.raises(ClientError, match="no room for the model"):
+        executor.start(LAYOUT, SERVER)
+
+
+# ------------------------------------------------------------------------------------------------ serial alone
+
+
+def test_serial_names_the_client_that_raises_and_restores_threads() -> None:
+    before = torch.get_num_threads()
+    executor = SerialExecutor(Stub({3: "raise"}), "cpu", 1)
+    try:
+        torch.set_num_threads(2)
+        executor.start(LAYOUT, SERVER)
+        assert torch.get_num_threads() == 1
+        with pytest.raises(ClientError, match=r"^round 4, client site-3 failed") as caught:
+            list(executor.run([pack(0, 1), pack(1, 3)]))
+        assert "the user's own trouble" in str(caught.value)
+        executor.close()
+        executor.close()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+ALL = {
+    "modes": ["local", "federated", "central"],
+    "rounds": 2,
+    "partition": {"name": "quantity", "num_clients": 5, "min_rows": 4},
+    "cohort": {"size": 4},
+    "adapter": {"name": "lora", "r": 3, "dropout": 0.2},
+    "model": {"dtype": "float32"},
+    "local": {"steps": 2, "batch_size": 4},
+    "evaluate": {"every_steps": 1},
+}
+
+
+@dataclass
+class Failing(Bundle):
+    """The run's bundle, but client site-2 raises in round 2."""
+
+    def trainer(self, *args: Any) -> Any:
+        made = super().trainer(*args)
+        train = made._train_client
+
+        def failing(task: Task, *rest: Any) -> None:
+            train(task, *rest)
+            if (task.round, task.name) == (2, "site-2"):
+                raise ArithmeticError("a fault of site-2")
+
+        made._train_client = failing
+        return made
+
+
+def test_a_run_that_fails_in_a_worker_names_the_client_and_goes_on_in_serial(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federated = {**ALL, "modes": ["federated"], "name": "fails"}
+    pool = {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(fedsim.experiment, "Bundle", Failing)
+        with pytest.raises(ClientError) as caught:
+            lab.run(**{**federated, "executor": pool})
+    text = str(caught.value)
+    assert text.startswith("round 2, client site-2 failed") and "a fault of site-2" in text and "Traceback" in text
+    assert left_behind([]) == []
+    (stopped,) = (lab.root / "results" / "fails").iterdir()
+    assert '"failed"' in (stopped / "status.json").read_text()
+    assert lab.run(**federated) == stopped
+    lab.same_bits(stopped, lab.run(**{**federated, "name": "apart"}))
+
+
+def test_serial_and_a_pool_of_two_give_the_same_bits(lab: Any) -> None:
+    """All modes, with dropout, more clients than workers; twice in one process."""
+    torch.set_num_threads(2)
+    serial = lab.run(name="serial", **ALL)
+    assert torch.get_num_threads() == 2, "the process's own number of threads is restored"
+    torch.set_num_threads(1)
+    pool = {"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1}
+    lab.same_bits(serial, lab.run(**{**ALL, "name": "pool", "executor": pool}))
+    assert left_behind([]) == []
+
+
+def test_a_script_without_a_main_guard_may_use_the_pool(lab: Any) -> None:
+    """Spawned workers do not run the user's script again; a pool of one gives the serial bits."""
+    exp = lab.tree(name="script", executor={"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1})
+    script = lab.root / "script.py"
+    script.write_text(
+        "import pathlib, fedsim, fedsim.plots\n"
+        "fedsim.plots.save_figures = lambda folder: []\n"
+        f"pathlib.Path({str(lab.root / 'ran')!r}).open('a').write('x')\n"
+        f"print(fedsim.run({exp!r}, progress=False).path)\n"
+    )
+    root = Path(fedsim.__file__).parent.parent
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, cwd=lab.root)
+    assert done.returncode == 0, done.stderr
+    assert (lab.root / "ran").read_text() == "x"
+    lab.same_bits(Path(done.stdout.strip().splitlines()[-1]), lab.run(name="here"))

@@ -1,0 +1,137 @@
+"""Every committed experiment loads and prepares, and every command the documents show names what exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fedsim.build import Parts, prepare
+from fedsim.config import Experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "experiments").rglob("*.yaml"))
+HOW_MANY = 3  # raise it with every file that is added: a test that finds no file must not pass
+DOCUMENTS = [
+    *(ROOT / n for n in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "experiments").rglob("*.md")),
+]
+PUBLISHED = [[6, 59, 25], [221, 525, 0], [19, 523, 433]]  # alpha 1, negative / neutral / positive by site
+
+
+def on_embedded_parts(file: Path, tmp_path: Path) -> tuple[Experiment, Parts]:
+    """The experiment as it is, and prepared with headlines for its data and tiny for its base where it has others."""
+    exp = Experiment.load(file)
+    overrides = [f"results={tmp_path}"]
+    if exp.data.name != "headlines":
+        overrides.append("data.name=headlines")
+    if exp.model.path != "tiny":
+        overrides.append("model.path=tiny")
+    return exp, prepare(Experiment.load(file, overrides))
+
+
+def test_the_number_of_experiments_is_known() -> None:
+    assert len(FILES) == HOW_MANY, [str(f.relative_to(ROOT)) for f in FILES]
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(ROOT / "experiments")) for f in FILES])
+def test_an_experiment_loads_and_prepares(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
+    exp, parts = on_embedded_parts(file, tmp_path)
+    assert exp.name != Experiment().name, "its runs have a folder of their own"
+    assert not Path(exp.results).is_absolute() and str(ROOT) not in file.read_text(), "runs on any machine"
+    assert len(parts.clients) >= 2 and all(len(parts.tokens[s]) for s in ("train", "validation", "test"))
+    assert parts.report["rows"] == int(parts.partition.sizes.sum()) > 0
+    assert not list(tmp_path.iterdir()), "preparing writes nothing"
+
+
+@pytest.mark.parametrize("name", ["tiny.yaml", "smollm2.yaml"])
+def test_lora_sentiment_divides_the_rows_as_published(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
+    _, parts = on_embedded_parts(ROOT / "experiments" / "lora_sentiment" / name, tmp_path)
+    assert parts.report["class_counts"] == PUBLISHED
+    assert parts.source.labels == ["negative", "neutral", "positive"]
+    assert set(parts.exp.modes) == {"local", "federated", "central"}
+
+
+# ------------------------------------------------------------------------------------------------ documents
+
+
+def _blocks(text: str) -> list[str]:
+    """Lines of fenced blocks, and code spans, comments cut off."""
+    fenced = re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    lines = [line for block in fenced for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    return [line.strip().removeprefix("$ ") for line in [*lines, *spans]]
+
+
+def commands(program: str) -> list[tuple[str, list[str]]]:
+    """(document, words after the program) of every whole command shown; words in capitals stand for the reader's own."""
+    out = []
+    for document in DOCUMENTS:
+        if not document.is_file():
+            continue
+        for line in _blocks(document.read_text(encoding="utf-8")):
+            words = shlex.split(line, comments=True) if line.startswith(f"{program} ") else []
+            if len(words) > 1 and not any(re.fullmatch(r"\[?[A-Z]{3,}[\]. ]*", w) or w.startswith("[") for w in words):
+                out.append((str(document.relative_to(ROOT)), words[1:]))
+    return out
+
+
+def test_the_readme_shows_the_two_setup_commands() -> None:
+    shown = [words for document, words in commands("make") if document == "README.md"]
+    assert ["demo"] in shown and ["test"] in shown
+
+
+def test_every_make_command_shown_is_a_target() -> None:
+    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert {"demo", "test"} <= targets
+    for document, words in commands("make"):
+        assert {w for w in words if "=" not in w and not w.startswith("-")} <= targets, (document, words)
+
+
+def test_every_fedsim_command_shown_works_on_files_that_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    known = {"run", "partition", "plot", "list", "doctor", "--help"}
+    shown = commands("fedsim")
+    assert len(shown) >= 4, "the README shows how to run, partition, plot and list"
+    for document, (command, *words) in shown:
+        assert command in known, (document, command)
+        files = [w for w in words if w.endswith((".yaml", ".yml"))]
+        for file in files:
+            assert (ROOT / file).is_file(), f"{document}: {file} does not exist"
+        if command in ("run", "partition"):
+            assert len(files) == 1, (document, words)
+            Experiment.load(files[0], [w for w in words if "=" in w and not w.startswith("-")])
+
+
+def test_every_script_shown_exists() -> None:
+    shown = commands("python") + commands(".venv/bin/python")
+    for document, words in shown:
+        for script in (w for w in words if w.endswith(".py")):
+            assert (ROOT / script).is_file(), f"{document}: {script} does not exist"
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    checked = 0
+    for document in (d for d in DOCUMENTS if d.is_file()):
+        for target in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8")):
+            if "://" not in target and not target.startswith("mailto:"):
+                checked += 1
+                assert (document.parent / target).exists(), f"{document.relative_to(ROOT)}: {target} does not exist"
+    assert checked >= 3
+
+
+def test_notebooks_hold_no_paths_of_one_machine() -> None:
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        assert cells
+        text = "".join("".join(cell["source"]) for cell in cells)
+        assert not re.search(r"/(home|Users|work|tmp|root)/", text), notebook.name

