@@ -77,8 +77,16 @@ class RunFolder:
         return self._metrics.tell()
 
     def cut_metrics(self, length: int) -> None:
-        """Drop rows after the last commit."""
+        """Drop rows after the last commit.
+
+        Raises:
+            UserError: if committed rows are missing: no state fits what is left.
+        """
         self._metrics.flush()
+        size = (self.path / "metrics.jsonl").stat().st_size
+        if size < length:
+            way = "put the file back, or delete the run folder to start anew"
+            raise UserError(f"{self.path / 'metrics.jsonl'}: {size} bytes, but {length} were committed; {way}")
         os.truncate(self.path / "metrics.jsonl", length)
         self._metrics.seek(length)
 
@@ -109,13 +117,17 @@ class RunFolder:
             old.with_suffix(".safetensors").unlink(missing_ok=True)
 
     def checkpoints(self, mode: str) -> list[dict[str, Any]]:
-        """What the mode's committed checkpoints say of themselves, oldest first; damaged ones are left out."""
+        """What the mode's committed checkpoints say of themselves, oldest first; those that are damaged, or whose rows are
+        no longer all there, are left out."""
         out = []
+        self._metrics.flush()
+        rows = (self.path / "metrics.jsonl").stat().st_size
         for file in sorted((self.path / "checkpoints" / mode).glob("round-*.json")):
             tensors = file.with_suffix(".safetensors")
             try:
                 info = json.loads(file.read_text())
                 whole = hashlib.sha256(tensors.read_bytes()).hexdigest() == info["sha256"]
+                whole = whole and info["metrics_bytes"] <= rows
             except (OSError, ValueError, KeyError):
                 whole = False
             if whole:

@@ -285,7 +285,8 @@ def load_adapter(base: nn.Module, folder: str | Path, *, trainable: bool = False
         raise UserError(f"{folder}: holds no adapter; {way}")
     if not (trainable and (folder / STATE).is_file()):
         with quiet():
-            return peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+            model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+        return model if trainable else model.requires_grad_(False)
     # PEFT trains no prompt that it has loaded: the method is put on anew and filled with the state that trained.
     from safetensors.torch import load_file
 

@@ -357,7 +357,7 @@ def figure(path: Path, timed: list[dict[str, Any]], summary: dict[str, Any], pea
         left.axhline(median, color=color)
     left.axhline(TARGET_RATIO, color="#D55E00", ls="--", label=f"target {TARGET_RATIO:.2f}")
     left.set(xlabel="round", ylabel="fedsim / plain loop", title="Time of a round")
-    left.legend(frameon=False, fontsize=8)
+    fig.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8)
     right.bar(list(peaks), [p["process_mb"] for p in peaks.values()], color=["#0072B2", "#999999"], width=0.6)
     right.set(ylabel="MB", title="Peak memory")
     for axes in (left, right):
