@@ -73,7 +73,7 @@ def run(
     for metric in ("accuracy", "exact_match", "loss"):
         if (metrics["name"] == metric).any():
             _table(summary(metrics, metric=metric), f"{metric} of {done.path}")
-    for figure in sorted((done.path / "figures").iterdir()):
+    for figure in sorted((done.path / "figures").glob("*")):
         print(figure)
 
 
@@ -95,7 +95,7 @@ def partition(
     from fedsim.config import Experiment
 
     exp = Experiment.load(file, overrides or [])
-    report = prepare(exp, tokenize=False).report
+    report = prepare(exp).report
     place = out or Path(exp.results).expanduser() / exp.name / "partition"
     place.mkdir(parents=True, exist_ok=True)
     (place / "partition.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -140,12 +140,8 @@ def template_of(exp: Experiment, source: Source) -> str:
     return own
 
 
-def prepare(exp: Experiment, *, tokenize: bool = True) -> Parts:
+def prepare(exp: Experiment) -> Parts:
     """Load, tokenise, partition and check.
-
-    Args:
-        exp: the config.
-        tokenize: False where only the partition is wanted; rows are then tokenised only if some may be dropped.
 
     Raises:
         UserError: for whatever can be known to be impossible before a model is loaded.
@@ -155,33 +151,32 @@ def prepare(exp: Experiment, *, tokenize: bool = True) -> Parts:
     template = template_of(exp, source)
     words = source.labels if _answers_are_labels(exp, template, source) else None
     exp = _resolve(exp, source, template, words)
-    tokens: dict[str, Tokens] = {}
-    tokenizer = None
+    base.check_task(model, exp.model.task)
     fields = Template.parse(template).fields
     texts = {name: split.texts(fields, exp.data.columns, source.labels) for name, split in source.splits.items()}
-    if tokenize or exp.data.too_long == "drop":
-        tokenizer = base.load_tokenizer(model)
-        for name, split in source.splits.items():
-            tokens[name] = encode(
-                texts[name],
-                split.labels if words is not None or exp.model.task == "sequence_classification" else None,
-                template=template,
-                tokenizer=tokenizer,
-                task=exp.model.task,
-                label_words=source.labels if exp.model.task == "sequence_classification" else words,
-                max_length=exp.data.max_length,
-                too_long=exp.data.too_long,
-                split=name,
-            )
-        for name in ("train", "validation"):
-            if len(tokens[name].kept()) == 0:
-                why = ", ".join(f"{len(r)} {k}" for k, r in tokens[name].left_out.items())
-                raise UserError(
-                    f"data: no row of the {name} split is left ({why}); look at data.template and data.max_length"
-                )
-    kept = {
-        name: tokens[name].kept() if name in tokens else np.arange(len(source.splits[name])) for name in sources.SPLITS
+    tokenizer = base.load_tokenizer(model)
+    heads = exp.model.task == "sequence_classification"
+    tokens = {
+        name: encode(
+            texts[name],
+            split.labels if words is not None or heads else None,
+            template=template,
+            tokenizer=tokenizer,
+            task=exp.model.task,
+            label_words=source.labels if heads else words,
+            max_length=exp.data.max_length,
+            too_long=exp.data.too_long,
+            split=name,
+        )
+        for name, split in source.splits.items()
     }
+    kept = {name: tokens[name].kept() for name in sources.SPLITS}
+    for name in ("train", "validation"):
+        if len(kept[name]) == 0:
+            why = ", ".join(f"{len(r)} {k}" for k, r in tokens[name].left_out.items())
+            raise UserError(
+                f"data: no row of the {name} split is left ({why}); look at data.template and data.max_length"
+            )
     partition, own, report = _partition(exp, source, kept)
     report["left_out"] = {s: {k: len(r) for k, r in t.left_out.items()} for s, t in tokens.items() if t.left_out}
     report["truncated"] = {s: t.truncated for s, t in tokens.items() if t.truncated}
@@ -260,6 +255,10 @@ def _partition(
     else:
         own = site_rows(partition, train, held[known], stream(exp.seed, "site validation"))
         own = Partition(own.offsets, np.nonzero(known)[0][own.indices], partition.names)
+    if name == "by_column" and CENTRAL in (partition.names or ()):
+        raise UserError(
+            f"partition.column: a value of {column!r} is {CENTRAL!r}, the name of the centralised run; rename it in the data"
+        )
     mapped = Partition(partition.offsets, kept["train"][partition.indices], partition.names, partition.notes)
     return mapped, Partition(own.offsets, held_kept[own.indices], partition.names), report
 
@@ -290,15 +289,14 @@ def _check(parts: Parts) -> None:
                 f"local.drop_last: true leaves {name} ({rows} rows, {len(small)} such client(s)) without a step at local.batch_size={work.batch_size}; "
                 f"set drop_last=false, batch_size={int(min(sizes[parts.clients]))} or less, or local.steps"
             )
-    if parts.tokens:
-        positions = base.max_positions(base.load_config(parts.model))
-        extra = getattr(exp.adapter, "num_virtual_tokens", 0)
-        longest = max(int(t.lengths.max(initial=0)) for t in parts.tokens.values())
-        if positions is not None and longest + extra > positions:
-            virtual = f" and {extra} virtual tokens" if extra else ""
-            raise UserError(
-                f"data.max_length: {exp.data.max_length} lets rows of {longest} tokens{virtual} through, the base takes {positions}; give at most {positions - extra}"
-            )
+    positions = base.max_positions(base.load_config(parts.model))
+    extra = getattr(exp.adapter, "num_virtual_tokens", 0)
+    longest = max(int(t.lengths.max(initial=0)) for t in parts.tokens.values())
+    if positions is not None and longest + extra > positions:
+        virtual = f" and {extra} virtual tokens" if extra else ""
+        raise UserError(
+            f"data.max_length: {exp.data.max_length} lets rows of {longest} tokens{virtual} through, the base takes {positions}; give at most {positions - extra}"
+        )
 
 
 def batches(exp: Experiment, client: str | int, round: int) -> list[np.ndarray]:
@@ -319,7 +317,7 @@ def batches(exp: Experiment, client: str | int, round: int) -> list[np.ndarray]:
 
     if not 1 <= round <= exp.rounds:
         raise UserError(f"round: {round} is outside 1 to rounds={exp.rounds}")
-    parts = prepare(exp, tokenize=False)
+    parts = prepare(exp)
     draw = draw_of(exp)
     if client == CENTRAL:
         rows = np.sort(np.concatenate([parts.partition.rows(int(c)) for c in parts.clients]))

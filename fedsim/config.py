@@ -187,7 +187,7 @@ class Experiment:
 
         Args:
             file: the YAML file.
-            overrides: `key=value` strings, applied in order, as on the command line. One that changes a section's
+            overrides: `key=value` strings, as on the command line; of two for one key the later holds. One that changes a section's
                 `name`, or the whole section, drops the keys that the file gave that section.
 
         Raises:
@@ -195,7 +195,8 @@ class Experiment:
         """
         path = Path(file)
         tree = _read_yaml(path)
-        for override in overrides:
+        # Whole sections first, then names: neither drops a key that stands beside it on the command line.
+        for override in sorted(overrides, key=_rank):
             _override(tree, override)
         tree = _interpolate(tree)
         _absolute_paths(tree, path.resolve().parent)
@@ -287,6 +288,11 @@ def _escape(value: Any, path: tuple[str, ...]) -> Any:
     if isinstance(value, str) and path not in _PATHS:
         return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
     return value
+
+
+def _rank(override: str) -> int:
+    path = override.partition("=")[0].strip().split(".")
+    return 0 if len(path) == 1 else 1 if path[1:] == ["name"] else 2
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

@@ -37,7 +37,7 @@ from fedsim.rounds import CENTRAL as CENTRAL_CLIENT
 from fedsim.rounds import Choice, Schedule, State, merged_rows, restore, run_rounds, state_info, state_tensors
 from fedsim.run_folder import RunFolder, environment, save_partition
 from fedsim.store import Records
-from fedsim.trackers import Trackers
+from fedsim.trackers import Trackers, check_trackers
 from fedsim.training.optim import Optim
 from fedsim.training.solo import Recipe, Sites, SoloTrainer, stores_of
 from fedsim.types import Row, Scoring
@@ -210,6 +210,7 @@ def run(exp: Experiment | dict[str, Any], *, progress: bool = True) -> Run:
     if isinstance(exp, dict):
         exp = Experiment.from_dict(exp)
     kind, devices = devices_of(exp)
+    check_trackers(exp.tracking.with_)
     parts = prepare(exp)
     exp = parts.exp
     run_id = parts.run_id()
@@ -223,6 +224,8 @@ def run(exp: Experiment | dict[str, Any], *, progress: bool = True) -> Run:
             )
         if status.get("state") == "finished":
             show.note(f"already finished: {folder.path}")
+            if not (folder.path / "figures").is_dir():
+                _draw(folder, show)
         else:
             _Session(exp, parts, folder, show, kind, devices, status).run()
     finally:
@@ -278,7 +281,7 @@ class _Session:
             executor = self.model = self.bundle = None  # the base need not lie in memory while figures are drawn
         gc.collect()
         self._status("finished")
-        self._figures()
+        _draw(self.folder, self.show)
 
     def _plan(self) -> dict[str, Any]:
         """What is resolved at the first start and holds for every resume: threads decide the last bits of sums."""
@@ -502,7 +505,8 @@ class _Session:
                 best, store = state.best_records.read(client), f"best-{mode}"
                 self._export(self.stores[store].read(best), f"{place}/best")
                 requests.append(Scoring("test", record=best, store=store, generate=generate))
-                owners.append((None if client == CENTRAL_CLIENT else name, state.site_best[client], name))
+                label = CENTRAL if client == CENTRAL_CLIENT else f"local {name}"
+                owners.append((None if client == CENTRAL_CLIENT else name, state.site_best[client], label))
         if not has_test:
             return {}
         rows, predictions = [], {}
@@ -549,6 +553,8 @@ class _Session:
         for i, row in enumerate(rows):
             writer.writerow([int(row), words[labels[row]], *(words[self.predictions[n][i]] for n in names)])
         self.folder.write_text("predictions.csv", out.getvalue())
+        if "federated" in self.predictions:
+            self.folder.write_json("comparison.json", _paired(self.predictions, labels[rows]))
         self.folder.write_text("figures/examples.md", self._examples(rows, labels, words, names))
 
     def _examples(self, rows: np.ndarray, labels: np.ndarray, words: list[str], names: list[str]) -> str:
@@ -573,12 +579,36 @@ class _Session:
             [*lines, "", "Test rows, each model as chosen on the validation rows; wrong predictions in bold.", ""]
         )
 
-    def _figures(self) -> None:
-        from fedsim.plots import save_figures
 
-        self.folder.sync_metrics()
-        for path in save_figures(self.folder.path):
-            self.show.note(f"figure: {path}")
+def _draw(folder: RunFolder, show: Progress) -> None:
+    from fedsim.plots import save_figures
+
+    folder.sync_metrics()
+    for path in save_figures(folder.path):
+        show.note(f"figure: {path}")
+
+
+def _paired(predictions: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, dict[str, float]]:
+    """The chosen merged model against every other, on the same test rows.
+
+    Model -> difference in accuracy, its standard error (of the mean of the paired differences, each -1, 0 or 1), and the
+    rows that only one of the two gets right.
+    """
+    merged = predictions["federated"] == labels
+    out = {}
+    for name, predicted in predictions.items():
+        if name == "federated":
+            continue
+        difference = merged.astype(float) - (predicted == labels)
+        n = len(difference)
+        out[name] = {
+            "rows": n,
+            "difference": float(difference.mean()),
+            "standard_error": float(difference.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0,
+            "only_federated": int((difference > 0).sum()),
+            "only_other": int((difference < 0).sum()),
+        }
+    return out
 
 
 def _shareable(partition: Any) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,7 @@ def list_runs(path: PathLike | Iterable[PathLike]) -> pd.DataFrame:
         bests, done = {}, []
         for scope in SCOPES:
             own = rows_of(scored, scope)
+            own = own.loc[_at_round_ends(own, rows_of(df, scope)).index]
             by_client = (sign * own["value"]).groupby(own["client"], dropna=False).max()
             bests[f"best_{scope}"] = sign * float(by_client.mean()) if len(by_client) else float("nan")
             if scope in modes:
@@ -169,7 +170,7 @@ def _summary_rows(df: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
     best_max = mode_of(df, metric) == "max"
 
     def line(model: str, rows: pd.DataFrame, site: pd.DataFrame, test: pd.DataFrame) -> dict[str, Any]:
-        scored = _trained(rows[(rows["name"] == metric) & (rows["split"] == "validation")])["value"].dropna()
+        scored = _at_round_ends(_trained(rows[(rows["name"] == metric) & (rows["split"] == "validation")]), rows)
         last = scored.iloc[-1] if len(scored) else np.nan
         best = (scored.max() if best_max else scored.min()) if len(scored) else np.nan
         return {
@@ -199,6 +200,16 @@ def _summary_rows(df: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
         site = both[both["name"] == (f"merged_{metric}" if scope == "federated" else metric)]
         table.append(line(scope, rows, site, rows[(rows["name"] == metric) & (rows["split"] == "test")]))
     return table
+
+
+def _at_round_ends(scored: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
+    """Scores at the ends of each client's rounds: the models that are kept, among which validation chooses."""
+
+    def keys(df: pd.DataFrame) -> pd.MultiIndex:
+        return pd.MultiIndex.from_arrays([df["client"].astype(object).fillna(""), df["round"]])
+
+    ends = rows["step"].groupby(keys(rows)).max()
+    return scored.loc[scored["step"].to_numpy() == ends.reindex(keys(scored)).to_numpy(), "value"].dropna()
 
 
 def mode_of(df: pd.DataFrame, metric: str) -> str:

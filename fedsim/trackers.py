@@ -13,8 +13,21 @@ from fedsim.types import Row
 _PACKAGE = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Whether the trackers' packages are here.
+
+    Raises:
+        UserError: if one is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(_PACKAGE[name]) is None:
+            raise UserError(
+                f"tracking.with: {name!r} is not installed; pip install {_PACKAGE[name]}, or take it off the list"
+            )
+
+
 class Trackers:
-    """The trackers of one run.
+    """The trackers of one run; see `check_trackers` for what they need.
 
     Args:
         names: tensorboard | wandb | mlflow.
@@ -22,17 +35,10 @@ class Trackers:
         folder: the run folder; TensorBoard writes into it.
         config: the resolved config.
 
-    Raises:
-        UserError: if a tracker's package is not installed.
     """
 
     def __init__(self, names: Sequence[str], experiment: str, folder: Path, config: dict[str, Any]) -> None:
         self._trackers: list[Any] = []
-        for name in names:
-            if importlib.util.find_spec(_PACKAGE[name]) is None:
-                raise UserError(
-                    f"tracking.with: {name!r} is not installed; pip install {_PACKAGE[name]}, or take it off the list"
-                )
         if not names:
             return
         from accelerate import tracking
@@ -53,7 +59,11 @@ class Trackers:
         for row in rows if self._trackers else ():
             key = "/".join((row.scope, row.client or "merged", row.split, row.name))
             for tracker in self._trackers:
-                tracker.log({key: row.value}, step=row.step)
+                # W&B drops points whose step is behind its last one, and every client starts at 0: it counts by itself.
+                if tracker.name == "wandb":
+                    tracker.log({key: row.value, f"{key}/step": row.step})
+                else:
+                    tracker.log({key: row.value}, step=row.step)
 
     def close(self) -> None:
         """Finish; may be called twice."""

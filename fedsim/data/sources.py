@@ -268,10 +268,7 @@ def _read_table(path: str, key: str) -> Any:
     try:
         if kind in (".csv", ".tsv"):
             separator = "," if kind == ".csv" else "\t"
-            # As text: "007", "1.50" and "True" are answers as they stand.
-            frame = pd.read_csv(
-                file, sep=separator, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig"
-            )
+            frame = _read_delimited(file, separator)
             if not isinstance(frame.index, pd.RangeIndex):
                 raise UserError(
                     f"{key}: {path!r} has rows with more fields than its header; quote text that holds {separator!r}"
@@ -302,6 +299,35 @@ def _read_table(path: str, key: str) -> Any:
         raise UserError(f"{key}: {path!r} has no rows")
     frame.columns = [str(c) for c in frame.columns]
     return frame
+
+
+def _read_delimited(file: Path, separator: str) -> Any:
+    """A CSV or TSV file as text: "007", "1.50" and "True" are answers as they stand.
+
+    Many TSV files do not quote: a lone quotation mark is text in them, and reading it as an opening quote would swallow
+    the rows up to the next one. Where a file read without quoting has more rows, and each is complete, it was such a file.
+    """
+    import csv
+
+    import pandas as pd
+
+    def read(quoting: int) -> Any:
+        return pd.read_csv(
+            file, sep=separator, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig", quoting=quoting
+        )
+
+    if separator == ",":
+        return read(csv.QUOTE_MINIMAL)
+    try:
+        plain = read(csv.QUOTE_NONE)
+    except pd.errors.ParserError:
+        return read(csv.QUOTE_MINIMAL)
+    try:
+        quoted = read(csv.QUOTE_MINIMAL)
+    except pd.errors.ParserError:
+        return plain
+    complete = isinstance(plain.index, pd.RangeIndex) and bool(plain.iloc[:, -1].notna().all())
+    return plain if complete and len(plain) > len(quoted) else quoted
 
 
 def _frame(records: Any) -> Any:

@@ -88,7 +88,10 @@ class SerialExecutor:
 
     def score(self, requests: Sequence[Scoring]) -> list[Scores]:
         """Score each request, in order."""
-        return [self._trainer.score(request, self.weights) for request in requests]
+        try:
+            return [self._trainer.score(request, self.weights) for request in requests]
+        except Exception as error:
+            raise client_failed(None, str(self.device), traceback.format_exc()) from error
 
     def close(self) -> None:
         """Free the model and restore the number of threads; may be called twice."""

@@ -165,6 +165,8 @@ def check_peft_settings(name: str, settings: dict[str, Any], path: str) -> None:
         raise UserError(
             f"{path}.name: {name!r} is not known; {hint}fedsim's own: {', '.join(ours)}; or a PEFT method: {', '.join(sorted(known))}"
         )
+    if name.lower() in ("multitask_prompt_tuning", "poly", "xlora"):
+        raise UserError(f"{path}.name: {name!r} needs task ids or other adapters with every row; use another method")
     fields = {f.name for f in dataclasses.fields(known[name.lower()])} - {"task_type", "peft_type", "inference_mode"}
     for key in settings:
         if key not in fields:

@@ -192,6 +192,27 @@ def load_config(source: Source) -> Any:
         ) from None
 
 
+def check_task(source: Source, task: str) -> None:
+    """Whether the architecture can do the task.
+
+    Raises:
+        UserError: for an encoder-decoder, or an encoder that is to write text.
+    """
+    from transformers.models.auto import modeling_auto
+
+    config = load_config(source)
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"model.path: {source.name!r} is an encoder-decoder ({kind}); give a decoder, or an encoder with model.task=sequence_classification"
+        )
+    encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if task == "causal_lm" and (encoder or kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise UserError(
+            f"model.task: 'causal_lm' cannot be done by {source.name!r}, which is no causal model ({kind}); use model.task=sequence_classification"
+        )
+
+
 def load_base(
     source: Source, *, task: str, dtype: str, num_labels: int | None, pad_token_id: int, seed: int
 ) -> nn.Module:
@@ -206,22 +227,10 @@ def load_base(
         seed: a head that the folder does not hold starts from the stream `init` of this seed.
 
     Raises:
-        UserError: if the weights cannot be loaded or the architecture cannot do the task.
+        UserError: if the weights cannot be loaded.
     """
     import transformers
-    from transformers.models.auto import modeling_auto
 
-    config = load_config(source)
-    kind = config.model_type
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"model.path: {source.name!r} is an encoder-decoder ({kind}); give a decoder, or an encoder with model.task=sequence_classification"
-        )
-    encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if task == "causal_lm" and (encoder or kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        raise UserError(
-            f"model.task: 'causal_lm' cannot be done by {source.name!r}, which is no causal model ({kind}); use model.task=sequence_classification"
-        )
     args: dict[str, Any] = {"dtype": getattr(torch, dtype), **source.load_args()}
     auto = transformers.AutoModelForCausalLM
     if task == "sequence_classification":
@@ -249,12 +258,17 @@ def load_base(
     return model
 
 
+# Their positions start behind the pad token's number.
+_SHIFTED = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "longformer", "mpnet"}
+_SHIFTED |= {"data2vec-text", "xmod", "ibert", "bertweet"}
+
+
 def max_positions(config: Any) -> int | None:
     """Longest input in tokens, where the config says so."""
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
         value = getattr(config, key, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return value - (config.pad_token_id + 1 if config.model_type in _SHIFTED else 0)
     return None
 
 

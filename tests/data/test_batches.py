@@ -129,7 +129,7 @@ def experiment(**local: int | bool) -> Experiment:
 
 def test_the_batches_of_a_client_are_rows_it_holds() -> None:
     exp = experiment(steps=3)
-    parts = prepare(exp, tokenize=False)
+    parts = prepare(exp)
     for number, name in enumerate(("site-1", "site-2")):
         batches = fedsim.batches(exp, name, 1)
         assert [len(b) for b in batches] == [128] * 3
@@ -141,7 +141,7 @@ def test_the_batches_of_a_client_are_rows_it_holds() -> None:
 def test_central_draws_from_every_row_as_often_as_the_config_says() -> None:
     """90 and 40 rows in passes: 1 + 1 steps of 128; central makes one pass over 130 rows, 128 and 2."""
     exp = experiment(epochs=1)
-    parts = prepare(exp, tokenize=False)
+    parts = prepare(exp)
     batches = fedsim.batches(exp, "central", 2)
     assert [len(b) for b in batches] == [128, 2]
     everything = sorted(np.concatenate([parts.partition.rows(c) for c in (0, 1)]).tolist())

@@ -395,8 +395,7 @@ WRONG = [
     (
         "iid",
         {"num_clients": 2000},
-        "partition.min_rows: 1 x 2000 clients needs 2000 rows, the training split has 1811; "
-        "the largest feasible min_rows is 0 (or num_clients 1811)",
+        "partition.num_clients: 2000 clients, the training split has 1811 rows; give at most 1811",
     ),
     (
         "quantity",

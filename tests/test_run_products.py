@@ -1,0 +1,125 @@
+"""What a run leaves behind beside metrics and models: trackers' files, predictions, the paired comparison."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedsim
+from fedsim.build import prepare
+from fedsim.config import Experiment
+from fedsim.experiment import folder_name
+
+
+def _exp(folder: Path, **keys: Any) -> Experiment:
+    base: dict[str, Any] = {
+        "name": "products",
+        "results": str(folder),
+        "rounds": 2,
+        "partition": {"name": "iid", "num_clients": 2},
+        "local": {"steps": 2, "batch_size": 8},
+        "executor": {"name": "serial", "threads": 1},
+    }
+    return Experiment(**{**base, **keys})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fedsim.run(_exp(tmp_path_factory.mktemp("products")), progress=False).path
+
+
+def test_the_comparison_is_that_of_the_predictions_row_by_row(run: Path) -> None:
+    """Difference and standard error worked out again from the CSV, one row at a time."""
+    with (run / "predictions.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    found = json.loads((run / "comparison.json").read_text())
+    assert set(found) == {"central", "local site-1", "local site-2"}
+    for name, told in found.items():
+        pairs = [(r["federated"] == r["label"], r[name] == r["label"]) for r in rows]
+        d = np.array([int(a) - int(b) for a, b in pairs], dtype=float)
+        assert told["rows"] == len(rows) == 227
+        assert told["difference"] == pytest.approx(d.mean())
+        assert told["standard_error"] == pytest.approx(np.sqrt(((d - d.mean()) ** 2).sum() / (len(d) - 1) / len(d)))
+        assert (told["only_federated"], told["only_other"]) == (int((d == 1).sum()), int((d == -1).sum()))
+
+
+def test_the_test_score_is_that_of_the_predictions(run: Path) -> None:
+    with (run / "predictions.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    df = fedsim.load_runs(run)
+    scored = df[(df["split"] == "test") & (df["name"] == "accuracy")]
+    assert len(scored) == 4, "two sites, the merged model and the central one, each once"
+    merged = scored[scored["scope"] == "federated"]["value"].item()
+    assert merged == pytest.approx(np.mean([r["federated"] == r["label"] for r in rows]))
+
+
+def test_a_finished_run_without_figures_draws_them_again(run: Path) -> None:
+    config = Experiment.load(run / "config.yaml")
+    for file in (run / "figures").iterdir():
+        file.unlink()
+    (run / "figures").rmdir()
+    assert fedsim.run(config, progress=False).path == run
+    assert (run / "figures" / "accuracy.png").is_file()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_gets_the_merged_models_scores(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    exp = _exp(tmp_path, modes=["federated"], tracking={"with": ["tensorboard"]})
+    path = fedsim.run(exp, progress=False).path
+    events = next((path / "tensorboard").rglob("events*"))
+    log = EventAccumulator(str(events.parent))
+    log.Reload()
+    df = fedsim.load_runs(path)
+    rows = df[df["client"].isna() & (df["split"] == "validation") & (df["name"] == "accuracy")]
+    points = log.Scalars("federated/merged/validation/accuracy")
+    assert [p.step for p in points] == rows["step"].tolist() == [0, 2, 4]
+    assert [p.value for p in points] == pytest.approx(rows["value"].tolist(), rel=1e-6)
+
+
+def test_keys_beside_a_name_hold_in_any_order(tmp_path: Path) -> None:
+    file = tmp_path / "e.yaml"
+    file.write_text("partition: {name: iid, num_clients: 3}\nadapter: {name: lora, r: 4}\n")
+    names = ["partition.name=dirichlet", "adapter.name=p_tuning"]
+    keys = ["partition.alpha=0.1", "partition.num_clients=7", "adapter.num_virtual_tokens=3"]
+    for order in ([*names, *keys], [*keys, *names], [keys[0], *names, *keys[1:]]):
+        exp = Experiment.load(file, order)
+        assert (exp.partition.alpha, exp.partition.num_clients, exp.adapter.num_virtual_tokens) == (0.1, 7, 3)
+
+
+def test_batches_follow_the_run_where_rows_are_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"instruction": f"say {i}", "response": "" if i % 7 == 0 else f"word {i}"} for i in range(60)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    data = {"name": "table", "path": str(file), "template": "{instruction} {response}"}
+    exp = _exp(tmp_path, data=data, local={"epochs": 1, "batch_size": 8})
+    parts = prepare(exp)
+    answers = parts.source.splits["train"].columns["response"]
+    drawn = np.concatenate([b for client in (0, 1) for b in fedsim.batches(exp, client, 1)])
+    assert sorted(drawn) == [i for i, a in enumerate(answers) if a], "each row with an answer once, no other"
+
+
+def test_a_tsv_without_quoting_keeps_its_rows(tmp_path: Path) -> None:
+    """A lone quotation mark is text: read as an opening quote it would swallow the rows up to the next one."""
+    file = tmp_path / "glue.tsv"
+    lines = [f'"start {i}\t{i % 2}' if i % 5 == 0 else f'said "x" {i}\t{i % 2}' for i in range(40)]
+    file.write_text("\n".join(["text\tlabel", *lines]))
+    from fedsim.data.sources import table
+
+    source = table(path=str(file), validation=0.25, test=0, split_seed=0, labels=None, columns={}, needs_labels=True)
+    texts = [t for s in source.splits.values() for t in s.columns["text"]]
+    assert sorted(texts) == sorted(line.split("\t")[0] for line in lines)
+
+
+@pytest.mark.parametrize("name", ["site-1", "a/b", "..", "north west", "Klinik Köln"])
+def test_a_sites_folder_stays_inside_the_run(name: str, tmp_path: Path) -> None:
+    place = (tmp_path / "local" / folder_name(name)).resolve()
+    assert place.parent == tmp_path / "local"
+    assert folder_name(name) != folder_name(name + "_"), "two ids, two folders"
