@@ -155,29 +155,14 @@ def doctor() -> None:
     import importlib.util
     import os
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
+    from fedsim.run_folder import versions
+
     lines: list[tuple[str, str]] = [("python", platform.python_version())]
-    for name in (
-        "fedsim-llm",
-        "torch",
-        "transformers",
-        "peft",
-        "accelerate",
-        "datasets",
-        "numpy",
-        "scipy",
-        "pandas",
-        "matplotlib",
-        "omegaconf",
-        "safetensors",
-    ):
-        try:
-            lines.append((name, version(name)))
-        except PackageNotFoundError:
-            lines.append((name, "missing: pip install fedsim-llm, or pip install -e . in the repository"))
+    missing = "missing: pip install fedsim-llm, or pip install -e . in the repository"
+    lines += [(name, found or missing) for name, found in versions().items() if name != "gguf"]
     gguf = importlib.util.find_spec("gguf") is not None
     lines.append(("GGUF models", "work" if gguf else "need: pip install gguf"))
     for name in ("tensorboard", "wandb", "mlflow"):

@@ -140,11 +140,9 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
     exp, partition = parts.exp, parts.partition
     clients = parts.clients
     size = len(clients) if exp.cohort.size == "all" else exp.cohort.size
-    lengths = parts.tokens["train"].lengths if parts.tokens else None
+    lengths = parts.tokens["train"].lengths
 
     def mean_length(client: int) -> float:
-        if lengths is None:
-            return 1.0
         return float(lengths.mean() if client == CENTRAL_CLIENT else lengths[partition.rows(client)].mean())
 
     return Schedule(

@@ -150,11 +150,28 @@ def save_partition(folder: RunFolder, arrays: dict[str, np.ndarray]) -> None:
     write_atomic(folder.path / "partition.npz", buffer.getvalue())
 
 
+_PACKAGES = (
+    "fedsim-llm torch transformers peft accelerate datasets numpy scipy pandas matplotlib omegaconf safetensors gguf"
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Package -> installed version, or None, of those that a run's numbers or files can depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES.split():
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
 def environment(devices: list[str], threads: int) -> dict[str, Any]:
     """Where a run ran: commit, versions, devices; no host names and no paths."""
     import platform
     import subprocess
-    from importlib.metadata import PackageNotFoundError, version
 
     def git(*args: str) -> str | None:
         try:
@@ -163,24 +180,6 @@ def environment(devices: list[str], threads: int) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    versions = {}
-    for name in (
-        "fedsim-llm",
-        "torch",
-        "transformers",
-        "peft",
-        "accelerate",
-        "datasets",
-        "numpy",
-        "scipy",
-        "pandas",
-        "gguf",
-        "safetensors",
-    ):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     status = git("status", "--porcelain")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -193,7 +192,7 @@ def environment(devices: list[str], threads: int) -> dict[str, Any]:
         "gpus": gpus,
         "devices": devices,
         "threads": threads,
-        "versions": versions,
+        "versions": {name: found for name, found in versions().items() if found is not None},
     }
 
 

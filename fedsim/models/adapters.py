@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedsim.errors import UserError
 from fedsim.models import bottleneck
@@ -325,9 +325,3 @@ def describe(model: nn.Module, params: Params) -> dict[str, Any]:
         "bytes_up": size,
         "bytes_down": size,
     }
-
-
-def frozen_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors that are not trained."""
-    seen: dict[int, Tensor] = {p.data_ptr(): p for p in model.parameters() if not p.requires_grad}
-    return sum(p.numel() * p.element_size() for p in seen.values())
