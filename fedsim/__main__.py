@@ -225,9 +225,15 @@ def _partition_table(report: dict[str, Any]) -> None:
     frame = pd.concat([pd.DataFrame({"client": report["client_names"], "rows": report["sizes"]}), counts], axis=1)
     frame["JS (bits)"] = [None if v is None else round(v, 4) for v in report["js"]]
     shown = frame if len(frame) <= 40 else frame.head(40)
-    _table(shown, f"{len(frame)} clients, {report['rows']} rows")
+    clients = report["num_clients"]
+    sample = f"; a sample of {len(frame)} clients" if clients > len(frame) else ""
+    _table(shown, f"{clients} clients, {report['rows']} rows{sample}")
     if len(frame) > 40:
-        print(f"... and {len(frame) - 40} more clients; all of them are in partition.json")
+        print(
+            f"... and {len(frame) - 40} more clients{' of the sample' if sample else ''}; all of them are in partition.json"
+        )
+    if sample:
+        print(f"rows of a client: {report['min_rows']} to {report['max_rows']}, median {report['median_rows']:g}")
     print(
         f"mean JS divergence {report['js_mean']:.4f} bits (max {report['js_max']:.4f}), size Gini {report['size_gini']:.3f}"
     )

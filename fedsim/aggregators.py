@@ -6,6 +6,7 @@ divided once at the end. Sums are float32 (float64 under a float64 base) whateve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +34,13 @@ class WeightedMean:
         total.zero_()
         return Partial(total)
 
-    def add(self, partial: Partial, update: Params, weight: float) -> None:
-        """Add one client's update; in place."""
+    def add(self, partial: Partial, updates: Params, weights: Sequence[float]) -> None:
+        """Add the updates of K clients, by name `[K, ...]`, each with its weight; in place."""
         into = self.layout.views(partial.total)
-        torch._foreach_add_([into[n] for n in into], [update[n] for n in into], alpha=weight)
-        partial.weight += weight
+        w = torch.tensor(weights, dtype=partial.total.dtype, device=partial.total.device)
+        for name, total in into.items():
+            total.add_(torch.tensordot(w, updates[name], dims=1))
+        partial.weight += sum(weights)
 
     def merge(self, into: Partial, other: Partial) -> None:
         """Add another sum, which may lie on another device; in place."""

@@ -12,7 +12,14 @@ import numpy as np
 from fedsim.config import Experiment, expand_path
 from fedsim.data import sources
 from fedsim.data.batches import Draw
-from fedsim.data.partition import PARTITIONERS, Partition, measure, site_rows, site_rows_by_column
+from fedsim.data.partition import (
+    PARTITIONERS,
+    Partition,
+    VirtualPartition,
+    measure,
+    site_rows,
+    site_rows_by_column,
+)
 from fedsim.data.sources import Source
 from fedsim.data.tokens import Template, Tokens, encode
 from fedsim.errors import UserError
@@ -33,7 +40,7 @@ class Parts:
         tokenizer: the base's.
         tokens: split -> arrays.
         partition: client -> rows of the training split.
-        own: client -> rows of the validation split, the site's own validation.
+        own: client -> rows of the validation split, the site's own validation; None where no client has any (virtual).
         report: class counts, sizes and skew of the partition; goes into the run folder.
     """
 
@@ -42,8 +49,8 @@ class Parts:
     model: base.Source
     tokenizer: Any
     tokens: dict[str, Tokens]
-    partition: Partition
-    own: Partition
+    partition: Partition | VirtualPartition
+    own: Partition | None
     report: dict[str, Any]
 
     @property
@@ -57,13 +64,15 @@ class Parts:
         Raises:
             UserError: if there is no such client.
         """
-        known = [self.partition.name(c) for c in range(self.partition.num_clients)]
-        if isinstance(name, int) and 0 <= name < len(known):
-            return name
-        if name in known:
-            return known.index(name)
+        held = self.partition
+        number = held.number(name) if isinstance(name, str) else None
+        if isinstance(name, int) and 0 <= name < held.num_clients:
+            number = name
+        if number is not None:
+            return number
+        known = ", ".join(held.name(c) for c in range(min(20, held.num_clients)))
         raise UserError(
-            f"client: {name!r} is none of this partition's: {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}"
+            f"client: {name!r} is none of this partition's: {known}{' ...' if held.num_clients > 20 else ''}"
         )
 
     def run_id(self) -> str:
@@ -229,7 +238,7 @@ def _classes(exp: Experiment, source: Source) -> tuple[dict[str, np.ndarray], li
 
 def _partition(
     exp: Experiment, source: Source, kept: dict[str, np.ndarray]
-) -> tuple[Partition, Partition, dict[str, Any]]:
+) -> tuple[Partition | VirtualPartition, Partition | None, dict[str, Any]]:
     classes, names = _classes(exp, source)
     train, held = classes["train"][kept["train"]], classes["validation"]
     held_kept = kept["validation"] if len(held) else np.empty(0, dtype=np.int64)
@@ -249,6 +258,8 @@ def _partition(
         _check_counts(keys["counts"], names)
     partition = PARTITIONERS[name](train, rng, **keys)
     report = {**measure(partition, train, len(names)), "class_names": names, "partitioner": name}
+    if isinstance(partition, VirtualPartition):  # validation rows dealt to a million clients would be none for most
+        return dataclasses.replace(partition, kept=kept["train"]), None, report
     if name == "by_column":
         there = source.splits["validation"].columns.get(column)
         own = site_rows_by_column(partition, [there[r] for r in held_kept] if there is not None else [])
@@ -273,7 +284,8 @@ def _check_counts(counts: list[list[int]], names: list[str]) -> None:
 
 def _check(parts: Parts) -> None:
     exp, sizes = parts.exp, parts.partition.sizes
-    held = len(parts.clients)
+    clients = parts.clients
+    held = len(clients)
     if held == 0:
         raise UserError("partition: no client holds a row; raise the counts or lower num_clients")
     if exp.cohort.size != "all" and exp.cohort.size > held:
@@ -282,12 +294,12 @@ def _check(parts: Parts) -> None:
         )
     work = exp.local
     if work.epochs is not None and work.drop_last:
-        small = [c for c in parts.clients if sizes[c] < work.batch_size]
-        if small:
+        small = clients[sizes[clients] < work.batch_size]
+        if len(small):
             name, rows = parts.partition.name(int(small[0])), int(sizes[small[0]])
             raise UserError(
                 f"local.drop_last: true leaves {name} ({rows} rows, {len(small)} such client(s)) without a step at local.batch_size={work.batch_size}; "
-                f"set drop_last=false, batch_size={int(min(sizes[parts.clients]))} or less, or local.steps"
+                f"set drop_last=false, batch_size={int(sizes[clients].min())} or less, or local.steps"
             )
     positions = base.max_positions(base.load_config(parts.model))
     extra = getattr(exp.adapter, "num_virtual_tokens", 0)
@@ -320,7 +332,7 @@ def batches(exp: Experiment, client: str | int, round: int) -> list[np.ndarray]:
     parts = prepare(exp)
     draw = draw_of(exp)
     if client == CENTRAL:
-        rows = np.sort(np.concatenate([parts.partition.rows(int(c)) for c in parts.clients]))
+        rows = parts.partition.all_rows()
         steps = schedule_of(parts, CENTRAL).central_steps(round)
         return draw.batches(rows, stream(exp.seed, "batches", CENTRAL, round), steps)
     number = parts.client(client)

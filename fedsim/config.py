@@ -49,6 +49,7 @@ from fedsim.sections import (
     Table,
     Tracking,
     Training,
+    Virtual,
     Whole,
     check_that,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "Table",
     "Tracking",
     "Training",
+    "Virtual",
     "Whole",
     "components",
     "expand_path",

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.data.batches import Batch, pad
 from fedsim.data.tokens import Tokens
 from fedsim.models.forward import Net
+from fedsim.models.stacked import StackedNet
 from fedsim.types import Scores
 
 _FEW_CLASSES = 20  # with more of them, counts by class would be most of a run's metrics
@@ -41,50 +41,60 @@ class RowScores:
 
 @torch.no_grad()
 def score_rows(
-    net: Net, tokens: Tokens, *, batch_size: int, tokenizer: Any = None, max_new_tokens: int = 32
-) -> RowScores:
-    """Score every kept row of a split; batches hold rows of like length.
+    net: Net | StackedNet,
+    tokens: Tokens,
+    lanes: int,
+    *,
+    batch_size: int,
+    tokenizer: Any = None,
+    max_new_tokens: int = 32,
+) -> list[RowScores]:
+    """Score every kept row of a split under the weights of each lane; batches hold rows of like length.
 
     Args:
         net: the model.
         tokens: the split, n rows.
-        batch_size: rows of a pass.
+        lanes: K, as bound.
+        batch_size: rows of a pass, over all lanes.
         tokenizer: given, answers are generated and compared as well.
         max_new_tokens: longest generated answer.
+
+    Returns:
+        One record a lane.
     """
     net.train(False)
     rows = tokens.kept()
-    nll, count = np.zeros(len(rows)), np.ones(len(rows), dtype=np.int64)
+    n, size = len(rows), max(1, batch_size // lanes)
+    nll, count = np.zeros((lanes, n)), np.ones(n, dtype=np.int64)
     labels = tokens.labels.numpy()[rows]
-    scores = None
-    if tokens.is_classes:
-        scores = np.zeros((len(rows), int(_num_classes(net))))
-    elif tokens.candidates is not None:
-        scores = np.zeros((len(rows), len(tokens.candidates)))
-    lengths = tokens.lengths[rows]
-    for chunk in _chunks(lengths, batch_size):
+    scores, prompts = None, tokens.prompts.numpy()[rows]
+    for chunk in _chunks(tokens.lengths[rows], size):
         sequences = [tokens.row(r) for r in rows[chunk]]
+        logits, at, targets = net.logits(sequences, None if tokens.is_classes else prompts[chunk], tokens.pad_id)
+        logp = torch.log_softmax(logits, dim=-1)  # [K, S, V]
         if tokens.is_classes:
-            batch = pad(sequences, [], tokens.pad_id, labels[chunk]).to(net.device)
-            logp = torch.log_softmax(net.logits(batch), dim=-1).double().cpu().numpy()
-            nll[chunk] = -logp[np.arange(len(chunk)), labels[chunk]]
-            scores[chunk] = logp
-            continue
-        batch = pad(sequences, tokens.prompts.numpy()[rows[chunk]], tokens.pad_id)
-        logp = torch.log_softmax(net.logits(batch.to(net.device)), dim=-1)
-        gold = logp.gather(1, batch.targets.to(net.device)[:, None])[:, 0].double().cpu().numpy()
-        at = batch.rows.numpy()
-        nll[chunk] = np.bincount(at, weights=-gold, minlength=len(chunk))
-        count[chunk] = np.bincount(at, minlength=len(chunk))
-        if scores is not None:
-            scores[chunk] = _single_token_scores(tokens, batch, logp, labels[chunk], gold)
+            found = logp.double().cpu().numpy()
+            nll[:, chunk] = -found[:, np.arange(len(chunk)), labels[chunk]]
+        else:
+            gold = logp.gather(2, targets[None, :, None].expand(lanes, -1, 1))[:, :, 0].double().cpu().numpy()
+            first = np.nonzero(np.diff(at, prepend=-1))[0]  # each row's first scored position: the end of its prompt
+            nll[:, chunk] = -np.add.reduceat(gold, first, axis=1)
+            count[chunk] = np.diff(first, append=len(at))
+            if tokens.candidates is None:
+                continue
+            found = _single_token_scores(tokens, first, logp, labels[chunk], gold)
+        if scores is None:
+            scores = np.zeros((lanes, n, found.shape[2]))
+        scores[:, chunk] = found
     if scores is not None and not tokens.is_classes:
-        _add_long_labels(net, tokens, rows, labels, scores, batch_size)
-    predicted = None if scores is None else scores.argmax(axis=1)
-    exact = None
+        _add_long_labels(net, tokens, rows, labels, scores, size)
+    predicted = None if scores is None else scores.argmax(axis=2)
+    out = [RowScores(rows, nll[k], count, None if predicted is None else predicted[k]) for k in range(lanes)]
     if tokenizer is not None and not tokens.is_classes:
-        exact = _generate(net, tokens, rows, tokenizer, batch_size, max_new_tokens)
-    return RowScores(rows, nll, count, predicted, exact)
+        for k, each in enumerate(out):
+            net.show(k)
+            each.exact = _generate(net, tokens, rows, tokenizer, batch_size, max_new_tokens)
+    return out
 
 
 def summarise(scores: RowScores, tokens: Tokens, rows: np.ndarray | None = None) -> dict[str, tuple[float, float]]:
@@ -120,37 +130,38 @@ def to_scores(rows: RowScores, tokens: Tokens, sites: dict[int, np.ndarray] | No
     return Scores(summarise(rows, tokens), by_site, rows.predicted, int(rows.count.sum()))
 
 
-def _num_classes(net: Net) -> int:
-    return net.model.config.num_labels
-
-
 def _chunks(lengths: np.ndarray, size: int) -> list[np.ndarray]:
     order = np.argsort(lengths, kind="stable")
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def _single_token_scores(
-    tokens: Tokens, batch: Batch, logp: torch.Tensor, labels: np.ndarray, gold: np.ndarray
+    tokens: Tokens, first: np.ndarray, logp: torch.Tensor, labels: np.ndarray, gold: np.ndarray
 ) -> np.ndarray:
-    """`[rows, L]` log p(label | prompt) where the pass over the true answer already tells it; 0 where it does not.
+    """`[K, rows, L]` log p(label | prompt) where the pass over the true answer already tells it; 0 where it does not.
 
     It tells the first token of every label, hence all of one-token labels, and every token of the true label.
+
+    Args:
+        tokens: the split.
+        first: scored position at the end of each row's prompt, `[rows]`.
+        logp: `[K, S, V]`.
+        labels: class of each row.
+        gold: log-probability of the token that follows, `[K, S]`.
     """
-    at = batch.rows.numpy()
-    first = np.nonzero(np.diff(at, prepend=-1))[0]  # each row's first scored position: the end of its prompt
     heads = torch.tensor([c[0] for c in tokens.candidates], device=logp.device)
-    out = logp[torch.from_numpy(first).to(logp.device)][:, heads].double().cpu().numpy()
+    out = logp[:, torch.from_numpy(first).to(logp.device)][:, :, heads].double().cpu().numpy()
     for label, words in enumerate(tokens.candidates):
         if len(words) == 1:
             continue
-        out[:, label] = 0.0
+        out[:, :, label] = 0.0
         for i in np.nonzero(labels == label)[0]:
-            out[i, label] = gold[first[i] : first[i] + len(words)].sum()
+            out[:, i, label] = gold[:, first[i] : first[i] + len(words)].sum(axis=1)
     return out
 
 
 def _add_long_labels(
-    net: Net, tokens: Tokens, rows: np.ndarray, labels: np.ndarray, scores: np.ndarray, batch_size: int
+    net: Net | StackedNet, tokens: Tokens, rows: np.ndarray, labels: np.ndarray, scores: np.ndarray, size: int
 ) -> None:
     """Fill in log p(label | prompt) of labels of several tokens that are not the row's own, by passes of their own."""
     prompts = tokens.prompts.numpy()[rows]
@@ -158,18 +169,17 @@ def _add_long_labels(
         others = np.nonzero(labels != label)[0]
         if len(words) == 1 or len(others) == 0:
             continue
-        for part in _chunks(prompts[others], batch_size):
+        for part in _chunks(prompts[others], size):
             chunk = others[part]
             sequences = [np.concatenate([tokens.row(rows[i])[: prompts[i]], words]) for i in chunk]
-            batch = pad(sequences, prompts[chunk], tokens.pad_id).to(net.device)
-            logp = torch.log_softmax(net.logits(batch), dim=-1).gather(1, batch.targets[:, None])[:, 0]
-            scores[chunk, label] = np.bincount(
-                batch.rows.cpu().numpy(), weights=logp.double().cpu().numpy(), minlength=len(chunk)
-            )
+            logits, at, targets = net.logits(sequences, prompts[chunk], tokens.pad_id)
+            index = targets[None, :, None].expand(len(logits), -1, 1)
+            logp = torch.log_softmax(logits, dim=-1).gather(2, index)[:, :, 0].double().cpu().numpy()
+            scores[:, chunk, label] = np.add.reduceat(logp, np.nonzero(np.diff(at, prepend=-1))[0], axis=1)
 
 
 def _generate(
-    net: Net, tokens: Tokens, rows: np.ndarray, tokenizer: Any, batch_size: int, max_new_tokens: int
+    net: Net | StackedNet, tokens: Tokens, rows: np.ndarray, tokenizer: Any, batch_size: int, max_new_tokens: int
 ) -> np.ndarray:
     """Whether greedy generation gives the answer, white space at the ends aside; bool `[n]`."""
     exact = np.zeros(len(rows), dtype=bool)

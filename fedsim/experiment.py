@@ -26,21 +26,26 @@ from torch import Tensor, nn
 from fedsim.algorithms import ALGORITHMS, Algorithm
 from fedsim.build import CENTRAL, Parts, draw_of, prepare
 from fedsim.config import Experiment
+from fedsim.data.partition import Partition, VirtualPartition
 from fedsim.data.tokens import Tokens
 from fedsim.errors import UserError
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.models import adapters, base
+from fedsim.models.flat import Unsuitable
 from fedsim.models.forward import Net
+from fedsim.models.stacked import StackedNet, probe
 from fedsim.params import Layout, Params, clone
+from fedsim.planner import Packs, Plan, choose_lanes, describe
 from fedsim.progress import Progress
 from fedsim.rounds import CENTRAL as CENTRAL_CLIENT
 from fedsim.rounds import Choice, Schedule, State, merged_rows, restore, run_rounds, state_info, state_tensors
 from fedsim.run_folder import RunFolder, environment, save_partition
+from fedsim.seeding import stream
 from fedsim.store import Records
 from fedsim.trackers import Trackers, check_trackers
 from fedsim.training.optim import Optim
-from fedsim.training.solo import Recipe, Sites, SoloTrainer, stores_of
-from fedsim.types import Row, Scoring
+from fedsim.training.trainer import Recipe, Sites, Trainer, stores_of
+from fedsim.types import Engine, Report, Row, Scoring
 
 
 @dataclass(frozen=True)
@@ -84,34 +89,70 @@ class Bundle:
     autocast: torch.dtype | None
     seed: int
     tokens: dict[str, Tokens]
-    train: tuple[Tensor, Tensor]
-    own: tuple[Tensor, Tensor]
+    train: tuple[Tensor, Tensor] | VirtualPartition
+    own: tuple[Tensor, Tensor] | None
     algorithms: dict[str, Algorithm]
     recipe: Recipe
     state: Path
     tokenizer: Any
 
+    def shared(self) -> list[Tensor]:
+        """Tensors of row numbers that workers share; virtual clients have none, their rows are worked out anywhere."""
+        return [] if isinstance(self.train, VirtualPartition) else [*self.train, *self.own]
+
     def attach(self) -> tuple[nn.Module, list[nn.Module]]:
         """Put the adapter on the base, in place."""
         return adapters.attach(self.model, self.adapter, self.settings, task=self.task, seed=self.seed)
 
-    def trainer(self, model: nn.Module, own: list[nn.Module], device: torch.device) -> SoloTrainer:
+    def trainer(self, model: nn.Module, own: list[nn.Module], device: torch.device, engine: Engine) -> Trainer:
         """The trainer around a model that already has its adapter."""
-        net = Net(
-            model.to(device), own, task=self.task, device=device, base_dropout=self.base_dropout, autocast=self.autocast
-        )
-        sites = Sites(
-            functools.partial(_rows, *self.train), functools.partial(_rows, *self.own), len(self.train[0]) - 1
-        )
-        return SoloTrainer(net, self.tokens, sites, self.algorithms, self.recipe, self.seed, self.state, self.tokenizer)
+        model.to(device)
+        net: Net | StackedNet
+        if engine.packed:
+            net = StackedNet(model, own, task=self.task, device=device)
+        else:
+            net = Net(model, own, task=self.task, device=device, base_dropout=self.base_dropout, autocast=self.autocast)
+        sites = _sites(self.train, self.own)
+        made = Trainer(net, self.tokens, sites, self.algorithms, self.recipe, self.seed, self.state, self.tokenizer)
+        made.configure(engine)
+        return made
 
-    def __call__(self, device: torch.device) -> SoloTrainer:
+    def why_not_packed(self, model: nn.Module, own: list[nn.Module]) -> str | None:
+        """Why clients cannot train in lanes, found out on the CPU; None where they can."""
+        if self.adapter == "none":
+            return "the whole model is trained, of which a device holds one"
+        if self.base_dropout:
+            return "model.base_dropout draws for all rows of a pass at once"
+        try:
+            net = StackedNet(model, own, task=self.task, device=torch.device("cpu"))
+            try:
+                probe(net)
+            finally:
+                net.release()
+        except Unsuitable as reason:
+            return str(reason)
+        return None
+
+    def __call__(self, device: torch.device, engine: Engine) -> Trainer:
         with base.quiet():
-            return self.trainer(*self.attach(), device)
+            return self.trainer(*self.attach(), device, engine)
 
 
 def _rows(offsets: Tensor, indices: Tensor, client: int) -> np.ndarray:
     return indices.numpy()[int(offsets[client]) : int(offsets[client + 1])]
+
+
+def _sites(train: tuple[Tensor, Tensor] | VirtualPartition, own: tuple[Tensor, Tensor] | None) -> Sites:
+    """What a trainer is told of the clients' rows; no virtual client has validation rows of its own."""
+    if isinstance(train, VirtualPartition):
+        return Sites(train.rows, lambda client: np.empty(0, dtype=np.int64), range(0), train.all_rows)
+    offsets, indices = train
+    return Sites(
+        functools.partial(_rows, offsets, indices),
+        functools.partial(_rows, *own),
+        range(len(offsets) - 1),
+        lambda: np.sort(indices.numpy()),
+    )
 
 
 def recipe_of(exp: Experiment) -> Recipe:
@@ -162,6 +203,7 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
         length=mean_length,
         every_rounds=exp.evaluate.every_rounds,
         scores_clients=exp.evaluate.clients,
+        central_rows=len(partition.kept) if isinstance(partition, VirtualPartition) else None,
     )
 
 
@@ -269,6 +311,7 @@ class _Session:
                     continue
                 self._run_mode(mode, executor)
             self._write_predictions()
+            self._compare_memory(executor)
         except BaseException as error:
             self._status("failed", str(error).split("\n")[0][:300] or type(error).__name__)
             raise
@@ -281,23 +324,26 @@ class _Session:
         self._status("finished")
         _draw(self.folder, self.show)
 
-    def _plan(self) -> dict[str, Any]:
-        """What is resolved at the first start and holds for every resume: threads decide the last bits of sums."""
-        plan = self.folder.read_json("plan.json")
+    def _plan(self) -> Plan:
+        """What is resolved at the first start and holds for every resume: threads and lanes decide the last bits."""
+        known = self.folder.read_json("plan.json")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = self.exp.executor.threads
-        if plan is None:
-            plan = {"threads": threads or max(1, cores // len(self.devices)), "lanes": 1}
-            self.folder.write_json("plan.json", plan)
-        elif threads is not None and threads != plan["threads"]:
+        threads, micro = self.exp.executor.threads, self.exp.local.micro_batch or self.exp.local.batch_size
+        self.planned = known is not None
+        if known is None:
+            return Plan(threads or max(1, cores // len(self.devices)), micro_batch=micro)
+        if threads is not None and threads != known["threads"]:
             way = "the run was started with another number, which its last bits depend on; leave the key out, or use another name"
-            raise UserError(f"executor.threads: {threads}, but {self.folder.path.name} has {plan['threads']}: {way}")
-        return plan
+            raise UserError(f"executor.threads: {threads}, but {self.folder.path.name} has {known['threads']}: {way}")
+        return Plan(**{"micro_batch": micro, **known})
+
+    def _save_plan(self) -> None:
+        self.folder.write_json("plan.json", dataclasses.asdict(self.plan))
 
     def _write_inputs(self) -> None:
         folder, parts = self.folder, self.parts
         folder.write_text("config.yaml", self.exp.to_yaml())
-        folder.write_json("environment.json", environment(self.devices, self.plan["threads"]))
+        folder.write_json("environment.json", environment(self.devices, self.plan.threads))
         save_partition(folder, parts.partition.to_arrays())
         folder.write_json("partition.json", parts.report)
         self._status("running")
@@ -337,7 +383,7 @@ class _Session:
             seed=exp.seed,
             tokens=parts.tokens,
             train=_shareable(parts.partition),
-            own=_shareable(parts.own),
+            own=None if parts.own is None else _shareable(parts.own),
             algorithms={m: ALGORITHMS["local" if m != "federated" else exp.algorithm.name]() for m in exp.modes},
             recipe=recipe_of(exp),
             state=self.folder.path / "checkpoints",
@@ -346,28 +392,35 @@ class _Session:
         executor: SerialExecutor | PoolExecutor
         if self.kind == "pool":
             base.share_memory(model)
-            for shared in [*self.bundle.train, *self.bundle.own]:
+            for shared in self.bundle.shared():
                 shared.share_memory_()
             for tokens in parts.tokens.values():
                 tokens.share()
             # Workers are sent the bare base: they start before the adapter is put on this process's copy.
-            executor = PoolExecutor(self.bundle, self.devices, self.plan["threads"])
+            executor = PoolExecutor(self.bundle, self.devices, self.plan.threads)
         try:
             self.model, own = self.bundle.attach()
+            if not self.planned and exp.training.lanes != 1:
+                self.plan.why_not = self.bundle.why_not_packed(self.model, own)
+                self.plan.packed = self.plan.why_not is None
             params = adapters.trained(self.model)
             self.layout = Layout.of(params)
             self.start = clone(params)
             self.stores = stores_of(self.bundle.state, self.bundle.algorithms, self.start, self.bundle.recipe)
             if self.kind == "serial":
                 executor = SerialExecutor(
-                    lambda device: self.bundle.trainer(self.model, own, device), self.devices[0], self.plan["threads"]
+                    lambda device, engine: self.bundle.trainer(self.model, own, device, engine),
+                    self.devices[0],
+                    self.plan.threads,
                 )
             self._describe(params)
             if not (self.folder.path / "init").exists():
                 self._save_model(self.start, self.folder.path / "init")
             algorithm = self.bundle.algorithms.get("federated")
             server = algorithm.init(self.start)[0] if algorithm else {}
-            executor.start(self.layout, Layout.of(server))
+            executor.start(self.layout, Layout.of(server), self.plan.engine)
+            executor.broadcast(self.layout.fill(self.layout.empty(), self.start), server)
+            self._choose_lanes(executor)
         except BaseException:
             if self.kind == "pool":
                 executor.close()
@@ -386,8 +439,10 @@ class _Session:
         report = self.parts.report
         skew = f"mean JS divergence {report['js_mean']:.3f} bits, size Gini {report['size_gini']:.2f}"
         self.show.note(
-            f"{len(self.parts.clients)} clients, {report['rows']} rows, {skew}; {self.kind} on {', '.join(self.devices)}, {self.plan['threads']} thread(s)"
+            f"{len(self.parts.clients)} clients, {report['rows']} rows, {skew}; {self.kind} on {', '.join(self.devices)}, {self.plan.threads} thread(s)"
         )
+        if "overlap" in report["notes"]:
+            self.show.note(f"virtual clients: {report['notes']['overlap']}")
         if report["empty_clients"]:
             names = report["empty_clients"]
             self.show.note(
@@ -397,8 +452,72 @@ class _Session:
             self.show.note(f"{split}: " + ", ".join(f"{n} rows left out ({k})" for k, n in why.items()))
         for split, n in report["truncated"].items():
             self.show.note(f"{split}: {n} rows cut to data.max_length={self.exp.data.max_length}")
-        if self.exp.training.lanes == "auto":
-            self.show.note("lanes: 1 (clients train one after another on a worker)")
+
+    def _choose_lanes(self, executor: SerialExecutor | PoolExecutor) -> None:
+        """Resolve the plan at the run's first start, and show it."""
+        exp, plan, device = self.exp, self.plan, self.devices[0]
+        if not self.planned:
+            if exp.training.checkpointing is True and not plan.packed:
+                raise UserError(f"training.checkpointing: true, but clients cannot train in lanes: {plan.why_not}")
+            if plan.packed:
+                on_gpu, here = device.startswith("cuda"), self.devices.count(device)
+                choose_lanes(
+                    plan,
+                    self._first_packs(),
+                    executor.measure,
+                    executor.configure,
+                    workers=len(self.devices),
+                    lanes=exp.training.lanes,
+                    checkpointing=exp.training.checkpointing,
+                    base_bytes=sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers())),
+                    free=None if (free := free_memory(device)) is None else free // here,
+                    resident=executor.peaks()[0],
+                    on_gpu=on_gpu,
+                )
+            self._save_plan()
+        for line in describe(plan, ", ".join(self.devices)):
+            self.show.note(line)
+
+    def _compare_memory(self, executor: SerialExecutor | PoolExecutor) -> None:
+        """The highest memory in use, beside what the plan predicted."""
+        peaks = executor.peaks()
+        value = {"kind": "allocated on the GPU" if self.devices[0].startswith("cuda") else "resident in the process"}
+        value |= {"predicted_bytes": self.plan.memory.get("predicted"), "measured_bytes": peaks}
+        self.folder.write_json("memory.json", value)
+        if self.plan.memory:
+            each = ", ".join(f"{p / 1e6:,.1f}" for p in peaks)
+            self.show.note(f"peak memory: {each} MB, predicted {self.plan.memory['predicted'] / 1e6:,.1f} MB")
+
+    def _first_packs(self) -> Packs:
+        """What round 1 trains, for the planner: its first passes are measured, its largest one is predicted."""
+        exp, bundle = self.exp, self.bundle
+        mode = next(m for m in ("federated", "local", "central") if m in exp.modes)
+        schedule, sites = schedule_of(self.parts, mode), _sites(bundle.train, bundle.own)
+        tokens, draw = self.parts.tokens["train"], bundle.recipe.draw
+        front = bundle.settings.get("num_virtual_tokens", 0) if bundle.adapter in ("p_tuning", "prompt") else 0
+        state = State(torch.empty(0), {}, Records(), keeps=False)
+
+        @functools.cache
+        def batches(client: int) -> list[np.ndarray]:
+            rows = sites.everything() if client == CENTRAL_CLIENT else sites.train(client)
+            name = CENTRAL if client == CENTRAL_CLIENT else schedule.name(client)
+            task = next(t for t in schedule.tasks(1, state) if t.client == client)
+            return draw.batches(rows, stream(exp.seed, "batches", name, 1), task.steps)
+
+        def first(lanes: int, rows: int) -> list[np.ndarray]:
+            pack = schedule.packs(1, state, lanes)[0]
+            return [batches(t.client)[0][:rows] for t in pack.tasks]
+
+        def largest(lanes: int, rows: int) -> int:
+            most = 0
+            for pack in schedule.packs(1, state, lanes):
+                each = [batches(t.client) for t in pack.tasks]
+                for i in range(min(50, max(map(len, each)))):  # steps of a round are much alike
+                    longest = [np.sort(tokens.lengths_of(b[i]))[-rows:] for b in each if i < len(b)]
+                    most = max(most, int(sum(n.sum() + front * len(n) for n in longest)))
+            return most
+
+        return Packs(len(schedule.tasks(1, state)), first, largest)
 
     # ------------------------------------------------------------------------------------------- a mode
 
@@ -417,6 +536,12 @@ class _Session:
             folder.cut_metrics(before.get("metrics_bytes", 0))
             self._log(self._initial_rows(mode, schedule, executor, state))
         self.show.begin(mode, state.round)
+        self.useful = self.computed = 0
+
+        def on_pack(round: int, report: Report) -> None:
+            self.useful += report.tokens
+            self.computed += report.computed
+            self.show.pack(round, report)
 
         def on_round(round: int, rows: list[Row]) -> None:
             self._log(rows)
@@ -431,11 +556,17 @@ class _Session:
             executor,
             state,
             self.choice,
+            lanes=functools.partial(self.plan.lanes_at, mode),
+            halve=functools.partial(self._halve, mode),
             generate=exp.evaluate.generate,
             copy_best=functools.partial(self._copy_best, mode),
-            on_pack=self.show.pack,
+            on_pack=on_pack,
             on_round=on_round,
         )
+        if self.computed:
+            self.show.note(
+                f"{mode}: {self.useful:,} useful of {self.computed:,} computed tokens ({self.useful / self.computed:.1%})"
+            )
         predictions = self._finish_mode(mode, state, executor)
         self.predictions |= predictions
         length = folder.sync_metrics()
@@ -444,6 +575,12 @@ class _Session:
             f"checkpoints/{mode}/done.json", {"predictions": {k: v.tolist() for k, v in predictions.items()}}
         )
         self.show.end()
+
+    def _halve(self, mode: str, round: int) -> None:
+        """Go on with half the lanes, and remember from which round on."""
+        lanes = self.plan.halve(mode, round)
+        self._save_plan()
+        self.show.note(f"{mode}: out of memory in round {round}; it starts again with {lanes} lane(s)")
 
     def _state(self, mode: str, algorithm: Algorithm) -> State:
         # Merging happens where the first worker's parameters lie: on its device, not in the memory of the host.
@@ -471,12 +608,15 @@ class _Session:
     def _initial_rows(
         self, mode: str, schedule: Schedule, executor: SerialExecutor | PoolExecutor, state: State
     ) -> list[Row]:
-        """Scores before training, the start of every curve; all modes start from the same parameters."""
+        """Scores before training, the start of every curve; all modes start from the same parameters.
+
+        A site that is in no cohort of the run never trains and has no curve.
+        """
         if self.initial is None:
             executor.broadcast(state.params, state.server)
-            scores = executor.score([Scoring("validation", generate=self.exp.evaluate.generate)])[0]
+            scores = executor.score([Scoring("validation", generate=self.exp.evaluate.generate)])[0][0]
             self.initial = merged_rows(0, 0, scores, "", schedule.name)
-        names = [schedule.name(int(c)) for c in schedule.clients] if mode == "local" else [None]
+        names = [schedule.name(c) for c in sorted(schedule.last_rounds)] if mode == "local" else [None]
         return [dataclasses.replace(row, scope=mode, client=name) for name in names for row in self.initial]
 
     # ------------------------------------------------------------------------------------------- the end
@@ -494,21 +634,26 @@ class _Session:
                 requests.append(Scoring("test", generate=generate))
                 owners.append((None, state.best, mode))
         else:
+            store, records = f"best-{mode}", []
             for client, record in sorted(state.records.table.items()):
                 name = CENTRAL if client == CENTRAL_CLIENT else self.parts.partition.name(client)
                 place = CENTRAL if client == CENTRAL_CLIENT else f"local/{folder_name(name)}"
                 self._export(self.stores[mode].read(record)[: self.layout.numel], place)
                 if client not in state.site_best:
                     continue
-                best, store = state.best_records.read(client), f"best-{mode}"
+                best = state.best_records.read(client)
                 self._export(self.stores[store].read(best), f"{place}/best")
-                requests.append(Scoring("test", record=best, store=store, generate=generate))
+                records.append(best)
                 label = CENTRAL if client == CENTRAL_CLIENT else f"local {name}"
                 owners.append((None if client == CENTRAL_CLIENT else name, state.site_best[client], label))
+            lanes = self.plan.lanes_at(mode, self.exp.rounds)
+            parts = [tuple(records[i : i + lanes]) for i in range(0, len(records), lanes)]
+            requests += [Scoring("test", records=part, store=store, generate=generate) for part in parts]
         if not has_test:
             return {}
         rows, predictions = [], {}
-        for scores, (client, best, label) in zip(executor.score(requests), owners, strict=True):
+        found = [scores for part in executor.score(requests) for scores in part]
+        for scores, (client, best, label) in zip(found, owners, strict=True):
             rows += [Row(best.round, best.step, mode, client, "test", n, v, w) for n, (v, w) in scores.values.items()]
             if scores.predictions is not None:
                 predictions[label] = scores.predictions
@@ -578,6 +723,17 @@ class _Session:
         )
 
 
+def free_memory(device: str) -> int | None:
+    """Bytes that are free on a device; None where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+
+
 def _draw(folder: RunFolder, show: Progress) -> None:
     from fedsim.plots import save_figures
 
@@ -609,7 +765,9 @@ def _paired(predictions: dict[str, np.ndarray], labels: np.ndarray) -> dict[str,
     return out
 
 
-def _shareable(partition: Any) -> tuple[Tensor, Tensor]:
+def _shareable(partition: Partition | VirtualPartition) -> tuple[Tensor, Tensor] | VirtualPartition:
+    if isinstance(partition, VirtualPartition):
+        return partition
     return torch.tensor(partition.offsets), torch.tensor(partition.indices)
 
 

@@ -68,6 +68,22 @@ class Layout:
             start += size
         return out
 
+    def lanes(self, flat: Tensor) -> Params:
+        """Name -> view of `flat` (`[K, numel]`) with the shape `[K, ...]`; writing to a view writes to `flat`.
+
+        Raises:
+            ValueError: if a row of `flat` has another length.
+        """
+        if flat.dim() != 2 or flat.shape[1] != self.numel:
+            raise ValueError(f"the layout has {self.numel} elements, the lanes are {tuple(flat.shape)}")
+        out, start = {}, 0
+        for name, shape in self.shapes.items():
+            size = torch.Size(shape).numel()
+            part = flat[:, start : start + size]
+            out[name] = part.unflatten(1, shape) if shape else part[:, 0]
+            start += size
+        return out
+
     def fill(self, flat: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """Copy `params` into `flat` (`[numel]`), casting to the layout's dtype; returns `flat`.
 

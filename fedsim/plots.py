@@ -94,9 +94,11 @@ def curves(
 def partition(report: dict[str, Any] | PathLike, ax: Axes | None = None) -> Axes:
     """Heat map of a partition: clients x classes, rows per cell, with the clients' sizes beside it.
 
+    Of virtual clients those that the report holds, at most 1,000 of them; the title says so.
+
     Args:
         report: a run folder, or the report that `load_partition` reads from it; used are `class_counts` [C][L] and, where present, `class_names` [L],
-            `client_names` [C], `js_mean` (bits) and `size_gini`.
+            `client_names` [C], `num_clients`, `js_mean` (bits) and `size_gini`.
 
     Raises:
         UserError: the report has no class counts.
@@ -135,7 +137,9 @@ def partition(report: dict[str, Any] | PathLike, ax: Axes | None = None) -> Axes
         shape = {"pad": 0.03, "fraction": 0.06, "aspect": 20 if clients <= 12 else 40}
         ax.figure.colorbar(image, ax=ax, label="rows", **shape).outline.set_visible(False)
         facts = (("mean JS divergence {:.3f} bits", "js_mean"), ("size Gini {:.2f}", "size_gini"))
-        ax.set_title(", ".join(text.format(report[key]) for text, key in facts if report.get(key) is not None))
+        title = ", ".join(text.format(report[key]) for text, key in facts if report.get(key) is not None)
+        every = report.get("num_clients", clients)
+        ax.set_title(f"a sample of {clients:,} of {every:,} clients\n{title}" if every > clients else title)
         ax.set(xlabel="class", ylabel="client")
     return ax
 

@@ -7,6 +7,7 @@ curves differ in who trains and whether a merge follows, and in nothing else.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fedsim.aggregators import Partial, WeightedMean
 from fedsim.algorithms import Algorithm
+from fedsim.errors import OutOfMemory
 from fedsim.params import Layout, Params, clone
 from fedsim.seeding import stream
 from fedsim.store import Records
@@ -31,7 +33,7 @@ class Executor(Protocol):
 
     def broadcast(self, weights: Tensor, server: Params) -> None: ...
     def run(self, packs: list[Pack]) -> Any: ...
-    def score(self, requests: list[Scoring]) -> list[Scores]: ...
+    def score(self, requests: list[Scoring]) -> list[list[Scores]]: ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Schedule:
         weights: samples | steps | uniform.
         length: mean tokens of a client's row, by client number; places the longest packs first.
         every_rounds, scores_clients: evaluation frequency; whether clients are scored before a merge.
+        central_rows: rows the centralised client holds; None = those of `clients` together. Virtual clients draw rows
+            with repetition: there it holds every row once, and still does as much work as the cohort.
     """
 
     mode: str
@@ -70,6 +74,7 @@ class Schedule:
     length: Callable[[int], float]
     every_rounds: int
     scores_clients: bool = True
+    central_rows: int | None = None
 
     def cohort(self, round: int) -> np.ndarray:
         """The clients of a round, ascending: a function of (seed, round)."""
@@ -83,24 +88,30 @@ class Schedule:
         return round % self.every_rounds == 0 or round == self.rounds
 
     @cached_property
-    def _last_rounds(self) -> dict[int, int]:
+    def last_rounds(self) -> dict[int, int]:
+        """Client number -> the last round that it trains in, for the clients that are in some cohort of the run."""
         return {int(c): r for r in range(1, self.rounds + 1) for c in self.cohort(r)}
+
+    @cached_property
+    def central_total(self) -> int:
+        """Rows the centralised client holds."""
+        return int(self.sizes[self.clients].sum()) if self.central_rows is None else self.central_rows
 
     def central_steps(self, round: int) -> int | None:
         """Optimiser steps of the centralised client in a round, or None for as many passes as a site makes."""
-        cohort = self.cohort(round)
-        site = [self.count(int(self.sizes[c]), self.steps) for c in cohort]
+        sizes = self.sizes[self.cohort(round)]
+        site = [self.count(int(n), self.steps) for n in sizes]
         if self.match == "steps":
             return max(1, round_half_up(sum(site) / len(site)))
-        if self.steps is None and len(cohort) == len(self.clients):
+        held = int(sizes.sum())
+        if self.steps is None and held == self.central_total:  # all clients: its passes are theirs
             return None
-        rows = sum(site) * self.batch_size if self.steps is not None else int(self.sizes[cohort].sum()) * self.epochs
+        rows = sum(site) * self.batch_size if self.steps is not None else held * self.epochs
         return max(1, round_half_up(rows / self.batch_size))
 
     @cached_property
     def _central_counts(self) -> list[int]:
-        total = int(self.sizes[self.clients].sum())
-        return [self.count(total, self.central_steps(r)) for r in range(1, self.rounds + 1)]
+        return [self.count(self.central_total, self.central_steps(r)) for r in range(1, self.rounds + 1)]
 
     def tasks(self, round: int, state: State) -> list[Task]:
         """What each client of the round does."""
@@ -142,18 +153,30 @@ class Schedule:
         done = state.steps.get(client, 0)
         return Task(client, name, round, steps, done, start, horizon, weight, state.records.read(client), write)
 
-    def packs(self, round: int, state: State) -> list[Pack]:
-        """One client a pack, the longest first; partial sums are merged in this order, whoever made them."""
-        out = []
+    def packs(self, round: int, state: State, lanes: int) -> list[Pack]:
+        """Clients of like step count and row length side by side, at most `lanes` of them; the longest pack first.
+
+        A function of the cohort, the config and the lanes: partial sums are merged in this order, whoever made them. Packs
+        are as even as can be: 20 clients in 8 lanes are 7, 7 and 6.
+        """
+        work = []
         for task in self.tasks(round, state):
-            total = int(self.sizes[self.clients].sum()) if task.client == CENTRAL else int(self.sizes[task.client])
+            total = self.central_total if task.client == CENTRAL else int(self.sizes[task.client])
             steps = self.count(total, task.steps)
             rows = steps * self.batch_size if task.steps is not None else total * self.epochs
             scored = self.evaluates(round) and (self.scores_clients or self.mode != "federated")
-            last = self.mode == "local" and self._last_rounds[task.client] == round
-            out.append(Pack(0, self.mode, (task,), scored or last, int(rows * self.length(task.client))))
-        out.sort(key=lambda p: (-p.tokens, p.tasks[0].client))
-        return [dataclasses.replace(p, index=i) for i, p in enumerate(out)]
+            last = self.mode == "local" and self.last_rounds[task.client] == round
+            length = self.length(task.client)
+            work.append(
+                (-steps, -length, task.client, rows * length, dataclasses.replace(task, evaluate=scored or last))
+            )
+        work.sort(key=lambda w: w[:3])
+        count = -(-len(work) // lanes)
+        cuts = [len(work) * i // count for i in range(count + 1)]
+        parts = [work[a:b] for a, b in itertools.pairwise(cuts)]
+        packs = [Pack(0, self.mode, tuple(w[4] for w in part), int(sum(w[3] for w in part))) for part in parts]
+        packs.sort(key=lambda p: (-p.tokens, p.tasks[0].client))
+        return [dataclasses.replace(p, index=i) for i, p in enumerate(packs)]
 
 
 def round_half_up(x: float) -> int:
@@ -218,6 +241,8 @@ def run_rounds(
     state: State,
     choice: Choice,
     *,
+    lanes: Callable[[int], int],
+    halve: Callable[[int], None],
     generate: bool,
     copy_best: Callable[[int, int], None],
     on_pack: Callable[[int, Report], None],
@@ -232,6 +257,8 @@ def run_rounds(
         executor: where packs run.
         state: from the start or from a checkpoint; carried forward in place.
         choice: how the best model is chosen.
+        lanes: round -> clients side by side, at most.
+        halve: called with the round when memory was too little for them; `lanes` then gives fewer, or it raises.
         generate: whether merged models are scored on generated text as well.
         copy_best: (record of a client's state, record to keep its parameters in), where nothing is merged.
         on_pack: called after each pack.
@@ -241,17 +268,13 @@ def run_rounds(
     sum_buffer = layout.empty(state.params.device)
     executor.broadcast(state.params, state.server)
     for round in range(state.round + 1, schedule.rounds + 1):
-        packs = schedule.packs(round, state)
-        total, reports = aggregator.zero(sum_buffer), []
-        for report, partial in executor.run(packs):
-            if algorithm.merges:
-                aggregator.merge(total, Partial(partial, report.weight))
-            reports.append(report)
-            on_pack(round, report)
+        packs, reports, total = _train(
+            schedule, round, state, executor, aggregator, sum_buffer, algorithm.merges, lanes, halve, on_pack
+        )
         rows = [row for report in reports for row in report.rows]
         _settle(packs, reports, state)
         if algorithm.merges:
-            info = {"round": round, "clients": len(packs)}
+            info = {"round": round, "clients": sum(len(p.tasks) for p in packs)}
             params, state.server = algorithm.server_update(
                 layout.views(state.params), state.server, aggregator.result(total), info
             )
@@ -265,6 +288,35 @@ def run_rounds(
         state.round = round
         on_round(round, rows)
     return state
+
+
+def _train(
+    schedule: Schedule,
+    round: int,
+    state: State,
+    executor: Executor,
+    aggregator: WeightedMean,
+    buffer: Tensor,
+    merges: bool,
+    lanes: Callable[[int], int],
+    halve: Callable[[int], None],
+    on_pack: Callable[[int, Report], None],
+) -> tuple[list[Pack], list[Report], Partial]:
+    """Train a round's packs and merge their sums; from the start again with fewer lanes where memory was too little."""
+    while True:
+        packs = schedule.packs(round, state, lanes(round))
+        total, reports = aggregator.zero(buffer), []
+        try:
+            for report, partial in executor.run(packs):
+                if merges:
+                    aggregator.merge(total, Partial(partial, report.weight))
+                reports.append(report)
+                on_pack(round, report)
+            return packs, reports, total
+        except OutOfMemory:
+            for record in reversed([t.write for p in packs for t in p.tasks if t.write >= 0]):
+                state.records.give_back(record)
+        halve(round)  # outside the handler: what the error refers to is freed
 
 
 def _settle(packs: list[Pack], reports: list[Report], state: State) -> None:
@@ -296,7 +348,7 @@ def merged_rows(round: int, step: int, scores: Scores, scope: str, name: Callabl
 def _score_merged(
     round: int, executor: Executor, state: State, choice: Choice, generate: bool, schedule: Schedule
 ) -> list[Row]:
-    scores = executor.score([Scoring("validation", generate=generate, sites=True)])[0]
+    scores = executor.score([Scoring("validation", generate=generate, sites=True)])[0][0]
     step = max(state.steps.values())
     value = scores.values[choice.metric][0]
     if choice.better(value, state.best):
@@ -307,15 +359,12 @@ def _score_merged(
 def _choose_by_site(
     packs: list[Pack], rows: list[Row], state: State, choice: Choice, copy_best: Callable[[int, int], None]
 ) -> None:
-    for task in (t for p in packs if p.evaluate for t in p.tasks):
+    scored = {(r.client, r.step): r.value for r in rows if r.split == "validation" and r.name == choice.metric}
+    for task in (t for p in packs for t in p.tasks if t.evaluate):
         name, step = None if task.client == CENTRAL else task.name, state.steps[task.client]
-        own = [
-            r
-            for r in rows
-            if r.client == name and r.split == "validation" and r.step == step and r.name == choice.metric
-        ]
-        if own and choice.better(own[-1].value, state.site_best.get(task.client)):
-            state.site_best[task.client] = Chosen(own[-1].value, task.round, step)
+        value = scored.get((name, step))
+        if value is not None and choice.better(value, state.site_best.get(task.client)):
+            state.site_best[task.client] = Chosen(value, task.round, step)
             record = state.best_records.new()
             copy_best(task.write, record)
             state.best_records.wrote(task.client, record)
@@ -332,14 +381,22 @@ def state_tensors(state: State, merges: bool) -> dict[str, Tensor]:
 
 
 def state_info(state: State) -> dict[str, Any]:
-    """The rest of a checkpoint, for JSON."""
+    """The rest of a checkpoint, for JSON; by client only for those that were seen.
+
+    What has one number a client is two lists, clients and numbers: an object takes seven times as long to write, in
+    every round.
+    """
     return {
-        "table": {str(c): r for c, r in state.records.table.items()},
-        "best_table": {str(c): r for c, r in state.best_records.table.items()},
-        "steps": {str(c): n for c, n in state.steps.items()},
-        "best": None if state.best is None else dataclasses.asdict(state.best),
-        "site_best": {str(c): dataclasses.asdict(b) for c, b in state.site_best.items()},
+        "table": _lists(state.records.table),
+        "best_table": _lists(state.best_records.table),
+        "steps": _lists(state.steps),
+        "best": None if state.best is None else vars(state.best),
+        "site_best": {str(c): vars(b) for c, b in state.site_best.items()},
     }
+
+
+def _lists(by_client: dict[int, int]) -> list[list[int]]:
+    return [list(by_client), list(by_client.values())]
 
 
 def restore(state: State, infos: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
@@ -351,10 +408,10 @@ def restore(state: State, infos: list[dict[str, Any]], tensors: dict[str, Tensor
         tensors: of the last one.
     """
     info = infos[-1]
-    tables = [{int(c): r for c, r in i["table"].items()} for i in infos]
-    best_tables = [{int(c): r for c, r in i["best_table"].items()} for i in infos]
+    tables = [dict(zip(*i["table"], strict=True)) for i in infos]
+    best_tables = [dict(zip(*i["best_table"], strict=True)) for i in infos]
     state.records, state.best_records = Records(tables[-1], tables), Records(best_tables[-1], best_tables)
-    state.steps = {int(c): n for c, n in info["steps"].items()}
+    state.steps = dict(zip(*info["steps"], strict=True))
     state.round = info["round"]
     state.best = Chosen(**info["best"]) if info["best"] else None
     state.site_best = {int(c): Chosen(**b) for c, b in info["site_best"].items()}

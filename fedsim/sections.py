@@ -411,6 +411,28 @@ class Quantity(_Clients):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Virtual(_Clients):
+    """Any number of clients, each with rows drawn with repetition by the seed: clients may overlap."""
+
+    name: Literal["virtual"] = "virtual"
+    num_clients: int = 1000
+    """Number of clients; a client's rows do not depend on it."""
+    min_rows: int = 10
+    """Fewest rows of a client."""
+    max_rows: int = 100
+    """Most rows of a client; sizes are drawn uniformly between the two, both included."""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        many = "is above 100000000: 12 bytes a client lie in memory"
+        check_that(self.num_clients <= 10**8, f"{path}.num_clients", self.num_clients, many)
+        check_that(self.min_rows >= 1, f"{path}.min_rows", self.min_rows, "is below 1: every client draws rows")
+        less = f"is below min_rows={self.min_rows}"
+        check_that(self.max_rows >= self.min_rows, f"{path}.max_rows", self.max_rows, less)
+        check_that(self.max_rows < 2**31, f"{path}.max_rows", self.max_rows, f"is not below {2**31}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CohortKeys:
     """Who takes part in a round."""
 
@@ -584,16 +606,15 @@ class Training:
     """How clients share a device."""
 
     lanes: int | Literal["auto"] = "auto"
-    """Clients trained in one pass; this version trains one client at a time, and auto means just that."""
+    """Clients trained side by side in one forward and backward pass; auto = measured once, at the run's first start; 1 = one after another, PEFT's own model in padded batches."""
+    checkpointing: bool | Literal["auto"] = "auto"
+    """Compute activations a second time in the backward pass instead of keeping them; auto = where one lane would not fit otherwise."""
 
     def check(self, path: str) -> None:
-        one = self.lanes in ("auto", 1)
-        check_that(
-            one,
-            f"{path}.lanes",
-            self.lanes,
-            "is not available: this version trains one client at a time; use 1 or auto",
-        )
+        whole = self.lanes == "auto" or (isinstance(self.lanes, int) and self.lanes >= 1)
+        check_that(whole, f"{path}.lanes", self.lanes, "is no number of lanes; give 1 or more, or auto")
+        wanted = self.checkpointing is not True or self.lanes != 1
+        check_that(wanted, f"{path}.checkpointing", self.checkpointing, "needs clients in lanes; set lanes=auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -673,5 +694,5 @@ class Tracking:
 
 Adapter = Lora | PTuning | Bottleneck | Prefix | Prompt | Ia3 | Whole | OtherPeft
 Data = Headlines | FinancialPhraseBank | Table | Hub
-PartitionKeys = Iid | Dirichlet | DirichletFedma | ClassCounts | Shards | ByColumn | Quantity
+PartitionKeys = Iid | Dirichlet | DirichletFedma | ClassCounts | Shards | ByColumn | Quantity | Virtual
 Executor = AutoExecutor | Serial | Pool

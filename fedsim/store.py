@@ -9,6 +9,7 @@ checkpoint refers to, so what a checkpoint refers to is never half-written.
 from __future__ import annotations
 
 import os
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ class Records:
         self._kept: list[set[int]] = [set(t.values()) for t in committed or []]
         used = set(self.table.values()).union(*self._kept)
         self._next = max(used, default=-1) + 1
-        self._free = sorted(set(range(self._next)) - used)
+        self._free = deque(sorted(set(range(self._next)) - used))
 
     def read(self, client: int) -> int:
         """The record of the client's newest state, or -1 where it has none."""
@@ -77,9 +78,13 @@ class Records:
     def new(self) -> int:
         """A record that nothing refers to."""
         if self._free:
-            return self._free.pop(0)
+            return self._free.popleft()
         self._next += 1
         return self._next - 1
+
+    def give_back(self, record: int) -> None:
+        """A record from `new` will not be written after all."""
+        self._free.appendleft(record)
 
     def wrote(self, client: int, record: int) -> None:
         """The client's newest state is now in `record`; its former one is free unless a checkpoint refers to it."""
@@ -95,4 +100,4 @@ class Records:
         self._kept = self._kept[-keep:]
         alive = set(self.table.values()).union(*self._kept)
         gone = set().union(*dropped) - alive if dropped else set()
-        self._free = sorted(set(self._free) | gone)
+        self._free = deque(sorted(gone.union(self._free)))

@@ -21,6 +21,7 @@ class Task:
         weight: its weight in the mean.
         read: record of the client's stored state to start from, or -1 for a fresh start.
         write: record to leave its state in, or -1 to leave none.
+        evaluate: whether it is scored at the end of the round.
     """
 
     client: int
@@ -33,6 +34,7 @@ class Task:
     weight: float
     read: int = -1
     write: int = -1
+    evaluate: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,12 @@ class Pack:
         index: place in the round: partial sums are merged in this order, whoever made them.
         mode: local | federated | central.
         tasks: one per lane.
-        evaluate: whether the clients are scored at the end of the round.
         tokens: expected work in tokens, for scheduling and progress.
     """
 
     index: int
     mode: str
     tasks: tuple[Task, ...]
-    evaluate: bool
     tokens: int
 
 
@@ -78,6 +78,7 @@ class Report:
         steps: optimiser steps done, by client number.
         weight: sum of the weights in the partial sum.
         tokens: tokens trained on.
+        computed: tokens that went through the base to train on those, pads and virtual tokens included.
         seconds: wall-clock of the pack.
     """
 
@@ -86,23 +87,60 @@ class Report:
     steps: dict[int, int] = field(default_factory=dict)
     weight: float = 0.0
     tokens: int = 0
+    computed: int = 0
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
+class Engine:
+    """How trainers train, resolved at a run's first start.
+
+    Attributes:
+        packed: clients side by side in lanes; else one after another, by PEFT's own model.
+        micro_batch: rows of a client in one pass.
+        checkpointing: activations are computed a second time.
+    """
+
+    packed: bool
+    micro_batch: int
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one forward and backward pass of some lanes took.
+
+    Attributes:
+        lanes: how many.
+        tokens: tokens of all their rows.
+        seconds: wall-clock.
+        activations: bytes kept between the forward and the backward pass.
+        state: bytes of all lanes' parameters, gradients and moments.
+        peak: highest memory allocated on the GPU, in bytes; 0 on the CPU.
+    """
+
+    lanes: int
+    tokens: int
+    seconds: float
+    activations: int
+    state: int
+    peak: int
+
+
+@dataclass(frozen=True)
 class Scoring:
-    """A request to score parameters that lie in the shared buffer, or in a client's record.
+    """A request to score parameters that lie in the shared buffer, or in clients' records.
 
     Attributes:
         split: validation | test.
-        record: record whose parameters are scored, or -1 for the shared buffer.
-        store: which store the record is in.
+        records: records whose parameters are scored, side by side; none = the shared buffer.
+        store: which store the records are in.
         generate: also generate answers and compare them.
         sites: also score each site's own validation rows.
     """
 
     split: str
-    record: int = -1
+    records: tuple[int, ...] = ()
     store: str = ""
     generate: bool = False
     sites: bool = False

@@ -49,6 +49,33 @@ def _config(kind: str) -> Any:
         return tf.OPTConfig(**size, **ends, ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH, max_position_embeddings=256)
     if kind == "gpt2":
         return tf.GPT2Config(vocab_size=1536, n_positions=256, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, **ends)
+    far = {**wide, "max_position_embeddings": 256}
+    if kind == "llama_shared":  # four query heads share one head of keys and values
+        return tf.LlamaConfig(**{**far, "num_attention_heads": 4}, num_key_value_heads=1, tie_word_embeddings=True)
+    if kind == "qwen2":
+        return tf.Qwen2Config(**far, num_key_value_heads=1)
+    if kind == "gemma":
+        return tf.GemmaConfig(**far, num_key_value_heads=1, head_dim=16)
+    if kind == "mistral":  # a window that most rows are longer than
+        return tf.MistralConfig(**far, num_key_value_heads=1, sliding_window=4)
+    if kind == "phi3":  # other rotary frequencies for rows of more than 16 tokens
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+        rope |= {"original_max_position_embeddings": 16, "factor": 16.0}
+        return tf.Phi3Config(**far, rope_parameters=rope, original_max_position_embeddings=16)
+    if kind == "roberta":
+        return tf.RobertaConfig(**far, type_vocab_size=1, num_labels=len(LABELS))
+    if kind == "distilbert":
+        size = {"dim": WIDTH, "hidden_dim": 2 * WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "num_labels": len(LABELS)}
+        return tf.DistilBertConfig(vocab_size=1536, max_position_embeddings=256, pad_token_id=1, **size)
+    if kind == "deberta":  # keys are made of embeddings of distances, too
+        how = {"relative_attention": True, "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+        return tf.DebertaV2Config(**far, **how, max_relative_positions=-1, num_labels=len(LABELS))
+    if kind == "mixtral":
+        return tf.MixtralConfig(**far, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
+    if kind == "bloom":  # position by ALiBi, inside the attention
+        return tf.BloomConfig(vocab_size=1536, hidden_size=WIDTH, n_layer=LAYERS, n_head=HEADS, **ends)
+    if kind == "mamba":  # no attention: tokens mix in a recurrence
+        return tf.MambaConfig(vocab_size=1536, hidden_size=WIDTH, num_hidden_layers=LAYERS, state_size=4, **ends)
     raise KeyError(kind)
 
 
@@ -76,7 +103,8 @@ class Lab:
 
         folder = self.shared / kind
         if not folder.is_dir():
-            auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+            encoder = kind in ("bert", "roberta", "distilbert", "deberta")
+            auto = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(11)
                 model = auto.from_config(_config(kind))
@@ -100,6 +128,7 @@ class Lab:
             "data": {"name": "table", **data, "template": TEMPLATE, "labels": LABELS},
             "partition": {"name": "iid", "num_clients": 3},
             "local": {"steps": 2, "batch_size": 6, "lr": 5e-3, "betas": [0.9, 0.98]},
+            "training": {"lanes": 2},  # nothing is measured; 3 sites are a pack of two and one of one
             "executor": {"name": "serial", "threads": 1},
         }
         return _merge(tree, sections)

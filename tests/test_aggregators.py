@@ -19,6 +19,10 @@ def draw(rng: np.random.Generator) -> Params:
     return {n: torch.from_numpy(np.asarray(rng.normal(size=s))) for n, s in SHAPES.items()}
 
 
+def one_lane(update: Params) -> Params:
+    return {n: t[None] for n, t in update.items()}
+
+
 def partial() -> Partial:
     return WeightedMean(LAYOUT).zero(torch.full((LAYOUT.numel,), 7.0, dtype=torch.float64))
 
@@ -29,7 +33,7 @@ def test_result_is_the_weighted_mean() -> None:
     updates, weights = [draw(rng) for _ in range(5)], [3.0, 1.0, 0.0, 20.0, 7.5]
     mean, total = WeightedMean(LAYOUT), partial()
     for update, weight in zip(updates, weights, strict=True):
-        mean.add(total, update, weight)
+        mean.add(total, one_lane(update), [weight])
     found = mean.result(total)
     for name in SHAPES:
         expected = np.zeros(SHAPES[name])
@@ -38,13 +42,24 @@ def test_result_is_the_weighted_mean() -> None:
         np.testing.assert_allclose(found[name].numpy(), expected / sum(weights), rtol=1e-13)
 
 
+def test_lanes_are_added_with_a_weight_each() -> None:
+    rng = stream(5, "lanes")
+    updates, weights = [draw(rng) for _ in range(4)], [3.0, 0.0, 20.0, 7.5]
+    mean, one, all_at_once = WeightedMean(LAYOUT), partial(), partial()
+    for update, weight in zip(updates, weights, strict=True):
+        mean.add(one, one_lane(update), [weight])
+    mean.add(all_at_once, {n: torch.stack([u[n] for u in updates]) for n in SHAPES}, weights)
+    assert all_at_once.weight == one.weight == 30.5
+    torch.testing.assert_close(all_at_once.total, one.total, rtol=1e-13, atol=0)
+
+
 def test_merging_partial_sums_is_adding_all_in_one() -> None:
     rng = stream(1, "merge")
     updates = [draw(rng) for _ in range(6)]
     mean, one, parts = WeightedMean(LAYOUT), partial(), [partial() for _ in range(3)]
     for i, update in enumerate(updates):
-        mean.add(one, update, float(i + 1))
-        mean.add(parts[i // 2], update, float(i + 1))
+        mean.add(one, one_lane(update), [float(i + 1)])
+        mean.add(parts[i // 2], one_lane(update), [float(i + 1)])
     total = partial()
     for part in parts:
         mean.merge(total, part)
@@ -55,7 +70,7 @@ def test_merging_partial_sums_is_adding_all_in_one() -> None:
 def test_adding_leaves_the_update_and_asking_leaves_the_sum() -> None:
     mean, total, update = WeightedMean(LAYOUT), partial(), draw(stream(2, "pure"))
     before = {n: t.clone() for n, t in update.items()}
-    mean.add(total, update, 2.0)
+    mean.add(total, one_lane(update), [2.0])
     first, second = mean.result(total), mean.result(total)
     for name in SHAPES:
         assert torch.equal(update[name], before[name])
@@ -67,7 +82,7 @@ def test_adding_leaves_the_update_and_asking_leaves_the_sum() -> None:
 def test_the_mean_of_nothing_is_an_error(weight: float | None) -> None:
     mean, total = WeightedMean(LAYOUT), partial()
     if weight is not None:
-        mean.add(total, draw(stream(3, "none")), weight)
+        mean.add(total, one_lane(draw(stream(3, "none"))), [weight])
     with pytest.raises(ZeroDivisionError):
         mean.result(total)
 
@@ -92,7 +107,7 @@ def rounds(algorithm: Algorithm, weights: np.ndarray, n: int) -> list[np.ndarray
             local = {"w": algorithm.start(ctx)["w"].clone()}
             for _ in range(STEPS):
                 local["w"] -= RATE * torch.from_numpy(CURVES[k]) * (local["w"] - torch.from_numpy(CENTRES[k]))
-            mean.add(total, algorithm.client_update(local, ctx)[0], float(weights[k]))
+            mean.add(total, one_lane(algorithm.client_update(local, ctx)[0]), [float(weights[k])])
         params, server = algorithm.server_update(params, server, mean.result(total), {"round": r, "clients": 3})
         out.append(params["w"].numpy().copy())
     return out

@@ -347,7 +347,7 @@ WRONG = [
     ("checkpoint.keep=0", "checkpoint.keep", "0", "below 1"),
     ("evaluate.every_steps=0", "evaluate.every_steps", "0", "below 1"),
     ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens", "0", "below 1"),
-    ("training.lanes=4", "training.lanes", "4", "auto"),
+    ("training.lanes=0", "training.lanes", "0", "auto"),
     ("executor=pool", "executor", "'pool'", "executor.name=pool"),
     ("executor.name=ray", "executor.name", "'ray'", "auto, serial, pool"),
     ("executor={name: serial, workers: 2}", "executor.workers", "2", "device"),

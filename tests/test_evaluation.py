@@ -171,7 +171,7 @@ def test_heads_are_scored_row_by_row(lab: Any, kind: str, name: str) -> None:
 
 def test_best_is_the_best_round_and_global_the_last(lab: Any) -> None:
     """A rate far too high makes later rounds worse, so the two differ."""
-    exp = lab.exp(rounds=4, local={**WORK, "lr": 0.3, "clip": None}, best={"metric": "loss"})
+    exp = lab.exp(rounds=4, local={**WORK, "lr": 0.4, "clip": None}, best={"metric": "loss"})
     run = lab.run(exp)
     losses = [reported(lab, run, r)[0] for r in range(1, 5)]
     best = losses.index(min(losses)) + 1

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,16 @@ from torch import Tensor
 
 import fedsim
 import fedsim.experiment
-from fedsim.errors import ClientError
+from fedsim.errors import ClientError, OutOfMemory
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.experiment import Bundle
 from fedsim.params import Layout, Params
-from fedsim.types import Pack, Report, Scores, Scoring, Task
+from fedsim.types import Engine, Measured, Pack, Report, Scores, Scoring, Task
 
 LAYOUT = Layout({"w": (2, 2)}, torch.float64)
 WEIGHTS = torch.arange(1.0, 5.0, dtype=torch.float64)
 SERVER = Layout({"c": (1,)}, torch.float64)
+ENGINE = Engine(packed=True, micro_batch=4)
 
 
 @dataclass
@@ -41,20 +42,20 @@ class Stub:
     faults: dict[int, str]
     layout: Layout = LAYOUT
 
-    def __call__(self, device: torch.device) -> Stub:
+    def __call__(self, device: torch.device, engine: Engine) -> Stub:
+        assert engine == ENGINE
         if "load" in self.faults.values():
             raise RuntimeError("no room for the model")
         return self
 
-    def train(
-        self, pack: Pack, weights: Tensor, server: Params, out: Tensor, on_task: Callable[[Task], None]
-    ) -> Report:
+    def train(self, pack: Pack, weights: Tensor, server: Params, out: Tensor) -> Report:
         out.zero_()
         for task in pack.tasks:
-            on_task(task)
             fault = self.faults.get(task.client)
             if fault == "raise":
                 raise ValueError("the user's own trouble")
+            if fault == "memory":
+                raise torch.OutOfMemoryError("a pack too large")
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault == "slow":
@@ -66,14 +67,28 @@ class Stub:
             pack.index, steps={t.client: 1 for t in pack.tasks}, weight=float(len(pack.tasks)), tokens=os.getpid()
         )
 
-    def score(self, request: Scoring, weights: Tensor) -> Scores:
-        time.sleep(0.2 if request.record == 0 else 0.0)
-        return Scores({"loss": (float(weights.sum()) + request.record, 1.0)})
+    def score(self, request: Scoring, weights: Tensor) -> list[Scores]:
+        time.sleep(0.2 if 0 in request.records else 0.0)
+        return [Scores({"loss": (float(weights.sum()) + r, 1.0)}) for r in request.records]
+
+    def measure(self, rows: Sequence[Any], weights: Tensor) -> Measured:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("three are too many")
+        return Measured(len(rows), 1, float(weights.sum()), 0, 0, os.getpid())
+
+    def configure(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def shrink(self) -> None:
+        self.shrunk = True
+
+    def peak(self) -> int:
+        return os.getpid() if hasattr(self, "shrunk") else -os.getpid()
 
 
 def pack(index: int, *clients: int) -> Pack:
     tasks = tuple(Task(c, f"site-{c}", 4, 1, 0, 0, 1, 1.0) for c in clients)
-    return Pack(index, "federated", tasks, False, 1)
+    return Pack(index, "federated", tasks, 1)
 
 
 def left_behind(pids: list[int]) -> list[str]:
@@ -101,7 +116,7 @@ def pool() -> Iterator[Callable[..., PoolExecutor]]:
         executor = PoolExecutor(Stub(faults or {}), ["cpu"] * workers, 1)
         made.append((executor, [w.process.pid for w in executor._pool]))
         if start:
-            executor.start(LAYOUT, SERVER)
+            executor.start(LAYOUT, SERVER, ENGINE)
             executor.broadcast(WEIGHTS, {"c": torch.tensor([0.5]).double()})
         return executor
 
@@ -138,8 +153,8 @@ def test_a_pool_of_two(pool: Any) -> None:
     executor.broadcast(threes, {"c": torch.zeros(1, dtype=torch.float64)})
     assert all(torch.equal(t, 2 * threes) for _, t in executor.run([pack(i, 2) for i in range(4)]))
 
-    scores = executor.score([Scoring("test", record=i) for i in range(5)])  # the first is slow
-    assert [s.values["loss"][0] for s in scores] == [12.0 + i for i in range(5)]
+    scores = executor.score([Scoring("test", records=(i, i + 10)) for i in range(5)])  # the first is slow
+    assert [[s.values["loss"][0] for s in each] for each in scores] == [[12.0 + i, 22.0 + i] for i in range(5)]
 
     os.kill(executor._pool[1].process.pid, signal.SIGKILL)  # while it has nothing to do
     executor._pool[1].process.join()
@@ -153,8 +168,23 @@ def test_a_client_that_raises_is_named_with_its_own_traceback(pool: Any) -> None
     with pytest.raises(ClientError) as caught:
         list(executor.run([pack(0, 9), pack(1, 1, 3)]))
     text = str(caught.value)
-    assert text.startswith("round 4, client site-3 failed")
+    assert text.startswith("round 4, clients site-1, site-3 failed")
     assert "the user's own trouble" in text and "Traceback" in text and "test_executors.py" in text
+
+
+def test_too_little_memory_frees_the_workers_and_their_buffers(pool: Any) -> None:
+    """Pack 1 does not fit; pack 0 is under way elsewhere and is dropped; the round can start again at once."""
+    executor = pool(2, {1: "slow", 3: "memory"})
+    for _ in range(2):
+        with pytest.raises(OutOfMemory):
+            list(executor.run([pack(0, 1), pack(1, 3), pack(2, 2), pack(3, 2)]))
+    found = [(r.index, float(t[1])) for r, t in executor.run([pack(i, 2) for i in range(6)])]
+    assert found == [(i, 2 * 2.0 + 0.5) for i in range(6)]
+    assert max(executor.peaks()) > 0, "whoever ran out of memory was told to let go of it"
+    measured = executor.measure([[1], [2]])
+    assert (measured.lanes, measured.seconds) == (2, 10.0)
+    assert executor.measure([[1], [2], [3]]) is None
+    executor.configure(Engine(packed=True, micro_batch=1))
 
 
 def test_a_killed_worker_is_named_with_its_client_and_signal(pool: Any) -> None:
@@ -166,7 +196,7 @@ def test_a_killed_worker_is_named_with_its_client_and_signal(pool: Any) -> None:
 def test_a_worker_that_cannot_load_its_model_says_why(pool: Any) -> None:
     executor = pool(1, {0: "load"}, start=False)
     with pytest.raises(ClientError, match="no room for the model"):
-        executor.start(LAYOUT, SERVER)
+        executor.start(LAYOUT, SERVER, ENGINE)
 
 
 # ------------------------------------------------------------------------------------------------ serial alone
@@ -177,7 +207,7 @@ def test_serial_names_the_client_that_raises_and_restores_threads() -> None:
     executor = SerialExecutor(Stub({3: "raise"}), "cpu", 1)
     try:
         torch.set_num_threads(2)
-        executor.start(LAYOUT, SERVER)
+        executor.start(LAYOUT, SERVER, ENGINE)
         assert torch.get_num_threads() == 1
         with pytest.raises(ClientError, match=r"^round 4, client site-3 failed") as caught:
             list(executor.run([pack(0, 1), pack(1, 3)]))
@@ -209,21 +239,21 @@ class Failing(Bundle):
 
     def trainer(self, *args: Any) -> Any:
         made = super().trainer(*args)
-        train = made._train_client
+        batches = made._batches
 
-        def failing(task: Task, *rest: Any) -> None:
-            train(task, *rest)
+        def failing(task: Task) -> Any:
             if (task.round, task.name) == (2, "site-2"):
                 raise ArithmeticError("a fault of site-2")
+            return batches(task)
 
-        made._train_client = failing
+        made._batches = failing
         return made
 
 
 def test_a_run_that_fails_in_a_worker_names_the_client_and_goes_on_in_serial(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    federated = {**ALL, "modes": ["federated"], "name": "fails"}
+    federated = {**ALL, "modes": ["federated"], "name": "fails", "training": {"lanes": 1}}
     pool = {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}
     with monkeypatch.context() as patch:
         patch.setattr(fedsim.experiment, "Bundle", Failing)

@@ -33,13 +33,15 @@ MAY = {
     "data.sources": {"errors", "seeding", "data.headlines"},
     "data.tokens": {"errors"},
     "data.batches": {"data.tokens", "errors"},
+    "data.stream": {"data.tokens"},
     "executors": {"types", "params", "errors", "executors"},
-    "models": {"params", "types", "seeding", "errors", "data.batches", "models"},
+    "models": {"params", "types", "seeding", "errors", "data.batches", "data.tokens", "data.stream", "models"},
     "training": {
         *("algorithms", "aggregators", "models", "data.batches", "data.tokens", "evaluation", "params", "store"),
         *("seeding", "types", "errors", "training"),
     },
-    "rounds": {"algorithms", "aggregators", "params", "seeding", "store", "types"},
+    "rounds": {"algorithms", "aggregators", "errors", "params", "seeding", "store", "types"},
+    "planner": {"errors", "types"},
     "run_folder": {"errors", "types"},
     "trackers": {"errors", "types"},
 }

@@ -17,7 +17,7 @@ import fedsim
 from fedsim.errors import UserError
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder
-from fedsim.training.solo import SoloTrainer
+from fedsim.training.trainer import Trainer
 
 MODES = ["local", "federated", "central"]
 LONG: dict[str, Any] = {
@@ -132,13 +132,13 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
         newest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     else:
         newest.with_suffix(".json").write_bytes(newest.with_suffix(".json").read_bytes()[:30])
-    resumed, train = set(), SoloTrainer._train_client
+    resumed, batches = set(), Trainer._batches
 
-    def note(self: SoloTrainer, task: Any, *rest: Any) -> None:
+    def note(self: Trainer, task: Any) -> Any:
         resumed.add(task.round)
-        train(self, task, *rest)
+        return batches(self, task)
 
-    monkeypatch.setattr(SoloTrainer, "_train_client", note)
+    monkeypatch.setattr(Trainer, "_batches", note)
     lab.run(**{**LONG, **fed, "name": "stopped"})
     assert resumed == {3, 4}
     lab.same_bits(folder, whole(**fed))
@@ -152,8 +152,8 @@ def test_a_finished_run_is_left_as_it_is(lab: Any, monkeypatch: pytest.MonkeyPat
     def never(*args: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(SoloTrainer, "train", never)
-    monkeypatch.setattr(SoloTrainer, "score", never)
+    monkeypatch.setattr(Trainer, "train", never)
+    monkeypatch.setattr(Trainer, "score", never)
     assert lab.run(**short) == folder
     assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == before
 

@@ -91,12 +91,29 @@ def test_a_schedule_over_the_run_starts_where_the_rounds_before_lead() -> None:
 
 def test_packs_go_longest_first_and_ties_by_number() -> None:
     lengths = {0: 10.0, 2: 50.0, 3: 10.0, 4: 20.0, 5: 10.0}
-    steps = schedule(length=lengths.get).packs(1, state())
+    steps = schedule(length=lengths.get).packs(1, state(), 1)
     assert [p.tasks[0].client for p in steps] == [2, 4, 0, 3, 5]  # in steps all train on as many rows
     assert [p.index for p in steps] == [0, 1, 2, 3, 4]
-    passes = schedule(steps=None, length=lengths.get).packs(1, state())
+    passes = schedule(steps=None, length=lengths.get).packs(1, state(), 1)
     assert [p.tasks[0].client for p in passes] == [4, 3, 2, 0, 5]  # 1280, 900, 350, 300, 120 tokens
     assert [p.tokens for p in passes] == [1280, 900, 350, 300, 120]
+
+
+def test_packs_hold_clients_of_like_steps_and_length_and_are_even() -> None:
+    """Rows by client 0, 2, 3, 4, 5: 2 passes in batches of 4 are 8, 2, 24, 16 and 4 steps over the rounds' settings."""
+    lengths = {0: 10.0, 2: 50.0, 3: 10.0, 4: 20.0, 5: 10.0}
+    for lanes, expected in [
+        (1, [[4], [3], [2], [0], [5]]),
+        (2, [[4, 0], [5, 2], [3]]),
+        (3, [[0, 5, 2], [3, 4]]),
+        (5, [[3, 4, 0, 5, 2]]),
+        (8, [[3, 4, 0, 5, 2]]),
+    ]:
+        packs = schedule(steps=None, length=lengths.get).packs(1, state(), lanes)
+        assert [p.index for p in packs] == list(range(len(packs)))
+        assert sorted([t.client for t in p.tasks] for p in packs) == sorted(expected), lanes
+        assert sorted(packs, key=lambda p: -p.tokens) == packs
+        assert sum(p.tokens for p in packs) == 2950
 
 
 def test_records_are_written_only_where_something_is_kept() -> None:

@@ -2,6 +2,7 @@
 
 A partitioner is a plain function `f(labels, rng, *, ...) -> Partition`; `PARTITIONERS` at the bottom names them all.
 They settle counts first (a matrix of clients by classes) and deal rows once, so a redraw costs no pass over the data.
+One is different: `virtual` deals nothing. Its clients, up to millions, draw rows with repetition when asked for them.
 
 Sources: McMahan et al. 2017 (arXiv:1602.05629); Hsu et al. 2019 (arXiv:1909.06335); Yurochkin et al. 2019
 (arXiv:1905.12022); Wang et al. 2020, FedMA (arXiv:2002.06440).
@@ -13,8 +14,9 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.special import rel_entr
@@ -77,9 +79,19 @@ class Partition:
         self._check(client)
         return self.indices[self.offsets[client] : self.offsets[client + 1]]
 
+    def all_rows(self) -> np.ndarray:
+        """The rows that clients hold, each once, ascending int64: those of the centralised client."""
+        return np.sort(self.indices)
+
     def name(self, client: int) -> str:
         self._check(client)
         return f"site-{client + 1}" if self.names is None else self.names[client]
+
+    def number(self, name: str) -> int | None:
+        """The number of the client of this name, or None."""
+        if self.names is None:
+            return _site_number(name, self.num_clients)
+        return self.names.index(name) if name in self.names else None
 
     def _check(self, client: int) -> None:
         # A negative index would wrap around to a wrong, silently empty slice.
@@ -92,16 +104,165 @@ class Partition:
         return arrays if self.names is None else {**arrays, "names": np.array(self.names, dtype=np.str_)}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Partition:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Partition | VirtualPartition:
         """The partition that `to_arrays` wrote; takes what `np.load` returns, with `allow_pickle=False`.
 
         Raises:
             UserError: an array is missing or they do not describe a partition.
         """
+        if "virtual" in arrays:
+            return VirtualPartition.from_arrays(arrays)
         if missing := [key for key in ("offsets", "indices") if key not in arrays]:
             raise UserError(f"partition: array {missing[0]} is missing; write the file with Partition.to_arrays")
         names = tuple(str(n) for n in arrays["names"]) if "names" in arrays else None
         return cls(np.asarray(arrays["offsets"]), np.asarray(arrays["indices"]), names)
+
+
+def _site_number(name: str, num_clients: int) -> int | None:
+    """The number of the client that `site-N` names, or None."""
+    tail = name.removeprefix("site-")
+    number = int(tail) - 1 if tail.isascii() and tail.isdigit() and len(tail) < 20 else -1
+    return number if 0 <= number < num_clients and name == f"site-{number + 1}" else None
+
+
+def _splitmix(seed: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """Outputs of the generator splitmix64 by seed and place in its sequence (from 0); uint64, broadcast together.
+
+    Any output can be had without those before it. Products and sums wrap around at 2^64, as they are meant to.
+
+    Source: Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators; constants as in Vigna's public
+    domain version.
+    """
+    z = seed + (number + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+OVERLAP = "rows are drawn with repetition: clients may overlap, and a client may hold a row twice"
+
+
+@dataclass(frozen=True, eq=False)
+class VirtualPartition:
+    """Client -> row numbers drawn with repetition when they are asked for, so a client costs memory only for its size.
+
+    The one partition whose clients may overlap, and in which a client may hold a row twice. Size and rows of a client
+    are a function of (key, client), the bounds and the rows to draw from: `num_clients` changes neither. Used like a
+    `Partition`.
+
+    Attributes:
+        key: 0 ... 2^64 - 1, drawn from the experiment's seed.
+        num_clients: >= 1.
+        min_rows, max_rows: sizes are uniform on min_rows ... max_rows, both included; 1 <= min_rows <= max_rows.
+        kept: int64 `[n]`, the rows to draw from, each as likely as the others and none twice; read-only.
+        notes: as in `Partition`.
+
+    Raises:
+        UserError: the numbers or `kept` do not describe such a partition (a damaged file, a slip in a script).
+    """
+
+    key: int
+    num_clients: int
+    min_rows: int
+    max_rows: int
+    kept: np.ndarray
+    notes: dict[str, Any] = field(default_factory=lambda: {"overlap": OVERLAP})
+
+    names: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        clients = _whole("num_clients", self.num_clients, 1)
+        least = _whole("min_rows", self.min_rows, 1)
+        most = _whole("max_rows", self.max_rows, least)
+        if most >= 2**31:
+            raise UserError(f"partition.max_rows: got {most}, needs a whole number below {2**31}")
+        if not (isinstance(self.key, Integral) and 0 <= self.key < 2**64):
+            raise UserError(f"partition: key must be a whole number from 0 to 2^64 - 1, got {self.key!r}")
+        for key, value in (("key", int(self.key)), ("num_clients", clients), ("min_rows", least), ("max_rows", most)):
+            object.__setattr__(self, key, value)
+        given = np.asarray(self.kept)
+        if given.ndim != 1 or given.size == 0 or given.dtype.kind not in "iu":
+            raise UserError(f"partition: kept must be a 1-d array of integers, got {given.dtype} {given.shape}")
+        kept = given.astype(np.int64, copy=False).view()
+        if kept.min() < 0 or np.unique(kept).size != kept.size:
+            raise UserError("partition: kept must be >= 0 and name no row twice")
+        kept.flags.writeable = False
+        object.__setattr__(self, "kept", kept)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the sizes: whoever needs them works them out, and a worker never does.
+        return VirtualPartition, (self.key, self.num_clients, self.min_rows, self.max_rows, self.kept, self.notes)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Rows of each client, int32 `[C]`, read-only."""
+        out = np.empty(self.num_clients, dtype=np.int32)
+        for start in range(0, out.size, 1 << 16):  # in pieces: the hash needs several times the room of its result
+            part = np.arange(start, min(start + (1 << 16), out.size), dtype=np.uint64)
+            out[start : start + part.size] = self._sizes(self._seeds(part))
+        out.flags.writeable = False
+        return out
+
+    def rows(self, client: int) -> np.ndarray:
+        """Row numbers of one client, int64, in the order drawn; a row may occur more than once."""
+        self._check(client)
+        seed = self._seeds(np.array([client], dtype=np.uint64))
+        place = np.arange(1, int(self._sizes(seed)[0]) + 1, dtype=np.uint64)
+        # The remainder favours low numbers by n / 2^64, which no experiment can see.
+        return self.kept[(_splitmix(seed, place) % np.uint64(self.kept.size)).astype(np.int64)]
+
+    def all_rows(self) -> np.ndarray:
+        """The rows to draw from, each once, ascending int64: those of the centralised client.
+
+        Every one of them, drawn by a client or not: not the clients' rows together, which repeat.
+        """
+        return np.sort(self.kept)
+
+    def name(self, client: int) -> str:
+        self._check(client)
+        return f"site-{client + 1}"
+
+    def number(self, name: str) -> int | None:
+        """The number of the client of this name, or None."""
+        return _site_number(name, self.num_clients)
+
+    def sample(self, most: int) -> np.ndarray:
+        """Numbers of at most `most` clients, int64 ascending: all of them, or as many drawn by the key."""
+        if self.num_clients <= most:
+            return np.arange(self.num_clients)
+        rng = np.random.default_rng(self.key)
+        return np.sort(rng.choice(self.num_clients, most, replace=False, shuffle=False))
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Arrays for `np.savez`: `virtual`, uint64 key, num_clients, min_rows, max_rows; and `kept`."""
+        numbers = [self.key, self.num_clients, self.min_rows, self.max_rows]
+        return {"virtual": np.array(numbers, dtype=np.uint64), "kept": self.kept}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> VirtualPartition:
+        """The partition that `to_arrays` wrote; takes what `np.load` returns, with `allow_pickle=False`.
+
+        Raises:
+            UserError: an array is missing or they do not describe such a partition.
+        """
+        if missing := [key for key in ("virtual", "kept") if key not in arrays]:
+            raise UserError(f"partition: array {missing[0]} is missing; write the file with VirtualPartition.to_arrays")
+        numbers = np.asarray(arrays["virtual"])
+        if numbers.shape != (4,) or numbers.dtype.kind not in "iu":
+            raise UserError(f"partition: virtual must be four whole numbers, got {numbers.dtype} {numbers.shape}")
+        return cls(*numbers.tolist(), np.asarray(arrays["kept"]))
+
+    def _check(self, client: int) -> None:
+        if not 0 <= client < self.num_clients:
+            raise IndexError(f"client {client} of {self.num_clients}")
+
+    def _seeds(self, clients: np.ndarray) -> np.ndarray:
+        """Each client's own seed: its output 0 is the size, the later ones are the rows. uint64, like `clients`."""
+        return _splitmix(np.array([self.key], dtype=np.uint64), clients)
+
+    def _sizes(self, seeds: np.ndarray) -> np.ndarray:
+        span = np.uint64(self.max_rows - self.min_rows + 1)
+        return self.min_rows + (_splitmix(seeds, np.zeros(1, dtype=np.uint64)) % span).astype(np.int64)
 
 
 # Checks: what the user wrote, before anything is drawn.
@@ -541,6 +702,27 @@ def quantity(
     return _from_owner(owner, clients)
 
 
+def virtual(
+    labels: np.ndarray, rng: np.random.Generator, *, num_clients: int, min_rows: int, max_rows: int
+) -> VirtualPartition:
+    """Clients that draw their rows with repetition, so that there may be more clients than rows; they may overlap.
+
+    A size is uniform on `min_rows` ... `max_rows`, both included, and a row uniform over all rows.
+
+    Args:
+        labels: int64 `[n]`; only their number matters.
+        rng: one number is taken from it, whatever the settings: the key that sizes and rows are a function of.
+
+    Raises:
+        UserError: `num_clients` or `min_rows` < 1, or `max_rows` < `min_rows`.
+
+    Source: for measuring how a simulation scales; no published split.
+    """
+    rows = _labels(labels).size
+    key = int(rng.integers(0, 2**64 - 1, dtype=np.uint64, endpoint=True))
+    return VirtualPartition(key, num_clients, min_rows, max_rows, np.arange(rows))
+
+
 # The rows of another split for the same clients.
 
 
@@ -621,8 +803,14 @@ def js_divergence(counts: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.clip(bits, 0.0, 1.0)
 
 
-def measure(partition: Partition, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
+SAMPLED = 1000  # virtual clients in a report: their classes must be counted client by client
+
+
+def measure(partition: Partition | VirtualPartition, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
     """How heterogeneous a partition is, ready for JSON.
+
+    Of a `VirtualPartition` of more than 1,000 clients, whatever is by client or by class is of 1,000 of them, drawn by
+    its key: class_counts, sizes, client_names, js, js_mean, js_max. The rest is of all clients.
 
     Args:
         labels: int64 `[n]`, values 0 ... num_classes - 1.
@@ -631,23 +819,30 @@ def measure(partition: Partition, labels: np.ndarray, num_classes: int) -> dict[
         class_counts `[C][L]`, sizes `[C]`, client_names `[C]`, num_clients, rows, min_rows, median_rows, max_rows,
         js `[C]` (bits, divergence of a client's label mix to that of all rows held by clients; None for an empty
         client), js_mean (weighted by rows) and js_max, size_gini, empty_clients (names), notes. js_mean and js_max are
-        None when no client holds a row.
+        None when no client holds a row. Of a `VirtualPartition` also sampled_clients, the C of the above.
     """
     array = np.asarray(labels).astype(np.int64, copy=False)
     assert array.size == 0 or (array.min() >= 0 and array.max() < num_classes)
-    counts, sizes = _class_counts(partition, array, num_classes), partition.sizes
+    if isinstance(partition, VirtualPartition):
+        clients = partition.sample(SAMPLED)
+        counts = np.stack([np.bincount(array[partition.rows(c)], minlength=num_classes) for c in clients.tolist()])
+    else:
+        clients = np.arange(partition.num_clients)
+        counts = _class_counts(partition, array, num_classes)
+    every, sizes = partition.sizes, counts.sum(axis=1)
     js, held = js_divergence(counts, counts.sum(axis=0)), sizes > 0
-    names = [partition.name(client) for client in range(partition.num_clients)]
+    names = [partition.name(client) for client in clients.tolist()]
     return {
         "num_clients": partition.num_clients,
-        "rows": int(sizes.sum()),
+        **({"sampled_clients": clients.size} if isinstance(partition, VirtualPartition) else {}),
+        "rows": int(every.sum()),
         "client_names": names,
         "class_counts": counts.tolist(),
         "sizes": sizes.tolist(),
-        "min_rows": int(sizes.min()),
-        "median_rows": float(np.median(sizes)),
-        "max_rows": int(sizes.max()),
-        "size_gini": gini(sizes),
+        "min_rows": int(every.min()),
+        "median_rows": float(np.median(every)),
+        "max_rows": int(every.max()),
+        "size_gini": gini(every),
         "js": [float(bits) if some else None for bits, some in zip(js, held, strict=True)],
         "js_mean": float(np.average(js[held], weights=sizes[held])) if held.any() else None,
         "js_max": float(js[held].max()) if held.any() else None,
@@ -656,7 +851,7 @@ def measure(partition: Partition, labels: np.ndarray, num_classes: int) -> dict[
     }
 
 
-PARTITIONERS: dict[str, Callable[..., Partition]] = {
+PARTITIONERS: dict[str, Callable[..., Partition | VirtualPartition]] = {
     "iid": iid,
     "dirichlet": dirichlet,
     "dirichlet_fedma": dirichlet_fedma,
@@ -664,4 +859,5 @@ PARTITIONERS: dict[str, Callable[..., Partition]] = {
     "shards": shards,
     "by_column": by_column,
     "quantity": quantity,
+    "virtual": virtual,
 }

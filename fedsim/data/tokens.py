@@ -113,6 +113,14 @@ class Tokens:
         offsets = self.offsets.numpy()
         return offsets[rows + 1] - offsets[rows]
 
+    def answers_of(self, rows: np.ndarray) -> np.ndarray:
+        """Scored positions of these rows: answer tokens, or 1 for a class."""
+        return (
+            np.ones(len(rows), dtype=np.int64)
+            if self.is_classes
+            else self.lengths_of(rows) - self.prompts.numpy()[rows]
+        )
+
     def row(self, index: int) -> np.ndarray:
         """Token ids of a row."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])

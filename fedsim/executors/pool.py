@@ -24,9 +24,10 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from fedsim.errors import OutOfMemory, is_out_of_memory
 from fedsim.executors.serial import MakeTrainer, client_failed
 from fedsim.params import Layout, Params
-from fedsim.types import Pack, Report, Scores, Scoring, Task
+from fedsim.types import Engine, Measured, Pack, Report, Scores, Scoring, Task
 
 _TWO_SLOTS_BELOW = 1 << 28  # bytes: with two, a worker need not wait until an earlier pack elsewhere is merged
 
@@ -47,7 +48,7 @@ class PoolExecutor:
     """Runs packs on worker processes.
 
     Args:
-        make_trainer: device -> trainer; must pickle. What it holds in shared memory is not copied.
+        make_trainer: (device, engine) -> trainer; must pickle. What it holds in shared memory is not copied.
         devices: one per worker; a device may occur several times.
         threads: CPU threads of a worker.
     """
@@ -73,7 +74,7 @@ class PoolExecutor:
             self.close()
             raise
 
-    def start(self, layout: Layout, server: Layout) -> None:
+    def start(self, layout: Layout, server: Layout, engine: Engine) -> None:
         """Share the buffers with the workers and wait until their models are loaded.
 
         Raises:
@@ -87,7 +88,7 @@ class PoolExecutor:
             worker.weights, worker.server = by_device[worker.device]
             worker.slots = [_shared(layout, worker.device) for _ in range(copies)]
             worker.free = deque(range(copies))
-            self._send(worker, ("share", layout, server, worker.weights, worker.server, worker.slots))
+            self._send(worker, ("share", layout, server, worker.weights, worker.server, worker.slots, engine))
         self.weights = self._pool[0].weights
         self._server_layout = server
         for worker in self._pool:
@@ -111,6 +112,7 @@ class PoolExecutor:
 
         Raises:
             ClientError: where a client's training raised, or a worker died.
+            OutOfMemory: where a pack did not fit; the others under way are waited for and dropped.
         """
         waiting, ready = deque(packs), {}
         for pack in packs:
@@ -121,15 +123,44 @@ class PoolExecutor:
                         self._send(worker, ("train", worker.busy, worker.free[0]))
                 for worker in self._ready():
                     report = self._receive(worker)
+                    if report is None:
+                        worker.busy = None
+                        self._drop_all()
+                        raise OutOfMemory(worker.device)
                     ready[report.index] = (report, worker, worker.free.popleft())
                     worker.busy = None
             report, worker, slot = ready.pop(pack.index)
             yield report, worker.slots[slot]
             worker.free.append(slot)
 
-    def score(self, requests: Sequence[Scoring]) -> list[Scores]:
+    def _drop_all(self) -> None:
+        """Wait for what is under way and forget it; all buffers are free then."""
+        for worker in self._pool:
+            if worker.busy is not None:
+                self._receive(worker)
+                worker.busy = None
+            worker.free = deque(range(len(worker.slots)))
+
+    def measure(self, rows: Sequence[Any]) -> Measured | None:
+        """What a pass over these rows (one array a lane) takes on the first worker; None if it does not fit."""
+        self._send(self._pool[0], ("measure", rows))
+        return self._receive(self._pool[0])
+
+    def configure(self, engine: Engine) -> None:
+        """Train like this from now on, on all workers."""
+        for worker in self._pool:
+            self._send(worker, ("configure", engine))
+            self._receive(worker)
+
+    def peaks(self) -> list[int]:
+        """Highest memory in use so far, in bytes, by worker."""
+        for worker in self._pool:
+            self._send(worker, ("peak",))
+        return [self._receive(worker) for worker in self._pool]
+
+    def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
         """Score each request on whichever worker is free; the answers are in the order of `requests`."""
-        out: list[Scores | None] = [None] * len(requests)
+        out: list[list[Scores] | None] = [None] * len(requests)
         waiting, places = deque(enumerate(requests)), {}
         while any(s is None for s in out):
             for worker in self._pool:
@@ -181,16 +212,20 @@ class PoolExecutor:
         except (EOFError, OSError):
             raise self._died(worker) from None
         if kind == "error":
-            task, trace = rest
-            raise client_failed(task, f"{worker.device} ({worker.process.name})", trace)
+            raise client_failed(_tasks(worker), f"{worker.device} ({worker.process.name})", rest[0])
         return rest[0]
 
     def _died(self, worker: _Worker) -> Exception:
         worker.process.join(timeout=5)
         code = worker.process.exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        task = worker.busy.tasks[0] if isinstance(worker.busy, Pack) else None
-        return client_failed(task, f"{worker.device} ({worker.process.name})", f"the worker process died: {how}")
+        return client_failed(
+            _tasks(worker), f"{worker.device} ({worker.process.name})", f"the worker process died: {how}"
+        )
+
+
+def _tasks(worker: _Worker) -> Sequence[Task]:
+    return worker.busy.tasks if isinstance(worker.busy, Pack) else []
 
 
 def _shared(layout: Layout, device: str) -> Tensor:
@@ -208,7 +243,6 @@ def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads
     device = torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    current: list[Task | None] = [None]
     trainer, weights, server, server_layout, slots = None, None, None, None, []
     while True:
         try:
@@ -221,23 +255,32 @@ def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads
             return
         try:
             if kind == "share":
-                layout, server_layout, weights, server, slots = rest
-                trainer = make_trainer(device)
+                layout, server_layout, weights, server, slots, engine = rest
+                trainer = make_trainer(device, engine)
                 assert trainer.layout == layout, "the worker's parameters are not those the run was started with"
                 answer: Any = None
             elif kind == "train":
                 pack, slot = rest
-                answer = trainer.train(
-                    pack, weights, server_layout.views(server), slots[slot], lambda task: current.__setitem__(0, task)
-                )
-                current[0] = None
+                answer = trainer.train(pack, weights, server_layout.views(server), slots[slot])
+            elif kind == "measure":
+                answer = trainer.measure(rest[0], weights)
+            elif kind == "configure":
+                answer = trainer.configure(rest[0])
+            elif kind == "peak":
+                answer = trainer.peak()
             else:
                 answer = trainer.score(rest[0], weights)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # what was written must be visible to the process that reads it next
             pipe.send(("done", answer))
-        except Exception:
-            pipe.send(("error", current[0], traceback.format_exc()))
+        except Exception as error:
+            if not (is_out_of_memory(error) and kind in ("train", "measure")):
+                pipe.send(("error", traceback.format_exc()))
+                continue
+        else:
+            continue
+        trainer.shrink()  # outside the handler, whose traceback holds the tensors
+        pipe.send(("done", None))
 
 
 def _die_with_parent() -> None:

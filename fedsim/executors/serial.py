@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fedsim.errors import ClientError
+from fedsim.errors import ClientError, OutOfMemory, is_out_of_memory
 from fedsim.params import Layout, Params
-from fedsim.types import Pack, Report, Scores, Scoring, Task
+from fedsim.types import Engine, Measured, Pack, Report, Scores, Scoring, Task
 
 
 class Trainer(Protocol):
@@ -19,23 +19,41 @@ class Trainer(Protocol):
 
     layout: Layout
 
-    def train(
-        self, pack: Pack, weights: Tensor, server: Params, out: Tensor, on_task: Callable[[Task], None]
-    ) -> Report:
+    def train(self, pack: Pack, weights: Tensor, server: Params, out: Tensor) -> Report:
         """Train a pack and leave its partial sum in `out`."""
         ...
 
-    def score(self, request: Scoring, weights: Tensor) -> Scores:
-        """Score the global parameters, or those of a record."""
+    def score(self, request: Scoring, weights: Tensor) -> list[Scores]:
+        """Score the global parameters, or those of records."""
+        ...
+
+    def measure(self, rows: Sequence[Any], weights: Tensor) -> Measured:
+        """What a pass over these rows takes."""
+        ...
+
+    def configure(self, engine: Engine) -> None:
+        """Train like this from now on."""
+        ...
+
+    def shrink(self) -> None:
+        """Free what lanes hold."""
+        ...
+
+    def peak(self) -> int:
+        """Highest memory in use so far, in bytes."""
         ...
 
 
-MakeTrainer = Callable[[torch.device], Trainer]
+MakeTrainer = Callable[[torch.device, Engine], Trainer]
 
 
-def client_failed(task: Task | None, device: str, trace: str) -> ClientError:
-    """The error of a client: round and id first, then its own traceback."""
-    who = "a scoring pass" if task is None else f"round {task.round}, client {task.name}"
+def client_failed(tasks: Sequence[Task], device: str, trace: str) -> ClientError:
+    """The error of a pack: round and ids first, then its own traceback."""
+    who = "a scoring pass"
+    if tasks:
+        names = [t.name for t in tasks]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        who = f"round {tasks[0].round}, client{'s' if len(names) > 1 else ''} {', '.join(names[:8])}{more}"
     return ClientError(f"{who} failed on {device}; its traceback:\n{trace}")
 
 
@@ -43,7 +61,7 @@ class SerialExecutor:
     """Runs everything on one device in this process.
 
     Args:
-        make_trainer: device -> trainer.
+        make_trainer: (device, engine) -> trainer.
         device: where.
         threads: CPU threads while it runs; the process's own number is restored afterwards.
     """
@@ -54,11 +72,11 @@ class SerialExecutor:
         self._before: int | None = None
         self._trainer: Trainer | None = None
 
-    def start(self, layout: Layout, server: Layout) -> None:
+    def start(self, layout: Layout, server: Layout, engine: Engine) -> None:
         """Make the trainer and the buffers: global parameters `weights`, the server's state, and one partial sum."""
         self._before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        self._trainer = self._make(self.device)
+        self._trainer = self._make(self.device, engine)
         assert self._trainer.layout == layout, "the trainer's parameters are not those the run was started with"
         self.weights, self._server = layout.empty(self.device), server.empty(self.device)
         self._server_layout = server
@@ -74,24 +92,45 @@ class SerialExecutor:
 
         Raises:
             ClientError: where a client's training raised.
+            OutOfMemory: where a pack did not fit.
         """
         server = self._server_layout.views(self._server)
-        current: list[Task] = []
         for pack in packs:
             try:
-                report = self._trainer.train(pack, self.weights, server, self._slot, current.append)
+                report = self._trainer.train(pack, self.weights, server, self._slot)
             except Exception as error:
-                raise client_failed(
-                    current[-1] if current else None, str(self.device), traceback.format_exc()
-                ) from error
+                if not is_out_of_memory(error):
+                    raise client_failed(pack.tasks, str(self.device), traceback.format_exc()) from error
+                report = None
+            if report is None:  # outside the handler, whose traceback holds the tensors
+                self._trainer.shrink()
+                raise OutOfMemory(str(self.device))
             yield report, self._slot
 
-    def score(self, requests: Sequence[Scoring]) -> list[Scores]:
+    def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
         """Score each request, in order."""
         try:
             return [self._trainer.score(request, self.weights) for request in requests]
         except Exception as error:
-            raise client_failed(None, str(self.device), traceback.format_exc()) from error
+            raise client_failed([], str(self.device), traceback.format_exc()) from error
+
+    def measure(self, rows: Sequence[Any]) -> Measured | None:
+        """What a pass over these rows (one array a lane) takes at the global parameters; None if it does not fit."""
+        try:
+            return self._trainer.measure(rows, self.weights)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise client_failed([], str(self.device), traceback.format_exc()) from error
+        self._trainer.shrink()
+        return None
+
+    def configure(self, engine: Engine) -> None:
+        """Train like this from now on."""
+        self._trainer.configure(engine)
+
+    def peaks(self) -> list[int]:
+        """Highest memory in use so far, in bytes, by worker."""
+        return [self._trainer.peak()]
 
     def close(self) -> None:
         """Free the model and restore the number of threads; may be called twice."""

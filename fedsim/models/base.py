@@ -263,12 +263,17 @@ _SHIFTED = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-pr
 _SHIFTED |= {"data2vec-text", "xmod", "ibert", "bertweet"}
 
 
+def position_offset(config: Any) -> int:
+    """The position of a row's first token."""
+    return config.pad_token_id + 1 if config.model_type in _SHIFTED else 0
+
+
 def max_positions(config: Any) -> int | None:
     """Longest input in tokens, where the config says so."""
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
         value = getattr(config, key, None)
         if isinstance(value, int) and value > 0:
-            return value - (config.pad_token_id + 1 if config.model_type in _SHIFTED else 0)
+            return value - position_offset(config)
     return None
 
 

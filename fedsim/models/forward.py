@@ -1,19 +1,26 @@
-"""The forward pass that trainers and evaluators share: logits at the scored positions only.
+"""One model in padded batches, as PEFT and transformers run it: the reference, and what takes any method and any base.
 
 The output head of a language model is a fifth of a small one's work, and most of its rows belong to prompts and padding.
-A hook in front of the head picks the positions that are scored, whatever the architecture.
+A hook in front of the head picks the positions that are scored, whatever the architecture. `StackedNet` has the same
+methods for K lanes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.data.batches import Batch
+from fedsim.data.batches import Batch, collate, pad
+from fedsim.data.tokens import Tokens
+from fedsim.models.adapters import trained
+from fedsim.models.dropout import Draws, put_dropout
+from fedsim.params import Layout
 
 
 class Net:
@@ -38,7 +45,7 @@ class Net:
         base_dropout: bool,
         autocast: torch.dtype | None,
     ) -> None:
-        self.model, self.own, self.task, self.device = model, own, task, device
+        self.model, self.task, self.device = model, task, device
         self.base_dropout, self.autocast = base_dropout, autocast
         self._batch: Batch | None = None
         self._training: bool | None = None
@@ -52,6 +59,10 @@ class Net:
         if head is not None:
             hook = self._pick_positions if task == "causal_lm" else self._pick_last
             head.register_forward_pre_hook(hook)
+        self.draws = Draws()
+        self._drops = put_dropout(model, own, head if task == "causal_lm" else None, self.draws)
+        self.own = [*own, *self._drops]
+        self.layout = Layout.of(trained(model))
 
     def train(self, on: bool) -> None:
         """Switch dropout on or off: the adapter's own, and the base's only where asked."""
@@ -62,10 +73,75 @@ class Net:
         for module in self.own:
             module.training = on
 
-    def logits(self, batch: Batch) -> Tensor:
+    @property
+    def drops(self) -> bool:
+        """Whether layers draw by lanes in the pass that comes."""
+        return bool(self._drops and self._training)
+
+    def bind(self, weights: Tensor, grad: Tensor | None) -> None:
+        """Use these weights from now on.
+
+        Args:
+            weights: `[1, N]`, read in place.
+            grad: `[1, N]`, gradients are added here; None where nothing is trained.
+        """
+        views = self.layout.views(weights[0])
+        grads = None if grad is None else self.layout.views(grad[0])
+        for name, parameter in trained(self.model).items():
+            parameter.data = views[name]
+            parameter.grad = None if grads is None else grads[name]
+
+    def show(self, lane: int) -> None:
+        """Put a lane's weights into the model itself; they are there."""
+
+    def begin(self, seeds: Sequence[int]) -> None:
+        """A client begins: its stream of dropout, for the layers that draw by lanes."""
+        self.draws.begin(seeds)
+
+    def backward(self, tokens: Tokens, rows: Sequence[np.ndarray], answers: Tensor) -> tuple[Tensor, list[int]]:
+        """Add the gradient of the mean loss.
+
+        Args:
+            tokens: the training split.
+            rows: row numbers of the pass, one array.
+            answers: scored positions of the whole optimiser step, `[1]`.
+
+        Returns:
+            Sum of the negative log-likelihood over `answers`, in nats, `[1]`; and tokens computed, pads included.
+        """
+        batch = collate(tokens, rows[0])
+        computed = batch.input_ids.numel()
+        batch = batch.to(self.device)
+        loss = F.cross_entropy(self._logits(batch), batch.targets, reduction="sum") / answers
+        loss.sum().backward()
+        return loss.detach(), [computed]
+
+    def logits(
+        self, sequences: Sequence[np.ndarray], prompts: np.ndarray | None, pad_id: int
+    ) -> tuple[Tensor, np.ndarray, Tensor]:
+        """Logits of rows.
+
+        Args:
+            sequences: tokens of each row.
+            prompts: tokens of each row's prompt, or None for a classification head.
+            pad_id: fills up the shorter rows.
+
+        Returns:
+            Logits `[1, S, V]` at scored positions (`[1, R, L]` of rows), the row of each position `[S]`, and the tokens
+            that follow there, `[S]`.
+        """
+        classes = np.zeros(len(sequences), dtype=np.int64) if prompts is None else None
+        batch = pad(sequences, [] if prompts is None else prompts, pad_id, classes)
+        rows = np.arange(len(sequences)) if prompts is None else batch.rows.numpy()
+        batch = batch.to(self.device)
+        return self._logits(batch)[None], rows, batch.targets
+
+    def _logits(self, batch: Batch) -> Tensor:
         """Causal LM: `[S, V]` at the batch's scored positions; sequence classification: `[B, L]`. At least float32."""
         context = nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
         self._batch = batch
+        if self.drops:
+            self.draws.next([int(batch.lengths.sum())], [len(batch.targets)], batch.attention_mask.bool())
         try:
             with context:
                 out = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -75,10 +151,6 @@ class Net:
             shift = out.shape[1] - batch.input_ids.shape[1]  # virtual tokens stand in front
             out = out[0] if self._picks else out[batch.rows, batch.cols + shift]
         return out if out.dtype == torch.float64 else out.float()
-
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """Sum of the negative log-likelihood over the answer tokens (or rows) of the batch, in nats; a scalar."""
-        return F.cross_entropy(self.logits(batch), batch.targets, reduction="sum")
 
     def _pick_positions(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._batch is None:

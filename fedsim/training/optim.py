@@ -48,12 +48,13 @@ class FlatOptimizer:
 
     Args:
         optim: hyperparameters.
-        flat: the parameters, `[N]`; updated in place.
-        grad: their gradient, `[N]`; filled by the backward pass.
+        flat: the parameters, `[1, N]`; updated in place.
+        grad: their gradient, `[1, N]`; filled by the backward pass.
     """
 
     def __init__(self, optim: Optim, flat: Tensor, grad: Tensor) -> None:
         self.optim = optim
+        flat, grad = flat[0], grad[0]
         self.parameter = nn.Parameter(flat, requires_grad=True)
         self.parameter.grad = grad
         self.moments = [torch.zeros_like(flat) for _ in range(optim.num_moments)]
@@ -73,10 +74,11 @@ class FlatOptimizer:
                 [self.parameter], lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused
             )
 
-    def reset(self, steps_done: int, moments: Tensor | None) -> None:
+    def reset(self, lane: int, steps_done: int, moments: Tensor | None) -> None:
         """Begin a client's round: fresh, or with the moments of its `steps_done` steps so far.
 
         Args:
+            lane: 0.
             steps_done: optimiser steps behind these moments; AdamW's bias correction needs the count.
             moments: the moments end to end, `[num_moments * N]`, or None for a fresh start.
         """
@@ -94,9 +96,77 @@ class FlatOptimizer:
         elif self.moments:
             state.update(momentum_buffer=self.moments[0])
 
-    def step(self, lr: float) -> None:
-        """Clip the gradient to the norm limit and take one step."""
+    def kept(self, lane: int) -> list[Tensor]:
+        """The moments, each `[N]`."""
+        return self.moments
+
+    def step(self, rates: list[float]) -> None:
+        """Clip the gradient to the norm limit and take one step with this one learning rate."""
+        (lr,) = rates
         if self.optim.clip is not None:
             nn.utils.clip_grad_norm_([self.parameter], self.optim.clip)
         self.torch.param_groups[0]["lr"] = lr
         self.torch.step()
+
+
+class LaneOptimizer:
+    """AdamW or SGD on K vectors at once, each with its own rate, step count, norm limit and moments.
+
+    The rules are elementwise, so K rows of one tensor take a step as K optimisers would; torch's own take one rate for a
+    tensor, and a loop over K of them is most of a small model's time. AdamW: Loshchilov and Hutter, ICLR 2019, algorithm
+    2, in the order of operations of torch.optim.
+
+    Args:
+        optim: hyperparameters.
+        flat: the parameters, `[K, N]`; updated in place.
+        grad: their gradients, `[K, N]`.
+    """
+
+    def __init__(self, optim: Optim, flat: Tensor, grad: Tensor) -> None:
+        self.optim, self.flat, self.grad = optim, flat, grad
+        self.moments = [torch.zeros_like(flat) for _ in range(optim.num_moments)]
+        self.steps = [0] * len(flat)
+
+    def reset(self, lane: int, steps_done: int, moments: Tensor | None) -> None:
+        """Begin a client's round in a lane; see `FlatOptimizer.reset`."""
+        size = self.flat.shape[1]
+        for i, moment in enumerate(self.moments):
+            if moments is None:
+                moment[lane].zero_()
+            else:
+                moment[lane].copy_(moments[i * size : (i + 1) * size])
+        self.steps[lane] = steps_done if moments is not None else 0
+
+    def kept(self, lane: int) -> list[Tensor]:
+        """A lane's moments, each `[N]`."""
+        return [m[lane] for m in self.moments]
+
+    def step(self, rates: list[float]) -> None:
+        """Clip and step the first `len(rates)` lanes, each with its own learning rate; the others keep every bit."""
+        k, o = len(rates), self.optim
+        p, g = self.flat[:k], self.grad[:k]
+        if o.clip is not None:
+            norms = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+            g.mul_((o.clip / (norms + 1e-6)).clamp_(max=1.0))
+        lr = self._column(rates)
+        if o.optimizer == "adamw":
+            (b1, b2), (m, v) = o.betas, (x[:k] for x in self.moments)
+            counts = [self.steps[i] + 1 for i in range(k)]
+            p.mul_(1 - lr * o.weight_decay)
+            m.lerp_(g, 1 - b1)
+            v.mul_(b2).addcmul_(g, g, value=1 - b2)
+            root = v.sqrt().div_(self._column([math.sqrt(1 - b2**t) for t in counts])).add_(o.eps)
+            p.sub_(m.div(root).mul_(self._column([r / (1 - b1**t) for r, t in zip(rates, counts, strict=True)])))
+        else:
+            if o.weight_decay:
+                g.add_(p, alpha=o.weight_decay)
+            if self.moments:
+                m = self.moments[0][:k]
+                m.mul_(o.momentum).add_(g)  # from zero, so that the first step's is the gradient, as torch's
+                g = m
+            p.sub_(g * lr)
+        for i in range(k):
+            self.steps[i] += 1
+
+    def _column(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=self.flat.dtype, device=self.flat.device)[:, None]

@@ -1,0 +1,519 @@
+"""K adapters over one frozen base, trained in one forward and backward pass.
+
+The base sees the rows of all lanes end to end (`fedsim.data.stream`). PEFT's own layers run as they are; only the leaves
+that are trained - linear layers, IA3's vectors, the embedding of a prompt - are exchanged for K stacked sets of weights,
+batched products in which lane k touches its own rows alone. So names, target rules, scales and the order of operations
+stay PEFT's, and a new method whose trained leaves are linear layers packs without a line of code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fedsim.data.stream import Span, Stream, stream, stream_of
+from fedsim.data.tokens import Tokens
+from fedsim.errors import UserError
+from fedsim.models import flat
+from fedsim.models.adapters import trained
+from fedsim.models.base import position_offset
+from fedsim.models.flat import Unsuitable
+from fedsim.models.forward import Net
+from fedsim.params import Layout
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+
+
+class Lanes:
+    """What the exchanged layers look at while a pass is under way.
+
+    Attributes:
+        stream: the rows of the pass; None outside a pass, when every layer is PEFT's own again.
+        prefix: keys and values in front of each row, `[K, V, layers, 2, H, d]`; None but for prefix tuning.
+    """
+
+    def __init__(self) -> None:
+        self.stream: Stream | None = None
+        self.prefix: Tensor | None = None
+        self.prompt: Span | None = None
+        self._rows: Tensor | None = None
+        self._last: tuple[Tensor, Span, Tensor] | None = None
+
+    def begin(self, rows: Stream) -> None:
+        """A pass begins."""
+        self.stream, self.prefix, self._rows, self._last = rows, None, None, None
+
+    def end(self) -> None:
+        """It is over, its backward pass too."""
+        self.stream = self.prefix = self._rows = self._last = None
+
+    def span(self, kind: str) -> Span:
+        """How the positions that a layer sees divide into lanes: those of tokens, rows, scored or prompt."""
+        return self.prompt if kind == "prompt" else getattr(self.stream, kind)
+
+    def split(self, x: Tensor, span: Span) -> Tensor:
+        """`[..., D]` -> `[K, L, D]`; layers side by side on one input (query, key, value) share the result."""
+        if self._last is not None and self._last[0] is x and self._last[1] is span:
+            return self._last[2]
+        out = span.split(x.reshape(-1, x.shape[-1]))
+        if span.index is not None:
+            self._last = (x, span, out)
+        return out
+
+    def prefix_of(self, module: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in front of these rows in an attention layer, each `[R, H, V, d]`."""
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise Unsuitable("its attention layers have no numbers, which prefix tuning needs")
+        if self._rows is None:  # [K, ...] -> [all rows, ...], by a join whose backward pass sums over a lane's rows
+            span, k = self.stream.rows, self.prefix.shape[0]
+            wide = self.prefix.reshape(k, 1, -1).expand(-1, span.longest, -1)
+            self._rows = span.join(wide).reshape(-1, *self.prefix.shape[1:])
+        both = self._rows[:, :, layer].index_select(0, rows).permute(2, 0, 3, 1, 4)  # [2, R, H, V, d]
+        return both[0], both[1]
+
+
+class StackedNet:
+    """A model with K sets of trained weights.
+
+    Args:
+        model: from `attach`, on its device; changed in place: it is PEFT's again outside a pass.
+        own: the adapter's modules.
+        task: causal_lm | sequence_classification.
+        device: where the model lies.
+
+    Raises:
+        Unsuitable: if the method or the base cannot be packed; the text says why.
+    """
+
+    def __init__(self, model: nn.Module, own: list[nn.Module], *, task: str, device: torch.device) -> None:
+        self.model, self.task, self.device = model, task, device
+        self.plain = Net(model, own, task=task, device=device, base_dropout=False, autocast=None)
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        params = trained(model)
+        self.layout = Layout.of(params)
+        self.offset = position_offset(self.base.config)
+        self.virtual, self.prefix = 0, 0
+        self._leaves: dict[str, Tensor] = {}
+        self._names = {id(p): n for n, p in params.items()}
+        self._own_params = params
+        self._lanes = Lanes()
+        self._head_out: Tensor | None = None
+        self._recomputed: list[nn.Module] = []
+        self._checkpointing = False
+        self._fast = False
+        self._undo: list[Callable[[], Any]] = []
+        if reason := _cannot_pack(self.base, task):
+            raise Unsuitable(reason)
+        flat.register()
+        self.draws = self.plain.draws
+        try:
+            self._stack_prompt()
+            self._stack_layers()
+            self._hook_head()
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the model back as it was."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo = []
+
+    # --------------------------------------------------------------------------------------------- lanes
+
+    @property
+    def lanes(self) -> int:
+        """K, lanes bound at the moment."""
+        return self._count
+
+    def bind(self, weights: Tensor, grad: Tensor | None) -> None:
+        """Use these weights from now on.
+
+        Args:
+            weights: `[K, N]`, a row a lane; read in place.
+            grad: `[K, N]`, gradients are added here; None where nothing is trained.
+        """
+        self._count = len(weights)
+        self._leaves = {n: v.detach().requires_grad_(grad is not None) for n, v in self.layout.lanes(weights).items()}
+        self._grads = None if grad is None else list(self.layout.lanes(grad).values())
+
+    def show(self, lane: int) -> None:
+        """Put a lane's weights into the model itself, for what works on one model: generation."""
+        with torch.no_grad():
+            for name, parameter in self._own_params.items():
+                parameter.copy_(self._leaves[name][lane])
+
+    def begin(self, seeds: Sequence[int]) -> None:
+        """A pack begins: streams of dropout, one a lane."""
+        self.draws.begin(seeds)
+
+    def checkpoint(self, on: bool) -> None:
+        """Compute each layer's activations a second time instead of keeping them, or not.
+
+        Raises:
+            UserError: if the architecture has no layers that can be.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        if on and not self._recomputed:
+            for module in self.base.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    self._recomputed.append(module)
+                    self._replace(module, self._recompute(module.forward))
+            if not self._recomputed:
+                kind = self.base.config.model_type
+                raise UserError(
+                    f"training.checkpointing: true, but the layers of this base ({kind}) cannot be computed twice"
+                )
+        self._checkpointing = on
+
+    def _recompute(self, original: Callable) -> Callable:
+        def forward(*args: Any, **keys: Any) -> Any:
+            if self._checkpointing and self._lanes.stream is not None and torch.is_grad_enabled():
+                return checkpoint(original, *args, use_reentrant=False, **keys)
+            return original(*args, **keys)
+
+        return forward
+
+    def train(self, on: bool) -> None:
+        """Switch the adapter's own dropout on or off; the base's is always off."""
+        self.plain.train(on)
+
+    # -------------------------------------------------------------------------------------------- passes
+
+    def backward(self, tokens: Tokens, rows: Sequence[np.ndarray], answers: Tensor) -> tuple[Tensor, list[int]]:
+        """Add the gradient of each lane's own mean loss.
+
+        Args:
+            tokens: the training split.
+            rows: row numbers of the pass, one array a lane; some may be empty.
+            answers: scored positions of each lane's whole optimiser step, `[K]`.
+
+        Returns:
+            Sums of the negative log-likelihood over `answers`, in nats, `[K]`; and tokens computed, by lane.
+        """
+        with self._pass(stream_of(tokens, rows, **self._keys())) as rows_of:
+            logits = self._logits(rows_of)
+            nll = F.cross_entropy(logits, rows_of.targets, reduction="none")
+            loss = rows_of.scored.split(nll[:, None]).sum(dim=(1, 2)) / answers
+            # Asked for, not left in `.grad`: the views of a [K, N] tensor have strides that autograd would copy around.
+            found = torch.autograd.grad(loss.sum(), list(self._leaves.values()))
+        torch._foreach_add_(self._grads, found)
+        computed = list(rows_of.tokens.sizes)
+        return loss.detach(), computed
+
+    def logits(
+        self, sequences: Sequence[np.ndarray], prompts: np.ndarray | None, pad_id: int
+    ) -> tuple[Tensor, np.ndarray, Tensor]:
+        """The same rows under each lane's weights.
+
+        Args:
+            sequences: tokens of each row.
+            prompts: tokens of each row's prompt, or None for a classification head.
+            pad_id: not looked at.
+
+        Returns:
+            Logits `[K, S, V]` at scored positions (`[K, R, L]` of rows), the row of each position `[S]`, and the tokens
+            that follow there, `[S]`.
+        """
+        k = self._count
+        lengths = np.tile([len(s) for s in sequences], k)
+        batch = stream(
+            np.tile(np.concatenate(sequences), k),
+            lengths,
+            [len(sequences)] * k,
+            prompts=None if prompts is None else np.tile(prompts, k),
+            targets=np.zeros(len(lengths), dtype=np.int64) if prompts is None else None,
+            **self._keys(),
+        )
+        with self._pass(batch):
+            out = self._logits(batch)
+        out = out.view(k, -1, out.shape[-1])
+        return out, batch.row_of[: out.shape[1]], batch.targets[: out.shape[1]]
+
+    def _keys(self) -> dict[str, Any]:
+        keys = {"virtual": self.virtual, "offset": self.offset + self.prefix, "device": self.device}
+        return keys | {"round_up": self._fast and self.device.type == "cpu"}
+
+    @contextmanager
+    def _pass(self, rows: Stream) -> Any:
+        config = self.base.config
+        before = config._attn_implementation
+        try:
+            config._attn_implementation = flat.ATTENTION
+            self._lanes.begin(rows)
+            if self.plain.drops:
+                *front, last = rows.tokens.sizes
+                self.draws.next([*front, last - rows.filled], rows.scored.sizes)
+            yield rows
+        finally:
+            self._lanes.end()
+            self._head_out = None
+            config._attn_implementation = before
+
+    def _logits(self, rows: Stream) -> Tensor:
+        """`[S, V]`, or `[R, L]` under a classification head; at least float32."""
+        inputs: dict[str, Tensor] = {"input_ids": rows.ids[None]}
+        if self._prompts is not None:
+            made = self._prompts()  # [K, V, D], or all that a prefix holds
+            if self.prefix:
+                self._lanes.prefix = made
+            else:
+                inputs = {"inputs_embeds": self._with_prompt(rows, made)[None]}
+        out = self.base(**inputs, position_ids=rows.positions[None], use_cache=False).logits
+        if self._head_out is not None:
+            out = self._head_out
+        out = out.reshape(-1, out.shape[-1])
+        return out if out.dtype == torch.float64 else out.float()
+
+    def _with_prompt(self, rows: Stream, prompts: Tensor) -> Tensor:
+        """`[N, D]`: embedded tokens, and in front of each row its lane's virtual tokens."""
+        embedded = self.base.get_input_embeddings()(rows.ids)
+        k, v, d = prompts.shape
+        wide = prompts.reshape(k, 1, v * d).expand(-1, rows.rows.longest, -1)
+        each = rows.rows.join(wide).reshape(-1, d)  # [R V, D]
+        return embedded.index_copy(0, rows.virtual, each.to(embedded.dtype))
+
+    # ------------------------------------------------------------------------------------------ stacking
+
+    def _leaf(self, parameter: nn.Parameter) -> Callable[[], Tensor]:
+        name = self._names[id(parameter)]
+        return lambda: self._leaves[name]  # looked up at each use: `bind` exchanges it
+
+    def _replace(self, layer: nn.Module, forward: Callable) -> None:
+        layer.forward = forward
+        self._undo.append(lambda: layer.__dict__.pop("forward", None))
+
+    def _stack_prompt(self) -> None:
+        """Prompt methods of PEFT: what makes the virtual tokens is stacked here, and put in front of rows by us."""
+        self._prompts: Callable[[], Tensor] | None = None
+        configs = getattr(self.model, "peft_config", {})
+        config = configs.get("default") if configs else None
+        if config is None or not config.is_prompt_learning:
+            return
+        encoder = self.model.prompt_encoder["default"]
+        method = config.peft_type.value
+        table = self._leaf(encoder.embedding.weight)
+        if method == "PROMPT_TUNING":
+            head: nn.Module = nn.Identity()
+        elif method == "P_TUNING" and config.encoder_reparameterization_type == "MLP":
+            head = encoder.mlp_head
+        elif method == "PREFIX_TUNING":
+            head = encoder.transform if config.prefix_projection else nn.Identity()
+        else:
+            raise Unsuitable(f"its prompts are made by {type(encoder).__name__}, which has no stacked form")
+        count = config.num_virtual_tokens
+
+        def make() -> Tensor:
+            tokens = table()  # [K, V, D]
+            self._lanes.prompt = Span((count,) * len(tokens))
+            return head(tokens.reshape(-1, tokens.shape[-1])).view(len(tokens), count, -1)
+
+        if method != "PREFIX_TUNING":
+            self.virtual, self._prompts = count, make
+            return
+        self._check_prefix(config)
+        heads, dtype = config.num_attention_heads, self.model.base_model_torch_dtype
+        shape = (config.num_layers, 2, heads, config.token_dim // heads)
+
+        def make_prefix() -> Tensor:
+            made = make()
+            return (made if dtype is None else made.to(dtype)).unflatten(-1, shape)  # [K, V, layers, 2, H, d]
+
+        self.prefix, self._prompts = count, make_prefix
+
+    def _check_prefix(self, config: Any) -> None:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as SPECIAL
+
+        kind = self.base.config.model_type
+        if kind in SPECIAL or kind.startswith(("gemma2", "gemma3", "gemma4")):
+            raise Unsuitable(f"PEFT shapes the prefix for {kind} in a way of its own")
+        if config.num_transformer_submodules != 1:
+            raise Unsuitable("it has an encoder and a decoder")
+
+    def _stack_layers(self) -> None:
+        lanes, left = self._lanes, dict(self._own_params)
+        backbone = getattr(self.base, self.base.base_model_prefix, self.base)
+        inside, scored = set(map(id, backbone.modules())), set()
+        for name, module in backbone.named_modules():
+            if "pooler" in name.split("."):
+                inside -= set(map(id, module.modules()))
+        if self.task == "causal_lm":
+            scored = set(map(id, self.base.get_output_embeddings().modules()))
+        prompts = getattr(self.model, "prompt_encoder", None)
+        in_prompt = set(map(id, prompts.modules())) if prompts is not None else set()
+
+        def kind_of(module: nn.Module) -> str:
+            if id(module) in in_prompt:
+                return "prompt"
+            if id(module) in scored:
+                return "scored"
+            return "rows" if self.task != "causal_lm" and id(module) not in inside else "tokens"
+
+        if prompts is not None:
+            left.pop(self._names[id(prompts["default"].embedding.weight)])
+        for module in self.model.modules():
+            module.fedsim_lanes = lanes
+            self._undo.append(lambda m=module: m.__dict__.pop("fedsim_lanes", None))
+            own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            if hasattr(module, "ia3_l") and "default" in module.ia3_l:
+                self._stack_ia3(module, kind_of(module))
+                left.pop(self._names[id(module.ia3_l["default"])])
+            elif own and type(module) is nn.Linear and all(p.requires_grad for p in module.parameters()):
+                self._stack_linear(module, kind_of(module))
+                for p in own:
+                    left.pop(self._names[id(p)])
+            elif not own and (fast := flat.fast_frozen(module)):
+                self._fast = True
+                original = module.forward
+                self._replace(
+                    module, lambda x, fast=fast, slow=original: fast(x) if lanes.stream is not None else slow(x)
+                )
+        if left:
+            name = next(iter(left))
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            raise Unsuitable(f"it trains {name} in a {type(owner).__name__}, which has no stacked form")
+
+    def _stack_linear(self, layer: nn.Linear, kind: str) -> None:
+        """K weights `[K, O, I]` and biases `[K, O]` in place of one; `[..., I]` -> `[..., O]`."""
+        lanes, original = self._lanes, layer.forward
+        weight = self._leaf(layer.weight)
+        bias = None if layer.bias is None else self._leaf(layer.bias)
+
+        def forward(x: Tensor) -> Tensor:
+            if lanes.stream is None:
+                return original(x)
+            span, w, b = lanes.span(kind), weight(), None if bias is None else bias()
+            if flat.worth_a_loop(x, w, span):
+                return flat.LaneLinear.apply(x.reshape(-1, x.shape[-1]), w, b, span.sizes).view(*x.shape[:-1], -1)
+            split, turned = lanes.split(x, span), w.transpose(1, 2)  # [K, L, I], [K, I, O]
+            y = split @ turned if b is None else torch.baddbmm(b[:, None], split, turned)
+            return span.join(y).view(*x.shape[:-1], -1)
+
+        self._replace(layer, forward)
+
+    def _stack_ia3(self, layer: nn.Module, kind: str) -> None:
+        """K vectors in place of one: they scale the input of a feed-forward layer, the output of others; as PEFT does."""
+        lanes, original, base_layer = self._lanes, layer.forward, layer.base_layer
+        vector = self._leaf(layer.ia3_l["default"])
+
+        def scale(x: Tensor) -> Tensor:
+            span, own = lanes.span(kind), vector()
+            y = lanes.split(x.to(own.dtype), span) * own.reshape(len(own), 1, -1)
+            return span.join(y).view(x.shape).to(x.dtype)
+
+        def forward(x: Tensor, *args: Any, **keys: Any) -> Tensor:
+            if lanes.stream is None:
+                return original(x, *args, **keys)
+            return base_layer(scale(x)) if layer.is_feedforward else scale(base_layer(x))
+
+        self._replace(layer, forward)
+
+    # ---------------------------------------------------------------------------------------------- head
+
+    def _hook_head(self) -> None:
+        base, add = self.base, lambda handle: self._undo.append(handle.remove)
+        if self.task == "causal_lm":
+            add(base.get_output_embeddings().register_forward_pre_hook(self._pick_scored))
+            return
+        backbone = getattr(base, base.base_model_prefix, None)
+        score = getattr(base, "score", None)
+        if score is not None:
+            add(score.register_forward_pre_hook(self._pick_last))
+            add(score.register_forward_hook(self._keep_logits))
+            return
+        if backbone is None or backbone is base:
+            raise Unsuitable("its classification head cannot be told from its body")
+        add(backbone.register_forward_hook(self._first_of_rows))
+        if isinstance(getattr(backbone, "pooler", None), nn.Module):
+            add(backbone.pooler.register_forward_pre_hook(self._pick_first))
+
+    def _pick_scored(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        rows = self._lanes.stream
+        return None if rows is None else (args[0][0].index_select(0, rows.at)[None], *args[1:])  # [1, S, D]
+
+    def _pick_last(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        rows = self._lanes.stream
+        if rows is None:
+            return None
+        hidden = args[0][0].index_select(0, rows.last)[None]  # [1, R, D]
+        dtype = next(p for p in module.parameters() if p.is_floating_point()).dtype
+        return (hidden.to(dtype), *args[1:])
+
+    def _keep_logits(self, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+        rows = self._lanes.stream
+        if rows is None:
+            return None
+        self._head_out = out
+        # What follows in transformers picks one position of each batch row by pad id; ours are picked already.
+        return out.new_zeros(1, 1, out.shape[-1]).expand(1, len(rows.ids), -1)
+
+    def _pick_first(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        rows = self._lanes.stream
+        return None if rows is None else (args[0][0].index_select(0, rows.first)[:, None], *args[1:])  # [R, 1, D]
+
+    def _first_of_rows(self, module: nn.Module, args: Any, out: Any) -> Any:
+        """The body's output as the head wants it: a batch of rows, of which it reads the first position."""
+        rows = self._lanes.stream
+        if rows is None:
+            return None
+        hidden = out[0][0].index_select(0, rows.first)[:, None]
+        if isinstance(out, tuple):
+            return (hidden, *out[1:])
+        out["last_hidden_state"] = hidden
+        return out
+
+
+def _cannot_pack(base: nn.Module, task: str) -> str | None:
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    if any((getattr(config, key, None) or 0) > 1 for key in _EXPERTS):
+        return "it routes tokens to experts, and a router's losses and capacities couple the lanes"
+    for name, module in base.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return f"{name} takes statistics over the batch, which couples the lanes"
+    if task == "causal_lm" and base.get_output_embeddings() is None:
+        return "it has no output head that could be told from its body"
+    return None
+
+
+@torch.no_grad()
+def probe(net: StackedNet) -> None:
+    """Compare the stream with padded rows, one lane, on a few rows of random tokens.
+
+    An architecture that mixes tokens outside the attention interface, or counts positions in a way of its own, shows it
+    here, before a run would silently be wrong.
+
+    Raises:
+        Unsuitable: if the results differ by more than rounding.
+    """
+    rng = np.random.default_rng(0)
+    vocabulary = int(net.base.get_input_embeddings().weight.shape[0])
+    rows = [rng.integers(0, vocabulary, n) for n in (7, 3, 12, 7, 5)]
+    prompts = None if net.task != "causal_lm" else np.array([3, 1, 8, 6, 2])
+    pad = net.base.config.pad_token_id or 0
+    start = net.layout.fill(net.layout.empty(net.device), {n: p.detach() for n, p in net._own_params.items()})
+    net.train(False)
+    net.bind(torch.stack([start, start]), None)
+    try:
+        found, _, _ = net.logits(rows, prompts, pad)
+    except Unsuitable:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, AssertionError) as error:
+        raise Unsuitable(f"rows end to end fail in it ({' '.join(str(error).split())[:160]})") from None
+    expected = net.plain.logits(rows, prompts, pad)[0]
+    limit = {torch.float64: 1e-8, torch.float32: 1e-3}.get(net.base.dtype, 0.1)
+    for lane in found:
+        apart = float((lane - expected[0]).norm() / expected[0].norm().clamp_min(1e-12))
+        if not apart <= limit:
+            raise Unsuitable(
+                f"rows end to end give other results in it than rows alone (relative difference {apart:.1e})"
+            )

@@ -1,0 +1,204 @@
+"""How many clients train side by side: resolved once, at a run's first start, and written into `plan.json`.
+
+`lanes: auto` measures passes on the first device - the clients of round 1, their own first batches - and takes the fewest
+lanes beyond which a pass does no more tokens a second, if they fit. Bits are promised at equal lane counts, so a resume
+reads the plan and measures nothing; an explicit number depends on nothing measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedsim.errors import UserError
+from fedsim.types import Engine, Measured
+
+_GAIN = 1.05  # tokens a second that twice the lanes must bring to be worth their memory
+_PATIENCE_S = 6.0  # on the CPU, where a pass may take seconds
+_ROOM = 0.85  # share of the free memory that a plan fills
+
+
+@dataclass
+class Plan:
+    """What a run's packs are formed and trained by; `plan.json`.
+
+    Attributes:
+        threads: CPU threads of a worker.
+        packed: whether clients train in lanes; `why_not` says why they do not.
+        lanes: clients side by side, at most.
+        micro_batch: rows of a client in one pass.
+        checkpointing: activations are computed a second time.
+        memory: bytes by what for: base (once a device), lane (parameters, gradient, moments), activations (of the lanes'
+            largest pass), predicted (highest), by worker; empty where nothing was measured.
+        measured: passes on the way: lanes, tokens, seconds.
+        halved: mode, round and lanes from there on, where memory was too little.
+    """
+
+    threads: int
+    packed: bool = False
+    why_not: str | None = None
+    lanes: int = 1
+    micro_batch: int = 0
+    checkpointing: bool = False
+    memory: dict[str, int] = field(default_factory=dict)
+    measured: list[dict[str, float]] = field(default_factory=list)
+    halved: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def engine(self) -> Engine:
+        """What trainers are told."""
+        return Engine(self.packed, self.micro_batch, self.checkpointing)
+
+    def lanes_at(self, mode: str, round: int) -> int:
+        """Clients side by side in a round."""
+        return min([self.lanes, *(h["lanes"] for h in self.halved if h["mode"] == mode and h["round"] <= round)])
+
+    def halve(self, mode: str, round: int) -> int:
+        """Half the lanes from this round on; how many that are.
+
+        Raises:
+            UserError: if there is but one.
+        """
+        now = self.lanes_at(mode, round)
+        if now == 1:
+            raise UserError(
+                f"memory: round {round} ({mode}) does not fit with one lane; lower local.micro_batch (now {self.micro_batch}), "
+                "evaluate.batch_size or data.max_length, or set training.checkpointing=true"
+            )
+        self.halved.append({"mode": mode, "round": round, "lanes": now // 2})
+        return now // 2
+
+
+@dataclass
+class Packs:
+    """The packs of the first round, for the planner.
+
+    Attributes:
+        clients: most clients of a round.
+        first: lanes -> row numbers of the first pass of so many clients, one array each.
+        largest: lanes -> tokens of the largest pass of round 1.
+    """
+
+    clients: int
+    first: Callable[[int, int], list[np.ndarray]]
+    largest: Callable[[int, int], int]
+
+
+def choose_lanes(
+    plan: Plan,
+    packs: Packs,
+    measure: Callable[[Sequence[np.ndarray]], Measured | None],
+    configure: Callable[[Engine], None],
+    *,
+    workers: int,
+    lanes: int | str,
+    checkpointing: bool | str,
+    base_bytes: int,
+    free: int | None,
+    resident: int,
+    on_gpu: bool,
+) -> None:
+    """Measure, and fill in the plan: lanes, micro-batch, checkpointing, memory.
+
+    Args:
+        plan: changed in place; its `micro_batch` is the config's.
+        packs: what round 1 trains.
+        measure: a pass over these rows, one array a lane; None where it does not fit.
+        configure: tells the trainers of another micro-batch or of checkpointing.
+        workers: workers that must have something to do.
+        lanes, checkpointing: as the config says.
+        base_bytes: of the base.
+        free: bytes that a worker may still take on its device, or None where nobody knows.
+        resident: bytes that are taken whatever the lanes: on the CPU those of the process.
+        on_gpu: whether peaks are those of the GPU's allocator.
+
+    Raises:
+        UserError: if one lane does not fit however it is cut.
+    """
+    most = max(1, -(-packs.clients // workers)) if lanes == "auto" else int(lanes)
+    plan.checkpointing = checkpointing is True
+    configure(plan.engine)
+    one = _make_one_fit(plan, packs, measure, configure, may_checkpoint=checkpointing == "auto")
+    per_token = one.activations / max(1, one.tokens)
+    fixed = 0
+    if on_gpu:  # what the allocator's peak holds beside activations and lanes: the base, workspaces
+        two = measure(packs.first(min(2, most), plan.micro_batch))
+        if two is not None and two.tokens > one.tokens:
+            per_token = max(per_token, (two.peak - two.state - one.peak + one.state) / (two.tokens - one.tokens))
+        fixed = max(0, int(one.peak - one.state - per_token * one.tokens))
+
+    def predict(k: int) -> int:
+        tokens = packs.largest(k, plan.micro_batch)
+        return int((fixed if on_gpu else resident) + k * one.state / one.lanes + per_token * tokens)
+
+    def fits(k: int) -> bool:
+        return free is None or k == 1 or predict(k) - (fixed if on_gpu else resident) <= _ROOM * free
+
+    plan.lanes = min(most, packs.clients) if lanes != "auto" else _fastest(plan, packs, measure, most, fits, on_gpu)
+    state = one.state // one.lanes
+    plan.memory = {
+        "base": base_bytes,
+        "lane": state,
+        "activations": int(per_token * packs.largest(plan.lanes, plan.micro_batch)),
+        "predicted": predict(plan.lanes),
+    }
+
+
+def _make_one_fit(plan: Plan, packs: Packs, measure: Callable, configure: Callable, may_checkpoint: bool) -> Measured:
+    """One lane's pass; with checkpointing, then with ever smaller micro-batches, where it does not fit otherwise."""
+    while True:
+        one = measure(packs.first(1, plan.micro_batch))
+        if one is not None:
+            return one
+        if may_checkpoint and not plan.checkpointing:
+            plan.checkpointing = True
+        elif plan.micro_batch > 1:
+            plan.micro_batch = -(-plan.micro_batch // 2)
+        else:
+            raise UserError(
+                "memory: one row of one client does not fit on the device; lower data.max_length or use a smaller base"
+            )
+        configure(plan.engine)
+
+
+def _fastest(plan: Plan, packs: Packs, measure: Callable, most: int, fits: Callable[[int], bool], on_gpu: bool) -> int:
+    """The fewest lanes that do about as many tokens a second as any, among 1, 2, 4, ... and the most there are."""
+    measure(packs.first(1, plan.micro_batch))  # the first passes of a process also pay for what is made once
+    began, rates = time.perf_counter(), {}
+    ladder = itertools.takewhile(lambda k: k < most, (2**i for i in itertools.count()))
+    for k in [*ladder, most]:
+        late = not on_gpu and time.perf_counter() - began > _PATIENCE_S
+        if not fits(k) or late:
+            break
+        found = measure(packs.first(k, plan.micro_batch))
+        if found is None:
+            break
+        plan.measured.append({"lanes": k, "tokens": found.tokens, "seconds": round(found.seconds, 5)})
+        rates[k] = found.tokens / found.seconds
+        if rates[k] < _GAIN * max((r for j, r in rates.items() if j < k), default=0.0) and k >= 4:
+            break
+    best = max(rates.values(), default=0.0)
+    return min((k for k, r in rates.items() if r * _GAIN >= best), default=1)
+
+
+def describe(plan: Plan, device: str) -> list[str]:
+    """Lines for the user before training."""
+    if not plan.packed:
+        return [f"plan: {device}, clients one after another" + (f": {plan.why_not}" if plan.why_not else "")]
+    m = {k: f"{v / 1e6:,.1f} MB" for k, v in plan.memory.items()}
+    more = f", micro-batch {plan.micro_batch}" + (", checkpointing" if plan.checkpointing else "")
+    out = [f"plan: {device}, {plan.lanes} lane{'s' if plan.lanes > 1 else ''}{more}"]
+    if m:
+        out.append(
+            f"memory: base {m['base']} once; a lane {m['lane']} (parameters, gradient, moments); "
+            f"activations {m['activations']}; predicted peak {m['predicted']}"
+        )
+    if plan.measured:
+        tried = ", ".join(f"{p['lanes']:.0f}: {p['tokens'] / p['seconds']:,.0f}" for p in plan.measured)
+        out.append(f"tokens a second by lanes: {tried}")
+    return out

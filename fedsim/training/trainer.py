@@ -1,0 +1,435 @@
+"""The training loop: the clients of a pack side by side, each in its lane, on one device.
+
+All trained tensors of all lanes are views of one `[K, N]` tensor, so starting a pack is one copy, an optimiser step a few
+calls, and the weighted sum of the updates one product, whatever the method. With `Net` K is 1 and the model is PEFT's own
+in padded batches; with `StackedNet` K lanes share each forward and backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.aggregators import Partial, WeightedMean
+from fedsim.algorithms import Algorithm, Context
+from fedsim.data.batches import Draw
+from fedsim.data.tokens import Tokens
+from fedsim.errors import is_out_of_memory
+from fedsim.evaluation import score_rows, to_scores
+from fedsim.models.forward import Net
+from fedsim.models.stacked import StackedNet
+from fedsim.params import Layout, Params
+from fedsim.seeding import stream, stream_seed
+from fedsim.store import Store
+from fedsim.training.optim import FlatOptimizer, LaneOptimizer, Optim
+from fedsim.types import Engine, Measured, Pack, Report, Row, Scores, Scoring, Task
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a client trains and is scored; see the config's keys of the same names.
+
+    Attributes:
+        optim, draw: optimiser and batches.
+        micro_batch: rows of one forward and backward pass.
+        schedule_over: run | round.
+        horizon: explicit horizon of the schedule, or None.
+        keep_state: by mode, whether moments live on from round to round.
+        every_steps: score inside a round after so many steps since the start, or None.
+        eval_batch, generate, max_new_tokens: scoring.
+    """
+
+    optim: Optim
+    draw: Draw
+    micro_batch: int
+    schedule_over: str
+    horizon: int | None
+    keep_state: dict[str, bool]
+    every_steps: int | None
+    eval_batch: int
+    generate: bool
+    max_new_tokens: int
+
+
+def stores_of(folder: Path, algorithms: dict[str, Algorithm], params: Params, recipe: Recipe) -> dict[str, Store]:
+    """Mode -> file of client state, one record a client: the algorithm's state, then the moments where they are kept.
+
+    A record of width 0 means that the mode keeps nothing. Where nothing is merged, `best-<mode>` holds the parameters of
+    each client's chosen model.
+    """
+    size = sum(p.numel() for p in params.values())
+    dtype = next(iter(params.values())).dtype
+    out = {}
+    for mode, algorithm in algorithms.items():
+        state = sum(t.numel() for t in algorithm.init(params)[1].values())
+        moments = recipe.optim.num_moments * size if recipe.keep_state[mode] else 0
+        out[mode] = Store(folder / f"{mode}.bin", state + moments, dtype)
+        if not algorithm.merges:
+            out[f"best-{mode}"] = Store(folder / f"best-{mode}.bin", size, dtype)
+    return out
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Rows by client; row numbers, int64.
+
+    Attributes:
+        train: client -> its training rows.
+        own: client -> its own rows of the validation split, which may be none.
+        with_own: the clients that may have such rows: on these the merged model is scored.
+        everything: -> rows of the centralised client, ascending.
+    """
+
+    train: Callable[[int], np.ndarray]
+    own: Callable[[int], np.ndarray]
+    with_own: Sequence[int]
+    everything: Callable[[], np.ndarray]
+
+
+class Trainer:
+    """Trains the tasks of a pack and scores models.
+
+    Args:
+        net: the model on its device.
+        tokens: split -> arrays.
+        sites: which rows belong to whom.
+        algorithms: mode -> algorithm.
+        recipe: how to train.
+        seed: the experiment's.
+        state: folder of the files that hold client state.
+        tokenizer: for generation.
+    """
+
+    def __init__(
+        self,
+        net: Net | StackedNet,
+        tokens: dict[str, Tokens],
+        sites: Sites,
+        algorithms: dict[str, Algorithm],
+        recipe: Recipe,
+        seed: int,
+        state: Path,
+        tokenizer: object,
+    ) -> None:
+        self.net, self.tokens, self.sites, self.algorithms = net, tokens, sites, algorithms
+        self.recipe, self.seed, self.tokenizer = recipe, seed, tokenizer
+        self.layout = net.layout
+        self.aggregator = WeightedMean(self.layout)
+        example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
+        self.stores = stores_of(state, algorithms, example, recipe)
+        self._allocate(1)
+
+    def _allocate(self, lanes: int) -> None:
+        """Room for so many lanes: parameters, gradients, moments."""
+        self.optimizer = self.flat = self.grad = None  # freed before the new ones are made
+        self.flat, self.grad = (
+            torch.zeros(lanes, self.layout.numel, dtype=self.layout.dtype, device=self.net.device) for _ in range(2)
+        )
+        make = LaneOptimizer if isinstance(self.net, StackedNet) else FlatOptimizer
+        self.optimizer = make(self.recipe.optim, self.flat, self.grad)
+
+    # ------------------------------------------------------------------------------------------- training
+
+    def train(
+        self,
+        pack: Pack,
+        weights: Tensor,
+        server: Params,
+        out: Tensor,
+    ) -> Report:
+        """Train the pack's clients from the global parameters.
+
+        Args:
+            pack: whose turn it is.
+            weights: the global parameters, flat `[N]`, on this device.
+            server: the server's state.
+            out: buffer `[N]` for the weighted sum of the updates.
+        """
+        began = time.monotonic()
+        algorithm = self.algorithms[pack.mode]
+        partial = self.aggregator.zero(out) if algorithm.merges else Partial(out)
+        report = Report(pack.index)
+        with torch.random.fork_rng(devices=[self.net.device] if self.net.device.type == "cuda" else []):
+            # What draws from torch's own stream trains one client at a time: dropout of the base, or deep in a method.
+            torch.manual_seed(stream_seed(self.seed, "dropout", pack.tasks[0].name, pack.tasks[0].round))
+            self._train_lanes(pack, algorithm, weights, server, partial, report)
+        report.weight = partial.weight
+        report.seconds = time.monotonic() - began
+        return report
+
+    def _train_lanes(
+        self, pack: Pack, algorithm: Algorithm, weights: Tensor, server: Params, partial: Partial, report: Report
+    ) -> None:
+        mode, k = pack.mode, len(pack.tasks)
+        if k > len(self.flat):
+            self._allocate(k)
+        # Longest first: the lanes that still have steps to do are then always the first ones, and the rest rests.
+        batches = [self._batches(task) for task in pack.tasks]
+        order = sorted(range(k), key=lambda i: -len(batches[i]))
+        tasks, batches = [pack.tasks[i] for i in order], [batches[i] for i in order]
+        ctx = self._start(tasks, mode, algorithm, weights, server)
+        rates = [self._rate(t, len(b)) for t, b in zip(tasks, batches, strict=True)]
+        adjusts = type(algorithm).adjust_grads is not Algorithm.adjust_grads
+        loss = torch.zeros(k, dtype=torch.float64, device=self.net.device)
+        useful, computed = np.zeros(k, dtype=np.int64), np.zeros(k, dtype=np.int64)
+        inside: dict[int, list[Row]] = {}
+        self.net.begin([stream_seed(self.seed, "dropout", t.name, t.round) for t in tasks])
+        bound = 0
+        for i in range(len(batches[0])):
+            active = sum(len(b) > i for b in batches)
+            if active != bound:
+                self.net.train(True)
+                self.net.bind(self.flat[:active], self.grad[:active])
+                bound = active
+            step_loss, step_useful, step_computed = self._backward([b[i] for b in batches[:active]])
+            if adjusts:
+                own = Context(ctx.round, ctx.weights, server, {n: t[:active] for n, t in ctx.client.items()})
+                views = (self.layout.lanes(x[:active]) for x in (self.grad, self.flat))
+                algorithm.adjust_grads(*views, own)
+            self.optimizer.step([rate(i) for rate in rates[:active]])
+            loss[:active] += step_loss
+            useful[:active] += step_useful
+            computed[:active] += step_computed
+            due = [j for j in range(active) if self._is_due(tasks[j], i + 1) and i + 1 < len(batches[j])]
+            if due:
+                for j, rows in zip(due, self._score_lanes(due, [tasks[j] for j in due], mode, i + 1), strict=True):
+                    inside.setdefault(j, []).extend(rows)
+                bound = 0
+        self._finish(tasks, [len(b) for b in batches], mode, algorithm, ctx, partial, report)
+        ends = [j for j in range(k) if tasks[j].evaluate or self._is_due(tasks[j], len(batches[j]))]
+        scored = self._score_lanes(ends, [tasks[j] for j in ends], mode, [len(batches[j]) for j in ends])
+        final = dict(zip(ends, scored, strict=True))
+        losses = loss.tolist()
+        for j in sorted(range(k), key=lambda j: order[j]):  # rows in the pack's order
+            task, steps = tasks[j], len(batches[j])
+            name, done = None if mode == "central" else task.name, task.steps_done + steps
+            report.rows += inside.get(j, [])
+            train = {"loss": (losses[j] / max(1, steps), float(steps)), "tokens": (float(useful[j]), 1.0)}
+            train["computed_tokens"] = (float(computed[j]), 1.0)
+            report.rows += [Row(task.round, done, mode, name, "train", n, v, w) for n, (v, w) in train.items()]
+            report.rows += final.get(j, [])
+        report.tokens += int(useful.sum())
+        report.computed += int(computed.sum())
+
+    def _rate(self, task: Task, steps: int) -> Callable[[int], float]:
+        """Step of the round, from 0 -> learning rate."""
+        over_run, optim = self.recipe.schedule_over == "run", self.recipe.optim
+        start = task.schedule_from if over_run else 0
+        horizon = self.recipe.horizon or (task.horizon if over_run else steps)
+        return lambda i: optim.lr_at(start + i, horizon)
+
+    def _is_due(self, task: Task, steps: int) -> bool:
+        every = self.recipe.every_steps
+        return bool(every) and (task.steps_done + steps) % every == 0
+
+    def _batches(self, task: Task) -> list[np.ndarray]:
+        rows = self.sites.everything() if task.client < 0 else self.sites.train(task.client)
+        return self.recipe.draw.batches(rows, stream(self.seed, "batches", task.name, task.round), task.steps)
+
+    def _start(
+        self, tasks: Sequence[Task], mode: str, algorithm: Algorithm, weights: Tensor, server: Params
+    ) -> Context:
+        """Fill the lanes with what their clients start from; what the algorithm may look at."""
+        views = self.layout.views(weights)
+        template = algorithm.init(views)[1]
+        states = []
+        for lane, task in enumerate(tasks):
+            state, moments = self._load(task, mode, template)
+            states.append(template if state is None else state)
+            self.optimizer.reset(lane, task.steps_done, moments if self.recipe.keep_state[mode] else None)
+        ctx = Context(tasks[0].round, views, server, {n: torch.stack([s[n] for s in states]) for n in template})
+        start = algorithm.start(ctx)
+        for name, view in self.layout.lanes(self.flat[: len(tasks)]).items():
+            view.copy_(start[name])
+        return ctx
+
+    def _finish(
+        self,
+        tasks: Sequence[Task],
+        steps: Sequence[int],
+        mode: str,
+        algorithm: Algorithm,
+        ctx: Context,
+        partial: Partial,
+        report: Report,
+    ) -> None:
+        """Add the updates to the sum, and keep what the clients keep."""
+        update, state = algorithm.client_update(self.layout.lanes(self.flat[: len(tasks)]), ctx)
+        if algorithm.merges:
+            self.aggregator.add(partial, update, [t.weight for t in tasks])
+        for lane, task in enumerate(tasks):
+            report.steps[task.client] = steps[lane]
+            if task.write >= 0:
+                parts = [t[lane].reshape(-1) for t in state.values()]
+                self.stores[mode].write(
+                    task.write, *parts, *(self.optimizer.kept(lane) if self.recipe.keep_state[mode] else [])
+                )
+
+    def _backward(self, batches: Sequence[np.ndarray]) -> tuple[Tensor, list[int], np.ndarray]:
+        """Gradient of each lane's mean loss over all answer tokens of its batch, into `self.grad`.
+
+        Returns:
+            Those losses `[k]`, tokens trained on and tokens computed, by lane.
+        """
+        tokens, size, k = self.tokens["train"], self.recipe.micro_batch, len(batches)
+        self.grad[:k].zero_()
+        if any(size < len(b) for b in batches):  # like lengths together: less padding, the same sum
+            batches = [b[np.argsort(tokens.lengths_of(b), kind="stable")] for b in batches]
+        every = np.concatenate(batches)
+        lane_of = np.repeat(np.arange(k), [len(b) for b in batches])
+        useful = np.bincount(lane_of, weights=tokens.lengths_of(every), minlength=k).astype(np.int64)
+        answers = np.bincount(lane_of, weights=tokens.answers_of(every), minlength=k)
+        over = torch.from_numpy(answers).to(self.net.device, self.layout.dtype, non_blocking=True)
+        loss: Tensor | None = None
+        computed = np.zeros(k, dtype=np.int64)
+        for i in range(0, max(map(len, batches)), size):
+            part, sizes = self.net.backward(tokens, [b[i : i + size] for b in batches], over)
+            loss = part if loss is None else loss + part
+            computed += sizes
+        return loss, useful, computed
+
+    def _load(self, task: Task, mode: str, template: Params) -> tuple[Params | None, Tensor | None]:
+        if task.read < 0:
+            return None, None
+        record = self.stores[mode].read(task.read).to(self.net.device)
+        layout = Layout.of(template) if template else None
+        size = layout.numel if layout else 0
+        state = layout.views(record[:size]) if layout else {}
+        moments = record[size:] if record.numel() > size else None
+        return state, moments
+
+    # -------------------------------------------------------------------------------------------- scoring
+
+    def _score_lanes(
+        self, lanes: Sequence[int], tasks: Sequence[Task], mode: str, steps: int | Sequence[int]
+    ) -> list[list[Row]]:
+        """Rows of these lanes' models as they are, on the shared validation rows and on each site's own."""
+        if not lanes:
+            return []
+        steps = [steps] * len(lanes) if isinstance(steps, int) else steps
+        whole = list(lanes) == list(range(len(lanes)))
+        own = [{t.client: self.sites.own(t.client)} if t.client >= 0 else {} for t in tasks]
+        weights = self.flat[: len(lanes)] if whole else self.flat[list(lanes)]
+        out = []
+        for task, n, scores in zip(
+            tasks, steps, self._score(weights, "validation", self.recipe.generate, own), strict=True
+        ):
+            name, step = None if mode == "central" else task.name, task.steps_done + n
+            rows = [Row(task.round, step, mode, name, "validation", n, v, w) for n, (v, w) in scores.values.items()]
+            for values in scores.sites.values():
+                rows += [Row(task.round, step, mode, name, "site", n, v, w) for n, (v, w) in values.items()]
+            out.append(rows)
+        return out
+
+    def _score(self, weights: Tensor, split: str, generate: bool, own: Sequence[dict[int, np.ndarray]]) -> list[Scores]:
+        """Scores of each row of `weights`, `[K, N]`."""
+        tokens = self.tokens[split]
+        self.net.bind(weights, None)
+        rows = score_rows(
+            self.net,
+            tokens,
+            len(weights),
+            batch_size=self.recipe.eval_batch,
+            tokenizer=self.tokenizer if generate else None,
+            max_new_tokens=self.recipe.max_new_tokens,
+        )
+        return [to_scores(r, tokens, o) for r, o in zip(rows, own, strict=True)]
+
+    def score(self, request: Scoring, weights: Tensor) -> list[Scores]:
+        """Score the global parameters `weights` (flat `[N]`), or the parameters that open each of the records."""
+        own = {c: self.sites.own(c) for c in self.sites.with_own} if request.sites else {}
+        records, many = request.records, len(request.records) or 1
+        if many > 1 and not isinstance(self.net, StackedNet):
+            each = [dataclasses.replace(request, records=(r,)) for r in records]
+            return [scores for one in each for scores in self.score(one, weights)]
+        models = weights[None].clone()
+        if records:
+            store = self.stores[request.store]
+            models = torch.stack([store.read(r)[: self.layout.numel] for r in records]).to(self.net.device)
+        try:
+            return self._score(models, request.split, request.generate, [own] * many)
+        except Exception as error:
+            if many == 1 or not is_out_of_memory(error):
+                raise
+        parts = [dataclasses.replace(request, records=r) for r in (records[: many // 2], records[many // 2 :])]
+        return [scores for part in parts for scores in self.score(part, weights)]
+
+    # ------------------------------------------------------------------------------------------- measuring
+
+    def measure(self, rows: Sequence[np.ndarray], weights: Tensor) -> Measured:
+        """One forward and backward pass without a step: what it takes.
+
+        Args:
+            rows: row numbers of the training split, one array a lane.
+            weights: the parameters to do it at, flat `[N]`.
+        """
+        k, device = len(rows), self.net.device
+        if k > len(self.flat):
+            self._allocate(k)
+        self.flat[:k] = weights
+        self.net.train(True)
+        self.net.begin([0] * k)
+        self.net.bind(self.flat[:k], self.grad[:k])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        known = {t.untyped_storage().data_ptr() for t in (*self.net.model.parameters(), *self.net.model.buffers())}
+        known |= {self.flat.untyped_storage().data_ptr(), self.grad.untyped_storage().data_ptr()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+        ):
+            began = time.perf_counter()
+            _, useful, _ = self._backward(rows)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        state = k * self.layout.nbytes * (2 + self.recipe.optim.num_moments)
+        return Measured(k, int(sum(useful)), seconds, sum(kept.values()), state, peak)
+
+    def configure(self, engine: Engine) -> None:
+        """Train like this from now on."""
+        self.recipe = dataclasses.replace(self.recipe, micro_batch=engine.micro_batch)
+        if isinstance(self.net, StackedNet):
+            self.net.checkpoint(engine.checkpointing)
+        if self.net.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.net.device)
+
+    def peak(self) -> int:
+        """Highest memory so far, in bytes: allocated on the GPU, or resident in this process where there is none."""
+        if self.net.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.net.device)
+        return memory_now("VmHWM")
+
+    def shrink(self) -> None:
+        """Let go of all lanes' memory, after there was too little of it."""
+        self._allocate(1)
+        gc.collect()
+        if self.net.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def memory_now(key: str) -> int:
+    """This process's resident memory (`VmRSS`) or its highest so far (`VmHWM`), in bytes; 0 where Linux does not tell."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return int(text.split(f"{key}:")[1].split()[0]) * 1024
