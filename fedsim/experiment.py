@@ -31,7 +31,7 @@ from fedsim.data.tokens import Tokens
 from fedsim.errors import UserError
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.models import adapters, base
-from fedsim.models.flat import Unsuitable
+from fedsim.models.flat import Unsuitable, has_fast_float32
 from fedsim.models.forward import Net
 from fedsim.models.stacked import StackedNet, probe
 from fedsim.params import Layout, Params, clone
@@ -343,7 +343,9 @@ class _Session:
     def _write_inputs(self) -> None:
         folder, parts = self.folder, self.parts
         folder.write_text("config.yaml", self.exp.to_yaml())
-        folder.write_json("environment.json", environment(self.devices, self.plan.threads))
+        kernels = "oneDNN" if has_fast_float32() else "torch"
+        about = {**environment(self.devices, self.plan.threads), "frozen_float32_on_cpu": kernels}
+        folder.write_json("environment.json", about)
         save_partition(folder, parts.partition.to_arrays())
         folder.write_json("partition.json", parts.report)
         self._status("running")
@@ -497,12 +499,12 @@ class _Session:
         front = bundle.settings.get("num_virtual_tokens", 0) if bundle.adapter in ("p_tuning", "prompt") else 0
         state = State(torch.empty(0), {}, Records(), keeps=False)
 
+        tasks = {t.client: t for t in schedule.tasks(1, state)}
+
         @functools.cache
         def batches(client: int) -> list[np.ndarray]:
-            rows = sites.everything() if client == CENTRAL_CLIENT else sites.train(client)
-            name = CENTRAL if client == CENTRAL_CLIENT else schedule.name(client)
-            task = next(t for t in schedule.tasks(1, state) if t.client == client)
-            return draw.batches(rows, stream(exp.seed, "batches", name, 1), task.steps)
+            rows, task = sites.everything() if client == CENTRAL_CLIENT else sites.train(client), tasks[client]
+            return draw.batches(rows, stream(exp.seed, "batches", task.name, 1), task.steps)
 
         def first(lanes: int, rows: int) -> list[np.ndarray]:
             pack = schedule.packs(1, state, lanes)[0]
@@ -517,7 +519,7 @@ class _Session:
                     most = max(most, int(sum(n.sum() + front * len(n) for n in longest)))
             return most
 
-        return Packs(len(schedule.tasks(1, state)), first, largest)
+        return Packs(len(tasks), first, largest)
 
     # ------------------------------------------------------------------------------------------- a mode
 

@@ -50,8 +50,8 @@ def _config(kind: str) -> Any:
     if kind == "gpt2":
         return tf.GPT2Config(vocab_size=1536, n_positions=256, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, **ends)
     far = {**wide, "max_position_embeddings": 256}
-    if kind == "llama_shared":  # four query heads share one head of keys and values
-        return tf.LlamaConfig(**{**far, "num_attention_heads": 4}, num_key_value_heads=1, tie_word_embeddings=True)
+    if kind == "llama_shared":  # two query heads share one head of keys and values each
+        return tf.LlamaConfig(**{**far, "num_attention_heads": 4}, num_key_value_heads=2, tie_word_embeddings=True)
     if kind == "qwen2":
         return tf.Qwen2Config(**far, num_key_value_heads=1)
     if kind == "gemma":
