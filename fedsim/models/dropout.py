@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _MASK = (1 << 64) - 1
@@ -28,7 +29,7 @@ class Draws:
     def __init__(self) -> None:
         self.seeds: list[int] = []
         self.passes: list[int] = []
-        self.sizes: dict[bool, Sequence[int]] = {}
+        self.sizes: dict[str, Sequence[int]] = {}
         self.real: Tensor | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
 
@@ -36,35 +37,47 @@ class Draws:
         """A pack begins: one stream a lane."""
         self.seeds, self.passes = list(seeds), [0] * len(seeds)
 
-    def next(self, tokens: Sequence[int], scored: Sequence[int], real: Tensor | None = None) -> None:
+    def next(self, sizes: dict[str, Sequence[int]], real: Tensor | None = None) -> None:
         """A pass begins.
 
         Args:
-            tokens: real tokens of each lane; a lane that has none is not part of the pass.
-            scored: positions of each lane that the output head sees.
+            sizes: tokens | scored | rows -> how many each lane has; a lane without tokens is not part of the pass.
             real: bool `[B, T]`, where tokens are in a padded batch; None where they lie end to end.
         """
-        self.sizes, self.real = {False: tokens, True: scored}, real
-        for k, size in enumerate(tokens):
+        self.sizes, self.real = sizes, real
+        for k, size in enumerate(sizes["tokens"]):
             self.passes[k] += size > 0
 
-    def mask(self, x: Tensor, p: float, layer: int, in_head: bool) -> Tensor:
-        """Factors 0 or 1 / (1 - p) in the shape of `x`: `[..., D]`, its leading axes the positions of the pass, in order."""
+    def mask(self, x: Tensor, p: float, layer: int, kind: str) -> Tensor | None:
+        """Factors 0 or 1 / (1 - p) in the shape of `x`, `[..., D]`; None if its positions are no `kind` of the pass.
+
+        Args:
+            x: its leading axes are positions in order: all of a padded batch, or those of the lanes end to end.
+            p: probability of a 0.
+            layer: the layer's number.
+            kind: tokens | scored | rows.
+        """
         device, width = x.device, x.shape[-1]
+        positions, sizes = x.numel() // width, self.sizes[kind]
+        padded = kind == "tokens" and self.real is not None
+        if positions < sum(sizes) or (
+            positions != self.real.numel() if padded else kind != "tokens" and positions > sum(sizes)
+        ):
+            return None
         generator = self._generators.setdefault(device, torch.Generator(device))
         parts = []
-        for k, size in enumerate(self.sizes[in_head]):
+        for k, size in enumerate(sizes):
             if size:
                 generator.manual_seed(_mix(_mix(self.seeds[k]) ^ _mix((self.passes[k] << 20) + layer)) >> 1)
                 part = torch.empty(size, width, dtype=x.dtype, device=device)
                 parts.append(part.bernoulli_(1 - p, generator=generator))
         drawn = torch.cat(parts).div_(1 - p)
-        if in_head or self.real is None:
-            more = x.numel() // width - len(drawn)  # tokens that fill a stream up and belong to nobody
-            return (torch.cat([drawn, drawn.new_zeros(more, width)]) if more else drawn).view(x.shape)
-        out = x.new_zeros(x.shape)
-        out[self.real] = drawn
-        return out
+        if padded:
+            out = drawn.new_zeros(positions, width)
+            out[self.real.reshape(-1)] = drawn
+            return out.view(x.shape)
+        more = positions - len(drawn)  # tokens that fill a stream up and belong to nobody
+        return (torch.cat([drawn, drawn.new_zeros(more, width)]) if more else drawn).view(x.shape)
 
 
 class LaneDropout(nn.Module):
@@ -74,36 +87,71 @@ class LaneDropout(nn.Module):
         p: probability that a unit is dropped.
         draws: of the model.
         layer: the layer's number in the model.
-        in_head: whether it lies behind the choice of scored positions.
+        kind: what its positions are: tokens | scored | rows.
     """
 
-    def __init__(self, p: float, draws: Draws, layer: int, in_head: bool) -> None:
+    def __init__(self, p: float, draws: Draws, layer: int, kind: str) -> None:
         super().__init__()
-        self.p, self.draws, self.layer, self.in_head = p, draws, layer, in_head
+        self.p, self.draws, self.layer, self.kind = p, draws, layer, kind
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` -> `[..., D]`."""
-        return x * self.draws.mask(x, self.p, self.layer, self.in_head) if self.training else x
+        """`[..., D]` -> `[..., D]`.
+
+        Raises:
+            LookupError: if the positions are no tokens of a stream.
+        """
+        if not self.training:
+            return x
+        mask = self.draws.mask(x, self.p, self.layer, self.kind)
+        if mask is not None:
+            return x * mask
+        if self.draws.real is None:
+            raise LookupError("a dropout layer sees positions that belong to no lane")
+        return F.dropout(x, self.p)  # one client at a time: torch's own stream is its own
 
 
-def put_dropout(model: nn.Module, own: Sequence[nn.Module], head: nn.Module | None, draws: Draws) -> list[LaneDropout]:
+def put_dropout(model: nn.Module, own: Sequence[nn.Module], task: str, draws: Draws) -> list[LaneDropout]:
     """Replace the adapter's own dropout layers, in place; returns them.
 
     Args:
         model: with its adapter.
         own: the adapter's modules.
-        head: the output head of a language model.
+        task: causal_lm | sequence_classification.
         draws: what the layers share from now on.
     """
     ids, out = set(map(id, own)), []
-    behind = set(map(id, head.modules())) if head is not None else set()
+    kinds = position_kinds(model, task)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LaneDropout):
                 child.draws = draws  # a model that has had another net around it
                 out.append(child)
             elif isinstance(child, nn.Dropout) and id(child) in ids and child.p > 0:
-                new = LaneDropout(child.p, draws, len(out), id(child) in behind)
+                new = LaneDropout(child.p, draws, len(out), kinds.get(id(child), "tokens"))
                 setattr(parent, name, new)
                 out.append(new)
+    return out
+
+
+def position_kinds(model: nn.Module, task: str) -> dict[int, str]:
+    """Module, by its `id` -> what the positions are that it sees, where they are not all tokens.
+
+    The output head of a language model sees scored positions alone; what stands outside a classifier's body, and a
+    pooler in it, one position a row; the encoder of a prompt its virtual tokens.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    out: dict[int, str] = {}
+    head = base.get_output_embeddings() if task == "causal_lm" else None
+    if head is not None:
+        out |= {id(m): "scored" for m in head.modules()}
+    body = getattr(base, base.base_model_prefix, base)
+    if task != "causal_lm":
+        inside = set(map(id, body.modules()))
+        out |= {id(m): "rows" for m in base.modules() if id(m) not in inside}
+        for name, module in body.named_modules():
+            if "pooler" in name.split("."):
+                out |= {id(m): "rows" for m in module.modules()}
+    prompts = getattr(model, "prompt_encoder", None)
+    if prompts is not None:
+        out |= {id(m): "prompt" for m in prompts.modules()}
     return out

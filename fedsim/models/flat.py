@@ -150,7 +150,7 @@ class LaneLinear(torch.autograd.Function):
         return into, of_weight, of_bias, None
 
 
-_LOOP = 1 << 17  # multiply-adds of a lane from which a call of its own costs less than padding all lanes to one length
+_LOOP = 1 << 15  # multiply-adds of a lane from which a call of its own costs less than padding all lanes to one length
 
 
 def worth_a_loop(x: Tensor, weight: Tensor, span: Span) -> bool:

@@ -60,9 +60,12 @@ class Net:
             hook = self._pick_positions if task == "causal_lm" else self._pick_last
             head.register_forward_pre_hook(hook)
         self.draws = Draws()
-        self._drops = put_dropout(model, own, head if task == "causal_lm" else None, self.draws)
+        self._drops = put_dropout(model, own, task, self.draws)
         self.own = [*own, *self._drops]
         self.layout = Layout.of(trained(model))
+        prompt = getattr(model, "peft_config", {}).get("default")
+        in_front = prompt is not None and prompt.is_prompt_learning and prompt.peft_type.value != "PREFIX_TUNING"
+        self._virtual = prompt.num_virtual_tokens if in_front else 0
 
     def train(self, on: bool) -> None:
         """Switch dropout on or off: the adapter's own, and the base's only where asked."""
@@ -107,10 +110,11 @@ class Net:
             answers: scored positions of the whole optimiser step, `[1]`.
 
         Returns:
-            Sum of the negative log-likelihood over `answers`, in nats, `[1]`; and tokens computed, pads included.
+            Sum of the negative log-likelihood over `answers`, in nats, `[1]`; and tokens computed, pads and virtual
+            tokens included.
         """
         batch = collate(tokens, rows[0])
-        computed = batch.input_ids.numel()
+        computed = batch.input_ids.numel() + self._virtual * len(batch.input_ids)
         batch = batch.to(self.device)
         loss = F.cross_entropy(self._logits(batch), batch.targets, reduction="sum") / answers
         loss.sum().backward()
@@ -141,7 +145,8 @@ class Net:
         context = nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
         self._batch = batch
         if self.drops:
-            self.draws.next([int(batch.lengths.sum())], [len(batch.targets)], batch.attention_mask.bool())
+            sizes = {"tokens": [int(batch.lengths.sum())], "scored": [len(batch.targets)], "rows": [len(batch.lengths)]}
+            self.draws.next(sizes, batch.attention_mask.bool())
         try:
             with context:
                 out = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -161,7 +166,7 @@ class Net:
 
     def _pick_last(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
-        dtype = next(p for p in module.parameters() if p.is_floating_point()).dtype
+        dtype = head_dtype(module)
         if self.autocast is None:
             hidden = hidden.to(dtype)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -171,3 +176,9 @@ class Net:
             last = batch.lengths - 1 + width - batch.input_ids.shape[1]
             hidden = hidden[torch.arange(len(last), device=last.device), last].unsqueeze(1).expand(-1, width, -1)
         return (hidden, *args[1:])
+
+
+def head_dtype(head: nn.Module) -> torch.dtype:
+    """What a classification head computes in: the type of what is trained of it, if anything is."""
+    parameters = [p for p in head.parameters() if p.is_floating_point()]
+    return next((p for p in parameters if p.requires_grad), parameters[0]).dtype

@@ -24,11 +24,13 @@ from fedsim.errors import UserError
 from fedsim.models import flat
 from fedsim.models.adapters import trained
 from fedsim.models.base import position_offset
+from fedsim.models.dropout import position_kinds
 from fedsim.models.flat import Unsuitable
-from fedsim.models.forward import Net
+from fedsim.models.forward import Net, head_dtype
 from fedsim.params import Layout
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+_BY_LENGTH = {"dynamic", "longrope", "su", "yarn_dynamic"}
 
 
 class Lanes:
@@ -36,23 +38,22 @@ class Lanes:
 
     Attributes:
         stream: the rows of the pass; None outside a pass, when every layer is PEFT's own again.
-        prefix: keys and values in front of each row, `[K, V, layers, 2, H, d]`; None but for prefix tuning.
+        prefix: keys and values in front of each row, `[R, V, layers, 2, H, d]`; None but for prefix tuning.
     """
 
     def __init__(self) -> None:
         self.stream: Stream | None = None
         self.prefix: Tensor | None = None
         self.prompt: Span | None = None
-        self._rows: Tensor | None = None
         self._last: tuple[Tensor, Span, Tensor] | None = None
 
     def begin(self, rows: Stream) -> None:
         """A pass begins."""
-        self.stream, self.prefix, self._rows, self._last = rows, None, None, None
+        self.stream, self.prefix, self._last = rows, None, None
 
     def end(self) -> None:
         """It is over, its backward pass too."""
-        self.stream = self.prefix = self._rows = self._last = None
+        self.stream = self.prefix = self._last = None
 
     def span(self, kind: str) -> Span:
         """How the positions that a layer sees divide into lanes: those of tokens, rows, scored or prompt."""
@@ -67,16 +68,18 @@ class Lanes:
             self._last = (x, span, out)
         return out
 
+    def put_prefix(self, prefix: Tensor) -> None:
+        """Give each row its lane's prefix, `[K, V, layers, 2, H, d]`."""
+        span, k = self.stream.rows, prefix.shape[0]  # a join, whose backward pass sums over a lane's rows
+        wide = prefix.reshape(k, 1, -1).expand(-1, span.longest, -1)
+        self.prefix = span.join(wide).reshape(-1, *prefix.shape[1:])
+
     def prefix_of(self, module: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values in front of these rows in an attention layer, each `[R, H, V, d]`."""
         layer = getattr(module, "layer_idx", None)
         if layer is None:
             raise Unsuitable("its attention layers have no numbers, which prefix tuning needs")
-        if self._rows is None:  # [K, ...] -> [all rows, ...], by a join whose backward pass sums over a lane's rows
-            span, k = self.stream.rows, self.prefix.shape[0]
-            wide = self.prefix.reshape(k, 1, -1).expand(-1, span.longest, -1)
-            self._rows = span.join(wide).reshape(-1, *self.prefix.shape[1:])
-        both = self._rows[:, :, layer].index_select(0, rows).permute(2, 0, 3, 1, 4)  # [2, R, H, V, d]
+        both = self.prefix[:, :, layer].index_select(0, rows).permute(2, 0, 3, 1, 4)  # [2, R, H, V, d]
         return both[0], both[1]
 
 
@@ -253,7 +256,8 @@ class StackedNet:
             self._lanes.begin(rows)
             if self.plain.drops:
                 *front, last = rows.tokens.sizes
-                self.draws.next([*front, last - rows.filled], rows.scored.sizes)
+                sizes = {"tokens": [*front, last - rows.filled], "scored": rows.scored.sizes, "rows": rows.rows.sizes}
+                self.draws.next(sizes)
             yield rows
         finally:
             self._lanes.end()
@@ -266,7 +270,7 @@ class StackedNet:
         if self._prompts is not None:
             made = self._prompts()  # [K, V, D], or all that a prefix holds
             if self.prefix:
-                self._lanes.prefix = made
+                self._lanes.put_prefix(made)
             else:
                 inputs = {"inputs_embeds": self._with_prompt(rows, made)[None]}
         out = self.base(**inputs, position_ids=rows.positions[None], use_cache=False).logits
@@ -302,7 +306,6 @@ class StackedNet:
             return
         encoder = self.model.prompt_encoder["default"]
         method = config.peft_type.value
-        table = self._leaf(encoder.embedding.weight)
         if method == "PROMPT_TUNING":
             head: nn.Module = nn.Identity()
         elif method == "P_TUNING" and config.encoder_reparameterization_type == "MLP":
@@ -311,7 +314,7 @@ class StackedNet:
             head = encoder.transform if config.prefix_projection else nn.Identity()
         else:
             raise Unsuitable(f"its prompts are made by {type(encoder).__name__}, which has no stacked form")
-        count = config.num_virtual_tokens
+        count, table = config.num_virtual_tokens, self._leaf(encoder.embedding.weight)
 
         def make() -> Tensor:
             tokens = table()  # [K, V, D]
@@ -342,34 +345,18 @@ class StackedNet:
 
     def _stack_layers(self) -> None:
         lanes, left = self._lanes, dict(self._own_params)
-        backbone = getattr(self.base, self.base.base_model_prefix, self.base)
-        inside, scored = set(map(id, backbone.modules())), set()
-        for name, module in backbone.named_modules():
-            if "pooler" in name.split("."):
-                inside -= set(map(id, module.modules()))
-        if self.task == "causal_lm":
-            scored = set(map(id, self.base.get_output_embeddings().modules()))
-        prompts = getattr(self.model, "prompt_encoder", None)
-        in_prompt = set(map(id, prompts.modules())) if prompts is not None else set()
-
-        def kind_of(module: nn.Module) -> str:
-            if id(module) in in_prompt:
-                return "prompt"
-            if id(module) in scored:
-                return "scored"
-            return "rows" if self.task != "causal_lm" and id(module) not in inside else "tokens"
-
-        if prompts is not None:
-            left.pop(self._names[id(prompts["default"].embedding.weight)])
+        kinds = position_kinds(self.model, self.task)
+        if self._prompts is not None:
+            left.pop(self._names[id(self.model.prompt_encoder["default"].embedding.weight)])
         for module in self.model.modules():
             module.fedsim_lanes = lanes
             self._undo.append(lambda m=module: m.__dict__.pop("fedsim_lanes", None))
             own = [p for p in module.parameters(recurse=False) if p.requires_grad]
             if hasattr(module, "ia3_l") and "default" in module.ia3_l:
-                self._stack_ia3(module, kind_of(module))
+                self._stack_ia3(module, kinds.get(id(module), "tokens"))
                 left.pop(self._names[id(module.ia3_l["default"])])
             elif own and type(module) is nn.Linear and all(p.requires_grad for p in module.parameters()):
-                self._stack_linear(module, kind_of(module))
+                self._stack_linear(module, kinds.get(id(module), "tokens"))
                 for p in own:
                     left.pop(self._names[id(p)])
             elif not own and (fast := flat.fast_frozen(module)):
@@ -446,8 +433,7 @@ class StackedNet:
         if rows is None:
             return None
         hidden = args[0][0].index_select(0, rows.last)[None]  # [1, R, D]
-        dtype = next(p for p in module.parameters() if p.is_floating_point()).dtype
-        return (hidden.to(dtype), *args[1:])
+        return (hidden.to(head_dtype(module)), *args[1:])
 
     def _keep_logits(self, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
         rows = self._lanes.stream
@@ -477,6 +463,8 @@ def _cannot_pack(base: nn.Module, task: str) -> str | None:
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     if any((getattr(config, key, None) or 0) > 1 for key in _EXPERTS):
         return "it routes tokens to experts, and a router's losses and capacities couple the lanes"
+    if _rotary_types(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)) & _BY_LENGTH:
+        return "its rotary frequencies depend on the longest row of a pass, whoever's that is"
     for name, module in base.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return f"{name} takes statistics over the batch, which couples the lanes"
@@ -485,35 +473,73 @@ def _cannot_pack(base: nn.Module, task: str) -> str | None:
     return None
 
 
-@torch.no_grad()
-def probe(net: StackedNet) -> None:
-    """Compare the stream with padded rows, one lane, on a few rows of random tokens.
+def _rotary_types(value: Any) -> set[str]:
+    """The kinds of rotary scaling that a config names, at whatever depth."""
+    if not isinstance(value, dict):
+        return set()
+    own = {str(value[k]) for k in ("rope_type", "type") if k in value}
+    return own.union(*(_rotary_types(v) for v in value.values()))
 
-    An architecture that mixes tokens outside the attention interface, or counts positions in a way of its own, shows it
-    here, before a run would silently be wrong.
+
+def probe(net: StackedNet) -> None:
+    """Compare two lanes of unlike weights with the model itself under each: logits, and gradients, of a few random rows.
+
+    An architecture that mixes tokens outside the attention interface or counts positions in a way of its own, and a method
+    that does not call the layers it trains, show it here, before a run would silently be wrong.
 
     Raises:
-        Unsuitable: if the results differ by more than rounding.
+        Unsuitable: if they differ by more than rounding.
     """
     rng = np.random.default_rng(0)
     vocabulary = int(net.base.get_input_embeddings().weight.shape[0])
     rows = [rng.integers(0, vocabulary, n) for n in (7, 3, 12, 7, 5)]
     prompts = None if net.task != "causal_lm" else np.array([3, 1, 8, 6, 2])
     pad = net.base.config.pad_token_id or 0
-    start = net.layout.fill(net.layout.empty(net.device), {n: p.detach() for n, p in net._own_params.items()})
-    net.train(False)
-    net.bind(torch.stack([start, start]), None)
+    before = {n: p.data for n, p in net._own_params.items()}
+    start = net.layout.fill(net.layout.empty(net.device), before)
+    noise = torch.from_numpy(rng.normal(size=(2, len(start)))).to(start)
+    weights, grad = start + 0.02 * noise, torch.zeros(2, len(start), dtype=start.dtype, device=net.device)
+    net.begin([1, 2])
     try:
+        net.train(True)
+        net.bind(weights, grad)
+        with torch.no_grad():
+            net.logits(rows, prompts, pad)  # its dropout layers must see what belongs to lanes
+        net.train(False)
         found, _, _ = net.logits(rows, prompts, pad)
+        ask = torch.from_numpy(rng.normal(size=tuple(found.shape[1:]))).to(found)
+        leaves = list(net._leaves.values())
+        found_grads = _gradients((found * ask).sum(), leaves)
+        expected, expected_grads = [], []
+        for lane in weights:
+            net.plain.bind(lane[None].clone(), None)
+            expected.append(net.plain.logits(rows, prompts, pad)[0][0])
+            expected_grads.append(_gradients((expected[-1] * ask).sum(), list(net._own_params.values())))
     except Unsuitable:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         raise Unsuitable(f"rows end to end fail in it ({' '.join(str(error).split())[:160]})") from None
-    expected = net.plain.logits(rows, prompts, pad)[0]
-    limit = {torch.float64: 1e-8, torch.float32: 1e-3}.get(net.base.dtype, 0.1)
-    for lane in found:
-        apart = float((lane - expected[0]).norm() / expected[0].norm().clamp_min(1e-12))
-        if not apart <= limit:
+    finally:
+        for name, parameter in net._own_params.items():
+            parameter.data = before[name]
+    in_logits, in_gradients = {torch.float64: (1e-8, 1e-6), torch.float32: (1e-3, 2e-2)}.get(net.base.dtype, (0.1, 0.5))
+    for k in range(2):
+        apart = _apart(found[k], expected[k])
+        if not apart <= in_logits:
             raise Unsuitable(
                 f"rows end to end give other results in it than rows alone (relative difference {apart:.1e})"
             )
+        apart = _apart(
+            *(torch.cat([g.reshape(-1) for g in each]) for each in ([g[k] for g in found_grads], expected_grads[k]))
+        )
+        if not apart <= in_gradients:
+            raise Unsuitable(f"its gradients in lanes are others than alone (relative difference {apart:.1e})")
+
+
+def _gradients(value: Tensor, of: list[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(value, of, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(of, found, strict=True)]
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))

@@ -281,8 +281,8 @@ class Trainer:
         """
         tokens, size, k = self.tokens["train"], self.recipe.micro_batch, len(batches)
         self.grad[:k].zero_()
-        if any(size < len(b) for b in batches):  # like lengths together: less padding, the same sum
-            batches = [b[np.argsort(tokens.lengths_of(b), kind="stable")] for b in batches]
+        # Like lengths together: less padding, the same sum. A batch that is not cut stays as it is, whoever is beside it.
+        batches = [b[np.argsort(tokens.lengths_of(b), kind="stable")] if size < len(b) else b for b in batches]
         every = np.concatenate(batches)
         lane_of = np.repeat(np.arange(k), [len(b) for b in batches])
         useful = np.bincount(lane_of, weights=tokens.lengths_of(every), minlength=k).astype(np.int64)
