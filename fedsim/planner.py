@@ -18,8 +18,8 @@ import numpy as np
 from fedsim.errors import UserError
 from fedsim.types import Engine, Measured
 
-_GAIN = 1.05  # tokens a second that twice the lanes must bring to be worth their memory
-_PATIENCE_S = 6.0  # on the CPU, where a pass may take seconds
+_GAIN = 1.03  # tokens a second that more lanes must bring to be worth their memory
+_PATIENCE_S = 4.0  # on the CPU, where a pass may take seconds
 _TRIAL_S = 0.4  # short passes are repeated for so long
 _ROOM = 0.85  # share of the free memory that a plan fills
 
@@ -180,7 +180,7 @@ def _fastest(plan: Plan, packs: Packs, measure: Callable, most: int, fits: Calla
             break
         plan.measured.append({"lanes": k, "tokens": found.tokens, "seconds": round(found.seconds, 5)})
         rates[k] = found.tokens / found.seconds
-        if rates[k] < _GAIN * max((r for j, r in rates.items() if j < k), default=0.0) and k >= 4:
+        if k >= 4 and rates[k] < max(r for j, r in rates.items() if j < k):
             break
     best = max(rates.values(), default=0.0)
     return min((k for k, r in rates.items() if r * _GAIN >= best), default=1)

@@ -415,6 +415,7 @@ def _hook_bottlenecks(base: nn.Module, kind: str, start: Params) -> dict[str, nn
 
 PRODUCTS = [(k, m) for k in (*DECODERS, *ENCODERS[:3]) for m in METHODS]
 PRODUCTS = [p for p in PRODUCTS if p[0] != "distilbert" or p[1] in ("lora", "adapter")]  # PEFT has no others for it
+PRODUCTS = [p for p in PRODUCTS if p[0] not in ("qwen2", "gemma", "phi") or p[1] not in ("p_tuning", "projection")]
 PRODUCTS = [p for p in PRODUCTS if p[0] != "mistral" or p[1] not in ("prefix", "projection")]  # refused, see below
 
 
@@ -535,6 +536,16 @@ def test_heads_in_sixteen_bits(lab: Any, kind: str, lanes: int) -> None:
         for losses in Bench(lab, kind, heads=True, dtype="bfloat16").train(lanes).losses
         for x in losses
     )
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS[:3]])
+def test_the_probe_refuses_nothing_that_packs(lab: Any, kind: str) -> None:
+    """Its limits leave room for rounding in each type: a refusal costs the speed of lanes, and no other test would tell."""
+    chosen = [m for k, m in PRODUCTS if k == kind]
+    for i, method in enumerate(chosen if kind in ("llama_shared", "bert") else chosen[:1]):
+        for dtype in ("float64", "float32", "bfloat16")[i % 2 :]:
+            bundle = Bench(lab, kind, method, dtype=dtype).bundle()
+            assert bundle.why_not_packed(*bundle.attach()) is None, (method, dtype)
 
 
 def ragged(*sizes: int) -> dict[str, Any]:
@@ -941,6 +952,18 @@ def test_dropout_where_a_layer_sees_no_rows_of_tokens(lab: Any, kind: str, metho
         assert furthest(bench.train(4), alone) < TOLERANCE
 
 
+@pytest.mark.xfail(strict=True, reason="dropout.py, Draws.mask goes by the number of positions, not by their shape")
+def test_dropout_of_nearly_nothing_is_no_dropout(lab: Any) -> None:
+    """Two rows padded to 8 tokens are 16 positions, as many as DeBERTa's distances, which are no tokens and no pads."""
+    rows = [random_texts(1, longest=20, seed=seed).row(0)[:n] for seed, n in ((0, 8), (1, 3))]
+    assert [len(r) for r in rows] == [8, 3]
+    tokens = texts(rows, [8, 3], True)
+    none, nearly = (
+        Bench(lab, "deberta", "lora", {"r": 3, "dropout": p}, sizes=(2,), tokens=tokens).train(1) for p in (0.0, 1e-12)
+    )
+    assert furthest(nearly, none) < TOLERANCE
+
+
 def test_lanes_drop_unlike_units(lab: Any) -> None:
     """Three clients of the same rows in the same order: without dropout they end alike, with it no two do."""
     rows = [random_texts(4).row(r) for r in range(4)]
@@ -1304,11 +1327,10 @@ UNPACKED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("what", list(UNPACKED))
 def test_what_cannot_be_packed_says_why_and_trains_one_at_a_time(lab: Any, few: dict, what: str) -> None:
-    """Two rounds to the same bits as with lanes=1: that it was tried in lanes left no trace in model or random state."""
+    """To the same bits as with lanes=1: that it was tried in lanes left no trace in model or random state."""
     kind, adapter, model, reason = UNPACKED[what]
     heads = {"task": "sequence_classification"} if kind in ENCODERS else {}
     keys = {
-        "rounds": 2,
         "partition": ragged(1, 6, 2),
         "adapter": adapter,
         "model": {"path": lab.base(kind), **heads, **model},

@@ -538,8 +538,8 @@ def probe(net: StackedNet) -> None:
 
 def _gradients(value: Tensor, of: list[Tensor]) -> list[Tensor]:
     found = torch.autograd.grad(value, of, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(of, found, strict=True)]
+    return [torch.zeros_like(t) if g is None else g.detach() for t, g in zip(of, found, strict=True)]
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-12))
+    return float((a - b).detach().norm() / b.detach().norm().clamp_min(1e-12))

@@ -7,6 +7,8 @@ in padded batches; with `StackedNet` K lanes share each forward and backward pas
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import gc
 import time
@@ -31,6 +33,8 @@ from fedsim.seeding import stream, stream_seed
 from fedsim.store import Store
 from fedsim.training.optim import FlatOptimizer, LaneOptimizer, Optim
 from fedsim.types import Engine, Measured, Pack, Report, Row, Scores, Scoring, Task
+
+_TRIM_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ class Trainer:
         self.aggregator = WeightedMean(self.layout)
         example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
         self.stores = stores_of(state, algorithms, example, recipe)
+        self._trimmed = 0.0
         self._allocate(1)
 
     def _allocate(self, lanes: int) -> None:
@@ -162,6 +167,7 @@ class Trainer:
             torch.manual_seed(stream_seed(self.seed, "dropout", pack.tasks[0].name, pack.tasks[0].round))
             self._train_lanes(pack, algorithm, weights, server, partial, report)
         report.weight = partial.weight
+        self._give_back()
         report.seconds = time.monotonic() - began
         return report
 
@@ -403,6 +409,14 @@ class Trainer:
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         state = k * self.layout.nbytes * (2 + self.recipe.optim.num_moments)
         return Measured(k, int(sum(useful)), seconds, sum(kept.values()), state, peak)
+
+    def _give_back(self) -> None:
+        """Return freed memory to the system, now and then: passes of ever new sizes leave holes in the C heap."""
+        now = time.monotonic()
+        if self.net.device.type == "cpu" and now - self._trimmed > _TRIM_EVERY_S:
+            self._trimmed = now
+            with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+                ctypes.CDLL(None).malloc_trim(0)
 
     def configure(self, engine: Engine) -> None:
         """Train like this from now on."""
