@@ -528,7 +528,15 @@ def test_sixteen_bits(lab: Any, method: str) -> None:
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "bert",
+        "roberta",
+        "distilbert",
+    ],
+)
 def test_heads_in_sixteen_bits(lab: Any, kind: str, lanes: int) -> None:
     """The trained head is float32 over a body of bfloat16."""
     assert all(
@@ -543,7 +551,7 @@ def test_the_probe_refuses_nothing_that_packs(lab: Any, kind: str) -> None:
     """Its limits leave room for rounding in each type: a refusal costs the speed of lanes, and no other test would tell."""
     chosen = [m for k, m in PRODUCTS if k == kind]
     for i, method in enumerate(chosen if kind in ("llama_shared", "bert") else chosen[:1]):
-        for dtype in ("float64", "float32", "bfloat16")[i % 2 :]:
+        for dtype in ("float64", "float32", "bfloat16")[i % 2 : 2 if kind == "distilbert" else 3]:
             bundle = Bench(lab, kind, method, dtype=dtype).bundle()
             assert bundle.why_not_packed(*bundle.attach()) is None, (method, dtype)
 
@@ -952,7 +960,6 @@ def test_dropout_where_a_layer_sees_no_rows_of_tokens(lab: Any, kind: str, metho
         assert furthest(bench.train(4), alone) < TOLERANCE
 
 
-@pytest.mark.xfail(strict=True, reason="dropout.py, Draws.mask goes by the number of positions, not by their shape")
 def test_dropout_of_nearly_nothing_is_no_dropout(lab: Any) -> None:
     """Two rows padded to 8 tokens are 16 positions, as many as DeBERTa's distances, which are no tokens and no pads."""
     rows = [random_texts(1, longest=20, seed=seed).row(0)[:n] for seed, n in ((0, 8), (1, 3))]

@@ -60,9 +60,11 @@ class Draws:
         device, width = x.device, x.shape[-1]
         positions, sizes = x.numel() // width, self.sizes[kind]
         padded = kind == "tokens" and self.real is not None
-        if positions < sum(sizes) or (
-            positions != self.real.numel() if padded else kind != "tokens" and positions > sum(sizes)
-        ):
+        if padded:  # by shape, not by number: a table of as many positions is not the batch
+            known = tuple(x.shape[:-1]) in (tuple(self.real.shape), (self.real.numel(),))
+        else:  # a stream may be filled up at its end
+            known = positions == sum(sizes) or (kind == "tokens" and positions > sum(sizes))
+        if not known:
             return None
         generator = self._generators.setdefault(device, torch.Generator(device))
         parts = []

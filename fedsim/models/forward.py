@@ -59,6 +59,10 @@ class Net:
         if head is not None:
             hook = self._pick_positions if task == "causal_lm" else self._pick_last
             head.register_forward_pre_hook(hook)
+        if task == "sequence_classification" and autocast is None:
+            for module in base.modules():
+                if hasattr(module, "modules_to_save"):  # trained copies over a 16-bit body are float32
+                    module.register_forward_pre_hook(_cast)
         self.draws = Draws()
         self._drops = put_dropout(model, own, task, self.draws)
         self.own = [*own, *self._drops]
@@ -182,3 +186,7 @@ def head_dtype(head: nn.Module) -> torch.dtype:
     """What a classification head computes in: the type of what is trained of it, if anything is."""
     parameters = [p for p in head.parameters() if p.is_floating_point()]
     return next((p for p in parameters if p.requires_grad), parameters[0]).dtype
+
+
+def _cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].to(head_dtype(module)), *args[1:])
