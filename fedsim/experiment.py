@@ -519,7 +519,13 @@ class _Session:
                     most = max(most, int(sum(n.sum() + front * len(n) for n in longest)))
             return most
 
-        return Packs(len(tasks), first, largest)
+        def last(lanes: int, rows: int) -> list[np.ndarray]:
+            pack = schedule.packs(1, state, lanes)[0]
+            return [batches(t.client)[-1][:rows] for t in pack.tasks]
+
+        some = batches(next(iter(tasks)))
+        short = len(some) > 1 and len(some[-1]) < len(some[0])
+        return Packs(len(tasks), first, largest, last if short else None, len(some))
 
     # ------------------------------------------------------------------------------------------- a mode
 

@@ -7,6 +7,7 @@ reads the plan and measures nothing; an explicit number depends on nothing measu
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -81,13 +82,17 @@ class Packs:
 
     Attributes:
         clients: most clients of a round.
-        first: lanes -> row numbers of the first pass of so many clients, one array each.
-        largest: lanes -> tokens of the largest pass of round 1.
+        first: (lanes, rows) -> row numbers of the first pass of the largest pack, one array a client.
+        last: the same of their last steps, which may be short; None where all steps are alike.
+        steps: optimiser steps of a client.
+        largest: (lanes, rows) -> tokens of the largest pass of round 1.
     """
 
     clients: int
     first: Callable[[int, int], list[np.ndarray]]
     largest: Callable[[int, int], int]
+    last: Callable[[int, int], list[np.ndarray]] | None = None
+    steps: int = 1
 
 
 def choose_lanes(
@@ -176,6 +181,13 @@ def _fastest(plan: Plan, packs: Packs, measure: Callable, most: int, fits: Calla
         if not fits(k) or late:
             break
         found = _best_of(measure, packs.first(k, plan.micro_batch))
+        if found is not None and packs.last is not None:  # short steps want more lanes than full ones
+            short, n = _best_of(measure, packs.last(k, plan.micro_batch)), packs.steps
+            if short is not None:
+                seconds, tokens = (
+                    (n - 1) * a + b for a, b in ((found.seconds, short.seconds), (found.tokens, short.tokens))
+                )
+                found = dataclasses.replace(found, seconds=seconds / n, tokens=tokens // n)
         if found is None:
             break
         plan.measured.append({"lanes": k, "tokens": found.tokens, "seconds": round(found.seconds, 5)})
