@@ -378,6 +378,7 @@ def figure(path: Path, timed: list[dict[str, Any]], summary: dict[str, Any], pea
         left.axhline(s["ratio"], color=colors[side])
     left.axhline(TARGET_RATIO, color="#D55E00", ls="--", label=f"target {TARGET_RATIO:.2f}")
     left.set_ylim(0, None)
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set(xlabel="round", ylabel="time / plain loop's", title="Time of a round")
     fig.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8)
     names = ["lanes:\nauto", "lanes:\n1", "plain"]
