@@ -180,14 +180,7 @@ def _fastest(plan: Plan, packs: Packs, measure: Callable, most: int, fits: Calla
         late = not on_gpu and time.perf_counter() - began > _PATIENCE_S
         if not fits(k) or late:
             break
-        found = _best_of(measure, packs.first(k, plan.micro_batch))
-        if found is not None and packs.last is not None:  # short steps want more lanes than full ones
-            short, n = _best_of(measure, packs.last(k, plan.micro_batch)), packs.steps
-            if short is not None:
-                seconds, tokens = (
-                    (n - 1) * a + b for a, b in ((found.seconds, short.seconds), (found.tokens, short.tokens))
-                )
-                found = dataclasses.replace(found, seconds=seconds / n, tokens=tokens // n)
+        found = _mean_pass(packs, measure, k, plan.micro_batch)
         if found is None:
             break
         plan.measured.append({"lanes": k, "tokens": found.tokens, "seconds": round(found.seconds, 5)})
@@ -196,6 +189,20 @@ def _fastest(plan: Plan, packs: Packs, measure: Callable, most: int, fits: Calla
             break
     best = max(rates.values(), default=0.0)
     return min((k for k, r in rates.items() if r * _GAIN >= best), default=1)
+
+
+def _mean_pass(packs: Packs, measure: Callable, lanes: int, rows: int) -> Measured | None:
+    """A pass of the mean step of a round: short last steps want more lanes than full ones. None where one does not fit."""
+    full = _best_of(measure, packs.first(lanes, rows))
+    if full is None or packs.last is None:
+        return full
+    short = _best_of(measure, packs.last(lanes, rows))
+    if short is None:
+        return None
+    n = packs.steps
+    seconds = ((n - 1) * full.seconds + short.seconds) / n
+    tokens = ((n - 1) * full.tokens + short.tokens) // n
+    return dataclasses.replace(full, seconds=seconds, tokens=tokens)
 
 
 def _best_of(measure: Callable, rows: Sequence[np.ndarray]) -> Measured | None:
