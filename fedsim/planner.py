@@ -174,7 +174,7 @@ def _make_one_fit(plan: Plan, packs: Packs, measure: Callable, configure: Callab
 
 def _fastest(plan: Plan, packs: Packs, measure: Callable, most: int, fits: Callable[[int], bool], on_gpu: bool) -> int:
     """The fewest lanes that do about as many tokens a second as any, among 1, 2, 4, ... and the most there are."""
-    began, rates = time.perf_counter(), {}
+    began, rates, worse = time.perf_counter(), {}, 0
     ladder = itertools.takewhile(lambda k: k < most, (2**i for i in itertools.count()))
     for k in [*ladder, most]:
         late = not on_gpu and time.perf_counter() - began > _PATIENCE_S
@@ -185,7 +185,9 @@ def _fastest(plan: Plan, packs: Packs, measure: Callable, most: int, fits: Calla
             break
         plan.measured.append({"lanes": k, "tokens": found.tokens, "seconds": round(found.seconds, 5)})
         rates[k] = found.tokens / found.seconds
-        if k >= 4 and rates[k] < max(r for j, r in rates.items() if j < k):
+        # One disappointing count may be noise, or a size that the kernels do not like: two in a row are a trend.
+        worse = worse + 1 if rates[k] < max(rates.values()) else 0
+        if worse == 2:
             break
     best = max(rates.values(), default=0.0)
     return min((k for k, r in rates.items() if r * _GAIN >= best), default=1)
