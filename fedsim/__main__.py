@@ -1,4 +1,4 @@
-"""The command line: `fedsim run | partition | plot | list | doctor`.
+"""The command line: `fedsim run | sweep | reproduce | partition | plot | list | doctor`.
 
 A user's mistake is one line on standard error and exit code 2; a failing client shows its own traceback and exits 1.
 """
@@ -75,6 +75,99 @@ def run(
             _table(summary(metrics, metric=metric), f"{metric} of {done.path}")
     for figure in sorted((done.path / "figures").glob("*")):
         print(figure)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file of a sweep.", show_default=False)],
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Runs at once; default: one a CUDA device, on the CPU one a core.", min=1, show_default=False
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live table; only what comes out.")] = False,
+) -> None:
+    """Run a grid or a list of settings; finished runs are skipped, stopped ones go on, failed ones are tried again.
+
+    The file holds `experiment` (a file, or its sections), `grid` (key: [values], every combination; or a list of such) and
+    `list` (single settings). Overrides hold for all runs, under what the sweep sets. Writes RESULTS/NAME/: a run folder each, sweep.json,
+    table.csv and table.parquet (a row a model), cells.csv (mean and bootstrap interval over seeds), figures/.
+
+    Ends with code 1 if a run failed; the others are finished then, and the reasons are listed.
+    """
+    from fedsim.sweep import Sweep, run_sweep, said
+
+    done = run_sweep(Sweep.load(file, overrides or []), progress=not quiet, workers=workers)
+    jobs, failed = done.jobs, done.failed
+    finished = [job for job in jobs if job.state == "finished"]
+    if finished:
+        import pandas as pd
+
+        _table(pd.read_csv(done.path / "cells.csv"), f"{len(finished)} of {len(jobs)} run(s) in {done.path}")
+        for name in ("table.csv", "table.parquet", "cells.csv"):
+            print(done.path / name)
+        for figure in sorted((done.path / "figures").glob("*.png")):
+            print(figure)
+    if failed:
+        print(f"\n{len(failed)} of {len(jobs)} run(s) failed:", file=sys.stderr)
+        for job in failed:
+            print(f"  {said(job.settings)}: {job.reason}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    experiment: Annotated[
+        str, typer.Argument(help="A folder under experiments/ with a reproduce.yaml, or its path.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    size: Annotated[
+        str, typer.Option(help="tiny (embedded), smollm2 (135M, real data), full (the published size).")
+    ] = "tiny",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="One of the size's budgets; default: the published one on a GPU, else the smaller one."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Runs at once; default: one a CUDA device, on the CPU one a core.", min=1, show_default=False
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No live table; only the verdicts and the paths.")
+    ] = False,
+) -> None:
+    """Make a published experiment's runs and report ours beside the published numbers.
+
+    Writes report.md and report.html (self-contained) with figures, the table published / ours / difference / standard error,
+    and the verdicts of what theory demands, as they come out: a failed verdict is no error. Finished runs are not made again.
+    """
+    import shlex
+
+    from fedsim.reproduce import Reproduction
+    from fedsim.reproduce import reproduce as make
+    from fedsim.sweep import said
+
+    plan = Reproduction.load(experiment, size, budget, overrides or [])
+    words = ["fedsim", "reproduce", experiment, "--size", size]
+    words += ["--budget", plan.budget] if plan.budget is not None else []
+    command = shlex.join([*words, *(overrides or [])])
+    report = make(plan, command=command, progress=not quiet, workers=workers)
+    if report is None:
+        failed = [job for job in plan.jobs if job.state == "failed"]
+        print(f"{len(failed)} of {len(plan.jobs)} run(s) failed, so there is no report:", file=sys.stderr)
+        for job in failed:
+            print(f"  {said(job.settings)}: {job.reason}", file=sys.stderr)
+        raise typer.Exit(1)
+    text = report.read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if any(word in line for word in ("PASSED", "FAILED", "NOT JUDGED")):
+            print(line)
+    print(report)
+    print(report.with_suffix(".html"))
 
 
 @app.command()

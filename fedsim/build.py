@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fedsim.config import Experiment, expand_path
 from fedsim.data import sources
@@ -24,9 +27,36 @@ from fedsim.data.sources import Source
 from fedsim.data.tokens import Template, Tokens, encode
 from fedsim.errors import UserError
 from fedsim.models import base
+from fedsim.schema import plain
 from fedsim.seeding import stream
 
 CENTRAL = "central"
+
+
+@dataclass
+class Rows:
+    """What runs with the same data, base and task have in common: the rows, as tokens of that base.
+
+    Attributes:
+        source: rows and label words.
+        model: where the base comes from.
+        tokenizer: the base's.
+        tokens: split -> arrays.
+        template: the prompt template in force.
+        words: label words, where the answers are labels.
+    """
+
+    source: Source
+    model: base.Source
+    tokenizer: Any
+    tokens: dict[str, Tokens]
+    template: str
+    words: list[str] | None
+
+    @functools.cached_property
+    def model_hash(self) -> str:
+        """Of the base's files."""
+        return base.content_hash(self.model)
 
 
 @dataclass
@@ -35,23 +65,37 @@ class Parts:
 
     Attributes:
         exp: the config.
-        source: rows and label words.
-        model: where the base comes from.
-        tokenizer: the base's.
-        tokens: split -> arrays.
+        rows: the rows, as tokens of the base.
         partition: client -> rows of the training split.
         own: client -> rows of the validation split, the site's own validation; None where no client has any (virtual).
         report: class counts, sizes and skew of the partition; goes into the run folder.
     """
 
     exp: Experiment
-    source: Source
-    model: base.Source
-    tokenizer: Any
-    tokens: dict[str, Tokens]
+    rows: Rows
     partition: Partition | VirtualPartition
     own: Partition | None
     report: dict[str, Any]
+
+    @property
+    def source(self) -> Source:
+        """Rows and label words."""
+        return self.rows.source
+
+    @property
+    def model(self) -> base.Source:
+        """Where the base comes from."""
+        return self.rows.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's."""
+        return self.rows.tokenizer
+
+    @property
+    def tokens(self) -> dict[str, Tokens]:
+        """Split -> arrays."""
+        return self.rows.tokens
 
     @property
     def clients(self) -> np.ndarray:
@@ -78,7 +122,7 @@ class Parts:
     def run_id(self) -> str:
         """Hash of all that the numbers depend on: the config, with content hashes in place of data and model paths."""
         identity = self.exp.identity()
-        identity["model"]["path"] = base.content_hash(self.model)
+        identity["model"]["path"] = self.rows.model_hash
         for key in ("path", "validation", "test"):
             if isinstance(identity["data"].get(key), str):
                 identity["data"][key] = None
@@ -149,17 +193,87 @@ def template_of(exp: Experiment, source: Source) -> str:
     return own
 
 
-def prepare(exp: Experiment) -> Parts:
-    """Load, tokenise, partition and check.
+class Shared:
+    """What several runs have in common, made once: tokenised rows and loaded bases; pickles as handles to shared memory."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Rows] = {}
+        self._bases: dict[str, nn.Module] = {}
+
+    def rows(self, exp: Experiment) -> Rows:
+        """The experiment's rows; read and tokenised at the first call.
+
+        Raises:
+            UserError: as `prepare`.
+        """
+        key = repr((exp.model.path, exp.model.task, plain(exp.data)))
+        if key not in self._rows:
+            self._rows[key] = load_rows(exp)
+        return self._rows[key]
+
+    @staticmethod
+    def base_key(exp: Experiment) -> str | None:
+        """Runs with the same key can share a base; None where the whole model is trained, each of its own copy."""
+        if exp.adapter.name == "none":
+            return None
+        heads = exp.model.task == "sequence_classification"
+        # A head that the folder does not hold starts from the seed.
+        return repr((exp.model.path, exp.model.dtype, exp.model.task, (exp.seed, exp.data.labels) if heads else None))
+
+    def base(self, parts: Parts) -> nn.Module:
+        """A model of one's own around the weights that all runs with the same base share.
+
+        Raises:
+            UserError: if the weights cannot be loaded.
+        """
+        key = self.base_key(parts.exp)
+        if key is None:
+            return load_base(parts)
+        if key not in self._bases:
+            self._bases[key] = load_base(parts)
+        return base.borrow(self._bases[key])
+
+    def keep_only(self, keys: Collection[str | None]) -> None:
+        """Free the bases that no run to come needs."""
+        self._bases = {k: m for k, m in self._bases.items() if k in keys}
+
+    def share(self) -> None:
+        """Move weights and rows into shared memory, so that other processes read the same pages."""
+        for model in self._bases.values():
+            base.share_memory(model)
+        for rows in self._rows.values():
+            for tokens in rows.tokens.values():
+                tokens.share()
+
+
+def load_base(parts: Parts) -> nn.Module:
+    """The experiment's base, frozen, on the CPU; in float32 where the whole of it is trained under a 16-bit type.
 
     Raises:
-        UserError: for whatever can be known to be impossible before a model is loaded.
+        UserError: if the weights cannot be loaded.
+    """
+    exp = parts.exp
+    masters = exp.adapter.name == "none" and exp.model.dtype in ("bfloat16", "float16")
+    return base.load_base(
+        parts.model,
+        task=exp.model.task,
+        dtype="float32" if masters else exp.model.dtype,
+        num_labels=len(parts.source.labels) if exp.model.task == "sequence_classification" else None,
+        pad_token_id=parts.tokenizer.pad_token_id,
+        seed=exp.seed,
+    )
+
+
+def load_rows(exp: Experiment) -> Rows:
+    """Read and tokenise the rows.
+
+    Raises:
+        UserError: for a base, data or a template that cannot be.
     """
     model = base.find(expand_path(exp.model.path, "model.path"))
     source = load_source(exp)
     template = template_of(exp, source)
     words = source.labels if _answers_are_labels(exp, template, source) else None
-    exp = _resolve(exp, source, template, words)
     base.check_task(model, exp.model.task)
     fields = Template.parse(template).fields
     texts = {name: split.texts(fields, exp.data.columns, source.labels) for name, split in source.splits.items()}
@@ -179,6 +293,22 @@ def prepare(exp: Experiment) -> Parts:
         )
         for name, split in source.splits.items()
     }
+    return Rows(source, model, tokenizer, tokens, template, words)
+
+
+def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
+    """Load, tokenise, partition and check.
+
+    Args:
+        exp: the config.
+        shared: rows that other runs have in common with this one are taken from it.
+
+    Raises:
+        UserError: for whatever can be known to be impossible before a model is loaded.
+    """
+    made = load_rows(exp) if shared is None else shared.rows(exp)
+    source, tokens = made.source, made.tokens
+    exp = _resolve(exp, source, made.template, made.words)
     kept = {name: tokens[name].kept() for name in sources.SPLITS}
     for name in ("train", "validation"):
         if len(kept[name]) == 0:
@@ -189,7 +319,7 @@ def prepare(exp: Experiment) -> Parts:
     partition, own, report = _partition(exp, source, kept)
     report["left_out"] = {s: {k: len(r) for k, r in t.left_out.items()} for s, t in tokens.items() if t.left_out}
     report["truncated"] = {s: t.truncated for s, t in tokens.items() if t.truncated}
-    parts = Parts(exp, source, model, tokenizer, tokens, partition, own, report)
+    parts = Parts(exp, made, partition, own, report)
     _check(parts)
     return parts
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -184,24 +185,40 @@ class Experiment:
             check_that(self.evaluate.generate, "best.metric", "exact_match", "needs evaluate.generate=true")
 
     @classmethod
-    def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    def load(
+        cls, file: str | Path, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+    ) -> Experiment:
         """The experiment of a YAML file.
 
         Args:
             file: the YAML file.
             overrides: `key=value` strings, as on the command line; of two for one key the later holds. One that changes a section's
                 `name`, or the whole section, drops the keys that the file gave that section.
+            settings: dotted key -> value; they hold over the overrides.
 
         Raises:
             UserError: for a missing file, bad YAML, an unknown key, a wrong type or an impossible value.
         """
         path = Path(file)
-        tree = _read_yaml(path)
+        return cls.from_tree(read_yaml(path), path.resolve().parent, overrides, settings)
+
+    @classmethod
+    def from_tree(
+        cls,
+        tree: dict[str, Any],
+        folder: Path,
+        overrides: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> Experiment:
+        """The experiment of what a YAML file in `folder` holds; see `load`."""
+        tree = copy.deepcopy(tree)
         # Whole sections first, then names: neither drops a key that stands beside it on the command line.
-        for override in sorted(overrides, key=_rank):
-            _override(tree, override)
+        for path, value in sorted(map(_parse_override, overrides), key=_rank):
+            _override(tree, path, value)
+        for path, value in sorted(((k.split("."), v) for k, v in (settings or {}).items()), key=_rank):
+            _override(tree, path, copy.deepcopy(value))
         tree = _interpolate(tree)
-        _absolute_paths(tree, path.resolve().parent)
+        _absolute_paths(tree, folder)
         return cls.from_dict(tree)
 
     @classmethod
@@ -249,7 +266,12 @@ def components(section: str) -> dict[str, type]:
     return table
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML file holds, interpolations unresolved.
+
+    Raises:
+        UserError: for a missing file, or one that is no YAML mapping in UTF-8.
+    """
     from omegaconf import OmegaConf
 
     if not path.is_file():
@@ -292,12 +314,13 @@ def _escape(value: Any, path: tuple[str, ...]) -> Any:
     return value
 
 
-def _rank(override: str) -> int:
-    path = override.partition("=")[0].strip().split(".")
+def _rank(override: tuple[list[str], Any]) -> int:
+    path = override[0]
     return 0 if len(path) == 1 else 1 if path[1:] == ["name"] else 2
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
+def _parse_override(text: str) -> tuple[list[str], Any]:
+    """`key=value` -> (the key's parts, the value)."""
     from omegaconf import OmegaConf
 
     key, equals, _ = text.partition("=")
@@ -314,6 +337,10 @@ def _override(tree: dict[str, Any], text: str) -> None:
         if not isinstance(value, dict) or part not in value:
             raise UserError(f"{text!r}: not readable as key=value; keys are dotted names, e.g. local.lr=1e-3")
         value = value[part]
+    return path, value
+
+
+def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
     section = tree.get(path[0])
     renames = (
         len(path) == 2 and path[1] == "name" and path[0] in ("adapter", "data", "partition", "algorithm", "executor")
@@ -327,7 +354,9 @@ def _override(tree: dict[str, Any], text: str) -> None:
             target[part] = {}
         target = target[part]
         if not isinstance(target, dict):
-            raise UserError(f"{'.'.join(path[: depth + 1])}: {target!r} is no section, so {key} cannot be set")
+            raise UserError(
+                f"{'.'.join(path[: depth + 1])}: {target!r} is no section, so {'.'.join(path)} cannot be set"
+            )
     target[path[-1]] = value
 
 

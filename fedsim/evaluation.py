@@ -124,10 +124,12 @@ def summarise(scores: RowScores, tokens: Tokens, rows: np.ndarray | None = None)
     return out
 
 
-def to_scores(rows: RowScores, tokens: Tokens, sites: dict[int, np.ndarray] | None = None) -> Scores:
-    """The sums that travel: over the whole split, and over each site's own rows where `sites` gives them."""
+def to_scores(
+    rows: RowScores, tokens: Tokens, sites: dict[int, np.ndarray] | None = None, by_row: bool = False
+) -> Scores:
+    """What travels: sums over the whole split, over each site's own rows where `sites` gives them, and rows if asked for."""
     by_site = {c: summarise(rows, tokens, own) for c, own in (sites or {}).items() if len(own)}
-    return Scores(summarise(rows, tokens), by_site, rows.predicted, int(rows.count.sum()))
+    return Scores(summarise(rows, tokens), by_site, rows.predicted, rows.nll if by_row else None, int(rows.count.sum()))
 
 
 def _chunks(lengths: np.ndarray, size: int) -> list[np.ndarray]:

@@ -6,12 +6,10 @@ it ends, and the same call goes on from the last complete round of a run folder 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import gc
 import hashlib
-import io
 import os
 import re
 import time
@@ -24,28 +22,32 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.algorithms import ALGORITHMS, Algorithm
-from fedsim.build import CENTRAL, Parts, draw_of, prepare
+from fedsim.build import CENTRAL, Parts, Shared, draw_of, prepare
 from fedsim.config import Experiment
 from fedsim.data.partition import Partition, VirtualPartition
 from fedsim.data.tokens import Tokens
 from fedsim.errors import UserError
 from fedsim.executors import PoolExecutor, SerialExecutor
+from fedsim.executors.fleet import FleetExecutor, Member
 from fedsim.models import adapters, base
 from fedsim.models.flat import Unsuitable, has_fast_float32
 from fedsim.models.forward import Net
 from fedsim.models.stacked import StackedNet, probe
 from fedsim.params import Layout, Params, clone
 from fedsim.planner import Packs, Plan, choose_lanes, describe
+from fedsim.predictions import ByRow, by_row, load_by_row, save_by_row, write_predictions
 from fedsim.progress import Progress
 from fedsim.rounds import CENTRAL as CENTRAL_CLIENT
-from fedsim.rounds import Choice, Schedule, State, merged_rows, restore, run_rounds, state_info, state_tensors
-from fedsim.run_folder import RunFolder, environment, save_partition
+from fedsim.rounds import Choice, Chosen, Schedule, State, merged_rows, restore, run_rounds, state_info, state_tensors
+from fedsim.run_folder import RunFolder, environment, save_arrays
 from fedsim.seeding import stream
 from fedsim.store import Records
 from fedsim.trackers import Trackers, check_trackers
 from fedsim.training.optim import Optim
 from fedsim.training.trainer import Recipe, Sites, Trainer, stores_of
-from fedsim.types import Engine, Report, Row, Scoring
+from fedsim.types import Engine, Report, Row, Scores, Scoring
+
+BY_ROW_SITES = 100  # sites alone whose last models are scored row by row; of more, only the chosen ones
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ class Bundle:
         made = Trainer(net, self.tokens, sites, self.algorithms, self.recipe, self.seed, self.state, self.tokenizer)
         made.configure(engine)
         return made
+
+    def guest(self, host: Trainer) -> Trainer:
+        """A trainer of this run on the model of another's."""
+        return host.guest(_sites(self.train, self.own), self.algorithms, self.recipe, self.seed, self.state)
 
     def why_not_packed(self, model: nn.Module, own: list[nn.Module]) -> str | None:
         """Why clients cannot train in lanes, found out on the CPU; None where they can."""
@@ -233,12 +239,25 @@ def devices_of(exp: Experiment) -> tuple[str, list[str]]:
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def run(exp: Experiment | dict[str, Any], *, progress: bool = True) -> Run:
+def run_folder_of(exp: Experiment, run_id: str) -> Path:
+    """Where an experiment's run lies."""
+    return Path(exp.results).expanduser() / exp.name / run_id
+
+
+def run(
+    exp: Experiment | dict[str, Any],
+    *,
+    progress: bool | Progress = True,
+    shared: Shared | None = None,
+    member: Member | None = None,
+) -> Run:
     """Run an experiment, or go on with it from the last complete round of its run folder.
 
     Args:
         exp: the config, as `Experiment` or as the nested dict that YAML gives.
-        progress: show what goes on, on standard error.
+        progress: show what goes on, on standard error; or where to show it.
+        shared: rows and base that other runs in this process have in common with this one.
+        member: of a fleet of runs whose packs share passes.
 
     Returns:
         The run: its folder holds `config.yaml`, `metrics.jsonl`, the partition, the models and the figures.
@@ -251,11 +270,11 @@ def run(exp: Experiment | dict[str, Any], *, progress: bool = True) -> Run:
         exp = Experiment.from_dict(exp)
     kind, devices = devices_of(exp)
     check_trackers(exp.tracking.with_)
-    parts = prepare(exp)
+    parts = prepare(exp, shared)
     exp = parts.exp
     run_id = parts.run_id()
-    folder = RunFolder(Path(exp.results).expanduser() / exp.name / run_id)
-    show = Progress(progress, exp.rounds)
+    folder = RunFolder(run_folder_of(exp, run_id))
+    show = Progress(progress, exp.rounds) if isinstance(progress, bool) else progress
     try:
         status = folder.read_json("status.json") or {}
         if status.get("rounds", exp.rounds) != exp.rounds:
@@ -267,7 +286,7 @@ def run(exp: Experiment | dict[str, Any], *, progress: bool = True) -> Run:
             if not (folder.path / "figures").is_dir():
                 _draw(folder, show)
         else:
-            _Session(exp, parts, folder, show, kind, devices, status).run()
+            _Session(exp, parts, folder, show, kind, devices, status, shared or Shared(), member).run()
     finally:
         show.end()
         folder.close()
@@ -286,13 +305,16 @@ class _Session:
         kind: str,
         devices: list[str],
         status: dict,
+        shared: Shared,
+        member: Member | None,
     ) -> None:
         self.exp, self.parts, self.folder, self.show = exp, parts, folder, show
+        self.shared, self.member = shared, member
         self.kind, self.devices, self.status = kind, devices, status
         self.before, self.began = float(status.get("seconds", 0.0)), time.monotonic()
         self.choice = Choice(exp.best.metric, exp.best.mode)
         self.initial: list[Row] | None = None
-        self.predictions: dict[str, np.ndarray] = {}
+        self.by_row: dict[str, ByRow] = {}
 
     # ------------------------------------------------------------------------------------------ start to end
 
@@ -307,10 +329,11 @@ class _Session:
             for mode in [m for m in ("local", "federated", "central") if m in exp.modes]:
                 done = folder.read_json(f"checkpoints/{mode}/done.json")
                 if done is not None:
-                    self.predictions |= {k: np.array(v) for k, v in done["predictions"].items()}
+                    self.by_row |= load_by_row(folder, mode)
                     continue
                 self._run_mode(mode, executor)
-            self._write_predictions()
+            parts = self.parts
+            write_predictions(folder, parts.source, parts.tokens, exp.data.columns, self.by_row)
             self._compare_memory(executor)
         except BaseException as error:
             self._status("failed", str(error).split("\n")[0][:300] or type(error).__name__)
@@ -346,7 +369,7 @@ class _Session:
         kernels = "oneDNN" if has_fast_float32() else "torch"
         about = {**environment(self.devices, self.plan.threads), "frozen_float32_on_cpu": kernels}
         folder.write_json("environment.json", about)
-        save_partition(folder, parts.partition.to_arrays())
+        save_arrays(folder, "partition.npz", parts.partition.to_arrays())
         folder.write_json("partition.json", parts.report)
         self._status("running")
 
@@ -362,16 +385,8 @@ class _Session:
         exp, parts = self.exp, self.parts
         whole = exp.adapter.name == "none"
         sixteen = exp.model.dtype in ("bfloat16", "float16")
-        labels = len(parts.source.labels) if exp.model.task == "sequence_classification" else None
         self.show.note(f"loading {exp.model.path}")
-        model = base.load_base(
-            parts.model,
-            task=exp.model.task,
-            dtype="float32" if whole and sixteen else exp.model.dtype,
-            num_labels=labels,
-            pad_token_id=parts.tokenizer.pad_token_id,
-            seed=exp.seed,
-        )
+        model = self.shared.base(parts)
         (self.folder.path / "checkpoints").mkdir(exist_ok=True)
         settings = exp.to_dict()["adapter"]
         settings.pop("name")
@@ -391,7 +406,7 @@ class _Session:
             state=self.folder.path / "checkpoints",
             tokenizer=parts.tokenizer,
         )
-        executor: SerialExecutor | PoolExecutor
+        executor: SerialExecutor | PoolExecutor | FleetExecutor
         if self.kind == "pool":
             base.share_memory(model)
             for shared in self.bundle.shared():
@@ -401,7 +416,10 @@ class _Session:
             # Workers are sent the bare base: they start before the adapter is put on this process's copy.
             executor = PoolExecutor(self.bundle, self.devices, self.plan.threads)
         try:
+            lent = base.memory_of(model)
             self.model, own = self.bundle.attach()
+            if not whole:  # a head of the base that is trained; exports write into the trained parameters
+                base.own_memory(adapters.trained(self.model).values(), lent)
             if not self.planned and exp.training.lanes != 1:
                 self.plan.why_not = self.bundle.why_not_packed(self.model, own)
                 self.plan.packed = self.plan.why_not is None
@@ -410,11 +428,14 @@ class _Session:
             self.start = clone(params)
             self.stores = stores_of(self.bundle.state, self.bundle.algorithms, self.start, self.bundle.recipe)
             if self.kind == "serial":
-                executor = SerialExecutor(
-                    lambda device, engine: self.bundle.trainer(self.model, own, device, engine),
-                    self.devices[0],
-                    self.plan.threads,
-                )
+
+                def make(device: torch.device, engine: Engine) -> Trainer:
+                    return self.bundle.trainer(self.model, own, device, engine)
+
+                if self.member is not None:
+                    executor = self.member.make_executor(make, self.bundle.guest)
+                else:
+                    executor = SerialExecutor(make, self.devices[0], self.plan.threads)
             self._describe(params)
             if not (self.folder.path / "init").exists():
                 self._save_model(self.start, self.folder.path / "init")
@@ -575,13 +596,12 @@ class _Session:
             self.show.note(
                 f"{mode}: {self.useful:,} useful of {self.computed:,} computed tokens ({self.useful / self.computed:.1%})"
             )
-        predictions = self._finish_mode(mode, state, executor)
-        self.predictions |= predictions
+        found = self._finish_mode(mode, state, executor)
+        self.by_row |= found
+        save_by_row(folder, mode, found)
         length = folder.sync_metrics()
         folder.write_json("checkpoints/modes.json", {"metrics_bytes": length})
-        folder.write_json(
-            f"checkpoints/{mode}/done.json", {"predictions": {k: v.tolist() for k, v in predictions.items()}}
-        )
+        folder.write_json(f"checkpoints/{mode}/done.json", {"models": len(found)})
         self.show.end()
 
     def _halve(self, mode: str, round: int) -> None:
@@ -629,44 +649,58 @@ class _Session:
 
     # ------------------------------------------------------------------------------------------- the end
 
-    def _finish_mode(self, mode: str, state: State, executor: SerialExecutor | PoolExecutor) -> dict[str, np.ndarray]:
-        """Score the chosen models once on the test rows, export last and chosen ones; test predictions by model."""
-        generate = self.exp.evaluate.generate
-        has_test = len(self.parts.tokens["test"].kept()) > 0
-        requests, owners = [], []
+    def _finish_mode(self, mode: str, state: State, executor: SerialExecutor | PoolExecutor) -> dict[str, ByRow]:
+        """Export last and chosen models, score the chosen ones once on the test rows; each row's scores by model."""
+        owners: list[tuple[str | None, Chosen, str]] = []
         if self.bundle.algorithms[mode].merges:
             self._export(state.params, "global")
+            last = self._by_row("validation", [mode], executor.score([Scoring("validation", by_row=True)]))
+            requests: list[Scoring] = []
             if state.best is not None:
                 self._export(state.best_params, "best")
                 executor.broadcast(state.best_params, state.server)
-                requests.append(Scoring("test", generate=generate))
+                requests.append(Scoring("test"))
                 owners.append((None, state.best, mode))
         else:
-            store, records = f"best-{mode}", []
+            labels, records, best_records = [], [], []
             for client, record in sorted(state.records.table.items()):
                 name = CENTRAL if client == CENTRAL_CLIENT else self.parts.partition.name(client)
                 place = CENTRAL if client == CENTRAL_CLIENT else f"local/{folder_name(name)}"
+                label = CENTRAL if client == CENTRAL_CLIENT else f"local {name}"
                 self._export(self.stores[mode].read(record)[: self.layout.numel], place)
+                labels.append(label)
+                records.append(record)
                 if client not in state.site_best:
                     continue
                 best = state.best_records.read(client)
-                self._export(self.stores[store].read(best), f"{place}/best")
-                records.append(best)
-                label = CENTRAL if client == CENTRAL_CLIENT else f"local {name}"
+                self._export(self.stores[f"best-{mode}"].read(best), f"{place}/best")
+                best_records.append(best)
                 owners.append((None if client == CENTRAL_CLIENT else name, state.site_best[client], label))
-            lanes = self.plan.lanes_at(mode, self.exp.rounds)
-            parts = [tuple(records[i : i + lanes]) for i in range(0, len(records), lanes)]
-            requests += [Scoring("test", records=part, store=store, generate=generate) for part in parts]
-        if not has_test:
-            return {}
-        rows, predictions = [], {}
-        found = [scores for part in executor.score(requests) for scores in part]
-        for scores, (client, best, label) in zip(found, owners, strict=True):
+            few = slice(0, BY_ROW_SITES)
+            last = self._by_row("validation", labels[few], executor.score(self._packed(mode, mode, records[few])))
+            requests = self._packed(mode, f"best-{mode}", best_records)
+        if len(self.parts.tokens["test"].kept()) == 0:
+            return last
+        generate = self.exp.evaluate.generate
+        asked = [dataclasses.replace(r, split="test", generate=generate, by_row=True) for r in requests]
+        answers = executor.score(asked)
+        rows = []
+        for scores, (client, best, _) in zip((s for part in answers for s in part), owners, strict=True):
             rows += [Row(best.round, best.step, mode, client, "test", n, v, w) for n, (v, w) in scores.values.items()]
-            if scores.predictions is not None:
-                predictions[label] = scores.predictions
         self._log(rows)
-        return predictions
+        chosen = self._by_row("test", [label for *_, label in owners], answers)
+        return {label: {**last.get(label, {}), **chosen.get(label, {})} for label in {**last, **chosen}}
+
+    def _packed(self, mode: str, store: str, records: list[int]) -> list[Scoring]:
+        """Requests to score these records on the validation rows, as many side by side as there are lanes."""
+        lanes = self.plan.lanes_at(mode, self.exp.rounds)
+        parts = [tuple(records[i : i + lanes]) for i in range(0, len(records), lanes)]
+        return [Scoring("validation", records=part, store=store, by_row=True) for part in parts]
+
+    @staticmethod
+    def _by_row(split: str, labels: list[str], answers: list[list[Scores]]) -> dict[str, ByRow]:
+        found = [scores for part in answers for scores in part]
+        return {label: by_row(split, scores) for label, scores in zip(labels, found, strict=True)}
 
     def _export(self, flat: Tensor, place: str) -> None:
         self._save_model(self.layout.views(flat), self.folder.path / place)
@@ -690,46 +724,6 @@ class _Session:
         if beside != place:
             beside.rename(place)
 
-    def _write_predictions(self) -> None:
-        """Predictions on the test rows by every model, and a table of examples to read."""
-        words = self.parts.source.labels
-        if not self.predictions or words is None:
-            return
-        tokens = self.parts.tokens["test"]
-        rows, labels = tokens.kept(), tokens.labels.numpy()
-        names = sorted(self.predictions, key=lambda n: (n != "federated", n != CENTRAL, n))
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["row", "label", *names])
-        for i, row in enumerate(rows):
-            writer.writerow([int(row), words[labels[row]], *(words[self.predictions[n][i]] for n in names)])
-        self.folder.write_text("predictions.csv", out.getvalue())
-        if "federated" in self.predictions:
-            self.folder.write_json("comparison.json", _paired(self.predictions, labels[rows]))
-        self.folder.write_text("figures/examples.md", self._examples(rows, labels, words, names))
-
-    def _examples(self, rows: np.ndarray, labels: np.ndarray, words: list[str], names: list[str]) -> str:
-        """A dozen test inputs, classes in turn, with what each model predicts."""
-        split = self.parts.source.splits["test"]
-        by_class = [[i for i, r in enumerate(rows) if labels[r] == c] for c in range(len(words))]
-        turns = [group[k] for k in range(12) for group in by_class if k < len(group)][:12]
-        text = [c for c in split.columns if c not in ("label", self.exp.data.columns.get("label"))]
-        shown = (
-            self.exp.data.columns.get("sentence")
-            or self.exp.data.columns.get("text")
-            or next((c for c in ("sentence", "text") if c in text), text[0])
-        )
-        names = names[:6]
-        lines = ["| input | label | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-        for i in turns:
-            cell = " ".join(str(split.columns[shown][rows[i]]).replace("|", "\\|").split())
-            guesses = [words[self.predictions[n][i]] for n in names]
-            truth = words[labels[rows[i]]]
-            lines.append(f"| {cell} | {truth} | " + " | ".join(g if g == truth else f"**{g}**" for g in guesses) + " |")
-        return "\n".join(
-            [*lines, "", "Test rows, each model as chosen on the validation rows; wrong predictions in bold.", ""]
-        )
-
 
 def free_memory(device: str) -> int | None:
     """Bytes that are free on a device; None where the system does not tell."""
@@ -748,29 +742,6 @@ def _draw(folder: RunFolder, show: Progress) -> None:
     folder.sync_metrics()
     for path in save_figures(folder.path):
         show.note(f"figure: {path}")
-
-
-def _paired(predictions: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, dict[str, float]]:
-    """The chosen merged model against every other, on the same test rows.
-
-    Model -> difference in accuracy, its standard error (of the mean of the paired differences, each -1, 0 or 1), and the
-    rows that only one of the two gets right.
-    """
-    merged = predictions["federated"] == labels
-    out = {}
-    for name, predicted in predictions.items():
-        if name == "federated":
-            continue
-        difference = merged.astype(float) - (predicted == labels)
-        n = len(difference)
-        out[name] = {
-            "rows": n,
-            "difference": float(difference.mean()),
-            "standard_error": float(difference.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0,
-            "only_federated": int((difference > 0).sum()),
-            "only_other": int((difference < 0).sum()),
-        }
-    return out
 
 
 def _shareable(partition: Partition | VirtualPartition) -> tuple[Tensor, Tensor] | VirtualPartition:

@@ -1,4 +1,5 @@
-"""Figures from `load_runs()`: the three curves, the partition, the sites, settings against each other.
+"""Figures from `load_runs()`: the three curves, the partition, the sites, settings against each other; and of a sweep,
+from `sweep_table()`: scores against what was swept and against measured skew, the gain of federation per site.
 
 Every function draws on the axes it is given, or on new ones of pyplot's, which a notebook shows at the end of its cell.
 Colours are from the
@@ -8,6 +9,7 @@ that a grey print can be read too.
 
 from __future__ import annotations
 
+import re
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
@@ -20,8 +22,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import offset_copy
 
 from fedsim.errors import UserError
@@ -38,6 +42,7 @@ from fedsim.runs import (
     rows_of,
     traces,
 )
+from fedsim.tables import cells, sweep_table, swept_keys
 
 LOCAL, FEDERATED, MERGED, CENTRAL = "#0072B2", "#E69F00", "#C8102E", "#000000"
 CYCLE = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
@@ -54,6 +59,20 @@ X_LABELS = {
     "seconds": "wall-clock time (s)",
     "bytes": "sent up and down, all sites (MiB)",
 }
+SKEW_LABELS = {
+    "js_mean": "mean JS divergence of the sites' labels (bits)",
+    "size_gini": "Gini coefficient of the sites' sizes",
+}
+SITE_LABELS = {"rows": "training rows of the site", "js": "JS divergence of the site's labels (bits)"}
+KEY_LABELS = {"partition.alpha": "Dirichlet alpha", "partition.num_clients": "clients"}
+SCOPE_LOOKS = {  # colour of the line, colour of the marks, name in the legend
+    "local": (LOCAL, LOCAL, "local, mean of sites"),
+    "federated": (FEDERATED, MERGED, "federated, merged model"),
+    "central": (CENTRAL, CENTRAL, "central"),
+}
+LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # further settings than these are drawn thin, without names
+DASHED = (0, (4, 2))
+WIDE = 20.0  # values that span more than this many times the least one stand on a log axis
 Y_LABELS = {"accuracy": "accuracy", "loss": "loss (nats per answer token)", "exact_match": "exact match"}
 
 
@@ -195,7 +214,9 @@ def sites(df: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy") ->
     return ax
 
 
-def compare(df: pd.DataFrame, metric: str = "accuracy", x: str = "step") -> Figure:
+def compare(
+    df: pd.DataFrame, metric: str = "accuracy", x: str = "step", axes: Sequence[Axes] | None = None
+) -> np.ndarray:
     """Settings against each other: a panel for each scope, a line for each setting (the mean over its seeds).
 
     Args:
@@ -203,48 +224,162 @@ def compare(df: pd.DataFrame, metric: str = "accuracy", x: str = "step") -> Figu
             same for all, is left out: it would press the differences together.
         metric: a name recorded on the validation rows.
         x: as in `curves`.
+        axes: axes to draw on, one for each scope that the runs have, in the order local, federated, central; None
+            makes new ones.
+
+    Returns:
+        The axes, an array [scopes].
 
     Raises:
-        UserError: no run recorded the metric, or none recorded what x asks for.
+        UserError: no run recorded the metric, none recorded what x asks for, or `axes` is not one for each scope.
     """
-    require_metric(df, metric, "validation")
-    groups = settings(df)
-    lines: dict[str, dict[int, np.ndarray]] = {scope: {} for scope in SCOPES}
-    for number, (_, rows) in enumerate(groups):
-        found = [traces(part, metric) for _, part in rows.groupby("run", observed=True)]
-        members = {
-            "local": [list(one.local.values()) for one in found if one.local],
-            "federated": [[one.merged] for one in found if len(one.merged)],
-            "central": [[one.central] for one in found if len(one.central)],
-        }
-        for scope, runs in members.items():
-            if runs and (scale := _scale(rows, scope, x)) is not None:
-                grid, values = _bundle(runs)
-                line = np.column_stack([np.interp(grid, *scale), values.mean(axis=0)])
-                lines[scope][number] = line[grid > 0]
-    shown = {scope: found for scope, found in lines.items() if found}
-    if not shown:
-        raise _no_axis(x)
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(2.8 + 0.17 * -(-len(groups) // len(shown)), width=max(2.4 * len(shown), WIDTH))
-        panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
-        entries: dict[int, Any] = {}
-        for panel, (scope, found_lines) in zip(panels, shown.items(), strict=True):
-            for at, line in found_lines.items():
-                look = {"color": CYCLE[at % 7], "linestyle": ("-", "--", ":")[at // 7 % 3], "marker": "os^Dv"[at % 5]}
-                (entries[at],) = panel.plot(
-                    *line.T, markersize=3.5, linewidth=1.3, markevery=-(-len(line) // 6), **look
-                )
-            panel.set_title(
-                {"local": "local, mean of sites", "federated": "federated, merged", "central": scope}[scope]
-            )
-            _dress(panel, metric, x, "validation")
-            panel.label_outer()
-        labels = [groups[at][0] for at in sorted(entries)]
-        columns = max(1, min(len(shown), int(14 * figure.get_figwidth() / max(map(len, labels)))))
-        handles = [entries[at] for at in sorted(entries)]
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    return figure
+    groups, shown = _lines_by_scope(df, metric, x)
+    if axes is not None and len(axes) != len(shown):
+        raise UserError(f"axes: {len(axes)} given, but these runs have {len(shown)} scopes: {', '.join(shown)}")
+    with _style(None if axes is None else axes[0]):
+        if axes is not None:
+            panels = np.array(list(axes), dtype=object)
+            entries = _draw_settings(panels, groups, shown, metric, x)
+            _legend_below(panels[len(panels) // 2], entries)
+        else:
+            import matplotlib.pyplot as plt
+
+            width, height = _compare_size(groups, shown)
+            figure = plt.figure(figsize=(width, height), layout="constrained")
+            panels = _compare_panels(figure, groups, shown, metric, x)
+    return panels
+
+
+def scores(table: pd.DataFrame, x: str = "partition.alpha", ax: Axes | None = None, value: str = "last") -> Axes:
+    """Local, federated and central scores of a sweep, against a swept key or the measured skew of the partitions.
+
+    Against a swept key: the mean of each cell (see `fedsim.tables.cells`) with its 95 % bootstrap interval over runs,
+    on a log axis where the values span more than 20 times the least; text, such as adapters, side by side. Against
+    `js_mean` or `size_gini`: a light dot for each run, and the cell means joined in their order.
+
+    Further keys that were swept are told apart by line and marker; beyond four such settings each is a thin line
+    without a name, and a thick one is the mean over them, where all of them have a value. Centralised models that do
+    not depend on x - of runs without that key, or all of one value - are a horizontal line with its interval.
+
+    Args:
+        table: from `sweep_table`; filter it to leave settings out.
+        x: a swept key, "js_mean" (bits) or "size_gini".
+        ax: axes to draw on; None makes new ones.
+        value: "last", "best", "own" or "test".
+
+    Raises:
+        UserError: an unknown x or value, or no run has both.
+    """
+    keys = swept_keys(table)
+    if x not in keys and x not in SKEW_LABELS:
+        raise UserError(f"x={x!r} was not swept; use one of {', '.join([*keys, *SKEW_LABELS])}")
+    if value not in ("last", "best", "own", "test"):
+        raise UserError(f"value={value!r} is no score of all three; use one of last, best, own, test")
+    table = table[table[value].notna()]
+    flat, table = _independent(table, x)
+    table = table[table[x].notna()]
+    if table.empty:
+        raise UserError(f"no run has both {x} and the score {value!r}; choose another x or value")
+    along = _skew_key(table) if x in SKEW_LABELS else x
+    apart = _varied(table, [key for key in keys if key != along])
+    means = cells(table, [along, *apart] if along else apart, value)
+    means["along"] = means[along] if along else ""
+    means["x"] = means[x].astype(float) if pd.api.types.is_numeric_dtype(means[x]) else means[x]
+    levels = cells(flat, [key for key in apart if key in _varied(flat, apart)], value)
+    settings = _number_settings(means, levels, apart)
+    metric = str(pd.concat([flat, table])["metric"].iloc[0])
+    with _style(ax):
+        own = ax is None
+        ax = ax or _new_axes(3.4)
+        names = None if pd.api.types.is_numeric_dtype(means[x]) else list(dict.fromkeys(means["x"]))
+        if names is not None:
+            means["x"] = means["x"].map(names.index).astype(float)
+        log = names is None and x not in SKEW_LABELS and _is_wide(means["x"])
+        if log:
+            ax.set_xscale("log")
+        if x in SKEW_LABELS:
+            _draw_runs(ax, table, x, value)
+        scopes = [scope for scope in SCOPES if (means["scope"] == scope).any()]
+        shift = min(0.16, 0.7 / max(1, len(scopes) * min(len(settings), len(LINES)))) if names is not None else 0.0
+        entries = _draw_cells(ax, means, len(settings), shift, with_interval=x not in SKEW_LABELS, joined=names is None)
+        entries += _draw_levels(ax, levels, len(settings), named="central" not in scopes)
+        if 1 < len(settings) <= len(LINES):
+            for setting, look in zip(settings, LINES, strict=False):
+                entries.append((_handle("#666666", look, names is None), _say_setting(apart, setting)))
+        ax.set_xlabel(SKEW_LABELS.get(x) or KEY_LABELS.get(x, x))
+        ax.set_ylabel(_score_label(metric, value))
+        _grid(ax, metric)
+        _name_decades(ax.yaxis)
+        lines = 1.0
+        if names is not None:
+            lines = _name_places(ax, names)
+        elif x not in SKEW_LABELS:
+            _tick_values(ax, np.unique(means["x"]), log)
+        _legend_below(ax, entries, _legend_note(means, levels, x, len(settings)), lines)
+        if own:
+            _grow(ax, lines)
+    return ax
+
+
+def gains(table: pd.DataFrame, x: str = "rows", ax: Axes | None = None, value: str = "gain_own") -> Axes:
+    """What federation gains each site, against the site's size or the skew of its labels: a dot for each site and run.
+
+    Above the zero line the merged model is better than the site's own, whichever way the metric goes. The black line
+    joins the medians of bins of like many sites, eight or more each. Colours tell the values of the first swept key
+    that has two to six.
+
+    Args:
+        table: from `sweep_table`; filter it to leave settings out.
+        x: "rows" (training rows, on a log axis where they span more than 20 times the least) or "js" (bits).
+        ax: axes to draw on; None makes new ones.
+        value: "gain_own" (on the site's own validation rows) or "gain" (on the shared ones).
+
+    Raises:
+        UserError: an unknown x or value, or no site has both.
+    """
+    if x not in SITE_LABELS:
+        raise UserError(f"x={x!r} is nothing measured of a site; use one of {', '.join(SITE_LABELS)}")
+    if value not in ("gain_own", "gain"):
+        raise UserError(f"value={value!r} is no gain of a site; use gain_own or gain")
+    keys = swept_keys(table)
+    table = table[(table["scope"] == "local") & table[x].notna() & table[value].notna()]
+    if table.empty:
+        raise UserError(f"no site has both {x} and {value}; they need runs with modes local and federated")
+    table = table.sort_values("client", kind="stable")  # so that no run lies on top of all others
+    at, gain = table[x].to_numpy(float), table[value].to_numpy(float)
+    entries: list[tuple[Any, str]] = []
+    with _style(ax):
+        own = ax is None
+        ax = ax or _new_axes(3.4)
+        colors, title = np.full(len(table), LOCAL, dtype=object), None
+        if key := next((key for key in keys if 2 <= table[key].nunique() <= 6), None):
+            values = cells(table, [key], value)[key].dropna().tolist()
+            shades = _shades(values)
+            colors = table[key].map(dict(zip(values, shades, strict=True))).fillna("#999999").to_numpy()
+            title = KEY_LABELS.get(key, key)
+            for one, shade in zip(values, shades, strict=True):
+                entries.append((Line2D([], [], color=shade, marker="o", linestyle="", markersize=4), _say(one)))
+        else:
+            entries.append((Line2D([], [], color=LOCAL, marker="o", linestyle="", markersize=4), "a site of a run"))
+        if x == "rows" and _is_wide(at):
+            ax.set_xscale("log")
+        ax.axhline(0.0, color="#555555", linewidth=1.0, linestyle="--", zorder=2)
+        size = float(np.clip(2500.0 / len(table), 5.0, 16.0))
+        ax.scatter(at, gain, s=size, c=list(colors), alpha=0.5, linewidths=0, zorder=3)
+        if len(middle := _bin_medians(at, gain)):
+            (line,) = ax.plot(*middle.T, color="black", marker="o", markersize=3.5, linewidth=1.6, zorder=5)
+            entries.append((line, "median of a bin"))
+        ax.set_xlabel(SITE_LABELS[x])
+        whose = "site" if value == "gain_own" else "validation"
+        ax.set_ylabel(
+            "gain from federation,\n" + _value_label(str(table["metric"].iloc[0]), whose).replace(" (", "\n(")
+        )
+        _grid(ax)
+        _name_decades(ax.xaxis)
+        _legend_below(ax, entries, title)
+        if own:
+            _grow(ax)
+    return ax
 
 
 def save_figures(run_path: PathLike, out: PathLike | None = None, metric: str | None = None) -> list[Path]:
@@ -274,6 +409,47 @@ def save_figures(run_path: PathLike, out: PathLike | None = None, metric: str | 
     return [_save(figure, target / f"{name}.png") for name, figure in figures.items()]
 
 
+def save_sweep(path: PathLike, out: PathLike | None = None, metric: str | None = None) -> list[Path]:
+    """Write a sweep's figures, those it has data for.
+
+    `score_by_<key>.png` for each swept key (but seed) with two or more values, `score_by_skew.png` (against the mean JS
+    divergence, where the partition was swept), `gain_by_size.png` and `gain_by_skew.png`.
+
+    Args:
+        path: the sweep's folder.
+        out: folder to write to; the sweep's own `figures/` if None.
+        metric: as in `sweep_table`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: as `sweep_table`.
+    """
+    table = sweep_table(path, metric)
+    sites_of = table[table["scope"] == "local"]
+    target = Path(path) / "figures" if out is None else Path(out)
+    written = []
+    with matplotlib.rc_context(STYLE):
+
+        def save(name: str, draw: Any, **how: Any) -> None:
+            ax = draw(ax=_figure(3.4).add_subplot(), **how)
+            _grow(ax, _tick_lines(ax))
+            written.append(_save(ax.figure, target / f"{name}.png"))
+
+        scored = table[table["last"].notna()]
+        for key in swept_keys(table):
+            if scored[key].nunique() > 1:
+                save(f"score_by_{key}", scores, table=table, x=key)
+        if _skew_key(scored) and scored["js_mean"].nunique() > 1:
+            save("score_by_skew", scores, table=table, x="js_mean")
+        for name, x in (("gain_by_size", "rows"), ("gain_by_skew", "js")):
+            value = "gain_own" if sites_of["gain_own"].notna().any() else "gain"
+            if (sites_of[x].notna() & sites_of[value].notna()).any():
+                save(name, gains, table=table, x=x, value=value)
+    return written
+
+
 def plot_runs(paths: PathLike | Iterable[PathLike], out: PathLike, metric: str | None = None) -> list[Path]:
     """Write the figures of one run, or of several together, to the folder `out`, made where missing.
 
@@ -297,7 +473,7 @@ def plot_runs(paths: PathLike | Iterable[PathLike], out: PathLike, metric: str |
         scored = df.loc[(df["name"] == name) & (df["split"] == "validation"), "run"].unique()
         rows = df[df["run"].isin(scored)]
         groups = settings(rows, seeds_apart=len(scored) <= 4)
-        figure = _panels(groups, name) if len(groups) <= 4 else compare(rows, name)
+        figure = _panels(groups, name) if len(groups) <= 4 else _compared(rows, name)
         written.append(_save(figure, Path(out) / f"{name}.png"))
     return written
 
@@ -339,6 +515,311 @@ def _panels(groups: Sequence[tuple[str, pd.DataFrame]], metric: str) -> Figure:
         ncols = 4 if columns == 3 else 2
         figure.legend(entries.values(), entries, loc="outside lower center", ncols=ncols, frameon=False)
     return figure
+
+
+def _compared(df: pd.DataFrame, metric: str) -> Figure:
+    """`compare` on a figure that pyplot does not know."""
+    groups, shown = _lines_by_scope(df, metric, "step")
+    with matplotlib.rc_context(STYLE):
+        width, height = _compare_size(groups, shown)
+        figure = _figure(height, width)
+        _compare_panels(figure, groups, shown, metric, "step")
+    return figure
+
+
+def _lines_by_scope(
+    df: pd.DataFrame, metric: str, x: str
+) -> tuple[list[tuple[str, pd.DataFrame]], dict[str, dict[int, np.ndarray]]]:
+    """The settings, and of each scope that has any: number of a setting -> its mean line [points, 2]."""
+    require_metric(df, metric, "validation")
+    groups = settings(df)
+    lines: dict[str, dict[int, np.ndarray]] = {scope: {} for scope in SCOPES}
+    for number, (_, rows) in enumerate(groups):
+        found = [traces(part, metric) for _, part in rows.groupby("run", observed=True)]
+        members = {
+            "local": [list(one.local.values()) for one in found if one.local],
+            "federated": [[one.merged] for one in found if len(one.merged)],
+            "central": [[one.central] for one in found if len(one.central)],
+        }
+        for scope, runs in members.items():
+            if runs and (scale := _scale(rows, scope, x)) is not None:
+                grid, values = _bundle(runs)
+                line = np.column_stack([np.interp(grid, *scale), values.mean(axis=0)])
+                lines[scope][number] = line[grid > 0]
+    shown = {scope: found for scope, found in lines.items() if found}
+    if not shown:
+        raise _no_axis(x)
+    return groups, shown
+
+
+def _compare_size(groups: Sequence[Any], shown: dict[str, Any]) -> tuple[float, float]:
+    return max(2.4 * len(shown), WIDTH), 2.8 + 0.17 * -(-len(groups) // len(shown))
+
+
+def _compare_panels(
+    figure: Figure, groups: Sequence[tuple[str, Any]], shown: dict[str, dict[int, np.ndarray]], metric: str, x: str
+) -> np.ndarray:
+    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    entries = _draw_settings(panels, groups, shown, metric, x)
+    for panel in panels:
+        panel.label_outer()
+    handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
+    columns = max(1, min(len(shown), int(14 * figure.get_figwidth() / max(map(len, labels)))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return panels
+
+
+def _draw_settings(
+    panels: Sequence[Axes],
+    groups: Sequence[tuple[str, Any]],
+    shown: dict[str, dict[int, np.ndarray]],
+    metric: str,
+    x: str,
+) -> list[tuple[Any, str]]:
+    """Draw a scope's settings on each panel; returns the legend's entries."""
+    entries: dict[int, Any] = {}
+    titles = {"local": "local, mean of sites", "federated": "federated, merged", "central": "central"}
+    for panel, (scope, found) in zip(panels, shown.items(), strict=True):
+        for at, line in found.items():
+            look = {"color": CYCLE[at % 7], "linestyle": ("-", "--", ":")[at // 7 % 3], "marker": "os^Dv"[at % 5]}
+            (entries[at],) = panel.plot(*line.T, markersize=3.5, linewidth=1.3, markevery=-(-len(line) // 6), **look)
+        panel.set_title(titles[scope])
+        _dress(panel, metric, x, "validation")
+    return [(entries[at], groups[at][0]) for at in sorted(entries)]
+
+
+def _independent(table: pd.DataFrame, x: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A sweep's centralised models that do not depend on x, and all its other rows."""
+    central, others = table["scope"] == "central", table[table["scope"] != "central"]
+    if x in SKEW_LABELS:
+        alone = central & ~table["run"].isin(others["run"])  # its run has a partition, but trained no site on it
+    else:
+        alone = central & table[x].isna()
+        if table.loc[central, x].nunique() == 1 and others[x].nunique() > 1:
+            alone = central
+    return table[alone], table[~alone]
+
+
+def _skew_key(table: pd.DataFrame) -> str | None:
+    """The key of the partition with the most values: cells of equal other keys are joined along it."""
+    keys = {key: table[key].nunique() for key in swept_keys(table) if key.split(".")[0] == "partition"}
+    keys = {key: count for key, count in keys.items() if count > 1}
+    return max(keys, key=keys.__getitem__) if keys else None
+
+
+def _varied(table: pd.DataFrame, keys: Sequence[str]) -> list[str]:
+    """Those of the keys in which the models of sites (of all, where there are only centralised ones) differ."""
+    trained = table[table["scope"] != "central"]
+    rows = trained if len(trained) else table
+    return [key for key in keys if rows[key].nunique(dropna=False) > 1]
+
+
+def _number_settings(means: pd.DataFrame, levels: pd.DataFrame, keys: Sequence[str]) -> list[tuple[Any, ...]]:
+    """The settings of cells, values of `keys` (None where missing), sites' first; numbers them in a column `setting`.
+
+    A centralised model that names none of the keys belongs to no setting: -1.
+    """
+    settings: list[tuple[Any, ...]] = []
+    for frame in (means, levels):
+        held = [frame[key].astype(object).tolist() if key in frame else [None] * len(frame) for key in keys]
+        found = [tuple(None if pd.isna(row[n]) else row[n] for row in held) for n in range(len(frame))]
+        sites_first = frame["scope"].map(SCOPES.index).argsort(kind="stable").tolist()
+        for n in sites_first:
+            central_alone = frame["scope"].iloc[n] == "central" and keys and not any(v is not None for v in found[n])
+            if found[n] not in settings and not central_alone:
+                settings.append(found[n])
+        frame["setting"] = [settings.index(one) if one in settings else -1 for one in found]
+    return settings
+
+
+def _say(value: Any) -> str:
+    text = str(value) if isinstance(value, str) else f"{value:g}"
+    return text if len(text) <= 30 else f"{text[:18]}\N{HORIZONTAL ELLIPSIS}{text[-11:]}"
+
+
+def _say_setting(keys: Sequence[str], setting: Sequence[Any]) -> str:
+    """A setting's values in a few words: `num_clients = 10`; a section's text or a component's name alone."""
+    parts = []
+    for key, value in zip(keys, setting, strict=True):
+        short = key.rpartition(".")[2]
+        if value is not None:
+            bare = isinstance(value, str) and ("." not in key or short == "name")
+            parts.append(_say(value) if bare else f"{short} = {_say(value)}")
+    return ", ".join(parts) or "otherwise"
+
+
+def _handle(color: str, look: tuple[Any, str], joined: bool, marks: str | None = None) -> Line2D:
+    style = {"markersize": 4.5, "markerfacecolor": marks or color, "markeredgecolor": marks or color}
+    return Line2D([], [], color=color, linestyle=look[0] if joined else "", marker=look[1], linewidth=1.4, **style)
+
+
+def _draw_runs(ax: Axes, table: pd.DataFrame, x: str, value: str) -> None:
+    """A light dot for each run and scope; of local models the mean over sites."""
+    runs = table.groupby(["scope", "run"], sort=False)[[x, value]].mean().reset_index()
+    for scope in SCOPES:
+        dots = runs[runs["scope"] == scope]
+        ax.scatter(dots[x], dots[value], s=14, color=SCOPE_LOOKS[scope][1], alpha=0.3, linewidths=0, zorder=2)
+
+
+def _draw_cells(
+    ax: Axes, means: pd.DataFrame, settings: int, shift: float, with_interval: bool, joined: bool
+) -> list[tuple[Any, str]]:
+    """A scope's means in its colour, a setting's in its line and marker; returns the legend's entries of the scopes."""
+    entries = []
+    scopes = [scope for scope in SCOPES if (means["scope"] == scope).any()]
+    for number, scope in enumerate(scopes):
+        color, marks, name = SCOPE_LOOKS[scope]
+        of_scope = means[means["scope"] == scope]
+        if settings > len(LINES):
+            for _, line in of_scope.sort_values("x", kind="stable").groupby("setting"):
+                mark = "." if len(line) == 1 or not joined else None
+                ax.plot(line["x"], line["mean"], color=color, linewidth=0.5 * joined, alpha=0.5, marker=mark)
+            middle = of_scope.groupby("along", sort=False).agg(x=("x", "mean"), y=("mean", "mean"), count=("x", "size"))
+            middle = middle[middle["count"] == of_scope["setting"].nunique()].sort_values("x")
+            look = {"marker": "o", "markersize": 4.5, "linewidth": 2.2 * joined, "zorder": 4 + number}
+            ax.plot(middle["x"], middle["y"], color=color, markerfacecolor=marks, markeredgecolor=marks, **look)
+            entries.append((_handle(color, ("-", "o"), joined, marks), name))
+            continue
+        dashed = scope == "central" and settings == 1
+        for setting, line in of_scope.groupby("setting"):
+            line = line.sort_values("x", kind="stable")
+            at, mean = line["x"].to_numpy(float), line["mean"].to_numpy(float)
+            place = max(int(setting), 0)
+            at = at + shift * (number * settings + place - (len(scopes) * settings - 1) / 2)
+            style = {"markersize": 4.5, "markerfacecolor": marks, "markeredgecolor": marks, "linewidth": 1.4}
+            style |= {"linestyle": (DASHED if dashed else LINES[place][0]) if joined else "", "marker": LINES[place][1]}
+            known = with_interval and line["low"].notna().any()
+            spread = np.clip([mean - line["low"], line["high"] - mean], 0.0, None) if known else None
+            ax.errorbar(at, mean, yerr=spread, elinewidth=1.0, capsize=2.0, color=color, zorder=4 + number, **style)
+        mark = "o" if settings == 1 or not joined else "."
+        entries.append((_handle(color, (DASHED if dashed else "-", mark), joined, marks), name))
+    return entries
+
+
+def _draw_levels(ax: Axes, levels: pd.DataFrame, settings: int, named: bool) -> list[tuple[Any, str]]:
+    """Horizontal lines of centralised models, with their intervals; returns the legend's entry."""
+    color = SCOPE_LOOKS["central"][0]
+    for mean, low, high, setting in levels[["mean", "low", "high", "setting"]].itertuples(index=False):
+        look = LINES[setting][0] if setting >= 0 and 1 < settings <= len(LINES) else DASHED
+        ax.axhline(mean, color=color, linestyle=look, linewidth=1.3, zorder=3)
+        if np.isfinite(low):
+            ax.axhspan(low, high, color=color, alpha=0.1, linewidth=0, zorder=1)
+    return [(Line2D([], [], color=color, linestyle=DASHED, linewidth=1.3), "central")] if named and len(levels) else []
+
+
+def _legend_note(means: pd.DataFrame, levels: pd.DataFrame, x: str, settings: int) -> str:
+    """What marks and bars mean, for the head of the legend."""
+    if settings > len(LINES):
+        small, large = ("thin", "thick") if pd.api.types.is_numeric_dtype(means[x]) else ("small", "large")
+        return f"{'dots: runs; ' * (x in SKEW_LABELS)}{small}: each of {settings} settings; {large}: their mean"
+    if x in SKEW_LABELS:
+        return "dots: runs; lines: mean of each setting"
+    counts = pd.concat([means["runs"], levels["runs"]]).astype(int)
+    if counts.max() < 2:
+        return "one run each"
+    runs = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.max()}"
+    return f"mean and 95 % interval over {runs} runs"
+
+
+def _score_label(metric: str, value: str) -> str:
+    split = {"own": "site", "test": "test"}.get(value, "validation")
+    return ("best " if value == "best" else "") + _value_label(metric, split).replace(" (", "\n(")
+
+
+def _is_wide(values: Any) -> bool:
+    values = np.asarray(values, dtype=float)
+    return len(values) > 0 and bool(values.min() > 0) and bool(values.max() > WIDE * values.min())
+
+
+def _grid(ax: Axes, metric: str = "") -> None:
+    ax.grid(color="#E5E5E5", linewidth=0.6)
+    ax.set_axisbelow(True)
+    _log_loss(ax, metric)
+
+
+def _log_loss(ax: Axes, metric: str) -> None:
+    low, high = ax.dataLim.intervaly
+    if "loss" in metric and low > 0 and high > WIDE * low:  # or the first point would flatten all the rest
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _name_decades(axis: Axis) -> None:
+    """Ticks 1, 2, 5, 10, 20, ... on a log axis, those of tens alone where it is long; others are left as they are."""
+    if axis.get_scale() != "log":
+        return
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _tick_values(ax: Axes, values: np.ndarray, log: bool) -> None:
+    """Ticks at the values that were swept, named where the names do not touch; the first and the last always."""
+    place = np.log10(values) if log else values
+    inches = 0.9 * _inches(ax) * (place - place[0]) / max(place[-1] - place[0], 1e-12)
+    half = 0.5 * np.array([0.058 * len(f"{value:g}") + 0.05 for value in values])  # of a name, in inches
+
+    def apart(one: int, other: int) -> bool:
+        return abs(inches[one] - inches[other]) >= half[one] + half[other]
+
+    last, named = len(values) - 1, [0]
+    for number in range(1, last):
+        if apart(number, named[-1]) and apart(number, last):
+            named.append(number)
+    named += [last] if last > 0 else []
+    ax.xaxis.set_major_locator(FixedLocator(values[named]))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_locator(FixedLocator([value for n, value in enumerate(values) if n not in named]))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _name_places(ax: Axes, names: Sequence[str]) -> float:
+    """Names at 0, 1, ...: broken into lines where there is room, else upright; returns how many lines they take."""
+    letters = int(_inches(ax) / len(names) / 0.065)
+    texts = [_say(name) for name in names]
+    ax.set_xlim(-0.5, len(names) - 0.5)
+    upright = letters < min(8, max(map(len, texts)))
+    if not upright:
+        texts = [_broken(text, letters) for text in texts]
+    ax.set_xticks(range(len(names)), texts, rotation=90 if upright else 0)
+    ax.tick_params(axis="x", length=0)
+    return _tick_lines(ax)
+
+
+def _broken(text: str, letters: int) -> str:
+    """Text in lines of about so many letters, broken after spaces and `_`, where `textwrap` would split words."""
+    lines = [""]
+    for part in re.findall(r"[^ _]*[ _]?", text):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > letters:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _tick_lines(ax: Axes) -> float:
+    """How many lines of text the names of the ticks take below the axes."""
+    labels = ax.get_xticklabels()
+    if any(label.get_rotation() for label in labels):
+        return max(0.52 * len(label.get_text()) for label in labels)
+    return float(max((label.get_text().count("\n") + 1 for label in labels), default=1))
+
+
+def _shades(values: Sequence[Any]) -> list[str]:
+    """A colour for each value: numbers from dark to light in their order, names from the palette."""
+    if all(isinstance(value, str) for value in values):
+        return list(CYCLE[1 : len(values) + 1])
+    return [to_hex(matplotlib.colormaps["viridis"](place)) for place in np.linspace(0.0, 0.88, len(values))]
+
+
+def _bin_medians(at: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Medians [bins, 2] of both in up to ten bins of like many points, eight or more each; empty where that is one bin."""
+    count = min(10, len(at) // 8)
+    if count < 2 or len(np.unique(at)) < 2:
+        return np.empty((0, 2))
+    bins = pd.qcut(at, count, labels=False, duplicates="drop")
+    return pd.DataFrame({"at": at, "value": values}).groupby(bins).median().to_numpy()
 
 
 def _draw_curves(
@@ -469,11 +950,7 @@ def _dress(ax: Axes, metric: str, x: str, split: str) -> None:
     if x == "tokens":
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=x in ("step", "round")))
-    low, high = ax.dataLim.intervaly
-    if "loss" in metric and low > 0 and high > 20 * low:  # or the first point would flatten all the rest
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+    _log_loss(ax, metric)
 
 
 def _value_label(metric: str, split: str) -> str:
@@ -496,14 +973,40 @@ def _inches(ax: Axes) -> float:
     return float(ax.get_window_extent().width / ax.figure.dpi)
 
 
-def _legend_below(ax: Axes, entries: Sequence[tuple[Any, str]]) -> None:
+def _legend_below(
+    ax: Axes, entries: Sequence[tuple[Any, str]], title: str | None = None, tick_lines: float = 1.0
+) -> None:
     # in points below the axes, past tick labels and axis label: it holds for axes of any size
-    drop = 1.2 * (ax.xaxis.label.get_size() + ax.xaxis.get_ticklabels()[0].get_size()) + 12
+    drop = 1.2 * (ax.xaxis.label.get_size() + tick_lines * ax.xaxis.get_ticklabels()[0].get_size()) + 12
     place = offset_copy(ax.transAxes, ax.figure, y=-drop, units="points")
     handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
     look = {"frameon": False, "borderaxespad": 0.0, "columnspacing": 1.2, "handlelength": 2.4, "fontsize": 8}
-    look["ncols"] = 2 if _inches(ax) > 3.2 else 1
-    ax.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), bbox_transform=place, **look)
+    look["ncols"] = _legend_columns(ax, labels)
+    ax.legend(
+        handles,
+        labels,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        bbox_transform=place,
+        title=title,
+        title_fontsize=8,
+        **look,
+    )
+
+
+def _legend_columns(ax: Axes, labels: Sequence[str]) -> int:
+    half = -(-len(labels) // 2)  # matplotlib fills the first column first
+    letters = sum(max(map(len, column), default=0) for column in (labels[:half], labels[half:]))
+    return 2 if _inches(ax) > max(3.2, 0.058 * letters + 0.2) else 1
+
+
+def _grow(ax: Axes, tick_lines: float = 1.0) -> None:
+    """Make room for a legend of more than two lines, its title, and names of ticks of more than one."""
+    legend = ax.get_legend()
+    labels = [text.get_text() for text in legend.get_texts()]
+    rows = -(-len(labels) // _legend_columns(ax, labels)) + bool(legend.get_title().get_text())
+    more = 0.16 * max(0, rows - 2) + 0.13 * (tick_lines - 1.0)
+    ax.figure.set_figheight(ax.figure.get_figheight() + more)
 
 
 def _name_ticks(axis: Axis, names: Sequence[str], most: int) -> None:

@@ -89,3 +89,75 @@ class Progress:
             self._live.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+class Board:
+    """Many runs: a live table on a terminal, a line for each change elsewhere.
+
+    Args:
+        show: False is silent.
+        names: what each run is called.
+    """
+
+    def __init__(self, show: bool, names: list[str]) -> None:
+        self.show, self.names = show, names
+        self.states, self.texts = ["waiting"] * len(names), [""] * len(names)
+        self._began, self._live = time.monotonic(), None
+        if show and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), get_renderable=self._table, refresh_per_second=2)
+            self._live.start()
+
+    def update(self, run: int, state: str, text: str) -> None:
+        """A run has another state, or more to say."""
+        before, self.states[run], self.texts[run] = self.states[run], state, text
+        if self.show and self._live is None and state != before:
+            place = f"{run + 1}/{len(self.names)}"
+            print(f"{place:>9s}  {state:8s}  {self.names[run]}  {text}".rstrip(), file=sys.stderr, flush=True)
+
+    def reporter(self, run: int) -> Progress:
+        """Where a run in this process says what goes on."""
+        return _Reporter(self, run)
+
+    def end(self) -> None:
+        """All is over; may be called twice."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _table(self) -> Any:
+        """As many runs as the terminal has lines for: those at work first, then failed, the latest finished, the next."""
+        from rich.table import Table
+        from rich.text import Text
+
+        counts = {s: self.states.count(s) for s in ("finished", "running", "failed", "waiting")}
+        done, minutes = counts["finished"] + counts["failed"], (time.monotonic() - self._began) / 60
+        said = ", ".join(f"{n} {s}" for s, n in counts.items() if n)
+        table = Table(
+            title=f"{done} of {len(self.names)} runs, {minutes:.0f} min: {said}", title_justify="left", expand=True
+        )
+        for name in ("#", "run", "state", ""):
+            table.add_column(name, no_wrap=name != "")
+        room = max(4, (self._live.console.height if self._live is not None else 24) - 6)
+        of = {s: [i for i, state in enumerate(self.states) if state == s] for s in counts}
+        urgent = of["running"] + of["failed"]
+        left = max(0, room - len(urgent))
+        late = of["finished"][-max(3, left - len(of["waiting"])) :][-left:] if left else []
+        shown = [*urgent, *late, *of["waiting"][: left - len(late)]][:room]
+        look = {"running": "bold", "failed": "red", "finished": "green", "waiting": "dim"}
+        for i in sorted(shown):
+            state = self.states[i]
+            table.add_row(str(i + 1), Text(self.names[i]), Text(state, style=look[state]), Text(self.texts[i]))
+        return table
+
+
+class _Reporter(Progress):
+    def __init__(self, board: Board, run: int) -> None:
+        super().__init__(False, 0)
+        self._board, self._run = board, run
+
+    def round(self, round: int, text: str) -> None:
+        """A round is done."""
+        self._board.update(self._run, "running", f"{self._mode} round {round}: {text}")

@@ -141,13 +141,13 @@ class RunFolder:
         return load_file(self.path / "checkpoints" / mode / f"round-{round:05d}.safetensors")
 
 
-def save_partition(folder: RunFolder, arrays: dict[str, np.ndarray]) -> None:
-    """Write `partition.npz`."""
+def save_arrays(folder: RunFolder, name: str, arrays: dict[str, np.ndarray]) -> None:
+    """Write a `.npz` file whole."""
     import io
 
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    write_atomic(folder.path / "partition.npz", buffer.getvalue())
+    write_atomic(folder.path / name, buffer.getvalue())
 
 
 _PACKAGES = (

@@ -66,7 +66,7 @@ def load_runs(path: PathLike | Iterable[PathLike], names: Sequence[str] | None =
         UserError: a missing path, no run in it, a damaged file (with its line), or a name that no run recorded.
     """
     folders = find_runs(path)
-    configs = [_config(folder) for folder in folders]
+    configs = [read_config(folder) for folder in folders]
     frames = [_metrics(folder / "metrics.jsonl") for folder in folders]
     if names is not None:
         known = sorted({str(name) for frame in frames for name in frame["name"].unique()})
@@ -82,8 +82,8 @@ def load_runs(path: PathLike | Iterable[PathLike], names: Sequence[str] | None =
     ids = [folder.resolve().name for folder in folders]
     labels = [str(folder) if ids.count(run) > 1 else run for run, folder in zip(ids, folders, strict=True)]
     columns["run"] = _repeat(labels, lengths)  # copies of one run in several places stay apart
-    columns["experiment"] = _repeat([_experiment(c, f) for c, f in zip(configs, folders, strict=True)], lengths)
-    flat = [_flatten(config) for config in configs]
+    columns["experiment"] = _repeat([experiment_name(c, f) for c, f in zip(configs, folders, strict=True)], lengths)
+    flat = [flatten_config(config) for config in configs]
     for key in dict.fromkeys(key for one in flat for key in one):
         if key not in columns:  # the config's own `name` is the column `experiment`
             columns[key] = _repeat([one.get(key) for one in flat], lengths)
@@ -103,7 +103,7 @@ def list_runs(path: PathLike | Iterable[PathLike]) -> pd.DataFrame:
     """
     rows = []
     for folder in find_runs(path):
-        config, df = _config(folder), _metrics(folder / "metrics.jsonl")
+        config, df = read_config(folder), _metrics(folder / "metrics.jsonl")
         best = config.get("best") or {}
         metric = str(best.get("metric", "accuracy"))
         sign = 1.0 if str(best.get("mode", _mode(metric))) == "max" else -1.0
@@ -119,7 +119,7 @@ def list_runs(path: PathLike | Iterable[PathLike]) -> pd.DataFrame:
                 rounds = rows_of(df, scope)["round"]
                 done.append(int(rounds.max()) if rounds.notna().any() else 0)
         rows.append(
-            {"experiment": _experiment(config, folder), "run": folder.resolve().name, "state": _state(folder)}
+            {"experiment": experiment_name(config, folder), "run": folder.resolve().name, "state": read_state(folder)}
             | {"modes": ", ".join(modes), "rounds_done": min(done, default=0), "rounds": config.get("rounds")}
             | {"metric": metric, **bests, "path": str(folder)}
         )
@@ -167,39 +167,58 @@ def summary(df: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
 
 
 def _summary_rows(df: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
-    best_max = mode_of(df, metric) == "max"
-
-    def line(model: str, rows: pd.DataFrame, site: pd.DataFrame, test: pd.DataFrame) -> dict[str, Any]:
-        scored = _at_round_ends(_trained(rows[(rows["name"] == metric) & (rows["split"] == "validation")]), rows)
-        last = scored.iloc[-1] if len(scored) else np.nan
-        best = (scored.max() if best_max else scored.min()) if len(scored) else np.nan
-        return {
-            "model": model,
-            "validation (last)": float(last),
-            "validation (best)": float(best),
-            "site": _mean_of_last(site),
-            "test": _mean_of_last(test),
-            "steps": rows["step"].max(),
+    models = model_scores(df, metric)
+    table = [
+        {
+            "model": f"local {model['client']}" if model["scope"] == "local" else model["scope"],
+            "validation (last)": model["last"],
+            "validation (best)": model["best"],
+            "site": model["own"],
+            "test": model["test"],
+            "steps": model["steps"],
         }
+        for model in models
+    ]
+    if count := sum(model["scope"] == "local" for model in models):
+        sites = pd.DataFrame(table[:count])
+        mean = {"model": "local mean", **sites.drop(columns=["model", "steps"]).mean(), "steps": sites["steps"].max()}
+        table.insert(count, mean)
+    return table
 
-    table = []
-    local = rows_of(df, "local")
-    for client, rows in local.groupby("client", sort=False):
-        named = rows[rows["name"] == metric]
-        table.append(line(f"local {client}", rows, named[named["split"] == "site"], named[named["split"] == "test"]))
-    if table:
-        sites = pd.DataFrame(table)
-        table.append(
-            {"model": "local mean", **sites.drop(columns=["model", "steps"]).mean(), "steps": sites["steps"].max()}
-        )
-    for scope in ("federated", "central"):
+
+def model_scores(df: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
+    """The models that one run kept, with their scores: each site alone, then the merged one, then the centralised one.
+
+    Args:
+        df: the rows of one run from `load_runs`.
+        metric: a recorded name.
+
+    Returns:
+        A dict a model: `scope`, `client` (None for the merged and the centralised one), `last` and `best` (validation
+        score, the last one and the best one at the ends of rounds), `own` (a site's validation rows, last; of the merged
+        model the mean over sites), `test`, `steps` (optimiser steps). NaN where nothing was recorded.
+    """
+    best_max = mode_of(df, metric) == "max"
+    models = []
+    for scope in SCOPES:
         rows = rows_of(df, scope)
         if rows.empty:
             continue
-        both = df[(df["scope"] == scope) & (df["split"] == "site")]
-        site = both[both["name"] == (f"merged_{metric}" if scope == "federated" else metric)]
-        table.append(line(scope, rows, site, rows[(rows["name"] == metric) & (rows["split"] == "test")]))
-    return table
+        # The other scopes have one model each, here called "".
+        who = rows["client"] if scope == "local" else pd.Series("", index=rows.index, dtype=object)
+        named = rows[rows["name"] == metric]
+        at_ends = _at_round_ends(_trained(named[named["split"] == "validation"]), rows).groupby(who)
+        last, best = at_ends.last(), at_ends.max() if best_max else at_ends.min()
+        own, test = (named.loc[named["split"] == split, "value"].groupby(who).last() for split in ("site", "test"))
+        if scope != "local":
+            name = f"merged_{metric}" if scope == "federated" else metric
+            site = df[(df["scope"] == scope) & (df["split"] == "site") & (df["name"] == name)]
+            own = {"": _mean_of_last(site)}
+        for client, steps in rows["step"].groupby(who, sort=False).max().items():
+            found = {"last": last, "best": best, "own": own, "test": test}
+            scores = {key: float(values.get(client, float("nan"))) for key, values in found.items()}
+            models.append({"scope": scope, "client": client or None, **scores, "steps": steps})
+    return models
 
 
 def _at_round_ends(scored: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
@@ -370,7 +389,8 @@ def _problem(text: str) -> str | None:
     return None
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run folder's `config.yaml` as a nested dict; a UserError where it cannot be read."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -381,22 +401,25 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _experiment(config: dict[str, Any], folder: Path) -> str:
+def experiment_name(config: dict[str, Any], folder: Path) -> str:
+    """The config's `name`, else that of the folder around the run's."""
     return str(config.get("name") or folder.resolve().parent.name)
 
 
-def _state(folder: Path) -> str:
+def read_state(folder: Path) -> str:
+    """running, finished or failed, from `status.json`; "unknown" where that says nothing."""
     try:
         return str(json.loads((folder / "status.json").read_text(encoding="utf-8"))["state"])
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
 
 
-def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config with dotted keys; lists (and empty sections) as JSON strings."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten_config(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, (list, dict)) else value
     return flat

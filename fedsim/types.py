@@ -1,4 +1,5 @@
-"""Records that travel between the round loop, the executors and the trainers. All of them pickle in a few bytes."""
+"""Records that travel between the round loop, the executors and the trainers. All of them but `Share`, which stays in its
+process, pickle in a few bytes."""
 
 from __future__ import annotations
 
@@ -52,6 +53,25 @@ class Pack:
     mode: str
     tasks: tuple[Task, ...]
     tokens: int
+
+
+@dataclass
+class Share:
+    """One run's part of a pass.
+
+    Attributes:
+        trainer: the run's own; it knows the run's rows, seed, rates and kept state.
+        pack: clients that train in it.
+        weights: the run's global parameters, flat `[N]`.
+        server: its server state.
+        out: buffer `[N]` for the weighted sum of its updates.
+    """
+
+    trainer: Any
+    pack: Pack
+    weights: Any
+    server: Any
+    out: Any
 
 
 @dataclass(frozen=True)
@@ -137,6 +157,7 @@ class Scoring:
         store: which store the records are in.
         generate: also generate answers and compare them.
         sites: also score each site's own validation rows.
+        by_row: also hand back each row's negative log-likelihood.
     """
 
     split: str
@@ -144,6 +165,7 @@ class Scoring:
     store: str = ""
     generate: bool = False
     sites: bool = False
+    by_row: bool = False
 
 
 @dataclass
@@ -154,10 +176,12 @@ class Scores:
         values: metric name -> (value, rows it rests on).
         sites: client number -> the same, on that site's own rows.
         predictions: predicted class by row of the split, or None where there are no classes.
+        nll: negative log-likelihood of the answer by row of the split, in nats, float64; None unless asked for.
         tokens: answer tokens scored.
     """
 
     values: dict[str, tuple[float, float]]
     sites: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)
     predictions: Any = None
+    nll: Any = None
     tokens: int = 0

@@ -177,10 +177,9 @@ class Lab:
             for name, tensor in a[file].items():
                 assert torch.equal(tensor, b[file][name]), f"{file}: {name}"
         assert self.metrics(one) == self.metrics(other)
-        predictions = [f / "predictions.csv" for f in (one, other)]
-        assert [p.read_bytes() if p.exists() else None for p in predictions[:1]] == [
-            p.read_bytes() if p.exists() else None for p in predictions[1:]
-        ]
+        for name in ("predictions.csv", "scores.npz"):
+            found = [f / name for f in (one, other)]
+            assert len({p.read_bytes() if p.exists() else None for p in found}) == 1, name
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 
 from fedsim.build import Parts, prepare
-from fedsim.config import Experiment
+from fedsim.config import Experiment, read_yaml
+from fedsim.reproduce import Reproduction
+from fedsim.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "experiments").rglob("*.yaml"))
-HOW_MANY = 7  # raise it with every file that is added: a test that finds no file must not pass
+EVERY = sorted((ROOT / "experiments").rglob("*.yaml"))
+REPRODUCED = [f for f in EVERY if f.name == "reproduce.yaml"]  # tests/test_reproduce.py
+SWEEPS = [f for f in EVERY if f not in REPRODUCED and "experiment" in read_yaml(f)]
+FILES = [f for f in EVERY if f not in REPRODUCED and f not in SWEEPS]
+HOW_MANY = {"experiments": 11, "sweeps": 3, "reproduced": 2}  # change it with every file: a test that finds none must not pass
 DOCUMENTS = [
     *(ROOT / n for n in ("README.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -35,7 +40,16 @@ def on_embedded_parts(file: Path, tmp_path: Path) -> tuple[Experiment, Parts]:
 
 
 def test_the_number_of_experiments_is_known() -> None:
-    assert len(FILES) == HOW_MANY, [str(f.relative_to(ROOT)) for f in FILES]
+    found = {"experiments": FILES, "sweeps": SWEEPS, "reproduced": REPRODUCED}
+    assert {k: len(v) for k, v in found.items()} == HOW_MANY, [str(f.relative_to(ROOT)) for f in EVERY]
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=[str(f.relative_to(ROOT / "experiments")) for f in SWEEPS])
+def test_a_sweep_loads_and_its_runs_differ(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
+    plan = Sweep.load(file)
+    assert len({e.to_yaml() for e in plan.experiments}) == len(plan.experiments) > 1
+    assert plan.name != Experiment().name and not plan.path.is_absolute()
 
 
 @pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(ROOT / "experiments")) for f in FILES])
@@ -99,7 +113,7 @@ def test_every_make_command_shown_is_a_target() -> None:
 def test_every_fedsim_command_shown_works_on_files_that_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
     monkeypatch.chdir(ROOT)
-    known = {"run", "partition", "plot", "list", "doctor", "--help"}
+    known = {"run", "sweep", "reproduce", "partition", "plot", "list", "doctor", "--help"}
     shown = commands("fedsim")
     assert len(shown) >= 4, "the README shows how to run, partition, plot and list"
     for document, (command, *words) in shown:
@@ -107,9 +121,13 @@ def test_every_fedsim_command_shown_works_on_files_that_exist(monkeypatch: pytes
         files = [w for w in words if w.endswith((".yaml", ".yml"))]
         for file in files:
             assert (ROOT / file).is_file(), f"{document}: {file} does not exist"
-        if command in ("run", "partition"):
+        changes = [w for w in words if "=" in w and not w.startswith("-")]
+        if command in ("run", "sweep", "partition"):
             assert len(files) == 1, (document, words)
-            Experiment.load(files[0], [w for w in words if "=" in w and not w.startswith("-")])
+            (Sweep if command == "sweep" else Experiment).load(files[0], changes)
+        if command == "reproduce":
+            given = {key: words[words.index(f"--{key}") + 1] for key in ("size", "budget") if f"--{key}" in words}
+            Reproduction.load(words[0], **given, overrides=changes)
 
 
 def test_every_script_shown_exists() -> None:

@@ -25,7 +25,11 @@ MAY = {
     "schema": {"errors"},
     "sections": {"errors", "models.adapters"},  # PEFT's own keys are checked by those who know them
     "runs": {"errors"},
-    "plots": {"errors", "runs"},
+    "tables": {"errors", "runs", "seeding"},
+    "plots": {"errors", "runs", "tables"},
+    "verdicts": {"errors", "runs"},
+    "report": {"errors", "runs", "plots", "verdicts"},
+    "predictions": {"data.sources", "data.tokens", "run_folder", "types"},
     "aggregators": {"params", "types", "seeding", "errors"},
     "algorithms": {"params", "types", "seeding", "errors", "algorithms"},
     "data.partition": {"params", "types", "seeding", "errors"},
@@ -50,7 +54,8 @@ PURE = {"torch", "numpy", "scipy"}
 READING = {"numpy", "pandas", "matplotlib", "yaml"}
 OUTSIDE = {
     **dict.fromkeys(("aggregators", "algorithms", "data.partition", "params"), PURE),
-    **dict.fromkeys(("runs", "plots"), READING),
+    **dict.fromkeys(("runs", "plots", "verdicts", "report"), READING),
+    "tables": READING | {"scipy"},
     **{name: set() for name in ("errors", "types")},
     "seeding": {"numpy"},
 }
@@ -58,7 +63,7 @@ FILES_AND_PROCESSES = {
     *("io", "os", "pathlib", "json", "pickle", "csv", "shutil", "tempfile", "socket", "subprocess"),
     *("multiprocessing", "threading", "concurrent"),
 }
-CONFIG_READERS = {"config", "build", "experiment", "__main__", "__init__"}
+CONFIG_READERS = {"config", "build", "experiment", "sweep", "reproduce", "__main__", "__init__"}
 
 
 def module_name(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import runpy
 import warnings
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from matplotlib.image import imread
 from fedsim import plots
 from fedsim.errors import UserError
 from fedsim.runs import load_partition, load_runs
+from fedsim.tables import cells, sweep_table
 
 write_run = runpy.run_path(str(Path(__file__).with_name("test_runs.py")))["write_run"]
+write_sweep = runpy.run_path(str(Path(__file__).with_name("test_tables.py")))["write_sweep"]
 
 
 @pytest.fixture
@@ -262,11 +265,13 @@ def test_plot_runs_one_run_and_beyond_four_settings(tmp_path: Path) -> None:
     for n in range(1, 6):
         write_run(tmp_path / "e" / f"r{n}", **{"local.lr": 0.5 + n})
     assert [file.name for file in plots.plot_runs([tmp_path], tmp_path / "all")] == ["accuracy.png", "loss.png"]
-    figure = plots.compare(load_runs(tmp_path))
-    assert [len(panel.lines) for panel in figure.axes] == [6, 6, 6]
-    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[1].lines}
+    panels = plots.compare(load_runs(tmp_path))
+    assert [panel.get_title() for panel in panels] == ["local, mean of sites", "federated, merged", "central"]
+    assert [len(panel.lines) for panel in panels] == [6, 6, 6]
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in panels[1].lines}
     assert len(looks) == 6
-    assert figure.axes[1].lines[0].get_xdata().tolist() == [200, 400, 600, 800, 1000]
+    assert panels[1].lines[0].get_xdata().tolist() == [200, 400, 600, 800, 1000]
+    assert len(panels[0].figure.legends[0].get_texts()) == 6
     with pytest.raises(UserError, match="no metric 'exact_match'"):
         plots.plot_runs([tmp_path], tmp_path / "none", "exact_match")
 
@@ -285,3 +290,268 @@ def test_nothing_is_clipped_or_laid_over_the_curves(run: Path) -> None:
         if legend := ax.get_legend():
             low = legend.get_window_extent().y1
             assert low < ax.xaxis.label.get_window_extent().y0 < ax.get_window_extent().y0
+
+
+def test_compare_on_axes_of_ones_own(tmp_path: Path) -> None:
+    for n in range(2):
+        write_run(tmp_path / "e" / f"r{n}", modes=("local", "federated"), **{"local.lr": 0.5 + n})
+    df = load_runs(tmp_path)
+    own = Figure(figsize=(9, 4)).subplots(2, 2)
+    panels = plots.compare(df, axes=own[0])
+    assert list(panels) == list(own[0])
+    given, new = (
+        [line.get_xydata().tolist() for ax in axes for line in ax.lines] for axes in (panels, plots.compare(df))
+    )
+    assert given == new and len(given) == 4
+    assert not own[1, 0].lines and not own[0, 0].figure.legends
+    assert [t.get_text() for t in own[0, 1].get_legend().get_texts()] == ["local.lr = 0.5", "local.lr = 1.5"]
+    with pytest.raises(UserError, match="axes: 3 given, but these runs have 2 scopes: local, federated"):
+        plots.compare(df, axes=[*own[0], own[1, 0]])
+
+
+ALPHAS = (100.0, 0.05, 0.5, 5.0)  # not in order, on purpose
+
+
+def skewed(alpha: float, seed: int, clients: int = 2, metric: str = "accuracy", **more: Any) -> dict[str, Any]:
+    """A run whose scores, sizes and skew follow from alpha and seed by simple rules."""
+    skew = 0.4 / (1.0 + alpha) + 0.02 * seed
+    names = [f"site-{n + 1}" for n in range(clients)]
+    up = 0.01 * seed - 0.002 * clients
+    level = (lambda score: 3.0 * (1.0 - score)) if metric == "loss" else (lambda score: score)
+    local = {name: level(0.8 - 0.8 * skew + up - 0.01 * n) for n, name in enumerate(names)}
+    own = {name: level(0.9 - 0.001 * n) for n, name in enumerate(names)}
+    merged_own = {name: level(0.9 - 0.001 * n + skew * (0.1 + 0.02 * (n % 3))) for n, name in enumerate(names)}
+    sizes = {name: 8 * (n + 1) ** 2 for n, name in enumerate(names)}
+    js = {name: skew + 0.01 * n for n, name in enumerate(names)}
+    settings = {"partition.alpha": alpha, "partition.num_clients": clients, "seed": seed}
+    report = {"js_mean": skew, "size_gini": 0.5 * skew}
+    found = {"local": local, "own": own, "merged_own": merged_own, "federated": level(0.9 - 0.2 * skew + up)}
+    return {"settings": settings, **found, "metric": metric, "sizes": sizes, "js": js, "report": report, **more}
+
+
+def centrals(seeds: int, metric: str = "accuracy") -> list[dict[str, Any]]:
+    scores = [0.08 * (3 - n) if metric == "loss" else 0.93 + 0.01 * n for n in range(seeds)]
+    return [
+        {"settings": {"modes": ["central"], "seed": n}, "central": score, "metric": metric}
+        for n, score in enumerate(scores)
+    ]
+
+
+def lines_of(ax: Axes, color: str) -> list[Any]:
+    return [line for line in ax.lines if to_hex(line.get_color()).upper() == color.upper()]
+
+
+def inside(ax: Axes) -> None:
+    """Assert that nothing leaves the page, that the legend is below the axes' names, and that no two ticks' names touch."""
+    figure = ax.figure
+    figure.canvas.draw()
+    box, page = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= -0.01 and box.y0 >= -0.01 and box.x1 <= page[0] + 0.01 and box.y1 <= page[1] + 0.01
+    assert ax.get_legend().get_window_extent().y1 < ax.xaxis.label.get_window_extent().y0
+    assert ax.get_window_extent().height > 1.2 * figure.dpi
+    named = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(named))
+
+
+def test_scores_are_the_cells_of_the_table(tmp_path: Path) -> None:
+    runs = [skewed(alpha, seed) for alpha in ALPHAS for seed in range(3)] + centrals(3)
+    table = sweep_table(write_sweep(tmp_path / "s", runs))
+    ax = plots.scores(table)
+    out = cells(table, ["partition.alpha"]).set_index("scope")
+    for scope, color in (("local", plots.LOCAL), ("federated", plots.FEDERATED)):
+        (line,) = [one for one in lines_of(ax, color) if len(one.get_xdata()) == 4 and one.get_marker() == "o"]
+        np.testing.assert_allclose(line.get_xdata(), sorted(ALPHAS))
+        np.testing.assert_allclose(line.get_ydata(), out.loc[scope, "mean"])
+    bars = [bar.get_segments() for bar in ax.collections]
+    found = [[[low, high] for (_, low), (_, high) in bar] for bar in bars]
+    np.testing.assert_allclose(found, [out.loc[scope, ["low", "high"]] for scope in ("local", "federated")])
+    (level,) = lines_of(ax, plots.CENTRAL)
+    assert level.get_ydata() == pytest.approx([0.94, 0.94]) and len(ax.patches) == 1, "one line, one band"
+    assert (ax.patches[0].get_y(), ax.patches[0].get_height()) == pytest.approx((0.93, 0.02))
+    assert (
+        ax.get_xscale() == "log" and ax.get_xlabel() == "Dirichlet alpha" and ax.get_ylabel() == "validation accuracy"
+    )
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["0.05", "0.5", "5", "100"]
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["local, mean of sites", "federated, merged model", "central"]
+    assert ax.get_legend().get_title().get_text() == "mean and 95 % interval over 3 runs"
+    inside(ax)
+
+
+def test_further_keys_have_lines_and_names_of_their_own(tmp_path: Path) -> None:
+    runs = [skewed(alpha, 0, clients) for alpha in ALPHAS for clients in (3, 2)] + centrals(1)
+    table = sweep_table(write_sweep(tmp_path / "s", runs))
+    ax = plots.scores(table, value="best")
+    local = {line.get_marker(): line for line in lines_of(ax, plots.LOCAL)}
+    assert set(local) == {"o", "s"} and local["o"].get_linestyle() != local["s"].get_linestyle()
+    best = table[(table["scope"] == "local") & (table["partition.num_clients"] == 2)]
+    np.testing.assert_allclose(local["o"].get_ydata(), best.groupby("partition.alpha")["best"].mean())
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts[2:] == ["central", "num_clients = 2", "num_clients = 3"]
+    assert ax.get_legend().get_title().get_text() == "one run each" and not ax.patches
+    assert ax.get_ylabel() == "best validation accuracy"
+    few = plots.scores(table, "partition.num_clients")
+    assert few.get_xscale() == "linear" and [t.get_text() for t in few.get_xticklabels()] == ["2", "3"]
+    assert len(lines_of(few, plots.FEDERATED)) == 4
+    inside(ax)
+    inside(few)
+
+
+def test_more_settings_than_looks_are_thin_and_have_a_mean(tmp_path: Path) -> None:
+    runs = [skewed(alpha, 0, clients) for alpha in (0.5, 5.0) for clients in range(2, 8)]
+    table = sweep_table(write_sweep(tmp_path / "s", runs))
+    ax = plots.scores(table)
+    federated = lines_of(ax, plots.FEDERATED)
+    assert len(federated) == 7 and [line.get_linewidth() for line in federated].count(0.5) == 6
+    expected = table[table["scope"] == "federated"].groupby("partition.alpha")["last"].mean()
+    np.testing.assert_allclose(federated[-1].get_ydata(), expected)
+    assert ax.get_legend().get_title().get_text() == "thin: each of 6 settings; thick: their mean"
+    inside(ax)
+
+
+def test_centralised_models_of_each_setting_are_a_curve_and_of_one_value_a_line(tmp_path: Path) -> None:
+    runs = [skewed(alpha, 0, central=0.9 + 0.01 * alpha) for alpha in (0.5, 5.0)]
+    ax = plots.scores(sweep_table(write_sweep(tmp_path / "s", runs)))
+    (line,) = lines_of(ax, plots.CENTRAL)
+    assert line.get_xydata().tolist() == [[0.5, pytest.approx(0.905)], [5.0, pytest.approx(0.95)]]
+    del runs[1]["central"]
+    ax = plots.scores(sweep_table(write_sweep(tmp_path / "t", runs)))
+    (line,) = lines_of(ax, plots.CENTRAL)
+    assert list(line.get_xdata()) == [0, 1], "from edge to edge"
+    assert line.get_ydata() == pytest.approx([0.905, 0.905])
+
+
+def test_names_on_the_axis(tmp_path: Path) -> None:
+    adapters = [{"name": "p_tuning", "num_virtual_tokens": 20}, {"name": "lora", "r": 8}, {"name": "adapter"}]
+    runs = []
+    for adapter in adapters:
+        for seed in range(2):
+            run = skewed(1.0, seed, central=0.95 + 0.001 * seed)
+            runs.append(run | {"settings": {"adapter": adapter, "seed": seed}})
+    ax = plots.scores(sweep_table(write_sweep(tmp_path / "s", runs)), "adapter")
+    names = [text.get_text().replace("\n", " ") for text in ax.get_xticklabels()]
+    assert names[1:] == ["lora r=8", "adapter"] and names[0].startswith("p_tuning")
+    (dots,) = [line for line in lines_of(ax, plots.LOCAL) if line.get_marker() == "o"]
+    assert dots.get_linestyle() == "None", "nothing lies between two adapters"
+    assert np.round(dots.get_xdata()).tolist() == [0, 1, 2]
+    assert len({float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == "o"}) == 3, "side by side"
+    inside(ax)
+
+
+def test_scores_against_measured_skew(tmp_path: Path) -> None:
+    runs = [skewed(alpha, seed) for alpha in ALPHAS for seed in range(2)] + centrals(2)
+    table = sweep_table(write_sweep(tmp_path / "s", runs))
+    ax = plots.scores(table, "js_mean")
+    dots = ax.collections[0].get_offsets()
+    by_run = table[table["scope"] == "local"].groupby("run", sort=False)[["js_mean", "last"]].mean()
+    np.testing.assert_allclose(dots, by_run)
+    (line,) = lines_of(ax, plots.LOCAL)
+    out = cells(table, ["partition.alpha"])
+    out = out[out["scope"] == "local"].sort_values("js_mean")
+    np.testing.assert_allclose(line.get_xydata(), out[["js_mean", "mean"]])
+    assert len(lines_of(ax, plots.CENTRAL)) == 1 and len(ax.patches) == 1, "the centralised runs stand at no skew"
+    assert ax.get_xscale() == "linear" and "bits" in ax.get_xlabel()
+    inside(ax)
+    inside(plots.scores(table, "size_gini", value="test"))
+
+
+def test_scores_of_a_loss(tmp_path: Path) -> None:
+    runs = [skewed(alpha, seed, metric="loss") for alpha in ALPHAS for seed in range(2)] + centrals(2, "loss")
+    ax = plots.scores(sweep_table(write_sweep(tmp_path / "s", runs)))
+    assert "loss" in ax.get_ylabel()
+    local = next(line for line in lines_of(ax, plots.LOCAL) if line.get_marker() == "o").get_ydata()
+    assert local[0] > local[-1], "skew costs"
+    inside(ax)
+
+
+def test_gains_are_those_of_the_table_with_medians_of_bins(tmp_path: Path) -> None:
+    runs = [skewed(alpha, seed, 10) for alpha in (0.5, 5.0) for seed in range(2)]
+    table = sweep_table(write_sweep(tmp_path / "s", runs))
+    local = table[table["scope"] == "local"]
+    ax = plots.gains(table)
+    dots = pd.DataFrame(ax.collections[0].get_offsets(), columns=["rows", "gain"]).sort_values(["rows", "gain"])
+    wanted = local[["rows", "gain_own"]].astype(float).sort_values(["rows", "gain_own"])
+    np.testing.assert_allclose(dots, wanted)
+    assert ax.lines[0].get_ydata() == [0, 0], "the line of no gain"
+    trend = ax.lines[1].get_xydata()
+    assert len(trend) == 5, "40 sites, four of each of ten sizes: five bins of eight"
+    expected = local.groupby((local["client"].str[5:].astype(int) - 1) // 2)[["rows", "gain_own"]].median()
+    np.testing.assert_allclose(trend, expected.astype(float))
+    assert ax.get_xscale() == "log" and ax.get_ylabel() == "gain from federation,\nown validation accuracy"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["0.5", "5", "median of a bin"]
+    assert len({tuple(color) for color in ax.collections[0].get_facecolors()}) == 2
+    by_skew = plots.gains(table, "js", value="gain")
+    offsets = pd.DataFrame(by_skew.collections[0].get_offsets()).sort_values([0, 1])
+    np.testing.assert_allclose(offsets, local[["js", "gain"]].sort_values(["js", "gain"]))
+    assert by_skew.get_xscale() == "linear"
+    inside(ax)
+    inside(by_skew)
+
+
+def test_bins_of_gains_by_hand() -> None:
+    at = np.repeat([1.0, 2.0], 8)
+    values = np.array([0.0, 0.1, 0.2, 0.3, 0.5, 0.6, 7.0, 9.0, 1.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 3.0])
+    assert plots._bin_medians(at, values).tolist() == [[1.0, 0.4], [2.0, 2.0]]
+    assert len(plots._bin_medians(at[:15], values[:15])) == 0, "fifteen are too few for two bins of eight"
+    assert len(plots._bin_medians(np.ones(16), values)) == 0, "sites of one size have no trend"
+
+
+def test_few_gains_without_a_swept_key(tmp_path: Path) -> None:
+    table = sweep_table(write_sweep(tmp_path / "s", [skewed(1.0, 0)]))
+    ax = plots.gains(table)
+    assert len(ax.lines) == 1 and [t.get_text() for t in ax.get_legend().get_texts()] == ["a site of a run"]
+
+
+def test_save_sweep_writes_what_it_has_data_for(tmp_path: Path) -> None:
+    runs = [skewed(alpha, 0, clients) for alpha in (0.05, 5.0) for clients in (2, 3)]
+    sweep = write_sweep(tmp_path / "s", runs)
+    before = dict(matplotlib.rcParams)
+    names = [
+        "score_by_partition.alpha",
+        "score_by_partition.num_clients",
+        "score_by_skew",
+        "gain_by_size",
+        "gain_by_skew",
+    ]
+    written = plots.save_sweep(sweep)
+    assert written == [sweep / "figures" / f"{name}.png" for name in names]
+    for file in written:
+        height, width = imread(file).shape[:2]
+        assert width == plots.WIDTH * plots.DPI and height >= 3.4 * plots.DPI
+    assert dict(matplotlib.rcParams) == before
+    import matplotlib.pyplot as plt
+
+    assert not plt.get_fignums(), "figures that pyplot does not hold"
+    rates = [{"settings": {"local.lr": rate}, "central": 0.5} for rate in (0.1, 0.2)]
+    assert plots.save_sweep(write_sweep(tmp_path / "c", rates), tmp_path / "out") == [
+        tmp_path / "out/score_by_local.lr.png"
+    ]
+    bare = [{"settings": {"local.lr": rate}, "local": {"a": 0.5}, "federated": 0.6} for rate in (0.1, 0.2)]
+    names = [file.stem for file in plots.save_sweep(write_sweep(tmp_path / "b", bare))]
+    assert names == ["score_by_local.lr", "gain_by_size", "gain_by_skew"], "a gain on the shared rows is one, too"
+
+
+def test_errors_of_the_sweeps_figures(tmp_path: Path) -> None:
+    table = sweep_table(write_sweep(tmp_path / "s", [skewed(alpha, 0) for alpha in (0.5, 5.0)]))
+    with pytest.raises(UserError, match="x='local.lr' was not swept; use one of partition.alpha, .*js_mean, size_gini"):
+        plots.scores(table, "local.lr")
+    with pytest.raises(UserError, match="value='gain' is no score"):
+        plots.scores(table, value="gain")
+    with pytest.raises(UserError, match="no run has both partition.alpha and the score 'test'"):
+        plots.scores(table.assign(test=np.nan), value="test")
+    with pytest.raises(UserError, match="no run has both js_mean"):
+        plots.scores(table.assign(js_mean=np.nan), "js_mean")
+    with pytest.raises(UserError, match="x='alpha' is nothing measured of a site; use one of rows, js"):
+        plots.gains(table, "alpha")
+    with pytest.raises(UserError, match="value='last' is no gain"):
+        plots.gains(table, value="last")
+    with pytest.raises(UserError, match="no site has both rows and gain_own"):
+        plots.gains(table[table["scope"] == "federated"])
+
+
+def test_scores_and_gains_on_axes_of_ones_own(tmp_path: Path) -> None:
+    table = sweep_table(write_sweep(tmp_path / "s", [skewed(alpha, 0) for alpha in (0.5, 5.0)]))
+    figure = Figure(figsize=(8, 3))
+    left, right = figure.subplots(1, 2)
+    assert plots.scores(table, ax=left) is left and plots.gains(table, ax=right) is right
+    assert left.lines and right.collections and figure.get_figheight() == 3

@@ -59,6 +59,48 @@ def test_the_test_score_is_that_of_the_predictions(run: Path) -> None:
     assert merged == pytest.approx(np.mean([r["federated"] == r["label"] for r in rows]))
 
 
+def test_the_scores_by_row_add_up_to_the_metrics(run: Path) -> None:
+    """Last models on the validation rows and chosen ones on the test rows, losses and predictions, each model's own."""
+    df = fedsim.load_runs(run)
+    with np.load(run / "scores.npz") as found:
+        scores = {name: found[name] for name in found.files}
+    names = list(scores["names"])
+    assert sorted(names) == ["central", "federated", "local site-1", "local site-2"]
+    seen = set()
+    for split, kind, rows, tokens in (("validation", "last", 226, "tokens"), ("test", "chosen", 227, "test_tokens")):
+        labels = scores[f"{split}_labels"]
+        assert scores[f"{split}_rows"].tolist() == list(range(rows)) and set(labels) == {0, 1, 2}
+        for i, name in enumerate(names):
+            scope, client = ("local", name[6:]) if name.startswith("local ") else (name, None)
+            told = df[(df["scope"] == scope) & (df["split"] == split) & (df["round"] > 0)]
+            told = told[told["client"] == client] if client else told[told["client"].isna()]
+            told = told.drop_duplicates("name", keep="last").set_index("name")["value"]
+            loss = scores[f"{kind}_nll"][i].sum() / scores[tokens].sum()
+            assert told["loss"] == pytest.approx(loss, rel=1e-6)
+            assert told["accuracy"] == pytest.approx((scores[f"{kind}_predicted"][i] == labels).mean())
+            seen.add(round(loss, 9))
+    assert len(seen) == 8, "no two models score alike"
+    with (run / "predictions.csv").open(newline="") as handle:
+        table = list(csv.DictReader(handle))
+    words = ["negative", "neutral", "positive"]
+    for i, name in enumerate(names):
+        assert [words[p] for p in scores["chosen_predicted"][i]] == [row[name] for row in table]
+
+
+def test_scores_by_row_without_classes(lab: Any) -> None:
+    """Free text has losses by row and no predictions; without test rows the chosen models have none."""
+    data = {"labels": None, "template": "{label}: {sentence}", "test": 0.0}
+    run = lab.run(data=data, modes=["federated"])
+    with np.load(run / "scores.npz") as scores:
+        assert scores["names"].tolist() == ["federated"] and (scores["last_predicted"] == -1).all()
+        assert np.isfinite(scores["last_nll"]).all() and scores["chosen_nll"].shape == (1, 0)
+        loss = scores["last_nll"].sum() / scores["tokens"].sum()
+    assert lab.value(run, scope="federated", client=None, split="validation", name="loss", round=1) == pytest.approx(
+        loss
+    )
+    assert not (run / "predictions.csv").exists()
+
+
 def test_a_finished_run_without_figures_draws_them_again(run: Path) -> None:
     config = Experiment.load(run / "config.yaml")
     for file in (run / "figures").iterdir():

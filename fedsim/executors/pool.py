@@ -9,9 +9,7 @@ executor at the same threads per worker.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import sys
 import threading
 import traceback
 from collections import deque
@@ -25,6 +23,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fedsim.errors import OutOfMemory, is_out_of_memory
+from fedsim.executors.processes import die_with_parent, died_of, main_not_imported
 from fedsim.executors.serial import MakeTrainer, client_failed
 from fedsim.params import Layout, Params
 from fedsim.types import Engine, Measured, Pack, Report, Scores, Scoring, Task
@@ -58,7 +57,7 @@ class PoolExecutor:
         self._pool: list[_Worker] = []
         context = mp.get_context("spawn")
         try:
-            with _main_not_imported():
+            with main_not_imported():
                 for i, device in enumerate(devices):
                     here, there = context.Pipe()
                     process = context.Process(
@@ -216,9 +215,7 @@ class PoolExecutor:
         return rest[0]
 
     def _died(self, worker: _Worker) -> Exception:
-        worker.process.join(timeout=5)
-        code = worker.process.exitcode
-        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        how = died_of(worker.process)
         return client_failed(
             _tasks(worker), f"{worker.device} ({worker.process.name})", f"the worker process died: {how}"
         )
@@ -238,7 +235,7 @@ def _shared(layout: Layout, device: str) -> Tensor:
 def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads: int) -> None:
     """A worker's life: load the model, then train and score what it is told to, until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process decides
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     if device.type == "cuda":
@@ -281,30 +278,3 @@ def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads
             continue
         trainer.shrink()  # outside the handler, whose traceback holds the tensors
         pipe.send(("done", None))
-
-
-def _die_with_parent() -> None:
-    """End at once when the main process is gone, even in the middle of a step."""
-    wait([mp.parent_process().sentinel])
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _main_not_imported() -> Iterator[None]:
-    """Start processes that do not import the user's main script: it needs no `if __name__ == "__main__"` guard then.
-
-    What a worker runs is imported from fedsim; spawn would otherwise run the script again in each of them.
-    """
-    main = sys.modules["__main__"]
-    missing = object()
-    saved = {name: main.__dict__.get(name, missing) for name in ("__file__", "__spec__")}
-    main.__dict__.pop("__file__", None)
-    main.__dict__["__spec__"] = None
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            if value is missing:
-                main.__dict__.pop(name, None)
-            else:
-                main.__dict__[name] = value

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,13 +278,37 @@ def max_positions(config: Any) -> int | None:
     return None
 
 
+def borrow(model: nn.Module) -> nn.Module:
+    """A model of the same modules whose parameters lie in the same memory; buffers are its own.
+
+    What is put on it, or exchanged in it, does not touch the model it was made from. A parameter that is to be written in
+    place needs memory of its own first: see `own_memory`.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():  # tied ones come once: the copy ties them again
+        memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def memory_of(model: nn.Module) -> set[int]:
+    """Addresses of the memory blocks in which a model's parameters lie."""
+    return {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+
+def own_memory(parameters: Iterable[nn.Parameter], lent: set[int]) -> None:
+    """Give those parameters that lie in lent memory memory of their own, in place."""
+    for parameter in parameters:
+        if parameter.untyped_storage().data_ptr() in lent:
+            parameter.data = parameter.data.clone()
+
+
 def share_memory(model: nn.Module) -> None:
     """Move all weights into one block of shared memory per dtype, in place.
 
     One block is one file handle for a worker to open, whatever the number of tensors, and on the CPU all workers then
     read the same pages.
     """
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not t.is_shared()]
     for dtype in {t.dtype for t in tensors}:
         group = [t for t in tensors if t.dtype == dtype]
         block = torch.empty(sum(t.numel() for t in group), dtype=dtype).share_memory_()

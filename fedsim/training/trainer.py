@@ -8,6 +8,7 @@ in padded batches; with `StackedNet` K lanes share each forward and backward pas
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import gc
@@ -32,7 +33,7 @@ from fedsim.params import Layout, Params
 from fedsim.seeding import stream, stream_seed
 from fedsim.store import Store
 from fedsim.training.optim import FlatOptimizer, LaneOptimizer, Optim
-from fedsim.types import Engine, Measured, Pack, Report, Row, Scores, Scoring, Task
+from fedsim.types import Engine, Measured, Pack, Report, Row, Scores, Scoring, Share, Task
 
 _TRIM_EVERY_S = 2.0
 
@@ -98,6 +99,23 @@ class Sites:
     everything: Callable[[], np.ndarray]
 
 
+class _Part:
+    """A run's part of a pass: what it shares (`Share`), where its lanes are, what it comes to."""
+
+    def __init__(self, share: Share, algorithm: Algorithm, aggregator: WeightedMean) -> None:
+        self.trainer: Trainer = share.trainer
+        self.pack, self.weights, self.server = share.pack, share.weights, share.server
+        self.algorithm = algorithm
+        self.partial = aggregator.zero(share.out) if algorithm.merges else Partial(share.out)
+        self.report = Report(share.pack.index)
+        self.lanes: list[int] = []
+        self.ctx: Context | None = None
+
+    def whole(self, k: int) -> slice | list[int]:
+        """The run's lanes, as a slice where they are the first ones: nothing is copied then."""
+        return slice(0, k) if self.lanes == list(range(k)) else self.lanes
+
+
 class Trainer:
     """Trains the tasks of a pack and scores models.
 
@@ -158,36 +176,60 @@ class Trainer:
             server: the server's state.
             out: buffer `[N]` for the weighted sum of the updates.
         """
+        return self.train_together([Share(self, pack, weights, server, out)])[0]
+
+    def train_together(self, shares: Sequence[Share]) -> list[Report]:
+        """Train packs of several runs side by side, each from its own global parameters, and each with its own trainer's rows,
+        seed, learning rate and kept state; see `guest`."""
         began = time.monotonic()
-        algorithm = self.algorithms[pack.mode]
-        partial = self.aggregator.zero(out) if algorithm.merges else Partial(out)
-        report = Report(pack.index)
+        parts = [_Part(share, share.trainer.algorithms[share.pack.mode], self.aggregator) for share in shares]
+        first, task = shares[0].trainer, shares[0].pack.tasks[0]
         with torch.random.fork_rng(devices=[self.net.device] if self.net.device.type == "cuda" else []):
             # What draws from torch's own stream trains one client at a time: dropout of the base, or deep in a method.
-            torch.manual_seed(stream_seed(self.seed, "dropout", pack.tasks[0].name, pack.tasks[0].round))
-            self._train_lanes(pack, algorithm, weights, server, partial, report)
-        report.weight = partial.weight
+            torch.manual_seed(stream_seed(first.seed, "dropout", task.name, task.round))
+            self._train_lanes(parts)
         self._give_back()
-        report.seconds = time.monotonic() - began
-        return report
+        for part in parts:
+            part.report.weight = part.partial.weight
+            part.report.seconds = time.monotonic() - began
+        return [part.report for part in parts]
 
-    def _train_lanes(
-        self, pack: Pack, algorithm: Algorithm, weights: Tensor, server: Params, partial: Partial, report: Report
-    ) -> None:
-        mode, k = pack.mode, len(pack.tasks)
+    def guest(self, sites: Sites, algorithms: dict[str, Algorithm], recipe: Recipe, seed: int, state: Path) -> Trainer:
+        """A trainer of another run on the same model, with rows of the same data: what `train_together` takes beside this one.
+
+        The runs have to agree in all that a pass has in common: micro-batch, optimiser, scoring batches.
+        """
+        made = copy.copy(self)
+        made.sites, made.algorithms, made.recipe, made.seed = sites, algorithms, recipe, seed
+        example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
+        made.stores = stores_of(state, algorithms, example, recipe)
+        made.flat = made.grad = made.optimizer = None  # lanes are this one's
+        return made
+
+    @property
+    def takes_guests(self) -> bool:
+        """Whether packs of several runs can go side by side."""
+        return isinstance(self.net, StackedNet)
+
+    def _train_lanes(self, parts: Sequence[_Part]) -> None:
+        every = [(part, task) for part in parts for task in part.pack.tasks]
+        k = len(every)
         if k > len(self.flat):
             self._allocate(k)
         # Longest first: the lanes that still have steps to do are then always the first ones, and the rest rests.
-        batches = [self._batches(task) for task in pack.tasks]
-        order = sorted(range(k), key=lambda i: -len(batches[i]))
-        tasks, batches = [pack.tasks[i] for i in order], [batches[i] for i in order]
-        ctx = self._start(tasks, mode, algorithm, weights, server)
-        rates = [self._rate(t, len(b)) for t, b in zip(tasks, batches, strict=True)]
-        adjusts = type(algorithm).adjust_grads is not Algorithm.adjust_grads
+        drawn = [part.trainer._batches(task) for part, task in every]
+        order = sorted(range(k), key=lambda i: -len(drawn[i]))
+        lanes, batches = [every[i] for i in order], [drawn[i] for i in order]
+        for part in parts:
+            part.lanes = [j for j, (owner, _) in enumerate(lanes) if owner is part]
+            part.ctx = self._start(part, [lanes[j][1] for j in part.lanes])
+        rates = [part.trainer._rate(task, len(b)) for (part, task), b in zip(lanes, batches, strict=True)]
+        adjusts = type(parts[0].algorithm).adjust_grads is not Algorithm.adjust_grads
+        assert not adjusts or len(parts) == 1, "an algorithm that adjusts gradients looks at all lanes of a pass"
         loss = torch.zeros(k, dtype=torch.float64, device=self.net.device)
         useful, computed = np.zeros(k, dtype=np.int64), np.zeros(k, dtype=np.int64)
         inside: dict[int, list[Row]] = {}
-        self.net.begin([stream_seed(self.seed, "dropout", t.name, t.round) for t in tasks])
+        self.net.begin([stream_seed(p.trainer.seed, "dropout", t.name, t.round) for p, t in lanes])
         bound = 0
         for i in range(len(batches[0])):
             active = sum(len(b) > i for b in batches)
@@ -197,33 +239,38 @@ class Trainer:
                 bound = active
             step_loss, step_useful, step_computed = self._backward([b[i] for b in batches[:active]])
             if adjusts:
-                own = Context(ctx.round, ctx.weights, server, {n: t[:active] for n, t in ctx.client.items()})
+                ctx = parts[0].ctx
+                own = Context(ctx.round, ctx.weights, ctx.server, {n: t[:active] for n, t in ctx.client.items()})
                 views = (self.layout.lanes(x[:active]) for x in (self.grad, self.flat))
-                algorithm.adjust_grads(*views, own)
+                parts[0].algorithm.adjust_grads(*views, own)
             self.optimizer.step([rate(i) for rate in rates[:active]])
             loss[:active] += step_loss
             useful[:active] += step_useful
             computed[:active] += step_computed
-            due = [j for j in range(active) if self._is_due(tasks[j], i + 1) and i + 1 < len(batches[j])]
+            due = [
+                j for j in range(active) if lanes[j][0].trainer._is_due(lanes[j][1], i + 1) and i + 1 < len(batches[j])
+            ]
             if due:
-                for j, rows in zip(due, self._score_lanes(due, [tasks[j] for j in due], mode, i + 1), strict=True):
+                for j, rows in zip(due, self._score_lanes(due, [lanes[j] for j in due], i + 1), strict=True):
                     inside.setdefault(j, []).extend(rows)
                 bound = 0
-        self._finish(tasks, [len(b) for b in batches], mode, algorithm, ctx, partial, report)
-        ends = [j for j in range(k) if tasks[j].evaluate or self._is_due(tasks[j], len(batches[j]))]
-        scored = self._score_lanes(ends, [tasks[j] for j in ends], mode, [len(batches[j]) for j in ends])
+        for part in parts:
+            self._finish(part, [lanes[j][1] for j in part.lanes], [len(batches[j]) for j in part.lanes])
+        ends = [j for j, (p, t) in enumerate(lanes) if t.evaluate or p.trainer._is_due(t, len(batches[j]))]
+        scored = self._score_lanes(ends, [lanes[j] for j in ends], [len(batches[j]) for j in ends])
         final = dict(zip(ends, scored, strict=True))
         losses = loss.tolist()
-        for j in sorted(range(k), key=lambda j: order[j]):  # rows in the pack's order
-            task, steps = tasks[j], len(batches[j])
+        for j in sorted(range(k), key=lambda j: order[j]):  # rows in the packs' order
+            (part, task), steps = lanes[j], len(batches[j])
+            mode, report = part.pack.mode, part.report
             name, done = None if mode == "central" else task.name, task.steps_done + steps
             report.rows += inside.get(j, [])
             train = {"loss": (losses[j] / max(1, steps), float(steps)), "tokens": (float(useful[j]), 1.0)}
             train["computed_tokens"] = (float(computed[j]), 1.0)
             report.rows += [Row(task.round, done, mode, name, "train", n, v, w) for n, (v, w) in train.items()]
             report.rows += final.get(j, [])
-        report.tokens += int(useful.sum())
-        report.computed += int(computed.sum())
+            report.tokens += int(useful[j])
+            report.computed += int(computed[j])
 
     def _rate(self, task: Task, steps: int) -> Callable[[int], float]:
         """Step of the round, from 0 -> learning rate."""
@@ -240,44 +287,35 @@ class Trainer:
         rows = self.sites.everything() if task.client < 0 else self.sites.train(task.client)
         return self.recipe.draw.batches(rows, stream(self.seed, "batches", task.name, task.round), task.steps)
 
-    def _start(
-        self, tasks: Sequence[Task], mode: str, algorithm: Algorithm, weights: Tensor, server: Params
-    ) -> Context:
-        """Fill the lanes with what their clients start from; what the algorithm may look at."""
-        views = self.layout.views(weights)
+    def _start(self, part: _Part, tasks: Sequence[Task]) -> Context:
+        """Fill a run's lanes with what its clients start from; what the algorithm may look at."""
+        owner, mode, algorithm = part.trainer, part.pack.mode, part.algorithm
+        views = self.layout.views(part.weights)
         template = algorithm.init(views)[1]
         states = []
-        for lane, task in enumerate(tasks):
-            state, moments = self._load(task, mode, template)
+        for lane, task in zip(part.lanes, tasks, strict=True):
+            state, moments = owner._load(task, mode, template)
             states.append(template if state is None else state)
-            self.optimizer.reset(lane, task.steps_done, moments if self.recipe.keep_state[mode] else None)
-        ctx = Context(tasks[0].round, views, server, {n: torch.stack([s[n] for s in states]) for n in template})
-        start = algorithm.start(ctx)
-        for name, view in self.layout.lanes(self.flat[: len(tasks)]).items():
-            view.copy_(start[name])
+            self.optimizer.reset(lane, task.steps_done, moments if owner.recipe.keep_state[mode] else None)
+        client = {n: torch.stack([s[n] for s in states]) for n in template}
+        ctx = Context(tasks[0].round, views, part.server, client)
+        start, own = algorithm.start(ctx), part.whole(len(tasks))
+        for name, view in self.layout.lanes(self.flat).items():
+            view[own] = start[name]
         return ctx
 
-    def _finish(
-        self,
-        tasks: Sequence[Task],
-        steps: Sequence[int],
-        mode: str,
-        algorithm: Algorithm,
-        ctx: Context,
-        partial: Partial,
-        report: Report,
-    ) -> None:
-        """Add the updates to the sum, and keep what the clients keep."""
-        update, state = algorithm.client_update(self.layout.lanes(self.flat[: len(tasks)]), ctx)
+    def _finish(self, part: _Part, tasks: Sequence[Task], steps: Sequence[int]) -> None:
+        """Add a run's updates to its sum, and keep what its clients keep."""
+        owner, mode, algorithm = part.trainer, part.pack.mode, part.algorithm
+        update, state = algorithm.client_update(self.layout.lanes(self.flat[part.whole(len(tasks))]), part.ctx)
         if algorithm.merges:
-            self.aggregator.add(partial, update, [t.weight for t in tasks])
-        for lane, task in enumerate(tasks):
-            report.steps[task.client] = steps[lane]
+            self.aggregator.add(part.partial, update, [t.weight for t in tasks])
+        for i, (lane, task) in enumerate(zip(part.lanes, tasks, strict=True)):
+            part.report.steps[task.client] = steps[i]
             if task.write >= 0:
-                parts = [t[lane].reshape(-1) for t in state.values()]
-                self.stores[mode].write(
-                    task.write, *parts, *(self.optimizer.kept(lane) if self.recipe.keep_state[mode] else [])
-                )
+                kept = [t[i].reshape(-1) for t in state.values()]
+                kept += self.optimizer.kept(lane) if owner.recipe.keep_state[mode] else []
+                owner.stores[mode].write(task.write, *kept)
 
     def _backward(self, batches: Sequence[np.ndarray]) -> tuple[Tensor, list[int], np.ndarray]:
         """Gradient of each lane's mean loss over all answer tokens of its batch, into `self.grad`.
@@ -315,19 +353,19 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- scoring
 
     def _score_lanes(
-        self, lanes: Sequence[int], tasks: Sequence[Task], mode: str, steps: int | Sequence[int]
+        self, lanes: Sequence[int], whose: Sequence[tuple[_Part, Task]], steps: int | Sequence[int]
     ) -> list[list[Row]]:
         """Rows of these lanes' models as they are, on the shared validation rows and on each site's own."""
         if not lanes:
             return []
         steps = [steps] * len(lanes) if isinstance(steps, int) else steps
         whole = list(lanes) == list(range(len(lanes)))
-        own = [{t.client: self.sites.own(t.client)} if t.client >= 0 else {} for t in tasks]
+        own = [{t.client: p.trainer.sites.own(t.client)} if t.client >= 0 else {} for p, t in whose]
         weights = self.flat[: len(lanes)] if whole else self.flat[list(lanes)]
         out = []
-        for task, n, scores in zip(
-            tasks, steps, self._score(weights, "validation", self.recipe.generate, own), strict=True
-        ):
+        scored = self._score(weights, "validation", self.recipe.generate, own)
+        for (part, task), n, scores in zip(whose, steps, scored, strict=True):
+            mode = part.pack.mode
             name, step = None if mode == "central" else task.name, task.steps_done + n
             rows = [Row(task.round, step, mode, name, "validation", n, v, w) for n, (v, w) in scores.values.items()]
             for values in scores.sites.values():
@@ -335,7 +373,14 @@ class Trainer:
             out.append(rows)
         return out
 
-    def _score(self, weights: Tensor, split: str, generate: bool, own: Sequence[dict[int, np.ndarray]]) -> list[Scores]:
+    def _score(
+        self,
+        weights: Tensor,
+        split: str,
+        generate: bool,
+        own: Sequence[dict[int, np.ndarray]],
+        by_row: bool = False,
+    ) -> list[Scores]:
         """Scores of each row of `weights`, `[K, N]`."""
         tokens = self.tokens[split]
         self.net.bind(weights, None)
@@ -347,26 +392,46 @@ class Trainer:
             tokenizer=self.tokenizer if generate else None,
             max_new_tokens=self.recipe.max_new_tokens,
         )
-        return [to_scores(r, tokens, o) for r, o in zip(rows, own, strict=True)]
+        return [to_scores(r, tokens, o, by_row) for r, o in zip(rows, own, strict=True)]
 
     def score(self, request: Scoring, weights: Tensor) -> list[Scores]:
         """Score the global parameters `weights` (flat `[N]`), or the parameters that open each of the records."""
-        own = {c: self.sites.own(c) for c in self.sites.with_own} if request.sites else {}
-        records, many = request.records, len(request.records) or 1
-        if many > 1 and not isinstance(self.net, StackedNet):
-            each = [dataclasses.replace(request, records=(r,)) for r in records]
-            return [scores for one in each for scores in self.score(one, weights)]
-        models = weights[None].clone()
-        if records:
-            store = self.stores[request.store]
-            models = torch.stack([store.read(r)[: self.layout.numel] for r in records]).to(self.net.device)
-        try:
-            return self._score(models, request.split, request.generate, [own] * many)
-        except Exception as error:
-            if many == 1 or not is_out_of_memory(error):
-                raise
-        parts = [dataclasses.replace(request, records=r) for r in (records[: many // 2], records[many // 2 :])]
-        return [scores for part in parts for scores in self.score(part, weights)]
+        return self.score_together([(self, request, weights)])[0]
+
+    def score_together(self, asked: Sequence[tuple[Trainer, Scoring, Tensor]]) -> list[list[Scores]]:
+        """Score what several runs ask for - (trainer, request, global parameters) - like requests side by side."""
+        out: list[list[Scores]] = [[] for _ in asked]
+        groups: dict[tuple[str, bool, bool], list[tuple[int, int | None]]] = {}
+        for i, (_, request, _) in enumerate(asked):
+            kind = (request.split, request.generate, request.by_row)
+            groups.setdefault(kind, []).extend((i, r) for r in request.records or (None,))
+        for kind, models in groups.items():
+            for (i, _), scores in zip(models, self._score_models(asked, kind, models), strict=True):
+                out[i].append(scores)
+        return out
+
+    def _score_models(
+        self,
+        asked: Sequence[tuple[Trainer, Scoring, Tensor]],
+        kind: tuple[str, bool, bool],
+        models: Sequence[tuple[int, int | None]],
+    ) -> list[Scores]:
+        """Scores of models - place in `asked`, record or None for the global parameters - halved where memory is too little."""
+        half = len(models) // 2
+        if half == 0 or isinstance(self.net, StackedNet):
+            weights, own = [], []
+            for i, record in models:
+                owner, request, flat = asked[i]
+                read = None if record is None else owner.stores[request.store].read(record)[: self.layout.numel]
+                weights.append(flat if read is None else read.to(self.net.device))
+                own.append({c: owner.sites.own(c) for c in owner.sites.with_own} if request.sites else {})
+            split, generate, by_row = kind
+            try:
+                return self._score(torch.stack(weights), split, generate, own, by_row)
+            except Exception as error:
+                if half == 0 or not is_out_of_memory(error):
+                    raise
+        return [s for part in (models[:half], models[half:]) for s in self._score_models(asked, kind, part)]
 
     # ------------------------------------------------------------------------------------------- measuring
 

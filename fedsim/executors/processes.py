@@ -1,0 +1,47 @@
+"""What all worker processes of fedsim have in common: how they start, and how they end with their parent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch.multiprocessing as mp
+
+
+def die_with_parent() -> None:
+    """End at once when the main process is gone, even in the middle of a step."""
+    wait([mp.parent_process().sentinel])
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def main_not_imported() -> Iterator[None]:
+    """Start processes that do not import the user's main script: it needs no `if __name__ == "__main__"` guard then.
+
+    What a worker runs is imported from fedsim; spawn would otherwise run the script again in each of them.
+    """
+    main = sys.modules["__main__"]
+    missing = object()
+    saved = {name: main.__dict__.get(name, missing) for name in ("__file__", "__spec__")}
+    main.__dict__.pop("__file__", None)
+    main.__dict__["__spec__"] = None
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is missing:
+                main.__dict__.pop(name, None)
+            else:
+                main.__dict__[name] = value
+
+
+def died_of(process: Any) -> str:
+    """What ended a process: the name of a signal, or its exit code."""
+    process.join(timeout=5)
+    code = process.exitcode
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"

@@ -1,0 +1,156 @@
+"""A published experiment by one command: its runs, then a report of ours beside what was published.
+
+A folder under `experiments/` with a `reproduce.yaml`: `sizes` (an experiment file each, with `budgets` that change its keys),
+`runs` (label, title, what is set in the file, for which sizes and budgets, with which seeds), and what `fedsim.report` prints: the
+published values and the verdicts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim.config import Experiment, read_yaml
+from fedsim.errors import UserError
+from fedsim.sweep import Job, run_jobs
+
+SIZES = ("tiny", "smollm2", "full")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The runs of an experiment at one size.
+
+    Attributes:
+        spec: the parsed `reproduce.yaml`.
+        labels, titles: of each run; runs of one label differ in their seed alone.
+        jobs: the runs.
+        size: tiny | smollm2 | full, or whatever the file names.
+        budget: the name of the budget, or None where the size has but one.
+        path: where the report goes.
+    """
+
+    spec: dict[str, Any]
+    labels: list[str]
+    titles: list[str]
+    jobs: list[Job]
+    size: str
+    budget: str | None
+    path: Path
+
+    @classmethod
+    def load(
+        cls, experiment: str | Path, size: str = "tiny", budget: str | None = None, overrides: Sequence[str] = ()
+    ) -> Reproduction:
+        """The runs of an experiment.
+
+        Args:
+            experiment: a folder with a `reproduce.yaml`, or the name of one under `experiments/`.
+            size: of the base and the data.
+            budget: of the size's budgets; None takes the first on a machine with a GPU, else the last.
+            overrides: `key=value` for all runs, over everything else.
+
+        Raises:
+            UserError: for an experiment, size or budget that is not there, or a file that cannot be.
+        """
+        folder = _folder(experiment)
+        spec = read_yaml(folder / "reproduce.yaml")
+        sizes = spec.get("sizes") or {}
+        _one_of(size, list(sizes), f"{folder.name}: --size")
+        about = sizes[size]
+        budgets = about.get("budgets") or {}
+        if budget is None and budgets:
+            budget = list(budgets)[0 if torch.cuda.is_available() else -1]
+        if budget is not None:
+            _one_of(budget, list(budgets), f"{folder.name}, {size}: --budget")
+        labels, titles, jobs = [], [], []
+        for one in spec.get("runs") or []:
+            if size not in one.get("sizes", list(sizes)) or budget not in one.get("budgets", [budget]):
+                continue
+            set_for_size = (one.get("set_for") or {}).get(size) or {}
+            settings = {**(budgets.get(budget) or {}), **(one.get("set") or {}), **set_for_size}
+            for seed in (one.get("seeds") or {}).get(size, [0]):
+                try:
+                    exp = Experiment.load(folder / about["file"], overrides, {**settings, "seed": seed})
+                except UserError as error:
+                    raise UserError(f"{folder / 'reproduce.yaml'}, run {one['label']}: {error}") from None
+                labels.append(one["label"])
+                titles.append(one["title"])
+                jobs.append(Job({"run": one["label"], "seed": seed}, exp))
+        if not jobs:
+            raise UserError(f"{folder / 'reproduce.yaml'}: names no run for size {size!r}")
+        name = "report" if budget in (None, *list(budgets)[-1:]) else f"report-{budget}"
+        path = Path(jobs[0].exp.results).expanduser() / jobs[0].exp.name / name
+        return cls(spec, labels, titles, jobs, size, budget, path)
+
+
+def _folder(experiment: str | Path) -> Path:
+    roots = [Path("experiments"), Path(__file__).resolve().parents[1] / "experiments"]
+    for folder in (Path(experiment), *(root / experiment for root in roots)):
+        if (folder / "reproduce.yaml").is_file():
+            return folder
+    found = sorted({f.parent.name for root in roots for f in root.glob("*/reproduce.yaml")})
+    near = difflib.get_close_matches(str(experiment), found, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"{str(experiment)!r}: no experiment with a reproduce.yaml; {hint}here are: {', '.join(found) or 'none'}; or give its folder"
+    )
+
+
+def _one_of(value: str, known: list[str], what: str) -> None:
+    if value not in known:
+        raise UserError(f"{what}: {value!r} is not there; give one of: {', '.join(known) or '(none)'}")
+
+
+def reproduce(
+    plan: Reproduction,
+    *,
+    command: str,
+    progress: bool = True,
+    workers: int | None = None,
+    on_jobs: Callable[[list[Job]], None] | None = None,
+) -> Path | None:
+    """Make the runs that are not finished yet, and write the report.
+
+    Args:
+        plan: from `Reproduction.load`.
+        command: what the user typed; printed in the report.
+        progress: show what goes on, on standard error.
+        workers: runs at once.
+        on_jobs: as in `sweep.run_jobs`.
+
+    Returns:
+        `report.md`, or None where a run failed: a report without it would leave verdicts out.
+    """
+    from fedsim.report import Member, build
+
+    run_jobs(plan.jobs, workers=workers, progress=progress, on_jobs=on_jobs)
+    if any(job.state != "finished" for job in plan.jobs):
+        return None
+    members = [
+        Member(label, title, job.path) for label, title, job in zip(plan.labels, plan.titles, plan.jobs, strict=True)
+    ]
+    about = {"command": command, "size": plan.size}
+    if plan.budget is not None:
+        about["budget"] = plan.budget
+    wanted = {member.label for member in members}
+    return build(_only(plan.spec, wanted), members, plan.path, about)
+
+
+def _only(spec: dict[str, Any], labels: set[str]) -> dict[str, Any]:
+    """The file without lines that are about runs of other sizes."""
+
+    def about(line: dict[str, Any]) -> bool:
+        return set(line.get("runs") or [line["run"]]) <= labels
+
+    out = {k: v for k, v in spec.items() if k not in ("sizes", "runs")}
+    for key in ("published", "verdicts"):
+        out[key] = [line for line in spec.get(key) or [] if about(line)]
+    if "figures" in out:
+        out["figures"] = [f for f in out["figures"] if (f["run"] if isinstance(f, dict) else f) in labels]
+    return out

@@ -1,0 +1,603 @@
+"""Many runs from one file: a grid or a list over any config keys, spread over devices, finished ones skipped.
+
+Runs in a process share what they have in common: the tokenised rows, and the weights of the base (`build.Shared`). Each is
+an ordinary run with a folder of its own under the sweep's, `results/<sweep>/<run id>/`; a run of which another sweep or
+`fedsim run` left a part goes on from there. Beside them lie `sweep.json` (settings and state of each run), the tables and the
+figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from fedsim.build import Parts, Shared, prepare
+from fedsim.config import Experiment, read_yaml
+from fedsim.errors import ClientError, UserError
+from fedsim.executors.fleet import Fleet, Member
+from fedsim.executors.processes import die_with_parent, died_of, main_not_imported
+from fedsim.experiment import devices_of, run, run_folder_of
+from fedsim.progress import Board, Progress
+from fedsim.run_folder import write_atomic
+from fedsim.schema import plain
+
+Outcome = tuple[str, str, str]  # finished | failed, what to say, a traceback
+_KEYS = ("name", "experiment", "grid", "list", "devices", "workers", "threads", "together")
+
+
+@dataclass
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        settings: what is changed in the experiment: dotted key -> value.
+        exp: the experiment with it.
+        path: its run folder, once the data is known; None before, and where that failed.
+        state: waiting | running | finished | failed.
+        reason: why it failed, in a line.
+        skipped: whether it was finished before.
+        seconds: wall-clock in this call.
+    """
+
+    settings: dict[str, Any]
+    exp: Experiment
+    path: Path | None = None
+    state: str = "waiting"
+    reason: str | None = None
+    skipped: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep's file asks for.
+
+    Attributes:
+        name: folder of its runs under `results`.
+        keys: the swept keys, in the order of the file.
+        settings: of each run: dotted key -> value.
+        experiments: of each run.
+        devices: where runs go; "auto" = all CUDA devices, else the CPU.
+        workers: processes; None = one a device, on the CPU as many as cores.
+        threads: CPU threads of each worker; None = the cores shared out.
+        together: runs whose packs a worker puts side by side into the same passes, where they allow it.
+    """
+
+    name: str
+    keys: list[str]
+    settings: list[dict[str, Any]]
+    experiments: list[Experiment]
+    devices: list[str] | str = "auto"
+    workers: int | None = None
+    threads: int | None = None
+    together: int = 1
+
+    @property
+    def path(self) -> Path:
+        """The sweep's folder."""
+        return Path(self.experiments[0].results).expanduser() / self.name
+
+    @classmethod
+    def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+        """The sweep of a YAML file.
+
+        `experiment` is an experiment's file (looked up from the sweep's folder) or its sections; `grid` maps keys to lists of
+        values, of which every combination is run, or is a list of such grids; `list` holds single settings. A value may be
+        a whole section.
+
+        Args:
+            file: the YAML file.
+            overrides: `key=value` for the experiment, under what the sweep sets.
+
+        Raises:
+            UserError: for anything in it that cannot be, with the settings of the run that is concerned.
+        """
+        return cls.from_dict(read_yaml(Path(file)), file, overrides)
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any], file: str | Path = "sweep", overrides: Sequence[str] = ()) -> Sweep:
+        """The sweep of what such a file holds; `file` is named in errors, paths are looked up from its folder."""
+        path = Path(file)
+        for key in tree:
+            if key not in _KEYS:
+                near = difflib.get_close_matches(str(key), _KEYS, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise UserError(f"{path}: {key!r} is no key of a sweep; {hint}it takes: {', '.join(_KEYS)}")
+        found = tree.get("experiment")
+        if isinstance(found, str):
+            at = path.parent / found if (path.parent / found).is_file() else Path(found)
+            base, folder = read_yaml(at), at.resolve().parent
+        elif isinstance(found, dict):
+            base, folder = found, path.resolve().parent
+        else:
+            raise UserError(f"{path}: experiment: {found!r} is neither an experiment's file nor its sections")
+        settings = list(_settings(path, tree))
+        if not settings:
+            raise UserError(f"{path}: names no run; give grid: {{key: [values]}} or list: [{{key: value}}]")
+        name = tree.get("name") or base.get("name") or path.stem
+        experiments = []
+        for one in settings:
+            try:
+                experiments.append(Experiment.from_tree({**base, "name": str(name)}, folder, overrides, one))
+            except UserError as error:
+                raise UserError(f"{path}, run with {said(one) or 'no setting'}: {error}") from None
+        devices, workers, threads, together = (tree.get(k) for k in ("devices", "workers", "threads", "together"))
+        for key, value in (("workers", workers), ("threads", threads), ("together", together)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise UserError(f"{path}: {key}: {value!r} is no whole number; give 1 or more, or leave it out")
+        if devices not in (None, "auto") and not (
+            isinstance(devices, list) and all(isinstance(d, str) for d in devices)
+        ):
+            raise UserError(f"{path}: devices: {devices!r} is no list of devices, e.g. [cuda:0, cuda:1]; or auto")
+        keys = list(dict.fromkeys(key for one in settings for key in one))
+        return cls(str(name), keys, settings, experiments, devices or "auto", workers, threads, together or 1)
+
+
+def _settings(path: Path, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    grids, single = tree.get("grid") or [], tree.get("list") or []
+    if isinstance(grids, dict):
+        grids = [grids]
+    if not isinstance(grids, list) or not isinstance(single, list):
+        raise UserError(
+            f"{path}: grid is a mapping of keys to lists of values (or a list of such), list a list of settings"
+        )
+    for grid in grids:
+        if not isinstance(grid, dict):
+            raise UserError(f"{path}: grid: {grid!r} is no mapping of keys to lists of values")
+        for key, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise UserError(f"{path}: grid.{key}: {values!r} is no list of values; write [{values}]")
+        for values in itertools.product(*grid.values()):
+            yield dict(zip(grid, values, strict=True))
+    for one in single:
+        if not isinstance(one, dict):
+            raise UserError(f"{path}: list: {one!r} is no setting; write {{key: value}}")
+        yield one
+
+
+def said(settings: Mapping[str, Any]) -> str:
+    """Settings in a few words: `alpha=0.1 seed=2`."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + " ".join(f"{k}={text(v)}" if k != "name" else str(v) for k, v in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ",".join(text(v) for v in value) + "]"
+        return str(value)
+
+    return " ".join(f"{key}={text(value)}" for key, value in settings.items())
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep that was run.
+
+    Attributes:
+        path: its folder, `results/<sweep>/`.
+        jobs: its runs, in the order of the file.
+    """
+
+    path: Path
+    jobs: list[Job]
+
+    @property
+    def failed(self) -> list[Job]:
+        """Runs that did not come to an end; each has its `reason`."""
+        return [job for job in self.jobs if job.state == "failed"]
+
+    def table(self, metric: str | None = None) -> Any:
+        """One row a model, as a `pandas.DataFrame`; see `fedsim.tables.sweep_table`."""
+        from fedsim.tables import sweep_table
+
+        return sweep_table(self.path, metric)
+
+    def cells(self, metric: str | None = None) -> Any:
+        """Mean and bootstrap interval over seeds of each cell; see `fedsim.tables.cells`."""
+        from fedsim.tables import cells
+
+        return cells(self.table(metric))
+
+
+def run_sweep(
+    plan: Sweep | dict[str, Any] | str | Path,
+    *,
+    progress: bool = True,
+    workers: int | None = None,
+    on_jobs: Callable[[list[Job]], None] | None = None,
+) -> Swept:
+    """Run what is not finished yet, and write the tables and figures of all that is.
+
+    Args:
+        plan: a sweep, the file of one, or what such a file holds.
+        progress: show a live table of runs on a terminal, else a line for each, on standard error.
+        workers: runs at once; over the file's own.
+        on_jobs: called with all runs when their folders are known, before the first starts.
+
+    Returns:
+        The runs; those that failed say why.
+
+    Raises:
+        UserError: for a sweep that cannot be, or a device that is not there.
+    """
+    from fedsim.plots import save_sweep
+    from fedsim.tables import write_tables
+
+    if not isinstance(plan, Sweep):
+        plan = Sweep.from_dict(plan) if isinstance(plan, dict) else Sweep.load(plan)
+    jobs = [Job(settings, exp) for settings, exp in zip(plan.settings, plan.experiments, strict=True)]
+    path = plan.path
+    path.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        runs = [
+            {
+                "run": None if job.path is None else job.path.name,
+                "settings": job.settings,
+                "state": job.state,
+                "reason": job.reason,
+            }
+            for job in jobs
+        ]
+        text = json.dumps({"name": plan.name, "keys": plan.keys, "runs": runs}, indent=1, ensure_ascii=False)
+        write_atomic(path / "sweep.json", (text + "\n").encode())
+
+    run_jobs(
+        jobs,
+        devices=plan.devices,
+        workers=workers or plan.workers,
+        threads=plan.threads,
+        together=plan.together,
+        progress=progress,
+        on_change=save,
+        on_jobs=on_jobs,
+    )
+    if any(job.state == "finished" for job in jobs):
+        write_tables(path)
+        save_sweep(path)
+    return Swept(path, jobs)
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+def run_jobs(
+    jobs: list[Job],
+    *,
+    devices: list[str] | str = "auto",
+    workers: int | None = None,
+    threads: int | None = None,
+    together: int = 1,
+    progress: bool = True,
+    on_change: Callable[[], None] = lambda: None,
+    on_jobs: Callable[[list[Job]], None] | None = None,
+) -> None:
+    """Run jobs, each in one process on one device, as many at once as there are workers; changes them in place.
+
+    A job that fails is marked with its reason, its whole traceback goes into `errors/` beside the run folders, and the
+    others go on. Jobs that come to the same run are run once.
+
+    Args:
+        jobs: waiting ones.
+        devices: as `Sweep.devices`.
+        workers: processes.
+        threads: CPU threads of each.
+        together: runs that share the passes of a worker.
+        progress: show what goes on.
+        on_change: called when a job has changed its state.
+        on_jobs: called once folders and finished jobs are known.
+
+    Raises:
+        UserError: for a device that is not there.
+    """
+    places, threads = _places(devices, workers, threads)
+    shared = Shared()
+    board = Board(progress, [said(job.settings) for job in jobs])
+    waiting: list[tuple[int, Parts]] = []
+    first: dict[Path, int] = {}
+    same: dict[int, int] = {}
+    for i, job in enumerate(jobs):
+        try:
+            parts = prepare(job.exp, shared)
+        except UserError as error:
+            job.state, job.reason = "failed", str(error)
+            continue
+        job.path = run_folder_of(parts.exp, parts.run_id())
+        if job.path in first:
+            same[i] = first[job.path]
+        elif _finished(job.path, job.exp.rounds):
+            job.state, job.skipped = "finished", True
+        else:
+            first[job.path] = i
+            waiting.append((i, parts))
+    if on_jobs is not None:
+        on_jobs(jobs)
+    for i, job in enumerate(jobs):
+        board.update(i, job.state, "finished before" if job.skipped else job.reason or "")
+    on_change()
+
+    def changed(i: int) -> None:
+        for twin in (j for j, original in same.items() if original == i):
+            jobs[twin].state, jobs[twin].reason = jobs[i].state, jobs[i].reason
+            board.update(twin, jobs[twin].state, "the same run as another")
+        on_change()
+
+    try:
+        for group in _by_base(waiting):
+            shared.keep_only({Shared.base_key(parts.exp) for _, parts in group})
+            todo = _load_base(jobs, group, shared, board, changed)
+            crews = _crews([(i, parts) for i, parts in group if i in todo], together)
+            if len(places) == 1 or len(crews) == 1:
+                for crew in crews:
+                    _start(jobs, crew, board)
+                    work = [(i, jobs[i].exp, jobs[i].path, board.reporter(i)) for i in crew]
+
+                    def ended(i: int, outcome: Outcome) -> None:
+                        board.update(i, *_end(jobs[i], outcome))
+                        changed(i)
+
+                    _attempt(work, shared, places[0], threads, ended)
+            elif crews:
+                _run_apart(jobs, crews, shared, places, threads, board, changed)
+    finally:
+        for job in jobs:
+            job.state = "waiting" if job.state == "running" else job.state
+        on_change()
+        board.end()
+
+
+def _places(devices: list[str] | str, workers: int | None, threads: int | None) -> tuple[list[str], int]:
+    """(the device of each worker, threads of each)."""
+    found = devices_of(Experiment(executor={"name": "pool", "devices": devices}))[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is None:
+        # One thread a run: on a CPU runs beside each other waste less than threads that wait for each other.
+        workers = max(len(found), max(1, cores // (threads or 1)) if found == ["cpu"] else 1)
+    places = [found[i % len(found)] for i in range(workers)]
+    return places, threads or max(1, cores // len(places))
+
+
+def _finished(path: Path, rounds: int) -> bool:
+    try:
+        status = json.loads((path / "status.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return status.get("state") == "finished" and status.get("rounds") == rounds
+
+
+def _by_base(waiting: list[tuple[int, Parts]]) -> Iterator[list[tuple[int, Parts]]]:
+    """Runs of one base after those of another: only one base is in memory at a time."""
+    groups: dict[str | None, list[tuple[int, Parts]]] = {}
+    for i, parts in waiting:
+        groups.setdefault(Shared.base_key(parts.exp), []).append((i, parts))
+    yield from groups.values()
+
+
+def _load_base(
+    jobs: list[Job], group: list[tuple[int, Parts]], shared: Shared, board: Board, changed: Callable[[int], None]
+) -> list[int]:
+    """Load the base that a group shares; if that fails, so do all of them."""
+    if Shared.base_key(group[0][1].exp) is not None:
+        try:
+            shared.base(group[0][1])
+        except UserError as error:
+            for i, _ in group:
+                jobs[i].state, jobs[i].reason = "failed", str(error)
+                board.update(i, "failed", str(error))
+                changed(i)
+            return []
+    return [i for i, _ in group]
+
+
+def _crews(group: list[tuple[int, Parts]], together: int) -> list[list[int]]:
+    """Runs that go side by side, at most `together` of them: those that agree in all that a pass has in common."""
+    alike: dict[str, list[int]] = {}
+    for i, parts in group:
+        alike.setdefault(repr(i) if together == 1 else _pass_key(parts.exp), []).append(i)
+    return [runs[a : a + together] for runs in alike.values() for a in range(0, len(runs), together)]
+
+
+def _pass_key(exp: Experiment) -> str:
+    """What runs must have in common to share passes; rates, schedules, steps, seeds, clients and partitions may differ."""
+    own = ("steps", "epochs", "lr", "min_lr", "warmup", "schedule", "schedule_over", "horizon", "keep_state", "shuffle")
+    local = {k: v for k, v in plain(exp.local).items() if k not in (*own, "drop_last")}
+    evaluate = {k: v for k, v in plain(exp.evaluate).items() if k in ("batch_size", "generate", "max_new_tokens")}
+    same = (plain(exp.model), plain(exp.data), plain(exp.adapter), local, evaluate, plain(exp.training))
+    # An initial head is the seed's, see Shared.base_key; a whole model has a device to itself.
+    return repr((Shared.base_key(exp) or id(exp), same))
+
+
+def _start(jobs: list[Job], crew: Sequence[int], board: Board) -> None:
+    for i in crew:
+        jobs[i].state, jobs[i].reason, jobs[i].seconds = "running", None, time.monotonic()
+        board.update(i, "running", "")
+
+
+def _end(job: Job, outcome: Outcome) -> tuple[str, str]:
+    """Settle a job; returns what the board shows."""
+    state, text, trace = outcome
+    job.state, job.seconds = state, time.monotonic() - job.seconds
+    if state == "failed":
+        job.reason = text
+        if trace and job.path is not None:
+            write_atomic(job.path.parent / "errors" / f"{job.path.name}.txt", trace.encode())
+    return state, text if state == "failed" else f"{text}, {job.seconds:.0f} s"
+
+
+def _attempt(
+    work: Sequence[tuple[int, Experiment, Path | None, Progress]],
+    shared: Shared,
+    device: str,
+    threads: int,
+    ended: Callable[[int, Outcome], None],
+) -> None:
+    """Run experiments on a device, several of them side by side; `ended` is called as each comes to its end."""
+    if len(work) == 1:
+        i, exp, path, progress = work[0]
+        ended(i, _run_one(exp, path, shared, device, threads, progress))
+        return
+
+    def body(i: int, exp: Experiment, path: Path | None, progress: Progress) -> Callable[[Member], None]:
+        return lambda member: ended(i, _run_one(exp, path, shared, device, threads, progress, member))
+
+    Fleet(device, threads).run([body(*one) for one in work])
+
+
+def _run_one(
+    exp: Experiment,
+    path: Path | None,
+    shared: Shared,
+    device: str,
+    threads: int,
+    progress: Progress,
+    member: Member | None = None,
+) -> Outcome:
+    """Run one experiment: (state, result or reason, traceback)."""
+    tree = exp.to_dict()
+    plan = None if path is None else _json(path / "plan.json")
+    # The last bits depend on the threads: a run that was started before keeps its own.
+    tree["executor"] = {"name": "serial", "device": device, "threads": threads if plan is None else plan["threads"]}
+    try:
+        done = run(Experiment.from_dict(tree), progress=progress, shared=shared, member=member)
+    except (UserError, ClientError) as error:
+        lines = str(error).strip().split("\n")
+        return "failed", lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}", str(error)
+    except Exception as error:
+        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", traceback.format_exc()
+    finally:
+        if device.startswith("cuda") and member is None:
+            torch.cuda.empty_cache()  # what the last run's allocator keeps would look taken to the next one's planner
+    return "finished", _result(done.path), ""
+
+
+def _json(file: Path) -> Any:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(file.read_text())
+    return None
+
+
+def _result(path: Path) -> str:
+    """What a run came to, in a few words."""
+    from fedsim.runs import list_runs
+
+    row = list_runs(path).iloc[0]
+    shown = [(s, row[f"best_{s}"]) for s in ("local", "federated", "central")]
+    return f"best {row['metric']}: " + ", ".join(f"{s} {v:.3f}" for s, v in shown if v == v)
+
+
+# ------------------------------------------------------------------------------------------------ worker processes
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    device: str
+    crew: list[int] = field(default_factory=list)  # runs it has not ended yet
+
+
+def _run_apart(
+    jobs: list[Job],
+    crews: Sequence[list[int]],
+    shared: Shared,
+    places: Sequence[str],
+    threads: int,
+    board: Board,
+    changed: Callable[[int], None],
+) -> None:
+    """Hand runs to worker processes, the next to whichever is free; a worker that dies is replaced."""
+    shared.share()
+    waiting, pool = deque(crews), []
+    try:
+        for device in places[: len(crews)]:
+            pool.append(_spawn(shared, device, threads))
+        while waiting or any(w.crew for w in pool):
+            for worker in pool:
+                if not worker.crew and waiting:
+                    worker.crew = list(waiting.popleft())
+                    _start(jobs, worker.crew, board)
+                    with contextlib.suppress(OSError):  # it has died: its sentinel says so below
+                        worker.pipe.send([(i, jobs[i].exp.to_dict(), jobs[i].path) for i in worker.crew])
+            busy = [w for w in pool if w.crew]
+            ready = wait([w.pipe for w in busy] + [w.process.sentinel for w in busy])
+            for worker in busy:
+                if worker.pipe not in ready and worker.process.sentinel not in ready:
+                    continue
+                try:
+                    kind, i, *rest = worker.pipe.recv()
+                except (EOFError, OSError):
+                    why = f"the process on {worker.device} died: {died_of(worker.process)}; start the sweep again"
+                    for i in worker.crew:
+                        board.update(i, *_end(jobs[i], ("failed", why, "")))
+                        changed(i)
+                    worker.crew = []
+                    if waiting:
+                        pool[pool.index(worker)] = _spawn(shared, worker.device, threads)
+                    continue
+                if kind == "shows":
+                    board.update(i, "running", rest[0])
+                else:
+                    worker.crew.remove(i)
+                    board.update(i, *_end(jobs[i], tuple(rest)))
+                    changed(i)
+    finally:
+        for worker in pool:
+            if worker.crew:
+                worker.process.terminate()
+            with contextlib.suppress(OSError):
+                worker.pipe.close()  # an idle worker ends when its pipe does
+            worker.process.join(timeout=10)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+
+
+def _spawn(shared: Shared, device: str, threads: int) -> _Worker:
+    context = mp.get_context("spawn")
+    here, there = context.Pipe()
+    with main_not_imported():
+        process = context.Process(target=_work, args=(there, shared, device, threads), daemon=True)
+        process.start()
+    there.close()
+    return _Worker(process, here, device)
+
+
+class _Sender(Progress):
+    """Progress of a run, sent to the process that shows it."""
+
+    def __init__(self, pipe: Connection, run: int) -> None:
+        super().__init__(False, 0)
+        self._pipe, self._run = pipe, run
+
+    def round(self, round: int, text: str) -> None:
+        """A round is done."""
+        self._pipe.send(("shows", self._run, f"{self._mode} round {round}: {text}"))
+
+
+def _work(pipe: Connection, shared: Shared, device: str, threads: int) -> None:
+    """A worker's life: one run, or some side by side, after another, until its pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process decides
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            asked = pipe.recv()
+        except (EOFError, OSError):
+            return
+        work = [(i, Experiment.from_dict(tree), path, _Sender(pipe, i)) for i, tree, path in asked]
+        _attempt(work, shared, device, threads, lambda i, outcome: pipe.send(("done", i, *outcome)))

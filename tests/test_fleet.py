@@ -1,0 +1,247 @@
+"""Runs whose packs share passes: the numbers of runs alone, whatever is beside them, and nobody pays for another's fault."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import fedsim.sweep as sweeps
+from fedsim.build import Shared, prepare
+from fedsim.run_folder import RunFolder
+from fedsim.sweep import Sweep, run_sweep
+from fedsim.training.trainer import Trainer
+
+CLOSE = 1e-9  # of a tensor's norm: the same sums in another order, in float64
+MODES = ["local", "federated", "central"]
+
+
+@pytest.fixture
+def plan(lab: Any) -> Callable[..., Sweep]:
+    """(runs' settings, `together`, results folder, sections of the experiment) -> a sweep in this process."""
+
+    def plan(settings: list[dict], together: int, results: str = "runs", **sections: Any) -> Sweep:
+        tree = lab.tree(results=str(lab.root / results), **{"modes": MODES, "rounds": 2, **sections})
+        keys = {"name": "fleet", "experiment": tree, "list": settings, "workers": 1, "threads": 1, "together": together}
+        return Sweep.from_dict(keys)
+
+    return plan
+
+
+def close(lab: Any, one: Path, other: Path, distance: Any) -> None:
+    """The same rows in the same order, and the same numbers up to rounding."""
+    a, b = lab.tensors(one), lab.tensors(other)
+    assert a.keys() == b.keys() and a
+    for file in a:
+        if "checkpoints" not in file:
+            assert distance(a[file], b[file]) < CLOSE, file
+    rows = lab.metrics(one), lab.metrics(other)
+    assert len(rows[0]) == len(rows[1])
+    for x, y in zip(*rows, strict=True):
+        assert {k: v for k, v in x.items() if k != "value"} == {k: v for k, v in y.items() if k != "value"}
+        if x["name"] != "computed_tokens":  # a stream is filled up to a size that its kernels know
+            assert x["value"] == pytest.approx(y["value"], rel=1e-8), x
+
+
+SETTINGS = {
+    "seeds": [{"seed": s} for s in (0, 1, 2)],
+    "rates": [{"local.lr": r, "local.warmup": w} for r, w in ((1e-3, 0), (1e-2, 1))],
+    "partitions": [
+        {"partition": {"name": "iid", "num_clients": 5}},
+        {"partition": {"name": "class_counts", "counts": [[0, 1, 0], [6, 10, 10]]}, "local.steps": 4},
+        {"partition": {"name": "iid", "num_clients": 4}, "cohort.size": 2, "seed": 4, "evaluate.every_steps": 1},
+    ],
+    "modes and rounds": [
+        {"modes": ["central"]},
+        {"modes": ["federated"], "rounds": 3},
+        {"modes": ["local"], "seed": 1},
+    ],
+    "kept state": [
+        {"local.keep_state": False},
+        {"local.keep_state": True, "seed": 5},
+        {"algorithm.weights": "uniform"},
+    ],
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_runs_side_by_side_are_runs_alone(plan: Any, lab: Any, distance: Any, settings: list[dict]) -> None:
+    alone = run_sweep(plan(settings, 1, "alone"), progress=False).jobs
+    beside = run_sweep(plan(settings, len(settings), "beside"), progress=False).jobs
+    assert [j.state for j in beside] == ["finished"] * len(settings)
+    for one, other in zip(alone, beside, strict=True):
+        assert one.path.name == other.path.name and one.path != other.path
+        close(lab, one.path, other.path, distance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [
+        ("gpt2", {"name": "lora", "r": 2, "dropout": 0.3}),
+        ("llama", {"name": "p_tuning", "num_virtual_tokens": 2, "hidden": 8}),
+        ("gpt2", {"name": "prefix", "num_virtual_tokens": 2}),
+        ("gpt_neox", {"name": "adapter", "bottleneck": 4}),
+        ("llama", {"name": "ia3"}),
+        ("bert", {"name": "lora", "r": 2}),
+        ("llama", {"name": "loha", "r": 2, "target_modules": ["q_proj"]}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v["name"],
+)
+def test_every_method_side_by_side(plan: Any, lab: Any, distance: Any, kind: str, adapter: dict) -> None:
+    """Heads start by the seed, so a base with a new head is shared by runs of one seed alone; loha has no lanes."""
+    task = "sequence_classification" if kind == "bert" else "causal_lm"
+    sections = {"model": {"path": lab.base(kind), "dtype": "float64", "task": task}, "adapter": adapter}
+    settings = [{"local.lr": 1e-3}, {"local.lr": 3e-3}] if kind == "bert" else [{"seed": 0}, {"seed": 1}]
+    alone = run_sweep(plan(settings, 1, "alone", **sections), progress=False).jobs
+    beside = run_sweep(plan(settings, 2, "beside", **sections), progress=False).jobs
+    for one, other in zip(alone, beside, strict=True):
+        close(lab, one.path, other.path, distance)
+
+
+def lanes_of_passes(monkeypatch: pytest.MonkeyPatch, most: int = 99) -> tuple[list[int], list[int]]:
+    """Lanes of every training pass and of every scoring pass from now on; more than `most` train out of memory."""
+    trained, scored = [], []
+    backward, score = Trainer._backward, Trainer._score
+
+    def spy_backward(self: Trainer, batches: Any) -> Any:
+        if len(batches) > 1:  # one is how the planner measures
+            trained.append(len(batches))
+        if len(batches) > most:
+            raise MemoryError
+        return backward(self, batches)
+
+    def spy_score(self: Trainer, weights: torch.Tensor, *args: Any) -> Any:
+        scored.append(len(weights))
+        return score(self, weights, *args)
+
+    monkeypatch.setattr(Trainer, "_backward", spy_backward)
+    monkeypatch.setattr(Trainer, "_score", spy_score)
+    return trained, scored
+
+
+def test_packs_of_several_runs_are_in_one_pass(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, scored = lanes_of_passes(monkeypatch)
+    settings = SETTINGS["seeds"]
+    run_sweep(plan(settings, 3, modes=["federated"], training={"lanes": 3}), progress=False)
+    assert set(trained) == {9}, "three clients of three runs"
+    assert set(scored) == {9, 3}, "their clients, and the three merged models"
+    trained.clear()
+    run_sweep(plan(settings, 2, "two", modes=["federated"], training={"lanes": 3}), progress=False)
+    assert set(trained) == {6, 3}, "two and one"
+
+
+def test_the_same_runs_give_the_same_bits_again(plan: Any, lab: Any) -> None:
+    jobs = [run_sweep(plan(SETTINGS["partitions"], 3, name), progress=False).jobs for name in ("a", "b")]
+    for one, other in zip(*jobs, strict=True):
+        lab.same_bits(one.path, other.path)
+
+
+def test_a_client_that_fails_costs_its_own_run_alone(
+    plan: Any, lab: Any, distance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = run_sweep(plan(SETTINGS["seeds"], 1, "alone"), progress=False).jobs
+    batches = Trainer._batches
+
+    def fail(self: Trainer, task: Any) -> Any:
+        if self.seed == 1 and task.name == "site-2" and task.round == 2:
+            raise ValueError("a bad row")
+        return batches(self, task)
+
+    monkeypatch.setattr(Trainer, "_batches", fail)
+    jobs = run_sweep(plan(SETTINGS["seeds"], 3, "beside"), progress=False).jobs
+    assert [j.state for j in jobs] == ["finished", "failed", "finished"]
+    assert (
+        "round 2" in jobs[1].reason and "site-2" in jobs[1].reason and jobs[1].reason.endswith("ValueError: a bad row")
+    )
+    for i in (0, 2):
+        close(lab, alone[i].path, jobs[i].path, distance)
+
+
+def test_too_little_memory_for_all_is_no_fault_of_any(
+    plan: Any, lab: Any, distance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = run_sweep(plan(SETTINGS["seeds"], 1, "alone"), progress=False).jobs
+    trained, _ = lanes_of_passes(monkeypatch, most=4)
+    jobs = run_sweep(plan(SETTINGS["seeds"], 3, "beside"), progress=False).jobs
+    assert [j.state for j in jobs] == ["finished"] * 3
+    assert trained[0] == 6 and trained.count(6) == 1 and max(trained[1:]) <= 3, "six lanes once, then not above half"
+    for one, other in zip(alone, jobs, strict=True):
+        assert json.loads((other.path / "plan.json").read_text())["halved"] == []
+        close(lab, one.path, other.path, distance)
+
+
+def test_a_fleet_that_is_stopped_goes_on(plan: Any, lab: Any, distance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SETTINGS["seeds"]
+    alone = run_sweep(plan(settings, 1, "alone", rounds=3), progress=False).jobs
+    count, log = [0], RunFolder.log
+
+    def stop(self: RunFolder, rows: list, seconds: float) -> None:
+        count[0] += 1
+        if count[0] == 14:
+            raise KeyboardInterrupt
+        log(self, rows, seconds)
+
+    monkeypatch.setattr(RunFolder, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(plan(settings, 3, "beside", rounds=3), progress=False)
+    monkeypatch.undo()
+    states = {json.loads(f.read_text())["state"] for f in (lab.root / "beside").rglob("status.json")}
+    assert states == {"failed"}, "all three were under way"
+    jobs = run_sweep(plan(settings, 3, "beside", rounds=3), progress=False).jobs
+    assert [j.state for j in jobs] == ["finished"] * 3
+    for one, other in zip(alone, jobs, strict=True):
+        close(lab, one.path, other.path, distance)
+
+
+def test_two_workers_with_two_runs_each(plan: Any, lab: Any, distance: Any) -> None:
+    settings = [{"seed": s} for s in range(4)]
+    alone = run_sweep(plan(settings, 1, "alone"), progress=False).jobs
+    jobs = run_sweep(plan(settings, 2, "beside"), progress=False, workers=2).jobs
+    assert [j.state for j in jobs] == ["finished"] * 4
+    for one, other in zip(alone, jobs, strict=True):
+        close(lab, one.path, other.path, distance)
+
+
+def test_who_goes_with_whom(lab: Any) -> None:
+    shared = Shared()
+
+    def crews(together: int, *sections: dict[str, Any]) -> list[list[int]]:
+        exps = [lab.exp(**s) for s in sections]
+        return sweeps._crews([(i, prepare(e, shared)) for i, e in enumerate(exps)], together)
+
+    base = lab.tree()["local"]
+    assert crews(1, {}, {"seed": 1}) == [[0], [1]]
+    assert crews(2, {}, {"seed": 1}, {"seed": 2}) == [[0, 1], [2]]
+    unlike = [
+        {"local": {**base, "batch_size": 3}},
+        {"local": {**base, "betas": [0.9, 0.999]}},
+        {"adapter": {"name": "lora", "r": 4}},
+        {"model": {"path": lab.base("gpt2")}},
+        {"data": {"max_length": 64}},
+        {"evaluate": {"batch_size": 7}},
+        {"training": {"lanes": 1}},
+        {"adapter": {"name": "none"}},
+    ]
+    for other in unlike:
+        assert crews(4, {}, other) == [[0], [1]], other
+    assert crews(4, *[{"adapter": {"name": "none"}, "seed": s} for s in (0, 1)]) == [[0], [1]]
+    like = [{"seed": 9}, {"rounds": 7}, {"local": {**base, "lr": 1.0, "steps": 9}}, {"partition": {"num_clients": 2}}]
+    assert crews(9, {}, *like) == [[0, 1, 2, 3, 4]]
+
+
+def test_the_command_line_takes_it(lab: Any, capsys: pytest.CaptureFixture) -> None:
+    from fedsim.__main__ import main
+
+    file = lab.root / "sweep.yaml"
+    keys = {"name": "cli", "experiment": lab.tree(), "grid": {"seed": [0, 1, 2, 3]}, "workers": 1, "together": 4}
+    file.write_text(yaml.safe_dump(keys))
+    assert main(["sweep", str(file), "-q"]) == 0
+    assert "4 of 4 run(s)" in capsys.readouterr().out
+    file.write_text(yaml.safe_dump({**keys, "together": 0}))
+    assert main(["sweep", str(file), "-q"]) == 2
+    assert "together: 0" in capsys.readouterr().err

@@ -1,0 +1,472 @@
+"""The report: the table against known numbers, the documents against hostile text, the figures."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import runpy
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from markdown_it import MarkdownIt
+from matplotlib.image import imread
+
+from fedsim import plots, report
+from fedsim.errors import UserError
+from fedsim.report import (
+    Heading,
+    Items,
+    Member,
+    Notes,
+    Paragraph,
+    Preformatted,
+    Table,
+    build,
+    check,
+    panels,
+    published_table,
+    to_html,
+    to_markdown,
+)
+from fedsim.runs import load_runs
+from fedsim.verdicts import load_run
+
+_made = runpy.run_path(str(Path(__file__).with_name("test_verdicts.py")))
+write, write_scores = _made["write"], _made["write_scores"]
+REFERENCE = Path(__file__).parents[1] / "results/reference/lora_sentiment_smollm2/e5594966fe4e"
+HOSTILE = (
+    'a|b\\|c <script>alert("x")</script> **bold** _it_ [l](http://evil.example) ![i](x) `code` $x$ &lt; ~~s~~ # \u202e'
+)
+
+
+def table(lines: list[dict[str, Any]], *paths: Path, metric: str = "accuracy") -> pd.DataFrame:
+    lines = [{"name": "n", "run": "a", "value": None} | line for line in lines]
+    check({"published": lines}, ["a"])
+    return published_table({"metric": metric, "published": lines}, {"a": [load_run(path) for path in paths]})
+
+
+# --------------------------------------------------------------------------------------------------- the table
+
+
+def test_numbers_of_the_reference_run() -> None:
+    lines = [{"what": "merged", "round": r, "value": 0.9} for r in range(1, 6)]
+    lines += [{"what": "local_mean", "at": at} for at in (0.1, 0.2, 0.6, 1.0)]
+    lines += [{"what": "local_min"}, {"what": "local_max"}, {"what": "local", "site": "site-1"}]
+    lines += [{"what": "clients", "round": r} for r in range(1, 6)]
+    lines += [{"what": "central"}, {"what": "merged", "best": True}, {"what": "local_max", "best": True}]
+    found = table(lines, REFERENCE)
+    ours = [0.872, 0.912, 0.916, 0.938, 0.929, 0.701, 0.789, 0.857, 0.861, 0.770, 0.916, 0.898]
+    ours += [0.789, 0.827, 0.844, 0.886, 0.922, 0.965, 0.938, 0.956]
+    assert found["ours"].round(3).tolist() == ours
+    assert found["difference"].tolist()[:5] == pytest.approx((found["ours"] - 0.9).tolist()[:5])
+    first = found["ours"][0]
+    assert found["standard_error"][0] == pytest.approx(np.sqrt(first * (1 - first) / 226))
+    assert (found["runs"] == 1).all() and (found["note"] == "").all()
+    assert found["published"].isna().sum() == len(lines) - 5 and found["difference"].isna().sum() == len(lines) - 5
+
+
+LOCAL = {"site-1": [0.1, 0.4, 0.6, 0.7, 0.5], "site-2": [0.1, 0.2, 0.2, 0.9, 0.3]}
+CLIENTS = {"site-1": [0.3, 0.5, 0.6, 0.8], "site-2": [0.5, 0.7, 0.6, 0.7]}
+MERGED = [0.1, 0.65, 0.85]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write(tmp_path / "made", LOCAL, MERGED, CLIENTS, [0.1, 0.3, 0.5, 0.7, 0.9], weight=100.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "ours", "error"),
+    [
+        ({"what": "merged"}, 0.85, np.sqrt(0.85 * 0.15) / 10),
+        ({"what": "merged", "round": 1}, 0.65, np.sqrt(0.65 * 0.35) / 10),
+        ({"what": "central", "at": 0.25}, 0.3, np.sqrt(0.3 * 0.7) / 10),
+        ({"what": "central", "at": 0}, 0.1, 0.03),
+        ({"what": "local_mean"}, 0.4, (0.05 + np.sqrt(0.21) / 10) / 2),  # the mean of the sites' errors
+        ({"what": "local_mean", "round": 1}, 0.4, (np.sqrt(0.24) / 10 + 0.04) / 2),
+        ({"what": "local_min"}, 0.3, np.sqrt(0.21) / 10),
+        ({"what": "local_max"}, 0.5, 0.05),
+        ({"what": "local", "site": "site-2", "at": 0.75}, 0.9, 0.03),
+        ({"what": "local_mean", "best": True}, 0.8, (np.sqrt(0.21) / 10 + 0.03) / 2),  # each site's best
+        ({"what": "clients"}, 0.75, (0.04 + np.sqrt(0.21) / 10) / 2),
+        ({"what": "clients", "round": 1}, 0.6, (0.05 + np.sqrt(0.21) / 10) / 2),
+        ({"what": "clients", "at": 0.75}, 0.6, np.sqrt(0.24) / 10),
+        ({"what": "clients", "best": True}, 0.75, (0.04 + np.sqrt(0.21) / 10) / 2),
+    ],
+)
+def test_each_kind_of_line(run: Path, line: dict[str, Any], ours: float, error: float) -> None:
+    found = table([line], run).iloc[0]
+    assert (found["ours"], found["standard_error"]) == pytest.approx((ours, error))
+    assert found["note"] == ""
+
+
+def test_best_of_a_loss_is_its_lowest(tmp_path: Path) -> None:
+    path = write(tmp_path / "r", None, [9.0, 0.1, 0.4], central=[0.01, 3.0, 2.0, 1.5, 1.6], metric="loss")
+    found = table([{"what": "merged", "best": True}, {"what": "central", "best": True}], path, metric="loss")
+    assert found["ours"].tolist() == [0.1, 1.5], "and not the one before training"
+
+
+def test_several_seeds_have_the_error_of_their_mean(tmp_path: Path) -> None:
+    paths = [write(tmp_path / str(n), None, [0.1, value], seed=n) for n, value in enumerate((0.7, 0.8, 0.9))]
+    found = table([{"what": "merged", "value": 0.75}], *paths).iloc[0]
+    assert (found["ours"], found["difference"], found["runs"]) == pytest.approx((0.8, 0.05, 3))
+    assert found["standard_error"] == pytest.approx(0.1 / np.sqrt(3))
+
+
+def test_loss_has_an_error_where_single_rows_are_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "r", None, [9.0, 2.0, 4 / 3], metric="loss")
+    ends = [{"what": "merged"}, {"what": "merged", "round": 1}]
+    assert table(ends, path, metric="loss")["standard_error"].isna().all()
+    nll = {"federated": np.array([1.0, 3.0])}  # over 1 and 2 tokens: 4/3, error 2/9
+    write_scores(path, np.array([-1, -1]), nll=nll, tokens=np.array([1, 2]))
+    found = table(ends, path, metric="loss")
+    assert found["standard_error"][0] == pytest.approx(2 / 9)
+    assert np.isnan(found["standard_error"][1]), "rows are kept of the last model alone"
+
+
+def test_a_number_from_an_earlier_place_says_so(run: Path) -> None:
+    lines = [{"what": "local_mean", "at": 0.3}, {"what": "merged", "at": 0.75}, {"what": "clients", "at": 0.55}]
+    found = table(lines, run)
+    assert found["ours"].tolist() == pytest.approx([0.3, 0.65, 0.6])
+    words = "taken at {} % of the steps, the last score before"
+    assert found["note"][0] == f"asked for at 30 %, {words.format(25)}"
+    assert found["note"][1] == f"asked for at 75 %, {words.format(50)}"
+    assert found["note"][2] == f"asked for at 55 %, {words.format(50)}"
+
+
+def test_what_was_not_recorded_is_left_open(run: Path, tmp_path: Path) -> None:
+    central = write(tmp_path / "c", central=[0.1, 0.3, 0.5])
+    lines = [{"what": "merged"}, {"what": "local_mean"}, {"what": "clients"}, {"what": "merged", "round": 3}]
+    lines.append({"what": "local", "site": "site-9"})
+    found = table(lines, central)
+    assert found["ours"].isna().all() and (found["runs"] == 0).all()
+    assert found["note"][0] == "no validation accuracy was recorded at or before this place"
+    assert found["note"][3] == "the run has 1 round"
+    assert "site-9" in found["note"][4] and "none" in found["note"][4]
+    both = table([{"what": "merged", "value": 0.5}], run, central).iloc[0]
+    assert both["ours"] == 0.85 and both["runs"] == 1 and both["note"] == "1 of 2 runs gave no number"
+    gone = published_table({"published": [{"name": "n", "run": "z", "what": "merged", "value": 0.5}]}, {})
+    assert gone["note"][0] == "no finished run 'z'" and np.isnan(gone["ours"][0])
+
+
+# --------------------------------------------------------------------------------------------- wrong descriptions
+
+GOOD = {"name": "n", "run": "a", "what": "merged", "value": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ([1], ["list"]),
+        ({"published": "all"}, ["published", "'all'"]),
+        ({"published": ["merged"]}, ["published[0]", "'merged'"]),
+        ({"published": [GOOD, {"name": "n", "run": "a"}]}, ["published[1]", "'what'"]),
+        ({"published": [GOOD | {"what": "median"}]}, ["published[0].what", "'median'", "local_mean"]),
+        ({"published": [GOOD | {"what": "local"}]}, ["published[0].site"]),
+        ({"published": [GOOD | {"site": "site-1"}]}, ["published[0].site"]),
+        ({"published": [GOOD | {"round": 0}]}, ["published[0].round", "0"]),
+        ({"published": [GOOD | {"round": True}]}, ["published[0].round", "True"]),
+        ({"published": [GOOD | {"at": 1.5}]}, ["published[0].at", "1.5"]),
+        ({"published": [GOOD | {"at": None}]}, ["published[0].at"]),
+        ({"published": [GOOD | {"at": 0.5, "round": 1}]}, ["one place"]),
+        ({"published": [GOOD | {"best": True, "round": 1}]}, ["one place"]),
+        ({"published": [GOOD | {"value": "high"}]}, ["published[0].value", "'high'"]),
+        ({"published": [GOOD | {"rnd": 1}]}, ["published[0].rnd", "round"]),
+        ({"published": [GOOD | {"run": "b"}]}, ["published[0]", "'b'", "a"]),
+        ({"verdicts": [{"check": "saw", "run": "a"}]}, ["verdicts[0].check", "'saw'"]),
+        ({"verdicts": [{"check": "gap_shrinks", "runs": ["a", "b"]}]}, ["verdicts[0]", "'b'"]),
+        ({"figures": ["a", "b"]}, ["figures", "'b'"]),
+        ({"figures": [{"run": "b"}]}, ["figures", "'b'"]),
+        ({"figures": [{"scopes": ["local"]}]}, ["figures[0]", "run"]),
+        ({"figures": [{"run": "a", "scope": "local"}]}, ["figures[0].scope", "scopes"]),
+        ({"figures": [{"run": "a", "scopes": ["locally"]}]}, ["figures[0].scopes", "locally", "federated"]),
+    ],
+)
+def test_a_wrong_description_is_one_clear_error(spec: Any, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        check(spec, ["a"])
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_a_right_description_passes(tmp_path: Path) -> None:
+    check({"published": [GOOD | {"value": None, "best": False, "at": 1}], "verdicts": None, "figures": ["a"]}, ["a"])
+    with pytest.raises(UserError, match="no run to report on"):
+        build({}, [], tmp_path, {})
+
+
+# ------------------------------------------------------------------------------------------------ the documents
+
+
+class Page(HTMLParser):
+    """Reads HTML strictly: open elements, tags with attributes, text by element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+        assert self.open == [], "every element is closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and data.strip():
+            self.text.setdefault(self.open[-1], []).append(data.strip())
+
+
+def rendered(markdown: str) -> tuple[list[Any], list[str]]:
+    """Kinds of all Markdown tokens, and the texts of inline content without its marks."""
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(markdown)
+    inline = [token for token in tokens if token.type == "inline"]
+    kinds = [token.type for token in tokens] + [child.type for token in inline for child in token.children]
+    return kinds, ["".join(child.content for child in token.children) for token in inline]
+
+
+def test_hostile_text_stays_text() -> None:
+    clean = HOSTILE.replace("\u202e", "\N{REPLACEMENT CHARACTER}")
+    blocks = [Heading(HOSTILE, 1), Paragraph(HOSTILE), Items([("x", HOSTILE), ("", HOSTILE)])]
+    blocks += [Table([HOSTILE, "b"], [[HOSTILE, "1"], ["c", "2\n3"]], frozenset({1}), frozenset({(0, 0)}))]
+    blocks += [Preformatted(f"```\n{HOSTILE}\n````")]
+    kinds, texts = rendered(to_markdown(blocks))
+    assert not {kind for kind in kinds if kind in ("html_block", "html_inline", "link_open", "image", "code_inline")}
+    assert not {kind for kind in kinds if kind in ("em_open", "s_open", "hr")}
+    assert kinds.count("tr_open") == 3 and kinds.count("td_open") == 4 and kinds.count("strong_open") == 2
+    assert texts == [clean, clean, f"x {clean}", clean, clean, "b", clean, "1", "c", "2 3"]
+    assert kinds.count("fence") == 1, "a longer fence than any inside"
+    page = Page(to_html(blocks))
+    assert not {tag for tag, _ in page.tags} & {"script", "a", "i", "em", "code"}
+    assert sum(tag in ("img", "b") for tag, _ in page.tags) == 1, "the strong cell"
+    assert page.text["h1"] == [clean] and page.text["p"] == [clean] and page.text["title"] == [clean]
+    assert page.text["b"] == [clean] and page.text["td"] == ["1", "c", "2 3"]
+
+
+@pytest.mark.parametrize(
+    "text", ["- a", "+ a", "1. a", "12) a", "# a", "> a", "---", "===", "* a", "~~~", "    a", "1.5 a"]
+)
+def test_text_opens_no_block_in_markdown(text: str) -> None:
+    for block in (Paragraph(text), Items([("", text)])):
+        kinds, texts = rendered(to_markdown([Paragraph("before"), block]))
+        assert texts == ["before", " ".join(text.split())]
+        assert kinds.count("list_item_open") == isinstance(block, Items)
+        assert not set(kinds) & {"heading_open", "hr", "blockquote_open", "fence", "code_block", "ordered_list_open"}
+
+
+def test_names_stay_readable_in_markdown() -> None:
+    assert to_markdown([Paragraph("lora_sentiment of lora-1, alpha = 1 (50 %)")]) == (
+        "lora_sentiment of lora-1, alpha = 1 (50 %)\n"
+    )
+    assert "://" not in to_markdown([Paragraph("http://evil.example www.evil.example")]).replace("\\://", "")
+
+
+def test_notes_are_markdown_as_written() -> None:
+    text = "Deviations:\n\n| a | b |\n| --- | --- |\n| <1> | 2 |"
+    assert to_markdown([Notes(text)]) == text + "\n"
+    assert Page(to_html([Notes(text)])).text["pre"] == [text]
+
+
+SPEC = {
+    "title": "LoRA <b>on</b> | sentiment",
+    "source": "post 1, figure 2",
+    "metric": "accuracy",
+    "published": [
+        {"name": "merged after round 1 <i>", "run": "a", "what": "merged", "round": 1, "value": 0.947},
+        {"name": "central | at 30 %", "run": "b", "what": "central", "at": 0.3, "value": None},
+        {"name": "gone", "run": "z", "what": "central", "value": 0.5},
+    ],
+    "verdicts": [
+        {"check": "merged_beats_mean", "run": "a"},
+        {"check": "below_sites", "run": "b"},
+        {"check": "merged_beats_mean", "run": "z"},
+    ],
+    "notes": "Deviations:\n\n- a smaller base",
+}
+
+
+@pytest.fixture
+def members(tmp_path: Path) -> list[Member]:
+    """Label a: two seeds; label b: the merged model ends below a site; environments differ."""
+    local = {
+        "site-1": [0.1, 0.4, 0.6, 0.7, 0.5],
+        "site-2": [0.1, 0.2, 0.2, 0.5, 0.3],
+        "site-3": [0.1, 0.3, 0.6, 0.8, 0.8],
+    }
+    clients = {site: curve[1:] for site, curve in local.items()}
+    central = [0.1, 0.5, 0.7, 0.8, 0.9]
+    folder = tmp_path / "results"
+    paths = [write(folder / f"a{n}", local, [0.1, 0.6 + n / 10, 0.85], clients, central, seed=n) for n in range(2)]
+    paths.append(write(folder / "b0", local, [0.1, 0.5, 0.6], clients, central, counts={"site-1": [5, 5, 5]}))
+    for n, path in enumerate(paths):
+        about = {"commit": "15abfad3300e1790579bfb", "dirty": n == 2, "python": "3.11.7", "cpu": "A <CPU>", "cores": 2}
+        about |= {"gpus": ["H200"] * n, "versions": {"torch": "2.13.0", "peft": "0.21.2", "numpy": "2.4"}}
+        (path / "environment.json").write_text(json.dumps(about))
+    (paths[0] / "figures").mkdir()
+    (paths[0] / "figures/examples.md").write_text(
+        "| input | label | federated | central |\n|---|---|---|---|\n"
+        "| Sales \\| rose <script>x</script> | positive | positive | **neutral** |\n"
+        "| **Loss** | negative | **neutral** | negative |\n\nTest rows, chosen models; wrong predictions in bold.\n"
+    )
+    return [
+        Member("a", "LoRA, alpha = 1", paths[0]),
+        Member("a", "LoRA, alpha = 1", paths[1]),
+        Member("b", "p-tuning", paths[2]),
+    ]
+
+
+def test_build_writes_both_documents(members: list[Member], tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    found = build(SPEC, members, out, {"size": "tiny", "command": "fedsim reproduce x --size tiny"})
+    assert found == out / "report.md"
+    assert sorted(file.name for file in (out / "figures").iterdir()) == [
+        "accuracy.png",
+        "partition-1.png",
+        "partition-2.png",
+    ]
+    markdown, page_text = found.read_text(), (out / "report.html").read_text()
+    kinds, texts = rendered(markdown)
+    assert "html_inline" not in kinds and "html_block" not in kinds and "link_open" not in kinds
+    headings = ["LoRA <b>on</b> | sentiment", "Figures", "Published and ours", "What theory demands"]
+    headings += ["Examples: LoRA, alpha = 1", "Runs", "Notes"]
+    assert [text for text in texts if text in headings] == headings
+    assert kinds.count("image") == 3 and kinds.count("table_open") == 3
+    for place in re.findall(r"\]\((figures/[^)]+)\)", markdown):
+        assert (out / place).is_file()
+    page = Page(page_text)
+    images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    assert [base64.b64decode(str(src).removeprefix("data:image/png;base64,"))[1:4] for src in images] == [b"PNG"] * 3
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "a", "iframe"}
+    assert not [attrs for tag, attrs in page.tags if tag != "img" and ("src" in attrs or "href" in attrs)]
+    assert page.text["h1"] == ["LoRA <b>on</b> | sentiment"]
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+
+
+def test_the_report_says_what_came_out(members: list[Member], tmp_path: Path) -> None:
+    text = build(SPEC, members, tmp_path / "report", {"size": "tiny"}).read_text()
+    assert "| a | merged after round 1 \\<i\\> | 0.947 | 0.650 | -0.297 | 0.050 | 2 |" in text
+    assert "| b | central \\| at 30 % (1) | - | 0.500 | - | 0.033 | 1 |" in text
+    assert "| z | gone (2) | 0.500 | - | - | - | 0 |" in text
+    assert "- **1:** asked for at 30 %, taken at 25 % of the steps" in text
+    assert "1 PASSED, 1 FAILED, 1 NOT JUDGED." in text
+    assert "- **PASSED** merged model above the mean of the sites (a)." in text and "held for 2 of 2 seeds" in text
+    assert (
+        "- **FAILED** federated ends above each site alone (b)." in text and "site-3 0.800, difference -0.200" in text
+    )
+    assert "- **NOT JUDGED** merged model above the mean of the sites (z)." in text and "no finished run 'z'" in text
+    assert "- **size:** tiny" in text
+    assert "- **commit:** 15abfad3300e / 15abfad3300e, with changes" in text
+    assert "A \\<CPU\\>, 2 cores / 1 x H200; A \\<CPU\\>, 2 cores / 2 x H200; A \\<CPU\\>, 2 cores" in text
+    assert "- **versions:** python 3.11.7, torch 2.13.0, peft 0.21.2\n" in text
+    assert "- **time:** 4 min for 3 runs, 75 s to 75 s each" in text
+    assert "| Sales \\| rose \\<script\\>x\\</script\\> | positive | positive | **neutral** |" in text
+    assert "| \\*\\*Loss\\*\\* | negative | **neutral** | negative |" in text, "bold in the data is text"
+    assert "| a | LoRA, alpha = 1 | 1 | finished | 75 | a1 | ../results/a1 |" in text
+    assert "Notes\n\nDeviations:\n\n- a smaller base" in text
+
+
+def test_lines_of_another_metric_say_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "r", None, [9.0, 0.0612], metric="loss")
+    row = {"round": 1, "step": 10, "scope": "federated", "client": None, "split": "validation", "weight": 100.0}
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"name": "accuracy", "value": 0.9, "seconds": 1.0}) + "\n")
+    lines = [{"name": "end", "run": "a", "what": "merged", "value": 0.05}]
+    lines += [{"name": name, "run": "a", "what": "merged", "metric": "accuracy"} for name in ("end", "end, accuracy")]
+    text = build({"metric": "loss", "published": lines}, [Member("a", "A", path)], tmp_path / "out", {}).read_text()
+    assert "| end | 0.05 | 0.0612 | +0.0112 | - | 1 |" in text
+    assert text.count("| end, accuracy | - | 0.900 | - | 0.030 | 1 |") == 2
+    assert "Validation loss, where a line names no other metric. Ours" in text
+
+
+def test_a_bare_run_gives_a_report(tmp_path: Path) -> None:
+    path = write(tmp_path / "r", central=[0.1, 0.5, 0.7])
+    for file in ("partition.json", "status.json"):
+        (path / file).unlink()
+    text = build({}, [Member("a", "only central", path)], tmp_path / "out", {}).read_text()
+    assert "accuracy.png" in text and "partition" not in text and "Examples" not in text and "theory" not in text
+
+
+def test_examples_of_another_form_stand_as_they_are(members: list[Member], tmp_path: Path) -> None:
+    odd = "| a | b |\n|---|---|\n| one | two | three |\n``` <script>\n"
+    (members[0].path / "figures/examples.md").write_text(odd)
+    out = tmp_path / "report"
+    kinds, _ = rendered(build(SPEC, members, out, {}).read_text())
+    assert kinds.count("fence") == 1 and kinds.count("table_open") == 2 and "html_block" not in kinds
+    assert odd.strip() in Page((out / "report.html").read_text()).text["pre"]
+
+
+def test_figures_are_chosen_by_label(members: list[Member], tmp_path: Path) -> None:
+    spec = {"figures": ["b"], "metric": "accuracy"}
+    build(spec, members, tmp_path / "one", {})
+    assert sorted(file.name for file in (tmp_path / "one/figures").iterdir()) == ["accuracy.png", "partition.png"]
+    text = build({"figures": ["b", "z"]}, members, tmp_path / "two", {}).read_text()
+    assert "Not drawn, without a finished run or its validation accuracy: z." in text
+    loss = build({"metric": "loss"}, members, tmp_path / "three", {}).read_text()
+    assert "validation loss: a, b." in loss and not (tmp_path / "three/figures/loss.png").exists()
+
+
+def test_panels_of_chosen_scopes(members: list[Member], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, set[str]]] = []
+    real = report.panels
+
+    def spy(groups: Any, metric: str) -> Any:
+        seen.extend((title, set(rows["scope"])) for title, rows in groups)
+        return real(groups, metric)
+
+    monkeypatch.setattr(report, "panels", spy)
+    left = {"run": "b", "scopes": ["federated", "central"], "title": "against centralised"}
+    build({"figures": [left, {"run": "b", "scopes": ["federated", "local"]}, "a"]}, members, tmp_path / "out", {})
+    assert seen == [
+        ("against centralised", {"federated", "central"}),
+        ("p-tuning", {"federated", "local"}),
+        ("LoRA, alpha = 1", {"local", "federated", "central"}),
+    ]
+
+
+def test_more_than_four_labels_take_several_figures(members: list[Member], tmp_path: Path) -> None:
+    many = [Member(f"l{n}", f"title {n}", members[n % 3].path) for n in range(6)]
+    build({}, many, tmp_path / "out", {})
+    assert (tmp_path / "out/figures/accuracy-1.png").is_file() and (tmp_path / "out/figures/accuracy-2.png").is_file()
+    assert not (tmp_path / "out/figures/accuracy-3.png").exists()
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2))])
+def test_panels_have_one_legend_and_one_scale(members: list[Member], count: int, shape: tuple[int, int]) -> None:
+    rows = load_runs(members[2].path)
+    figure = panels([(f"title {n}", rows) for n in range(count)], "accuracy")
+    axes = figure.axes
+    grid = axes[0].get_subplotspec().get_gridspec()
+    assert (grid.nrows, grid.ncols) == shape and [ax.get_title() for ax in axes] == [f"title {n}" for n in range(count)]
+    assert len({ax.get_ylim() for ax in axes}) == 1
+    legends = [*figure.legends, *(ax.get_legend() for ax in axes if ax.get_legend())]
+    assert len(legends) == 1
+    texts = [text.get_text() for text in legends[0].get_texts()]
+    words = ["local sites, mean and range", "central (same budget)", "federated clients, mean", "merged model"]
+    assert texts == words
+    if count > 1:
+        colors = [handle.get_color() for handle in legends[0].legend_handles]
+        assert colors == [plots.LOCAL, plots.CENTRAL, plots.FEDERATED, plots.MERGED]
+
+
+def test_a_legend_names_what_panels_with_and_without_seeds_share(members: list[Member]) -> None:
+    seeds = load_runs([member.path for member in members[:2]])
+    figure = panels([("seeds", seeds), ("one", load_runs(members[2].path))], "accuracy")
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["local sites, mean", "central (same budget)", "federated clients, mean", "merged model"]
+
+
+def test_figures_are_not_blank(members: list[Member], tmp_path: Path) -> None:
+    build(SPEC, members, tmp_path / "out", {})
+    for file in (tmp_path / "out/figures").iterdir():
+        image = imread(file)
+        assert image.shape[1] >= 600 and image[..., :3].std() > 0.05

@@ -1,0 +1,201 @@
+"""`fedsim reproduce`: which runs an experiment is made of, what is wrong with one, and a small one from start to end."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedsim import reproduce as module
+from fedsim.__main__ import main
+from fedsim.config import read_yaml
+from fedsim.errors import UserError
+from fedsim.reproduce import Reproduction
+from fedsim.verdicts import CHECKS
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = sorted(f.parent.name for f in (ROOT / "experiments").glob("*/reproduce.yaml"))
+PUBLISHED = {  # rows per class at each site, as decoded from the published figure
+    "lora-1": [[6, 59, 25], [221, 525, 0], [19, 523, 433]],
+    "lora-5": [[89, 231, 71], [92, 376, 156], [65, 500, 231]],
+    "lora-10": [[111, 366, 96], [43, 465, 266], [92, 276, 96]],
+}
+
+
+@pytest.fixture(autouse=True)
+def data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
+
+
+def test_the_published_experiments_are_there() -> None:
+    assert EXPERIMENTS == ["lora_sentiment", "p_tuning_sentiment"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_size_and_budget_of_an_experiment_loads(name: str) -> None:
+    """What the report is to print is about runs that are made, and every check is one that exists."""
+    spec = read_yaml(ROOT / "experiments" / name / "reproduce.yaml")
+    labels = {one["label"] for one in spec["runs"]}
+    lines = [*spec["published"], *spec["verdicts"]]
+    assert {label for line in lines for label in line.get("runs") or [line["run"]]} == labels
+    assert {line["check"] for line in spec["verdicts"]} <= set(CHECKS)
+    assert set(spec["sizes"]) == set(module.SIZES)
+    for size, about in spec["sizes"].items():
+        for budget in about.get("budgets") or [None]:
+            plan = Reproduction.load(name, size, budget)
+            assert len(plan.jobs) == len(plan.labels) == len(plan.titles) > 0
+            keys = [(job.exp.to_yaml()) for job in plan.jobs]
+            assert len(set(keys)) == len(keys), "no run twice"
+            assert {job.exp.name for job in plan.jobs} == {f"{name}_{size}"}
+            assert all(set(job.exp.modes) == {"local", "federated", "central"} for job in plan.jobs)
+
+
+def test_lora_sentiment_is_what_was_published() -> None:
+    for size in module.SIZES:
+        plan = Reproduction.load("lora_sentiment", size, "published" if size == "smollm2" else None)
+        runs = dict(zip(plan.labels, (job.exp for job in plan.jobs), strict=True))
+        for label, counts in PUBLISHED.items():
+            assert runs[label].partition.counts == counts
+        for alpha in (1, 5, 10):
+            sampler = runs[f"sampler-{alpha}"].partition
+            assert (sampler.name, sampler.num_clients, sampler.alpha) == ("dirichlet_fedma", 3, alpha)
+        assert (runs["adapter-1"].adapter.name, runs["adapter-1"].adapter.bottleneck) == ("adapter", 32)
+        ptuning = runs["p_tuning-1"].adapter
+        assert (ptuning.name, ptuning.num_virtual_tokens, ptuning.hidden) == ("p_tuning", 10, 1024)
+    full = runs["lora-1"]
+    work = full.local
+    assert (work.steps, work.batch_size, full.rounds, work.horizon, work.warmup) == (200, 128, 5, 2000, 50)
+    assert (work.lr, work.min_lr, work.weight_decay, list(work.betas), work.clip) == (
+        1e-4,
+        1e-6,
+        0.01,
+        [0.9, 0.98],
+        1.0,
+    )
+    assert (full.adapter.r, full.adapter.dropout, full.adapter.init) == (32, 0.0, "xavier")
+    assert work.keep_state and full.algorithm.weights == "steps" and full.evaluate.every_steps == 100
+
+
+def test_tiny_runs_have_three_seeds() -> None:
+    plan = Reproduction.load("lora_sentiment", "tiny")
+    seeds: dict[str, list[int]] = {}
+    for label, job in zip(plan.labels, plan.jobs, strict=True):
+        seeds.setdefault(label, []).append(job.exp.seed)
+    assert all(seeds[label] == [0, 1, 2] for label in seeds if label.startswith(("lora", "sampler")))
+
+
+def test_p_tuning_sentiment_is_what_was_published() -> None:
+    plan = Reproduction.load("p_tuning_sentiment", "full")
+    (exp,) = {job.exp.to_yaml(): job.exp for job in plan.jobs}.values()
+    work = exp.local
+    assert (exp.rounds, work.epochs, work.batch_size, work.horizon, work.warmup) == (50, 1, 64, 3750, 50)
+    assert (work.lr, work.min_lr, exp.adapter.num_virtual_tokens, exp.adapter.hidden) == (1e-4, 0.0, 10, 2048)
+    assert (exp.partition.name, exp.partition.num_clients, exp.central.match) == ("iid", 3, "epochs")
+    assert exp.data.template == "{sentence} sentiment:{label}"
+
+
+@pytest.fixture
+def small(lab: Any) -> Path:
+    """An experiment folder: two partitions of the lab's rows, one of them with two seeds."""
+    folder = lab.root / "small"
+    folder.mkdir()
+    tree = lab.tree(name="small_tiny", modes=["local", "federated", "central"], rounds=2, evaluate={"every_steps": 1})
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    counts = [[0, 5, 5], [5, 5, 5], [5, 10, 5]]
+    spec = {
+        "title": "A small <experiment>",
+        "source": "nobody & co",
+        "metric": "accuracy",
+        "sizes": {"tiny": {"file": "tiny.yaml", "budgets": {"published": {"rounds": 3}, "short": {}}}},
+        "runs": [
+            {
+                "label": "uneven",
+                "title": "uneven",
+                "set": {"partition": {"name": "class_counts", "counts": counts}},
+                "seeds": {"tiny": [0, 1]},
+            },
+            {"label": "even", "title": "even", "set": {"partition.num_clients": 2}},
+        ],
+        "published": [
+            {"name": "merged at the end", "run": "uneven", "what": "merged", "value": 0.9},
+            {"name": "even, merged", "run": "even", "what": "merged", "value": None},
+        ],
+        "verdicts": [
+            {"check": "lacking_class", "run": "uneven", "site": "site-1", "class": "negative"},
+            {"check": "merged_beats_mean", "run": "uneven"},
+            {"check": "merged_beats_lacking", "run": "uneven"},
+            {"check": "merged_near_best_site", "run": "uneven"},
+            {"check": "gap_shrinks", "runs": ["uneven", "even"]},
+            {"check": "as_low_as_central", "run": "even", "metric": "loss"},
+            {"check": "below_sites", "run": "even", "metric": "loss"},
+            {"check": "saw_tooth", "run": "uneven"},
+        ],
+    }
+    (folder / "reproduce.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    return folder
+
+
+def test_an_experiment_from_its_runs_to_its_report(small: Path, lab: Any, capsys: pytest.CaptureFixture) -> None:
+    args = ["reproduce", str(small), "--budget", "short", "--workers", "1", "-q"]
+    assert main(args) == 0
+    out = capsys.readouterr().out.splitlines()
+    report = lab.root / "results" / "small_tiny" / "report" / "report.md"
+    assert out[-2:] == [str(report), str(report.with_suffix(".html"))]
+    assert sum("PASSED" in line or "FAILED" in line or "NOT JUDGED" in line for line in out) >= 8
+    runs = sorted(f.parent for f in (lab.root / "results").rglob("status.json"))
+    assert len(runs) == 3
+    text = report.read_text()
+    assert "fedsim reproduce" in text and "--budget short" in text and all(run.name in text for run in runs)
+    html = report.with_suffix(".html").read_text()
+    HTMLParser().feed(html)
+    assert "A small &lt;experiment&gt;" in html and "nobody &amp; co" in html and "<script" not in html
+    assert "data:image/png;base64," in html and "http" not in html.split("<body")[0]
+    times = [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs]
+    assert main(args) == 0
+    assert [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs] == times, "finished runs are not made again"
+
+
+def test_budgets_have_reports_of_their_own(small: Path) -> None:
+    assert Reproduction.load(small, "tiny").budget == "short", "no GPU, so the smaller one"
+    published = Reproduction.load(small, "tiny", "published")
+    assert {job.exp.rounds for job in published.jobs} == {3} and published.path.name == "report-published"
+    assert Reproduction.load(small, "tiny", "short").path.name == "report"
+    assert {job.exp.rounds for job in Reproduction.load(small, "tiny", None, ["rounds=5"]).jobs} == {5}
+
+
+def test_a_run_that_fails_leaves_no_report(small: Path, capsys: pytest.CaptureFixture) -> None:
+    spec = yaml.safe_load((small / "reproduce.yaml").read_text())
+    spec["runs"][1]["set"] = {"adapter": {"name": "lora", "target_modules": ["nowhere"]}}
+    (small / "reproduce.yaml").write_text(yaml.safe_dump(spec))
+    assert main(["reproduce", str(small), "--workers", "1", "-q"]) == 1
+    err = capsys.readouterr().err
+    assert "1 of 3 run(s) failed, so there is no report" in err and "run=even seed=0: adapter.target_modules" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["lora_sentimant"], "did you mean lora_sentiment?"),
+        (
+            ["lora_sentiment", "--size", "huge"],
+            "lora_sentiment: --size: 'huge' is not there; give one of: tiny, smollm2, full",
+        ),
+        (["lora_sentiment", "--budget", "more"], "--budget: 'more' is not there"),
+        (["lora_sentiment", "--size", "smollm2", "--budget", "more"], "give one of: published, two-cores"),
+        (["lora_sentiment", "local.lrr=3"], "run lora-1: local.lrr"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_code_2(args: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["reproduce", *args]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and said in lines[0]
+
+
+def test_a_folder_without_runs_of_a_size_is_refused(small: Path) -> None:
+    spec = yaml.safe_load((small / "reproduce.yaml").read_text())
+    (small / "reproduce.yaml").write_text(yaml.safe_dump({**spec, "runs": []}))
+    with pytest.raises(UserError, match="names no run for size 'tiny'"):
+        Reproduction.load(small)

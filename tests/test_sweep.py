@@ -1,0 +1,366 @@
+"""Sweeps: what a file asks for, runs that share a base, skipping, going on, failing, and worker processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import fedsim
+import fedsim.sweep as sweeps
+from fedsim.__main__ import main
+from fedsim.build import Shared, prepare
+from fedsim.errors import UserError
+from fedsim.models import base
+from fedsim.sweep import Job, Sweep, run_jobs, run_sweep, said
+from fedsim.types import Row
+
+
+@pytest.fixture
+def write(lab: Any) -> Callable[..., Path]:
+    """(sweep's keys, sections of the experiment) -> the file of a sweep over the lab's small experiment."""
+
+    def write(keys: dict[str, Any], **sections: Any) -> Path:
+        tree = lab.tree(**sections)
+        (lab.root / "base.yaml").write_text(yaml.safe_dump(tree))
+        file = lab.root / "sweep.yaml"
+        file.write_text(yaml.safe_dump({"name": "mine", "experiment": "base.yaml", **keys}, sort_keys=False))
+        return file
+
+    return write
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def test_a_grid_is_every_combination_in_the_order_of_the_file(write: Any) -> None:
+    plan = Sweep.load(write({"grid": {"seed": [0, 1], "local.lr": [0.1, 0.2, 0.3]}}))
+    assert [(e.seed, e.local.lr) for e in plan.experiments] == [(s, lr) for s in (0, 1) for lr in (0.1, 0.2, 0.3)]
+    assert plan.keys == ["seed", "local.lr"] and {e.name for e in plan.experiments} == {"mine"}
+
+
+def test_grids_and_lists_add_up_and_sections_can_be_values(write: Any) -> None:
+    keys = {
+        "grid": [{"seed": [0, 1]}, {"adapter": [{"name": "ia3"}, {"name": "lora", "r": 2}]}],
+        "list": [{"modes": ["central"], "seed": 7}],
+    }
+    plan = Sweep.load(write(keys))
+    assert [e.adapter.name for e in plan.experiments] == ["lora", "lora", "ia3", "lora", "lora"]
+    assert [getattr(e.adapter, "r", None) for e in plan.experiments] == [3, 3, None, 2, 3], (
+        "a section replaces the file's"
+    )
+    assert plan.experiments[-1].modes == ["central"] and plan.experiments[-1].seed == 7
+    assert plan.keys == ["seed", "adapter", "modes"]
+
+
+def test_a_swept_name_drops_the_other_keys_of_its_section(write: Any) -> None:
+    plan = Sweep.load(write({"grid": {"partition.name": ["iid", "dirichlet"], "partition.num_clients": [2]}}))
+    assert [e.partition.name for e in plan.experiments] == ["iid", "dirichlet"]
+    assert [e.partition.num_clients for e in plan.experiments] == [2, 2]
+
+
+def test_overrides_hold_under_what_is_swept(write: Any) -> None:
+    plan = Sweep.load(write({"grid": {"seed": [4]}}), ["seed=9", "rounds=3"])
+    assert (plan.experiments[0].seed, plan.experiments[0].rounds) == (4, 3)
+
+
+def test_the_experiment_can_stand_in_the_file(lab: Any) -> None:
+    file = lab.root / "whole.yaml"
+    file.write_text(yaml.safe_dump({"experiment": lab.tree(), "grid": {"seed": [0]}}))
+    assert Sweep.load(file).name == "lab"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said_in_error"),
+    [
+        ({"gird": {}}, "'gird' is no key of a sweep; did you mean grid?"),
+        ({}, "names no run"),
+        ({"grid": {"seed": 3}}, "grid.seed: 3 is no list of values"),
+        ({"grid": {"seed": []}}, "grid.seed: [] is no list of values"),
+        ({"grid": 3}, "grid is a mapping"),
+        ({"list": [3]}, "list: 3 is no setting"),
+        ({"grid": [3]}, "grid: 3 is no mapping"),
+        ({"grid": {"seed": [0]}, "workers": 0}, "workers: 0"),
+        ({"grid": {"seed": [0]}, "threads": "two"}, "threads: 'two'"),
+        ({"grid": {"seed": [0]}, "devices": "cuda:0"}, "devices: 'cuda:0' is no list"),
+        ({"grid": {"seed": [0]}, "experiment": 3}, "experiment: 3 is neither"),
+        ({"grid": {"seed": [0]}, "experiment": "nowhere.yaml"}, "nowhere.yaml: no such file"),
+        ({"grid": {"local.lrr": [0.1]}}, "run with local.lrr=0.1: local.lrr: 0.1 is for no known key"),
+        ({"grid": {"partition.alpha": [0.1]}}, "run with partition.alpha=0.1: partition.alpha"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_code_2(
+    write: Any, capsys: pytest.CaptureFixture, keys: dict, said_in_error: str
+) -> None:
+    assert main(["sweep", str(write(keys))]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and said_in_error in lines[0]
+
+
+def test_settings_in_a_few_words() -> None:
+    settings = {"partition.alpha": 0.1, "adapter": {"name": "lora", "r": 8}, "modes": ["local", "central"]}
+    assert said(settings) == "partition.alpha=0.1 adapter={lora r=8} modes=[local,central]"
+
+
+# ------------------------------------------------------------------------------------------------ sharing a base
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [
+        ("llama", {"name": "lora", "r": 2}),
+        ("llama", {"name": "p_tuning", "num_virtual_tokens": 2, "hidden": 8}),
+        ("gpt2", {"name": "adapter", "bottleneck": 4}),
+        ("gpt2", {"name": "ia3"}),
+        ("bert", {"name": "adapter", "bottleneck": 4}),
+        ("bert", {"name": "lora", "r": 2}),
+        ("llama", {"name": "none"}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v["name"],
+)
+def test_runs_that_share_a_base_leave_the_bits_of_runs_alone(lab: Any, kind: str, adapter: dict, lanes: int) -> None:
+    """Twice each, so that a base that the first run changed would show in the second."""
+    task = "sequence_classification" if kind == "bert" else "causal_lm"
+    modes = ["local", "federated", "central"]
+    model = {"path": lab.base(kind), "dtype": "float64", "task": task}
+    shared, results = Shared(), str(lab.root / "together")
+    for seed in (0, 1):
+        exp = lab.exp(model=model, adapter=adapter, modes=modes, seed=seed, training={"lanes": lanes})
+        alone = lab.run(exp)
+        together = fedsim.run(
+            lab.exp(model=model, adapter=adapter, modes=modes, seed=seed, training={"lanes": lanes}, results=results),
+            progress=False,
+            shared=shared,
+        )
+        assert together.id == alone.name
+        lab.same_bits(alone, together.path)
+
+
+def test_a_borrowed_model_shares_memory_but_not_its_modules(lab: Any) -> None:
+    shared, parts = Shared(), prepare(lab.exp())
+    one, other = shared.base(parts), shared.base(parts)
+    tied = one.lm_head.weight
+    assert one is not other and tied is one.model.embed_tokens.weight, "tied weights stay tied"
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert a is not b and a.data_ptr() == b.data_ptr()
+    own = one.model.norm.weight
+    base.own_memory([own], base.memory_of(other))
+    assert own.data_ptr() != other.model.norm.weight.data_ptr() and torch.equal(own, other.model.norm.weight)
+    shared.keep_only([])
+    again = shared.base(parts)
+    assert again.model.norm.weight.data_ptr() != other.model.norm.weight.data_ptr(), "freed, so loaded anew"
+
+
+def test_bases_are_shared_where_they_are_the_same(lab: Any) -> None:
+    def key(**sections: Any) -> str | None:
+        return Shared.base_key(prepare(lab.exp(**sections)).exp)
+
+    assert key() == key(seed=9) == key(adapter={"name": "ia3"}) == key(partition={"name": "iid", "num_clients": 2})
+    assert key() != key(model={"path": lab.base("llama"), "dtype": "float32"}) != key(model={"path": lab.base("gpt2")})
+    assert key(adapter={"name": "none"}) is None, "trained as a whole: each run needs its own"
+    head = {"path": lab.base("bert"), "task": "sequence_classification"}
+    assert key(model=head) == key(model=head, adapter={"name": "ia3"}) != key(model=head, seed=9), (
+        "heads start by the seed"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+GRID = {"grid": {"seed": [0, 1], "local.lr": [1e-3, 5e-3]}}
+
+
+def test_a_sweep_makes_ordinary_runs_tables_and_its_own_record(write: Any, lab: Any) -> None:
+    plan = Sweep.load(write({**GRID, "workers": 1, "threads": 1}, modes=["local", "federated", "central"]))
+    jobs = run_sweep(plan, progress=False).jobs
+    assert [j.state for j in jobs] == ["finished"] * 4 and not any(j.skipped for j in jobs)
+    alone = lab.run(fedsim.Experiment.from_dict({**plan.experiments[2].to_dict(), "results": str(lab.root / "alone")}))
+    assert alone.name == jobs[2].path.name
+    lab.same_bits(alone, jobs[2].path)
+    told = json.loads((plan.path / "sweep.json").read_text())
+    assert told["name"] == "mine" and told["keys"] == ["seed", "local.lr"]
+    assert [r["settings"] for r in told["runs"]] == [j.settings for j in jobs]
+    assert [r["run"] for r in told["runs"]] == [j.path.name for j in jobs] and len(
+        {r["run"] for r in told["runs"]}
+    ) == 4
+    for name in ("table.csv", "table.parquet", "cells.csv"):
+        assert (plan.path / name).is_file()
+    assert list((plan.path / "figures").glob("*.png"))
+
+
+def test_finished_runs_are_skipped_and_more_rounds_are_not_finished(
+    write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write({**GRID, "workers": 1, "threads": 1})
+    first = run_sweep(file, progress=False).jobs
+    before = {j.path: (j.path / "metrics.jsonl").stat().st_mtime_ns for j in first}
+    calls: list[str] = []
+    monkeypatch.setattr(sweeps, "run", lambda exp, **k: calls.append(exp.name))
+    again = run_sweep(file, progress=False).jobs
+    assert not calls and all(j.skipped and j.state == "finished" for j in again)
+    assert {j.path: (j.path / "metrics.jsonl").stat().st_mtime_ns for j in again} == before
+
+
+def test_a_failed_run_does_not_stop_the_rest(write: Any, lab: Any, capsys: pytest.CaptureFixture) -> None:
+    """Rows that no client can have, and a layer that is not there, found out before and after the base is loaded."""
+    keys = {
+        "list": [
+            {"partition": {"name": "dirichlet", "num_clients": 3, "min_rows": 500}},
+            {"adapter": {"name": "lora", "target_modules": ["nowhere"]}},
+            {"seed": 5},
+        ],
+        "workers": 1,
+        "threads": 1,
+    }
+    file = write(keys)
+    assert main(["sweep", str(file), "-q"]) == 1
+    out, err = capsys.readouterr()
+    assert "1 of 3 run(s)" in out and "2 of 3 run(s) failed" in err
+    assert "min_rows=500}: partition.min_rows" in err and "'nowhere' does not exist in this base" in err
+    runs = json.loads((lab.root / "results" / "mine" / "sweep.json").read_text())["runs"]
+    assert [r["state"] for r in runs] == ["failed", "failed", "finished"]
+    assert "min_rows" in runs[0]["reason"] and runs[0]["run"] is None
+    (trace,) = (lab.root / "results" / "mine" / "errors").iterdir()
+    assert trace.stem == runs[1]["run"]
+
+
+def test_a_client_that_fails_names_itself_in_the_reason(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedsim.training.trainer import Trainer
+
+    def fail(self: Trainer, *args: Any) -> None:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(Trainer, "train", fail)
+    jobs = run_sweep(Sweep.load(write({"list": [{"seed": 0}], "workers": 1, "threads": 1})), progress=False).jobs
+    assert [j.state for j in jobs] == ["failed"]
+    assert jobs[0].reason.startswith("round 1, clients") and jobs[0].reason.endswith("ValueError: no such thing")
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write({**GRID, "workers": 1, "threads": 1}, rounds=3, results=str(lab.root / "stopped"))
+    from fedsim.run_folder import RunFolder
+
+    count, log = [0], RunFolder.log
+
+    def stop(self: RunFolder, rows: list[Row], seconds: float) -> None:
+        count[0] += 1
+        if count[0] == 7:  # in the second run, with a round of it behind
+            raise KeyboardInterrupt
+        log(self, rows, seconds)
+
+    monkeypatch.setattr(RunFolder, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(file, progress=False)
+    monkeypatch.undo()
+    plan = Sweep.load(file)
+    states = [r["state"] for r in json.loads((plan.path / "sweep.json").read_text())["runs"]]
+    assert states == ["finished", "waiting", "waiting", "waiting"]
+    jobs = run_sweep(plan, progress=False).jobs
+    assert [j.skipped for j in jobs] == [True, False, False, False]
+    whole = run_sweep(Sweep.load(file, [f"results={lab.root / 'whole'}"]), progress=False).jobs
+    for one, other in zip(jobs, whole, strict=True):
+        lab.same_bits(one.path, other.path)
+
+
+def test_the_same_run_twice_is_made_once(write: Any) -> None:
+    """The initial learning rate written out is the same experiment."""
+    file = write({"list": [{"seed": 1}, {"seed": 1, "local.lr": 5e-3}], "workers": 1, "threads": 1})
+    jobs = run_sweep(file, progress=False).jobs
+    assert jobs[0].path == jobs[1].path and [j.state for j in jobs] == ["finished", "finished"]
+
+
+def test_two_workers_leave_the_bits_of_one(write: Any, lab: Any) -> None:
+    keys = {
+        "grid": {"seed": [0, 1, 2], "model": [{"path": lab.base(k), "dtype": "float64"} for k in ("llama", "gpt2")]}
+    }
+    one = run_sweep(write({**keys, "workers": 1, "threads": 1}), progress=False).jobs
+    plan = Sweep.load(write({**keys, "workers": 2, "threads": 1}), [f"results={lab.root / 'two'}"])
+    two = run_sweep(plan, progress=False).jobs
+    assert [j.state for j in two] == ["finished"] * 6
+    for a, b in zip(one, two, strict=True):
+        assert a.path.parent != b.path.parent
+        lab.same_bits(a.path, b.path)
+
+
+def test_a_worker_that_dies_costs_its_run_alone(write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write({"grid": {"seed": [0, 1, 2, 3]}, "workers": 2, "threads": 1}, rounds=30)
+    spawn, killed = sweeps._spawn, []
+    update = sweeps.Board.update
+    workers = []
+
+    def spawned(*args: Any) -> Any:
+        workers.append(spawn(*args))
+        return workers[-1]
+
+    def kill(self: Any, run: int, state: str, text: str) -> None:
+        update(self, run, state, text)
+        if not killed and state == "running" and "round 3" in text:
+            killed.append(run)
+            (victim,) = [w for w in workers if w.job == run]
+            os.kill(victim.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(sweeps, "_spawn", spawned)
+    monkeypatch.setattr(sweeps.Board, "update", kill)
+    jobs = run_sweep(file, progress=False).jobs
+    assert [j.state for j in jobs].count("finished") == 3
+    (job,) = [j for j in jobs if j.state == "failed"]
+    assert jobs.index(job) == killed[0] and "SIGKILL" in job.reason
+    again = run_sweep(file, progress=False).jobs
+    assert [j.state for j in again] == ["finished"] * 4 and [j.skipped for j in again].count(False) == 1
+    whole = lab.run(fedsim.Experiment.from_dict({**again[killed[0]].exp.to_dict(), "results": str(lab.root / "w")}))
+    lab.same_bits(whole, again[killed[0]].path)
+
+
+def test_a_run_that_was_started_with_other_threads_keeps_them(write: Any, lab: Any) -> None:
+    file = write({"grid": {"seed": [0]}, "workers": 1, "threads": 1}, rounds=2)
+    plan = Sweep.load(file)
+    jobs = [Job(s, e) for s, e in zip(plan.settings, plan.experiments, strict=True)]
+    run_jobs(jobs, workers=1, threads=2, progress=False)
+    status = jobs[0].path / "status.json"
+    status.write_text(json.dumps({**json.loads(status.read_text()), "state": "running"}))
+    assert [j.reason for j in run_sweep(plan, progress=False).jobs] == [None]
+    assert json.loads((jobs[0].path / "plan.json").read_text())["threads"] == 2
+
+
+def test_a_device_that_is_not_there_is_said_at_once(write: Any) -> None:
+    with pytest.raises(UserError, match="'cuda:9' is not on this machine"):
+        run_sweep(Sweep.load(write({"grid": {"seed": [0]}, "devices": ["cuda:9"]})), progress=False)
+    assert main(["sweep", str(write({"grid": {"seed": [0]}, "devices": ["cuda:9"]}))]) == 2
+
+
+def test_lines_where_there_is_no_terminal(write: Any, capsys: pytest.CaptureFixture) -> None:
+    file = write({"grid": {"seed": [0, 1]}, "workers": 1, "threads": 1}, modes=["federated"])
+    assert main(["sweep", str(file)]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert [line.split()[:3] for line in lines] == [
+        [f"{i}/2", s, f"seed={i - 1}"] for i in (1, 2) for s in ("running", "finished")
+    ]
+    assert "best accuracy: federated" in lines[1]
+
+
+def test_the_live_table_shows_what_matters_when_there_is_little_room() -> None:
+    from rich.console import Console
+
+    from fedsim.progress import Board
+
+    board = Board(False, [f"run-{i}" for i in range(60)])
+    for i in range(30):
+        board.update(i, "finished", "best")
+    board.update(12, "failed", "why")
+    for i in (30, 31):
+        board.update(i, "running", "federated round 3")
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(board._table())
+    text = console.export_text()
+    assert "30 of 60 runs" in text and "29 finished, 2 running, 1 failed, 28 waiting" in text
+    for shown in ("run-30 ", "run-31 ", "run-12 ", "run-29 ", "run-32 "):
+        assert shown in text, shown
+    assert "run-0 " not in text and len(text.splitlines()) <= 24
