@@ -210,14 +210,20 @@ def plot(
         typer.Option(help="Folder for the figures; default: the run's own figures/, or ./figures for several runs."),
     ] = None,
     metric: Annotated[str | None, typer.Option(help="accuracy, loss, exact_match; default: all there are.")] = None,
+    x: Annotated[str, typer.Option(help="step, round, tokens, bytes or seconds.")] = "step",
 ) -> None:
-    """Draw the figures of a run again, or several runs side by side."""
-    from fedsim.plots import plot_runs
+    """Draw the figures of a run again, of several runs side by side, or of a sweep's folder the tables and figures."""
+    from fedsim.plots import plot_runs, save_sweep
     from fedsim.runs import find_runs
+    from fedsim.tables import write_tables
 
-    found = find_runs(runs)
-    place = out or (found[0] / "figures" if len(found) == 1 else Path("figures"))
-    for path in plot_runs(found, place, metric=metric):
+    if len(runs) == 1 and (runs[0] / "sweep.json").is_file():
+        written = [*write_tables(runs[0], metric), *save_sweep(runs[0], out, metric)]
+    else:
+        found = find_runs(runs)
+        place = out or (found[0] / "figures" if len(found) == 1 else Path("figures"))
+        written = plot_runs(found, place, metric=metric, x=x)
+    for path in written:
         print(path)
 
 

@@ -382,26 +382,31 @@ def gains(table: pd.DataFrame, x: str = "rows", ax: Axes | None = None, value: s
     return ax
 
 
-def save_figures(run_path: PathLike, out: PathLike | None = None, metric: str | None = None) -> list[Path]:
+def save_figures(
+    run_path: PathLike, out: PathLike | None = None, metric: str | None = None, x: str = "step"
+) -> list[Path]:
     """Write one run's figures: `accuracy.png`, `loss.png`, `exact_match.png`, `partition.png`, those it has data for.
+
+    Curves over anything but steps are `accuracy_by_bytes.png` and so on.
 
     Args:
         run_path: the run folder.
         out: folder to write to; the run's own `figures/` if None.
         metric: draw only this metric's curves, beside the partition; None draws all there are.
+        x: as in `curves`.
 
     Returns:
         The files written.
 
     Raises:
-        UserError: no run there, or it did not record `metric`.
+        UserError: no run there, or it did not record `metric` or what x asks for.
     """
     folder = Path(run_path)
     df = load_runs(folder)
     figures = {}
     with matplotlib.rc_context(STYLE):  # figures of their own, which pyplot does not know and nobody has to close
         for name in _recorded(df, metric):
-            figures[name] = curves(df, _figure(3.4).add_subplot(), name).figure
+            figures[_curves_file(name, x)] = curves(df, _figure(3.4).add_subplot(), name, x).figure
         if (folder / "partition.json").is_file() and (report := load_partition(folder)).get("class_counts"):
             height = min(1.5 + 0.27 * len(report["class_counts"]), 5.5)
             figures["partition"] = partition(report, _figure(height).add_subplot()).figure
@@ -450,7 +455,13 @@ def save_sweep(path: PathLike, out: PathLike | None = None, metric: str | None =
     return written
 
 
-def plot_runs(paths: PathLike | Iterable[PathLike], out: PathLike, metric: str | None = None) -> list[Path]:
+def _curves_file(metric: str, x: str) -> str:
+    return metric if x == "step" else f"{metric}_by_{x}"
+
+
+def plot_runs(
+    paths: PathLike | Iterable[PathLike], out: PathLike, metric: str | None = None, x: str = "step"
+) -> list[Path]:
     """Write the figures of one run, or of several together, to the folder `out`, made where missing.
 
     One run: as `save_figures`. Up to four: a panel each with shared axes. More: those that differ in nothing but the
@@ -460,21 +471,22 @@ def plot_runs(paths: PathLike | Iterable[PathLike], out: PathLike, metric: str |
         paths: run folders, experiment folders or results roots.
         out: the folder for the files.
         metric: the only metric drawn; None draws all that were recorded.
+        x: as in `curves`.
 
     Raises:
-        UserError: a missing path, no run in it, or no run recorded `metric`.
+        UserError: a missing path, no run in it, or no run recorded `metric` or what x asks for.
     """
     folders = find_runs(paths)
     if len(folders) == 1:
-        return save_figures(folders[0], out, metric)
+        return save_figures(folders[0], out, metric, x)
     df = load_runs(folders)
     written = []
     for name in _recorded(df, metric):
         scored = df.loc[(df["name"] == name) & (df["split"] == "validation"), "run"].unique()
         rows = df[df["run"].isin(scored)]
         groups = settings(rows, seeds_apart=len(scored) <= 4)
-        figure = _panels(groups, name) if len(groups) <= 4 else _compared(rows, name)
-        written.append(_save(figure, Path(out) / f"{name}.png"))
+        figure = _panels(groups, name, x) if len(groups) <= 4 else _compared(rows, name, x)
+        written.append(_save(figure, Path(out) / f"{_curves_file(name, x)}.png"))
     return written
 
 
@@ -500,7 +512,7 @@ def settings(df: pd.DataFrame, seeds_apart: bool = False) -> list[tuple[str, pd.
     return groups
 
 
-def _panels(groups: Sequence[tuple[str, pd.DataFrame]], metric: str) -> Figure:
+def _panels(groups: Sequence[tuple[str, pd.DataFrame]], metric: str, x: str) -> Figure:
     columns = len(groups) if len(groups) <= 3 else 2
     lines = -(-len(groups) // columns)
     with matplotlib.rc_context(STYLE):
@@ -508,7 +520,7 @@ def _panels(groups: Sequence[tuple[str, pd.DataFrame]], metric: str) -> Figure:
         panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
         entries: dict[str, Any] = {}
         for panel, (label, rows) in zip(panels, groups, strict=True):
-            for handle, text in _draw_curves(panel, rows, metric, "step", "validation"):
+            for handle, text in _draw_curves(panel, rows, metric, x, "validation"):
                 entries.setdefault(text, handle)
             panel.set_title(textwrap.fill(label, 38) if len(groups) > 1 else "")
             panel.label_outer()
@@ -517,13 +529,13 @@ def _panels(groups: Sequence[tuple[str, pd.DataFrame]], metric: str) -> Figure:
     return figure
 
 
-def _compared(df: pd.DataFrame, metric: str) -> Figure:
+def _compared(df: pd.DataFrame, metric: str, x: str) -> Figure:
     """`compare` on a figure that pyplot does not know."""
-    groups, shown = _lines_by_scope(df, metric, "step")
+    groups, shown = _lines_by_scope(df, metric, x)
     with matplotlib.rc_context(STYLE):
         width, height = _compare_size(groups, shown)
         figure = _figure(height, width)
-        _compare_panels(figure, groups, shown, metric, "step")
+        _compare_panels(figure, groups, shown, metric, x)
     return figure
 
 

@@ -19,7 +19,11 @@ EVERY = sorted((ROOT / "experiments").rglob("*.yaml"))
 REPRODUCED = [f for f in EVERY if f.name == "reproduce.yaml"]  # tests/test_reproduce.py
 SWEEPS = [f for f in EVERY if f not in REPRODUCED and "experiment" in read_yaml(f)]
 FILES = [f for f in EVERY if f not in REPRODUCED and f not in SWEEPS]
-HOW_MANY = {"experiments": 11, "sweeps": 3, "reproduced": 2}  # change it with every file: a test that finds none must not pass
+HOW_MANY = {
+    "experiments": 11,
+    "sweeps": 3,
+    "reproduced": 2,
+}  # change it with every file: a test that finds none must not pass
 DOCUMENTS = [
     *(ROOT / n for n in ("README.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").rglob("*.md")),

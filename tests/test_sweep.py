@@ -364,3 +364,18 @@ def test_the_live_table_shows_what_matters_when_there_is_little_room() -> None:
     for shown in ("run-30 ", "run-31 ", "run-12 ", "run-29 ", "run-32 "):
         assert shown in text, shown
     assert "run-0 " not in text and len(text.splitlines()) <= 24
+
+
+def test_plot_draws_a_sweeps_folder_again(write: Any, lab: Any, capsys: pytest.CaptureFixture) -> None:
+    done = run_sweep(write({"grid": {"local.lr": [1e-3, 1e-2]}, "workers": 1, "threads": 1}), progress=False)
+    for file in ("table.csv", "cells.csv", "figures/score_by_local.lr.png"):
+        (done.path / file).unlink()
+    assert main(["plot", str(done.path), "--out", str(lab.root / "drawn")]) == 0
+    told = {Path(line) for line in capsys.readouterr().out.splitlines()}
+    assert {done.path / "table.csv", done.path / "cells.csv", lab.root / "drawn" / "score_by_local.lr.png"} <= told
+    assert all(path.is_file() for path in told)
+    run = str(done.jobs[0].path)
+    assert main(["plot", run, "--x", "bytes", "--out", str(lab.root / "one")]) == 0
+    assert (lab.root / "one" / "accuracy_by_bytes.png").is_file()
+    assert main(["plot", run, "--x", "money"]) == 2
+    assert "x='money' is not an axis" in capsys.readouterr().err
