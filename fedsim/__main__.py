@@ -1,4 +1,4 @@
-"""The command line: `fedsim run | sweep | reproduce | partition | plot | list | doctor`.
+"""The command line: `fedsim run | sweep | reproduce | partition | plot | list | diff | doctor`.
 
 A user's mistake is one line on standard error and exit code 2; a failing client shows its own traceback and exits 1.
 """
@@ -87,6 +87,9 @@ def sweep(
             help="Runs at once; default: one a CUDA device, on the CPU one a core.", min=1, show_default=False
         ),
     ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Of the tables and figures; default: the runs' own best.metric.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live table; only what comes out.")] = False,
 ) -> None:
     """Run a grid or a list of settings; finished runs are skipped, stopped ones go on, failed ones are tried again.
@@ -99,10 +102,10 @@ def sweep(
     """
     from fedsim.sweep import Sweep, run_sweep, said
 
-    done = run_sweep(Sweep.load(file, overrides or []), progress=not quiet, workers=workers)
+    done = run_sweep(Sweep.load(file, overrides or []), progress=not quiet, workers=workers, metric=metric)
     jobs, failed = done.jobs, done.failed
     finished = [job for job in jobs if job.state == "finished"]
-    if finished:
+    if finished and done.problem is None:
         import pandas as pd
 
         _table(pd.read_csv(done.path / "cells.csv"), f"{len(finished)} of {len(jobs)} run(s) in {done.path}")
@@ -114,6 +117,10 @@ def sweep(
         print(f"\n{len(failed)} of {len(jobs)} run(s) failed:", file=sys.stderr)
         for job in failed:
             print(f"  {said(job.settings)}: {job.reason}", file=sys.stderr)
+    if done.problem is not None:
+        print(f"fedsim: {len(finished)} run(s) are finished, but there are no tables: {done.problem}", file=sys.stderr)
+        raise typer.Exit(2)
+    if failed:
         raise typer.Exit(1)
 
 
@@ -218,7 +225,10 @@ def plot(
     from fedsim.tables import write_tables
 
     if len(runs) == 1 and (runs[0] / "sweep.json").is_file():
-        written = [*write_tables(runs[0], metric), *save_sweep(runs[0], out, metric)]
+        if x != "step":
+            raise UserError(f"--x: {x!r} has no use for a sweep's folder, which has no curves; name some of its runs")
+        tables = write_tables(runs[0], metric) if out is None and metric is None else []
+        written = [*tables, *save_sweep(runs[0], out, metric)]
     else:
         found = find_runs(runs)
         place = out or (found[0] / "figures" if len(found) == 1 else Path("figures"))
@@ -246,6 +256,34 @@ def list_(
 
     frame = list_runs(path)
     _table(frame, f"{len(frame)} run(s) in {path}")
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of another.", show_default=False)],
+    rtol: Annotated[float, typer.Option(help="Relative tolerance; 0: the same numbers.")] = 0.0,
+    atol: Annotated[float, typer.Option(help="Absolute tolerance.")] = 0.0,
+) -> None:
+    """Say whether two runs agree, and the first round, client and metric at which they do not.
+
+    Compares config, plan, partition, metrics (all but wall-clock and measured memory), models, predictions and scores. Other
+    lanes, threads or micro-batches are said, and are no difference by themselves. With other rounds, or another evaluation
+    frequency, what both runs have is compared.
+
+    Ends with code 0 if they agree, 1 if they differ.
+    """
+    from fedsim.diff import diff_runs
+    from fedsim.runs import find_runs, read_state
+
+    found = diff_runs(a, b, rtol, atol)
+    for side, path in (("a", a), ("b", b)):
+        folder = find_runs(path)[0]
+        print(f"{side}  {folder} ({read_state(folder)})")
+    print(f"\n{found}\n")
+    print("the runs agree" if found.agree else "the runs differ")
+    if not found.agree:
+        raise typer.Exit(1)
 
 
 @app.command()

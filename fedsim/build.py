@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from fedsim.config import Experiment, expand_path
-from fedsim.data import sources
+from fedsim.data import instructions, sources
 from fedsim.data.batches import Draw
 from fedsim.data.partition import (
     PARTITIONERS,
@@ -24,7 +24,7 @@ from fedsim.data.partition import (
     site_rows_by_column,
 )
 from fedsim.data.sources import Source
-from fedsim.data.tokens import Template, Tokens, encode
+from fedsim.data.tokens import Template, Tokens, encode, encode_chats
 from fedsim.errors import UserError
 from fedsim.models import base
 from fedsim.schema import plain
@@ -42,7 +42,7 @@ class Rows:
         model: where the base comes from.
         tokenizer: the base's.
         tokens: split -> arrays.
-        template: the prompt template in force.
+        template: the prompt template in force; None where the tokenizer's chat template is.
         words: label words, where the answers are labels.
     """
 
@@ -50,7 +50,7 @@ class Rows:
     model: base.Source
     tokenizer: Any
     tokens: dict[str, Tokens]
-    template: str
+    template: str | None
     words: list[str] | None
 
     @functools.cached_property
@@ -126,7 +126,11 @@ class Parts:
         for key in ("path", "validation", "test"):
             if isinstance(identity["data"].get(key), str):
                 identity["data"][key] = None
+        for key in ("sources", "columns") if self.exp.data.name == "instructions" else ():
+            identity["data"].pop(key, None)  # what comes of them, data sets' names too, is in the rows
         digest = hashlib.sha256(repr(_sorted(identity)).encode())
+        if self.rows.template is None:
+            digest.update(repr(self.tokenizer.chat_template).encode())
         for name in sources.SPLITS:
             digest.update(repr(sorted(self.source.splits[name].columns.items())).encode())
         return digest.hexdigest()[:12]
@@ -151,6 +155,8 @@ def load_source(exp: Experiment) -> Source:
         UserError: as the source says.
     """
     data = exp.data
+    if data.name == "instructions":
+        return _load_instructions(exp)
     keys = {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}
     for name in ("template", "max_length", "too_long", "name"):
         keys.pop(name)
@@ -167,6 +173,27 @@ def load_source(exp: Experiment) -> Source:
     return getattr(sources, data.name)(**keys, needs_labels=_needs_labels(exp))
 
 
+def _load_instructions(exp: Experiment) -> Source:
+    data = exp.data
+    if exp.model.task != "causal_lm":
+        raise UserError(
+            f"model.task: {exp.model.task!r} needs classes, and the answers of instructions are free text; set model.task=causal_lm"
+        )
+    keys = {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}
+    for name in ("name", "template", "labels", "max_length", "too_long", "chat_template"):
+        keys.pop(name)
+    keys["sources"] = [
+        {**entry, "path": _expanded(entry["path"], f"data.sources[{i}].path")} for i, entry in enumerate(data.sources)
+    ]
+    return instructions.instructions(**keys)
+
+
+def _expanded(path: str | list[str], key: str) -> str | list[str]:
+    if isinstance(path, list):
+        return [expand_path(p, f"{key}[{i}]") for i, p in enumerate(path)]
+    return expand_path(path, key)
+
+
 def _needs_labels(exp: Experiment) -> bool | None:
     """Whether rows must have a class, must not be read as classes, or (None) may have one."""
     if exp.model.task == "sequence_classification":
@@ -176,13 +203,13 @@ def _needs_labels(exp: Experiment) -> bool | None:
     return Template.parse(exp.data.template).fields[-1] == "label"
 
 
-def template_of(exp: Experiment, source: Source) -> str:
-    """The prompt template in force.
+def template_of(exp: Experiment, source: Source) -> str | None:
+    """The prompt template in force; None where the tokenizer's chat template is.
 
     Raises:
         UserError: if the config gives none and the source has none of its own.
     """
-    if exp.data.template is not None:
+    if exp.data.template is not None or getattr(exp.data, "chat_template", False):
         return exp.data.template
     own = source.text if exp.model.task == "sequence_classification" else source.template
     if own is None:
@@ -270,13 +297,18 @@ def load_rows(exp: Experiment) -> Rows:
     Raises:
         UserError: for a base, data or a template that cannot be.
     """
+    exp = _with_max_length(exp)
     model = base.find(expand_path(exp.model.path, "model.path"))
     source = load_source(exp)
     template = template_of(exp, source)
     words = source.labels if _answers_are_labels(exp, template, source) else None
     base.check_task(model, exp.model.task)
+    if template is None:
+        return _load_chats(exp, model, source)
     fields = Template.parse(template).fields
-    texts = {name: split.texts(fields, exp.data.columns, source.labels) for name, split in source.splits.items()}
+    # The rows of instructions have the same names whatever those of the file.
+    renamed = {} if exp.data.name == "instructions" else exp.data.columns
+    texts = {name: split.texts(fields, renamed, source.labels) for name, split in source.splits.items()}
     tokenizer = base.load_tokenizer(model)
     heads = exp.model.task == "sequence_classification"
     tokens = {
@@ -296,6 +328,34 @@ def load_rows(exp: Experiment) -> Rows:
     return Rows(source, model, tokenizer, tokens, template, words)
 
 
+def _load_chats(exp: Experiment, model: base.Source, source: Source) -> Rows:
+    tokenizer = base.load_tokenizer(model)
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"data.chat_template: true, but the tokenizer of {model.name!r} has no chat template; set it to false, or give a base tuned for chats"
+        )
+    tokens = {
+        name: encode_chats(
+            instructions.conversations(split),
+            tokenizer=tokenizer,
+            max_length=exp.data.max_length,
+            too_long=exp.data.too_long,
+            split=name,
+        )
+        for name, split in source.splits.items()
+    }
+    return Rows(source, model, tokenizer, tokens, None, None)
+
+
+def _with_max_length(exp: Experiment) -> Experiment:
+    """The config with `data.max_length` as a number: where it is null, 1024 or what the base takes besides virtual tokens."""
+    if exp.data.max_length is not None:
+        return exp
+    positions = base.max_positions(base.load_config(base.find(expand_path(exp.model.path, "model.path"))))
+    room = 1024 if positions is None else positions - getattr(exp.adapter, "num_virtual_tokens", 0)
+    return dataclasses.replace(exp, data=dataclasses.replace(exp.data, max_length=max(2, min(1024, room))))
+
+
 def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
     """Load, tokenise, partition and check.
 
@@ -306,6 +366,7 @@ def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
     Raises:
         UserError: for whatever can be known to be impossible before a model is loaded.
     """
+    exp = _with_max_length(exp)
     made = load_rows(exp) if shared is None else shared.rows(exp)
     source, tokens = made.source, made.tokens
     exp = _resolve(exp, source, made.template, made.words)
@@ -318,13 +379,14 @@ def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
             )
     partition, own, report = _partition(exp, source, kept)
     report["left_out"] = {s: {k: len(r) for k, r in t.left_out.items()} for s, t in tokens.items() if t.left_out}
+    report["notes"] = {**report["notes"], **source.notes}
     report["truncated"] = {s: t.truncated for s, t in tokens.items() if t.truncated}
     parts = Parts(exp, made, partition, own, report)
     _check(parts)
     return parts
 
 
-def _resolve(exp: Experiment, source: Source, template: str, words: list[str] | None) -> Experiment:
+def _resolve(exp: Experiment, source: Source, template: str | None, words: list[str] | None) -> Experiment:
     """The config with what the data decided written out; resolving it again changes nothing, so the run's id stays."""
     classes = words is not None or exp.model.task == "sequence_classification"
     if exp.best.metric == "accuracy" and not classes:
@@ -338,7 +400,7 @@ def _resolve(exp: Experiment, source: Source, template: str, words: list[str] | 
     )
 
 
-def _answers_are_labels(exp: Experiment, template: str, source: Source) -> bool:
+def _answers_are_labels(exp: Experiment, template: str | None, source: Source) -> bool:
     return (
         source.labels is not None and exp.model.task == "causal_lm" and Template.parse(template).fields[-1] == "label"
     )
@@ -348,6 +410,9 @@ def _classes(exp: Experiment, source: Source) -> tuple[dict[str, np.ndarray], li
     """Split -> class of each row, by which clients are divided and skew is measured; and the classes' names."""
     by = getattr(exp.partition, "by", None)
     train = source.splits["train"]
+    needed = exp.partition.name in ("dirichlet", "dirichlet_fedma", "class_counts", "shards")
+    if by is None and exp.data.name == "instructions" and not needed:
+        by = "source"  # nothing is divided by it: skew is measured by it, and validation rows are dealt by it
     if by is not None:
         if by not in train.columns:
             raise UserError(f"partition.by: {by!r} is no column; the data has: {', '.join(train.columns)}")
@@ -359,7 +424,7 @@ def _classes(exp: Experiment, source: Source) -> tuple[dict[str, np.ndarray], li
         }, names
     if source.labels is not None:
         return {s: split.labels for s, split in source.splits.items()}, source.labels
-    if exp.partition.name in ("dirichlet", "dirichlet_fedma", "class_counts", "shards"):
+    if needed:
         raise UserError(
             f"partition.by: null, but these rows have no classes to divide by; name one of: {', '.join(train.columns)}"
         )

@@ -35,6 +35,7 @@ from fedsim.sections import (
     Hub,
     Ia3,
     Iid,
+    Instructions,
     LocalWork,
     Lora,
     Model,
@@ -74,6 +75,7 @@ __all__ = [
     "Hub",
     "Ia3",
     "Iid",
+    "Instructions",
     "LocalWork",
     "Lora",
     "Model",
@@ -97,6 +99,8 @@ __all__ = [
 
 _NOT_IN_ID = ("rounds", "results", "executor", "tracking", "checkpoint")
 _PATHS = (("model", "path"), ("data", "path"), ("data", "validation"), ("data", "test"), ("results",))
+_SOURCES = ("data", "sources")  # a list of sections with a `path` each, which may itself be a list
+_Path = tuple[str | int, ...]  # keys and places in lists that lead to a value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +313,7 @@ def _escape(value: Any, path: tuple[str, ...]) -> Any:
         return {k: _escape(v, (*path, k)) for k, v in value.items()}
     if isinstance(value, list):
         return [_escape(v, path) for v in value]
-    if isinstance(value, str) and path not in _PATHS:
+    if isinstance(value, str) and path not in (*_PATHS, (*_SOURCES, "path")):
         return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
     return value
 
@@ -366,11 +370,11 @@ def _interpolate(tree: dict[str, Any]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     kept = {}
-    for path in _PATHS:
+    for path in _paths_in(tree):
         text = _get(tree, path)
         if isinstance(text, str) and "${" in text:
             kept[path] = text
-            expand_path(text, ".".join(path))
+            expand_path(text, _key(path))
             _set(tree, path, "")
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
@@ -382,19 +386,39 @@ def _interpolate(tree: dict[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def _get(tree: dict[str, Any], path: Sequence[str]) -> Any:
+def _paths_in(tree: dict[str, Any]) -> list[_Path]:
+    """Where paths stand in a config: at the same keys always, and in the data sets that it lists."""
+    found: list[_Path] = list(_PATHS)
+    sources = _get(tree, _SOURCES)
+    for i, source in enumerate(sources if isinstance(sources, list) else []):
+        text = source.get("path") if isinstance(source, dict) else None
+        several = [(*_SOURCES, i, "path", j) for j in range(len(text))] if isinstance(text, list) else None
+        found += [(*_SOURCES, i, "path")] if several is None else several
+    return found
+
+
+def _key(path: _Path) -> str:
+    """`data.sources[0].path`."""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path)[1:]
+
+
+def _get(tree: dict[str, Any], path: _Path) -> Any:
     value: Any = tree
     for part in path:
-        if not isinstance(value, dict):
+        if isinstance(part, int) and isinstance(value, list):
+            value = value[part]
+        elif isinstance(value, dict):
+            value = value.get(part)
+        else:
             return None
-        value = value.get(part)
     return value
 
 
-def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+def _set(tree: dict[str, Any], path: _Path, value: Any) -> None:
+    at: Any = tree
     for part in path[:-1]:
-        tree = tree[part]
-    tree[path[-1]] = value
+        at = at[part]
+    at[path[-1]] = value
 
 
 def expand_path(text: str, key: str) -> str:
@@ -420,8 +444,8 @@ def expand_path(text: str, key: str) -> str:
 
 def _absolute_paths(tree: dict[str, Any], folder: Path) -> None:
     """A relative path that exists from here or from the YAML's folder becomes absolute: the resolved config stands alone."""
-    for path in _PATHS[:-1]:
-        text = _get(tree, path)
+    for path in _paths_in(tree):
+        text = _get(tree, path) if path != ("results",) else None
         if not isinstance(text, str) or not text or "${" in text or text == "tiny" or text.startswith("package:"):
             continue
         for candidate in (Path(text).expanduser(), folder / text):

@@ -283,8 +283,9 @@ def run(
             )
         if status.get("state") == "finished":
             show.note(f"already finished: {folder.path}")
-            if not (folder.path / "figures").is_dir():
+            if not status.get("figures", True) or not (folder.path / "figures").is_dir():
                 _draw(folder, show)
+                folder.write_json("status.json", {k: v for k, v in status.items() if k != "figures"})
         else:
             _Session(exp, parts, folder, show, kind, devices, status, shared or Shared(), member).run()
     finally:
@@ -336,7 +337,9 @@ class _Session:
             write_predictions(folder, parts.source, parts.tokens, exp.data.columns, self.by_row)
             self._compare_memory(executor)
         except BaseException as error:
-            self._status("failed", str(error).split("\n")[0][:300] or type(error).__name__)
+            stopped = not isinstance(error, Exception)  # Ctrl-C, or the end of a fleet
+            reason = str(error).split("\n")[0][:300] or type(error).__name__
+            self._status("stopped" if stopped else "failed", None if stopped else reason)
             raise
         finally:
             if executor is not None:
@@ -344,8 +347,9 @@ class _Session:
             self.trackers.close()
             executor = self.model = self.bundle = None  # the base need not lie in memory while figures are drawn
         gc.collect()
-        self._status("finished")
+        self._status("finished", figures=False)
         _draw(self.folder, self.show)
+        self._status("finished")
 
     def _plan(self) -> Plan:
         """What is resolved at the first start and holds for every resume: threads and lanes decide the last bits."""
@@ -373,9 +377,10 @@ class _Session:
         folder.write_json("partition.json", parts.report)
         self._status("running")
 
-    def _status(self, state: str, reason: str | None = None) -> None:
+    def _status(self, state: str, reason: str | None = None, figures: bool = True) -> None:
         value = {"state": state, "rounds": self.exp.rounds, "seconds": round(self._seconds(), 3)}
-        self.folder.write_json("status.json", value | ({"reason": reason} if reason else {}))
+        value |= ({"reason": reason} if reason else {}) | ({} if figures else {"figures": False})
+        self.folder.write_json("status.json", value)
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.began

@@ -8,6 +8,7 @@ published values and the verdicts.
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from fedsim.config import Experiment, read_yaml
 from fedsim.errors import UserError
+from fedsim.report import check as check_report
 from fedsim.sweep import Job, run_jobs
 
 SIZES = ("tiny", "smollm2", "full")
@@ -53,14 +55,15 @@ class Reproduction:
             experiment: a folder with a `reproduce.yaml`, or the name of one under `experiments/`.
             size: of the base and the data.
             budget: of the size's budgets; None takes the first on a machine with a GPU, else the last.
-            overrides: `key=value` for all runs, over everything else.
+            overrides: `key=value` for all runs; not for keys that the experiment sets itself.
 
         Raises:
             UserError: for an experiment, size or budget that is not there, or a file that cannot be.
         """
         folder = _folder(experiment)
         spec = read_yaml(folder / "reproduce.yaml")
-        sizes = spec.get("sizes") or {}
+        _check(spec, folder / "reproduce.yaml")
+        sizes = spec["sizes"]
         _one_of(size, list(sizes), f"{folder.name}: --size")
         about = sizes[size]
         budgets = about.get("budgets") or {}
@@ -76,6 +79,7 @@ class Reproduction:
             settings = {**(budgets.get(budget) or {}), **(one.get("set") or {}), **set_for_size}
             for seed in (one.get("seeds") or {}).get(size, [0]):
                 try:
+                    _refuse(overrides, {**settings, "seed": seed})
                     exp = Experiment.load(folder / about["file"], overrides, {**settings, "seed": seed})
                 except UserError as error:
                     raise UserError(f"{folder / 'reproduce.yaml'}, run {one['label']}: {error}") from None
@@ -85,8 +89,39 @@ class Reproduction:
         if not jobs:
             raise UserError(f"{folder / 'reproduce.yaml'}: names no run for size {size!r}")
         name = "report" if budget in (None, *list(budgets)[-1:]) else f"report-{budget}"
+        if overrides:  # other runs than those that were published have a report of their own
+            name += "-" + hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:6]
         path = Path(jobs[0].exp.results).expanduser() / jobs[0].exp.name / name
         return cls(spec, labels, titles, jobs, size, budget, path)
+
+
+def _check(spec: dict[str, Any], file: Path) -> None:
+    """Whether sizes and runs are what this module reads; the rest is checked by the report before any run."""
+    sizes, runs = spec.get("sizes"), spec.get("runs")
+    if not isinstance(sizes, dict) or not sizes:
+        raise UserError(f"{file}: sizes: {sizes!r} is no mapping of sizes to {{file: EXPERIMENT.yaml}}")
+    for size, about in sizes.items():
+        if not isinstance(about, dict) or not isinstance(about.get("file"), str):
+            raise UserError(f"{file}: sizes.{size}: {about!r} names no file; write {{file: EXPERIMENT.yaml}}")
+        if not isinstance(about.get("budgets") or {}, dict):
+            raise UserError(f"{file}: sizes.{size}.budgets: {about['budgets']!r} is no mapping of names to settings")
+    if not isinstance(runs, list) or not runs or not all(isinstance(one, dict) for one in runs):
+        raise UserError(f"{file}: runs: {runs!r} is no list of runs, each with label and title")
+    for one in runs:
+        for key in ("label", "title"):
+            if not isinstance(one.get(key), str):
+                raise UserError(f"{file}: runs: {one!r} has no {key}")
+    check_report(_only(spec, {one["label"] for one in runs}, every=True), {one["label"] for one in runs})
+
+
+def _refuse(overrides: Sequence[str], settings: dict[str, Any]) -> None:
+    """Overrides of what the experiment sets itself would be lost without a word."""
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        for own in settings:
+            if key == own or key.startswith(f"{own}.") or own.startswith(f"{key}."):
+                way = "use fedsim run or fedsim sweep on the experiment's file for another one"
+                raise UserError(f"{text!r}: this experiment sets {own} itself; {way}")
 
 
 def _folder(experiment: str | Path) -> Path:
@@ -142,15 +177,15 @@ def reproduce(
     return build(_only(plan.spec, wanted), members, plan.path, about)
 
 
-def _only(spec: dict[str, Any], labels: set[str]) -> dict[str, Any]:
-    """The file without lines that are about runs of other sizes."""
+def _only(spec: dict[str, Any], labels: set[str], every: bool = False) -> dict[str, Any]:
+    """The file without sizes and runs, and without lines that are about runs of other sizes (unless `every`)."""
 
     def about(line: dict[str, Any]) -> bool:
-        return set(line.get("runs") or [line["run"]]) <= labels
+        return every or set(line.get("runs") or [line["run"]]) <= labels
 
     out = {k: v for k, v in spec.items() if k not in ("sizes", "runs")}
     for key in ("published", "verdicts"):
         out[key] = [line for line in spec.get(key) or [] if about(line)]
-    if "figures" in out:
+    if "figures" in out and not every:
         out["figures"] = [f for f in out["figures"] if (f["run"] if isinstance(f, dict) else f) in labels]
     return out

@@ -179,7 +179,8 @@ class _DataKeys:
     """What happens to longer ones: cut the prompt from its left (then the answer from its right), leave them out, or stop."""
 
     def check(self, path: str) -> None:
-        check_that(self.max_length >= 2, f"{path}.max_length", self.max_length, "is below 2 tokens")
+        long = self.max_length is None or self.max_length >= 2  # null is known to one section only
+        check_that(long, f"{path}.max_length", self.max_length, "is below 2 tokens")
         if self.template is not None:
             check_that(
                 "{" in self.template, f"{path}.template", self.template, "has no {field}; name columns in braces"
@@ -275,6 +276,92 @@ class Hub(_DataKeys):
         super().check(path)
         check_that(bool(self.path), f"{path}.path", self.path, "is empty; give a data set id such as org/name")
         _check_held_out(self, path, "a split's name")
+
+
+_ROLES = {  # format of a data set -> what `columns` can name in it; of those that are always written alike nothing
+    **{"alpaca": (), "dolly": (), "oasst1": ()},
+    "prompt_response": ("prompt", "response", "context", "category", "user_id"),
+    "messages": ("messages", "category", "user_id"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instructions(_DataKeys):
+    """Instruction data: Alpaca, Dolly, OASST1, or your own prompts with answers, or chats; each data set cut by itself."""
+
+    name: Literal["instructions"] = "instructions"
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    """Data sets, each {format: alpaca | dolly | oasst1 | prompt_response | messages, path: FILE or hub id, or a list of them}; optional name, columns, and of a hub id subset and split."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """For prompt_response (prompt, response, context) and messages (messages), and category or user_id of both: role -> column of the file, where their names differ."""
+    max_length: int | None = None
+    """Longest example in tokens, answer included; null = 1024, or what the base takes where that is less."""
+    chat_template: bool = False
+    """Write prompts and chats by the tokenizer's chat template instead of `template`."""
+    turns: Literal["last", "every"] = "last"
+    """Which assistant turns of a chat are answers: the last one, or every one, each a row of its own after the turns before it."""
+    validation: float = 0.1
+    """Fraction of each data set to validate on, rounded down to whole rows."""
+    test: float = 0.1
+    """Fraction of each data set to test on, rounded down to whole rows; 0 = no test rows."""
+    split_seed: int = 0
+    """Seed of the one shuffle of each data set before the cut, as pandas' `sample` draws it."""
+    order_seed: int = 0
+    """Seed of the order of instruction and context in a prompt."""
+    length_classes: int = 4
+    """Classes of about equal size by characters of prompt and answer, in the column `length`."""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        check_that(self.labels is None, f"{path}.labels", self.labels, "has no use here: answers are free text")
+        shown = self.template is None or not self.chat_template
+        check_that(shown, f"{path}.template", self.template, "and chat_template=true exclude each other; give one")
+        for key in ("validation", "test"):
+            value = getattr(self, key)
+            check_that(0 <= value < 1, f"{path}.{key}", value, "is not a fraction in [0, 1)")
+        check_that(self.validation > 0, f"{path}.validation", self.validation, "leaves no row to validate on")
+        both = self.validation + self.test < 1
+        check_that(both, f"{path}.test", self.test, "and validation together leave no training rows")
+        for key in ("split_seed", "order_seed"):
+            check_that(0 <= getattr(self, key) < 2**32, f"{path}.{key}", getattr(self, key), "is outside 0 to 2^32 - 1")
+        check_that(self.length_classes >= 1, f"{path}.length_classes", self.length_classes, "is below 1")
+        _check_sources(self.sources, self.columns, path)
+
+
+def _check_sources(sources: list[dict[str, Any]], columns: dict[str, str], path: str) -> None:
+    way = "is empty; give one or more, e.g. [{format: alpaca, path: alpaca.json}]"
+    check_that(len(sources) > 0, f"{path}.sources", sources, way)
+    names: set[str] = set()
+    for i, source in enumerate(sources):
+        at, keys = f"{path}.sources[{i}]", ("format", "path", "name", "columns", "subset", "split")
+        for key in source:
+            check_that(
+                key in keys, f"{at}.{key}", source[key], f"is for no known key; a source takes: {', '.join(keys)}"
+            )
+        kind, place = source.get("format"), source.get("path")
+        check_that(kind in list(_ROLES), f"{at}.format", kind, f"is not known; one of {', '.join(_ROLES)}")
+        places = place if isinstance(place, list) else [place]
+        named = bool(places) and all(isinstance(p, str) and p for p in places)
+        check_that(named, f"{at}.path", place, "is no path; give a file or a hub id, or a list of them")
+        for key in ("name", "subset", "split"):
+            value = source.get(key)
+            check_that(
+                value is None or (isinstance(value, str) and bool(value.strip())), f"{at}.{key}", value, "is no text"
+            )
+        name = source.get("name") or kind
+        check_that(name not in names, f"{at}.name", name, "names two sources; give each a name of its own")
+        names.add(name)
+        own = source.get("columns") or {}
+        text = isinstance(own, dict) and all(isinstance(c, str) for c in own.values())
+        check_that(text, f"{at}.columns", own, "is not a mapping {role: column}")
+        for role, column in own.items():
+            takes = ", ".join(_ROLES[kind]) or "nothing, its columns are always named alike"
+            check_that(role in _ROLES[kind], f"{at}.columns.{role}", column, f"has no use; format {kind} takes {takes}")
+    roles = {role for source in sources if not source.get("columns") for role in _ROLES[source["format"]]}
+    for role, column in columns.items():
+        takes = "has no use; it is for sources of format prompt_response and messages without columns of their own"
+        takes += f", which take: {', '.join(sorted(roles))}" if roles else ""
+        check_that(role in roles, f"{path}.columns.{role}", column, takes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -693,6 +780,6 @@ class Tracking:
 
 
 Adapter = Lora | PTuning | Bottleneck | Prefix | Prompt | Ia3 | Whole | OtherPeft
-Data = Headlines | FinancialPhraseBank | Table | Hub
+Data = Headlines | FinancialPhraseBank | Table | Hub | Instructions
 PartitionKeys = Iid | Dirichlet | DirichletFedma | ClassCounts | Shards | ByColumn | Quantity | Virtual
 Executor = AutoExecutor | Serial | Pool

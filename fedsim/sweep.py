@@ -31,13 +31,21 @@ from fedsim.build import Parts, Shared, prepare
 from fedsim.config import Experiment, read_yaml
 from fedsim.errors import ClientError, UserError
 from fedsim.executors.fleet import Fleet, Member
-from fedsim.executors.processes import die_with_parent, died_of, main_not_imported
+from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, without_interrupt
 from fedsim.experiment import devices_of, run, run_folder_of
 from fedsim.progress import Board, Progress
 from fedsim.run_folder import write_atomic
 from fedsim.schema import plain
 
 Outcome = tuple[str, str, str]  # finished | failed, what to say, a traceback
+_NOT_SWEPT = {
+    "name": "the runs of a sweep lie in one folder",
+    "results": "the runs of a sweep lie in one folder",
+    "rounds": "it is no part of a run's id, so two numbers of rounds are one run; use sweeps of other names",
+    "executor": "no number depends on it; give devices, workers and threads beside the grid",
+    "tracking": "no number depends on it; set it in the experiment",
+    "checkpoint": "no number depends on it; set it in the experiment",
+}
 _KEYS = ("name", "experiment", "grid", "list", "devices", "workers", "threads", "together")
 
 
@@ -146,7 +154,16 @@ class Sweep:
         ):
             raise UserError(f"{path}: devices: {devices!r} is no list of devices, e.g. [cuda:0, cuda:1]; or auto")
         keys = list(dict.fromkeys(key for one in settings for key in one))
-        return cls(str(name), keys, settings, experiments, devices or "auto", workers, threads, together or 1)
+        for section, why in _NOT_SWEPT.items():
+            if len({repr(plain(getattr(exp, section))) for exp in experiments}) > 1:
+                raise UserError(f"{path}: {section!r} cannot be swept: {why}")
+        asked = experiments[
+            0
+        ].executor  # what the experiment says of devices and threads holds where the sweep says nothing
+        given = getattr(asked, "devices", "auto")
+        one = getattr(asked, "device", "auto")
+        devices = devices or (given if given != "auto" else "auto" if one == "auto" else [one])
+        return cls(str(name), keys, settings, experiments, devices, workers, threads or asked.threads, together or 1)
 
 
 def _settings(path: Path, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -191,10 +208,12 @@ class Swept:
     Attributes:
         path: its folder, `results/<sweep>/`.
         jobs: its runs, in the order of the file.
+        problem: why there are no tables and figures, or None.
     """
 
     path: Path
     jobs: list[Job]
+    problem: str | None = None
 
     @property
     def failed(self) -> list[Job]:
@@ -219,6 +238,7 @@ def run_sweep(
     *,
     progress: bool = True,
     workers: int | None = None,
+    metric: str | None = None,
     on_jobs: Callable[[list[Job]], None] | None = None,
 ) -> Swept:
     """Run what is not finished yet, and write the tables and figures of all that is.
@@ -227,6 +247,7 @@ def run_sweep(
         plan: a sweep, the file of one, or what such a file holds.
         progress: show a live table of runs on a terminal, else a line for each, on standard error.
         workers: runs at once; over the file's own.
+        metric: of the tables and figures; None = the runs' own `best.metric`.
         on_jobs: called with all runs when their folders are known, before the first starts.
 
     Returns:
@@ -267,10 +288,14 @@ def run_sweep(
         on_change=save,
         on_jobs=on_jobs,
     )
+    problem = None
     if any(job.state == "finished" for job in jobs):
-        write_tables(path)
-        save_sweep(path)
-    return Swept(path, jobs)
+        try:
+            write_tables(path, metric)
+            save_sweep(path, metric=metric)
+        except UserError as error:
+            problem = str(error)
+    return Swept(path, jobs, problem)
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -308,40 +333,27 @@ def run_jobs(
     places, threads = _places(devices, workers, threads)
     shared = Shared()
     board = Board(progress, [said(job.settings) for job in jobs])
-    waiting: list[tuple[int, Parts]] = []
-    first: dict[Path, int] = {}
-    same: dict[int, int] = {}
-    for i, job in enumerate(jobs):
-        try:
-            parts = prepare(job.exp, shared)
-        except UserError as error:
-            job.state, job.reason = "failed", str(error)
-            continue
-        job.path = run_folder_of(parts.exp, parts.run_id())
-        if job.path in first:
-            same[i] = first[job.path]
-        elif _finished(job.path, job.exp.rounds):
-            job.state, job.skipped = "finished", True
-        else:
-            first[job.path] = i
-            waiting.append((i, parts))
-    if on_jobs is not None:
-        on_jobs(jobs)
-    for i, job in enumerate(jobs):
-        board.update(i, job.state, "finished before" if job.skipped else job.reason or "")
-    on_change()
+    twins: dict[int, list[int]] = {}
 
     def changed(i: int) -> None:
-        for twin in (j for j, original in same.items() if original == i):
+        for twin in twins.get(i, []):
             jobs[twin].state, jobs[twin].reason = jobs[i].state, jobs[i].reason
-            board.update(twin, jobs[twin].state, "the same run as another")
+            board.update(twin, jobs[twin].state, f"the same run as {i + 1}")
         on_change()
 
     try:
+        waiting = _prepare(jobs, shared, twins)
+        if on_jobs is not None:
+            on_jobs(jobs)
+        for i, job in enumerate(jobs):
+            board.update(i, job.state, "finished before" if job.skipped else job.reason or "")
+        on_change()
         for group in _by_base(waiting):
             shared.keep_only({Shared.base_key(parts.exp) for _, parts in group})
             todo = _load_base(jobs, group, shared, board, changed)
-            crews = _crews([(i, parts) for i, parts in group if i in todo], together)
+            left = [(i, parts) for i, parts in group if i in todo]
+            # Every worker has something to do before runs go side by side.
+            crews = _crews(left, min(together, max(1, -(-len(left) // len(places)))))
             if len(places) == 1 or len(crews) == 1:
                 for crew in crews:
                     _start(jobs, crew, board)
@@ -361,6 +373,35 @@ def run_jobs(
         board.end()
 
 
+def _prepare(jobs: list[Job], shared: Shared, twins: dict[int, list[int]]) -> list[tuple[int, Parts]]:
+    """Find each run's folder, and what cannot be; the runs that are to be made. Jobs that come to the same run go into `twins`."""
+    waiting: list[tuple[int, Parts]] = []
+    first: dict[Path, int] = {}
+    for i, job in enumerate(jobs):
+        try:
+            parts = prepare(job.exp, shared)
+        except UserError as error:
+            job.state, job.reason = "failed", str(error)
+            continue
+        except Exception as error:
+            job.state, job.reason = "failed", _in_a_line(error)
+            continue
+        job.path = run_folder_of(parts.exp, parts.run_id())
+        other = first.setdefault(job.path, i)
+        if other != i:
+            twins.setdefault(other, []).append(i)
+            job.state, job.skipped = jobs[other].state, jobs[other].skipped
+        elif _finished(job.path, job.exp.rounds):
+            job.state, job.skipped = "finished", True
+        else:
+            waiting.append((i, parts))
+    return waiting
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _places(devices: list[str] | str, workers: int | None, threads: int | None) -> tuple[list[str], int]:
     """(the device of each worker, threads of each)."""
     found = devices_of(Experiment(executor={"name": "pool", "devices": devices}))[1]
@@ -377,7 +418,7 @@ def _finished(path: Path, rounds: int) -> bool:
         status = json.loads((path / "status.json").read_text())
     except (OSError, ValueError):
         return False
-    return status.get("state") == "finished" and status.get("rounds") == rounds
+    return status.get("state") == "finished" and status.get("rounds") == rounds and status.get("figures", True)
 
 
 def _by_base(waiting: list[tuple[int, Parts]]) -> Iterator[list[tuple[int, Parts]]]:
@@ -395,10 +436,11 @@ def _load_base(
     if Shared.base_key(group[0][1].exp) is not None:
         try:
             shared.base(group[0][1])
-        except UserError as error:
+        except Exception as error:
+            why = str(error) if isinstance(error, UserError) else _in_a_line(error)
             for i, _ in group:
-                jobs[i].state, jobs[i].reason = "failed", str(error)
-                board.update(i, "failed", str(error))
+                jobs[i].state, jobs[i].reason = "failed", why
+                board.update(i, "failed", why)
                 changed(i)
             return []
     return [i for i, _ in group]
@@ -468,21 +510,21 @@ def _run_one(
     member: Member | None = None,
 ) -> Outcome:
     """Run one experiment: (state, result or reason, traceback)."""
-    tree = exp.to_dict()
-    plan = None if path is None else _json(path / "plan.json")
-    # The last bits depend on the threads: a run that was started before keeps its own.
-    tree["executor"] = {"name": "serial", "device": device, "threads": threads if plan is None else plan["threads"]}
     try:
+        tree = exp.to_dict()
+        # The last bits depend on the threads: a run that was started before keeps its own.
+        known = (_json(path / "plan.json") or {}).get("threads") if path is not None else None
+        tree["executor"] = {"name": "serial", "device": device, "threads": known or threads}
         done = run(Experiment.from_dict(tree), progress=progress, shared=shared, member=member)
+        return "finished", _result(done.path), ""
     except (UserError, ClientError) as error:
         lines = str(error).strip().split("\n")
         return "failed", lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}", str(error)
     except Exception as error:
-        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", traceback.format_exc()
+        return "failed", _in_a_line(error), traceback.format_exc()
     finally:
         if device.startswith("cuda") and member is None:
             torch.cuda.empty_cache()  # what the last run's allocator keeps would look taken to the next one's planner
-    return "finished", _result(done.path), ""
 
 
 def _json(file: Path) -> Any:
@@ -570,7 +612,7 @@ def _run_apart(
 def _spawn(shared: Shared, device: str, threads: int) -> _Worker:
     context = mp.get_context("spawn")
     here, there = context.Pipe()
-    with main_not_imported():
+    with main_not_imported(), without_interrupt():
         process = context.Process(target=_work, args=(there, shared, device, threads), daemon=True)
         process.start()
     there.close()

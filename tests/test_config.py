@@ -18,6 +18,7 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {  # what a component cannot do 
     ("data", "financial_phrasebank"): {"path": "Sentences_AllAgree.txt"},
     ("data", "table"): {"path": "rows.csv"},
     ("data", "hub"): {"path": "org/name"},
+    ("data", "instructions"): {"sources": [{"format": "alpaca", "path": "alpaca.json"}]},
     ("partition", "class_counts"): {"counts": [[1, 2], [3, 4]]},
     ("partition", "by_column"): {"column": "user"},
 }

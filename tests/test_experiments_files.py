@@ -117,7 +117,7 @@ def test_every_make_command_shown_is_a_target() -> None:
 def test_every_fedsim_command_shown_works_on_files_that_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
     monkeypatch.chdir(ROOT)
-    known = {"run", "sweep", "reproduce", "partition", "plot", "list", "doctor", "--help"}
+    known = {"run", "sweep", "reproduce", "partition", "plot", "list", "diff", "doctor", "--help"}
     shown = commands("fedsim")
     assert len(shown) >= 4, "the README shows how to run, partition, plot and list"
     for document, (command, *words) in shown:
@@ -129,7 +129,7 @@ def test_every_fedsim_command_shown_works_on_files_that_exist(monkeypatch: pytes
         if command in ("run", "sweep", "partition"):
             assert len(files) == 1, (document, words)
             (Sweep if command == "sweep" else Experiment).load(files[0], changes)
-        if command == "reproduce":
+        if command == "reproduce" and words:
             given = {key: words[words.index(f"--{key}") + 1] for key in ("size", "budget") if f"--{key}" in words}
             Reproduction.load(words[0], **given, overrides=changes)
 

@@ -56,11 +56,7 @@ SETTINGS = {
         {"partition": {"name": "class_counts", "counts": [[0, 1, 0], [6, 10, 10]]}, "local.steps": 4},
         {"partition": {"name": "iid", "num_clients": 4}, "cohort.size": 2, "seed": 4, "evaluate.every_steps": 1},
     ],
-    "modes and rounds": [
-        {"modes": ["central"]},
-        {"modes": ["federated"], "rounds": 3},
-        {"modes": ["local"], "seed": 1},
-    ],
+    "modes": [{"modes": ["central"]}, {"modes": ["federated"], "local.steps": 5}, {"modes": ["local"], "seed": 1}],
     "kept state": [
         {"local.keep_state": False},
         {"local.keep_state": True, "seed": 5},
@@ -162,6 +158,25 @@ def test_a_client_that_fails_costs_its_own_run_alone(
         close(lab, alone[i].path, jobs[i].path, distance)
 
 
+def test_a_run_that_cannot_be_scored_fails_alone(
+    plan: Any, lab: Any, distance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = run_sweep(plan(SETTINGS["seeds"], 1, "alone"), progress=False).jobs
+    together = Trainer.score_together
+
+    def fail(self: Trainer, asked: Any) -> Any:
+        if any(trainer.seed == 1 and request.split == "test" for trainer, request, _ in asked):
+            raise ValueError("no scores")
+        return together(self, asked)
+
+    monkeypatch.setattr(Trainer, "score_together", fail)
+    jobs = run_sweep(plan(SETTINGS["seeds"], 3, "beside"), progress=False).jobs
+    assert [j.state for j in jobs] == ["finished", "failed", "finished"]
+    assert jobs[1].reason.endswith("ValueError: no scores")
+    for i in (0, 2):
+        close(lab, alone[i].path, jobs[i].path, distance)
+
+
 def test_too_little_memory_for_all_is_no_fault_of_any(
     plan: Any, lab: Any, distance: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,11 +206,18 @@ def test_a_fleet_that_is_stopped_goes_on(plan: Any, lab: Any, distance: Any, mon
         run_sweep(plan(settings, 3, "beside", rounds=3), progress=False)
     monkeypatch.undo()
     states = {json.loads(f.read_text())["state"] for f in (lab.root / "beside").rglob("status.json")}
-    assert states == {"failed"}, "all three were under way"
+    assert states == {"stopped"}, "all three were under way"
     jobs = run_sweep(plan(settings, 3, "beside", rounds=3), progress=False).jobs
     assert [j.state for j in jobs] == ["finished"] * 3
     for one, other in zip(alone, jobs, strict=True):
         close(lab, one.path, other.path, distance)
+
+
+def test_every_worker_has_work_before_runs_go_side_by_side(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[list[int]]] = []
+    monkeypatch.setattr(sweeps, "_run_apart", lambda jobs, crews, *rest: seen.append(crews))
+    run_sweep(plan([{"seed": s} for s in range(3)], 3), progress=False, workers=2)
+    assert seen == [[[0, 1], [2]]]
 
 
 def test_two_workers_with_two_runs_each(plan: Any, lab: Any, distance: Any) -> None:

@@ -26,6 +26,7 @@ MAY = {
     "sections": {"errors", "models.adapters"},  # PEFT's own keys are checked by those who know them
     "runs": {"errors"},
     "tables": {"errors", "runs", "seeding"},
+    "diff": {"errors", "runs", "data.partition"},
     "plots": {"errors", "runs", "tables"},
     "verdicts": {"errors", "runs"},
     "report": {"errors", "runs", "plots", "verdicts"},
@@ -35,6 +36,7 @@ MAY = {
     "data.partition": {"params", "types", "seeding", "errors"},
     "data.headlines": {"seeding"},
     "data.sources": {"errors", "seeding", "data.headlines"},
+    "data.instructions": {"errors", "seeding", "data.sources"},
     "data.tokens": {"errors"},
     "data.batches": {"data.tokens", "errors"},
     "data.stream": {"data.tokens"},
@@ -54,7 +56,7 @@ PURE = {"torch", "numpy", "scipy"}
 READING = {"numpy", "pandas", "matplotlib", "yaml"}
 OUTSIDE = {
     **dict.fromkeys(("aggregators", "algorithms", "data.partition", "params"), PURE),
-    **dict.fromkeys(("runs", "plots", "verdicts", "report"), READING),
+    **dict.fromkeys(("runs", "plots", "verdicts", "report", "diff"), READING),
     "tables": READING | {"scipy"},
     **{name: set() for name in ("errors", "types")},
     "seeding": {"numpy"},

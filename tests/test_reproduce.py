@@ -186,6 +186,8 @@ def test_a_run_that_fails_leaves_no_report(small: Path, capsys: pytest.CaptureFi
         (["lora_sentiment", "--budget", "more"], "--budget: 'more' is not there"),
         (["lora_sentiment", "--size", "smollm2", "--budget", "more"], "give one of: published, two-cores"),
         (["lora_sentiment", "local.lrr=3"], "run lora-1: local.lrr"),
+        (["lora_sentiment", "seed=7"], "'seed=7': this experiment sets seed itself"),
+        (["lora_sentiment", "partition.alpha=2"], "'partition.alpha=2': this experiment sets partition itself"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_code_2(args: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
@@ -196,6 +198,39 @@ def test_a_wrong_command_is_one_line_and_code_2(args: list[str], said: str, caps
 
 def test_a_folder_without_runs_of_a_size_is_refused(small: Path) -> None:
     spec = yaml.safe_load((small / "reproduce.yaml").read_text())
-    (small / "reproduce.yaml").write_text(yaml.safe_dump({**spec, "runs": []}))
+    (small / "reproduce.yaml").write_text(
+        yaml.safe_dump({**spec, "runs": [{**one, "sizes": ["full"]} for one in spec["runs"]]})
+    )
     with pytest.raises(UserError, match="names no run for size 'tiny'"):
         Reproduction.load(small)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"sizes": ["tiny"]}, "sizes: ['tiny'] is no mapping"),
+        ({"sizes": {"tiny": {}}}, "sizes.tiny: {} names no file"),
+        ({"sizes": {"tiny": {"file": "tiny.yaml", "budgets": 3}}}, "sizes.tiny.budgets: 3"),
+        ({"runs": ["even"]}, "is no list of runs"),
+        ({"runs": []}, "runs: [] is no list of runs"),
+        ({"runs": [{"label": "even"}]}, "has no title"),
+        ({"verdicts": [{"check": "wishful", "run": "even"}]}, "wishful"),
+        ({"published": [{"name": "x", "run": "nobody", "what": "merged", "value": 1}]}, "nobody"),
+        ({"figures": ["nobody"]}, "nobody"),
+    ],
+)
+def test_a_wrong_file_is_found_before_any_run(
+    small: Path, lab: Any, capsys: pytest.CaptureFixture, keys: dict, said: str
+) -> None:
+    spec = yaml.safe_load((small / "reproduce.yaml").read_text())
+    (small / "reproduce.yaml").write_text(yaml.safe_dump({**spec, **keys}))
+    assert main(["reproduce", str(small), "-q"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and said in lines[0]
+    assert not (lab.root / "results").exists()
+
+
+def test_other_keys_have_a_report_of_their_own(small: Path) -> None:
+    plain, changed = Reproduction.load(small), Reproduction.load(small, overrides=["local.lr=1e-4"])
+    assert changed.path != plain.path and changed.path.parent == plain.path.parent
+    assert {job.exp.local.lr for job in changed.jobs} == {1e-4}

@@ -19,6 +19,7 @@ from fedsim.__main__ import main
 from fedsim.build import Shared, prepare
 from fedsim.errors import UserError
 from fedsim.models import base
+from fedsim.plots import save_figures
 from fedsim.sweep import Job, Sweep, run_jobs, run_sweep, said
 from fedsim.types import Row
 
@@ -92,6 +93,9 @@ def test_the_experiment_can_stand_in_the_file(lab: Any) -> None:
         ({"grid": {"seed": [0]}, "devices": "cuda:0"}, "devices: 'cuda:0' is no list"),
         ({"grid": {"seed": [0]}, "experiment": 3}, "experiment: 3 is neither"),
         ({"grid": {"seed": [0]}, "experiment": "nowhere.yaml"}, "nowhere.yaml: no such file"),
+        ({"grid": {"rounds": [1, 2]}}, "'rounds' cannot be swept"),
+        ({"grid": {"name": ["a", "b"]}}, "'name' cannot be swept"),
+        ({"grid": {"executor.threads": [1, 2]}}, "'executor' cannot be swept"),
         ({"grid": {"local.lrr": [0.1]}}, "run with local.lrr=0.1: local.lrr: 0.1 is for no known key"),
         ({"grid": {"partition.alpha": [0.1]}}, "run with partition.alpha=0.1: partition.alpha"),
     ],
@@ -99,7 +103,9 @@ def test_the_experiment_can_stand_in_the_file(lab: Any) -> None:
 def test_a_wrong_file_is_one_line_and_code_2(
     write: Any, capsys: pytest.CaptureFixture, keys: dict, said_in_error: str
 ) -> None:
-    assert main(["sweep", str(write(keys))]) == 2
+    file = str(write(keys))
+    capsys.readouterr()  # what making the base wrote
+    assert main(["sweep", file]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and said_in_error in lines[0]
 
@@ -304,7 +310,7 @@ def test_a_worker_that_dies_costs_its_run_alone(write: Any, lab: Any, monkeypatc
         update(self, run, state, text)
         if not killed and state == "running" and "round 3" in text:
             killed.append(run)
-            (victim,) = [w for w in workers if w.job == run]
+            (victim,) = [w for w in workers if w.crew == [run]]
             os.kill(victim.process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(sweeps, "_spawn", spawned)
@@ -366,16 +372,69 @@ def test_the_live_table_shows_what_matters_when_there_is_little_room() -> None:
     assert "run-0 " not in text and len(text.splitlines()) <= 24
 
 
-def test_plot_draws_a_sweeps_folder_again(write: Any, lab: Any, capsys: pytest.CaptureFixture) -> None:
+def test_plot_draws_a_sweeps_folder_again(
+    write: Any, lab: Any, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsim.plots.save_figures", save_figures)  # the laboratory draws none
     done = run_sweep(write({"grid": {"local.lr": [1e-3, 1e-2]}, "workers": 1, "threads": 1}), progress=False)
     for file in ("table.csv", "cells.csv", "figures/score_by_local.lr.png"):
         (done.path / file).unlink()
-    assert main(["plot", str(done.path), "--out", str(lab.root / "drawn")]) == 0
+    assert main(["plot", str(done.path)]) == 0
     told = {Path(line) for line in capsys.readouterr().out.splitlines()}
-    assert {done.path / "table.csv", done.path / "cells.csv", lab.root / "drawn" / "score_by_local.lr.png"} <= told
+    figure = "figures/score_by_local.lr.png"
+    assert {done.path / "table.csv", done.path / "cells.csv", done.path / figure} <= told
     assert all(path.is_file() for path in told)
+    tables = (done.path / "table.csv").stat().st_mtime_ns
+    assert main(["plot", str(done.path), "--metric", "loss", "--out", str(lab.root / "drawn")]) == 0
+    assert (lab.root / "drawn" / "score_by_local.lr.png").is_file()
+    assert (done.path / "table.csv").stat().st_mtime_ns == tables, (
+        "another metric elsewhere leaves the sweep's own tables"
+    )
+    assert main(["plot", str(done.path), "--x", "bytes"]) == 2
     run = str(done.jobs[0].path)
     assert main(["plot", run, "--x", "bytes", "--out", str(lab.root / "one")]) == 0
     assert (lab.root / "one" / "accuracy_by_bytes.png").is_file()
     assert main(["plot", run, "--x", "money"]) == 2
     assert "x='money' is not an axis" in capsys.readouterr().err
+
+
+def test_a_damaged_plan_costs_its_run_alone(write: Any) -> None:
+    file = write({"grid": {"seed": [0, 1]}, "workers": 1, "threads": 1})
+    done = run_sweep(file, progress=False)
+    for job in done.jobs:
+        (job.path / "status.json").write_text('{"state": "running", "rounds": 1}')
+    (done.jobs[0].path / "plan.json").write_text("{}")
+    again = run_sweep(file, progress=False)
+    assert [j.state for j in again.jobs] == ["failed", "finished"] and "KeyError" in again.jobs[0].reason
+
+
+def test_figures_that_failed_are_drawn_again(write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedsim.plots
+
+    def fail(folder: Path) -> list[Path]:
+        raise ZeroDivisionError
+
+    drawn: list[Path] = []
+    file = write({"grid": {"seed": [0]}, "workers": 1, "threads": 1})
+    monkeypatch.setattr(fedsim.plots, "save_figures", fail)
+    assert run_sweep(file, progress=False).jobs[0].reason == "ZeroDivisionError: "
+    monkeypatch.setattr(fedsim.plots, "save_figures", lambda folder: drawn.append(folder) or [])
+    job = run_sweep(file, progress=False).jobs[0]
+    assert job.state == "finished" and drawn == [job.path]
+    assert run_sweep(file, progress=False).jobs[0].skipped and len(drawn) == 1
+
+
+def test_runs_that_choose_by_different_metrics_need_one_named(write: Any, capsys: pytest.CaptureFixture) -> None:
+    file = str(write({"grid": {"best.metric": ["accuracy", "loss"]}, "workers": 1, "threads": 1}))
+    assert main(["sweep", file, "-q"]) == 2
+    err = capsys.readouterr().err
+    assert "2 run(s) are finished, but there are no tables" in err and "best.metric" in err
+    assert main(["sweep", file, "-q", "--metric", "loss"]) == 0
+
+
+def test_what_the_experiment_says_of_devices_and_threads_holds(lab: Any) -> None:
+    tree = lab.tree(executor={"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 3})
+    plan = Sweep.from_dict({"experiment": tree, "grid": {"seed": [0]}})
+    assert (plan.devices, plan.threads, plan.workers) == (["cpu"], 3, None)
+    assert Sweep.from_dict({"experiment": tree, "grid": {"seed": [0]}, "threads": 1}).threads == 1
+    assert Sweep.from_dict({"experiment": lab.tree(executor={"name": "auto"}), "grid": {"seed": [0]}}).devices == "auto"

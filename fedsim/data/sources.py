@@ -1,6 +1,7 @@
 """Where rows come from: the PhraseBank file, a table of the user's, a hub data set, or the embedded headlines.
 
-Every source gives three splits of named text columns. A classification source also gives the class of each row.
+Every source gives three splits of named text columns. A classification source also gives the class of each row. Instruction
+data has a file of its own, `instructions.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Split:
                 raise UserError(
                     f"data.template: {{{name}}} is no column; the data has: {', '.join(self.columns)} (map names by data.columns={{{name}: COLUMN}})"
                 )
-            values[name] = ["" if _missing(v) else str(v) for v in self.columns[column]]
+            values[name] = ["" if missing(v) else str(v) for v in self.columns[column]]
         return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
 
@@ -66,12 +67,14 @@ class Source:
         labels: label words in order, or None where rows have no class.
         template: the template of the source's own for a causal LM, or None.
         text: the template for sequence classification, or None.
+        notes: records of the files that became no row, by reason, and how many.
     """
 
     splits: dict[str, Split]
     labels: list[str] | None
     template: str | None
     text: str | None
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 def headlines(*, seed: int, labels: list[str] | None) -> Source:
@@ -102,7 +105,7 @@ def financial_phrasebank(*, path: str, shuffle_seed: int, labels: list[str] | No
     file = Path(path).expanduser()
     if file.is_file():
         rows = _read_phrasebank(file)
-    elif _looks_like_hub_id(path):
+    elif looks_like_hub_id(path):
         rows = _hub_phrasebank(path)
     else:
         way = "Sentences_AllAgree.txt is in the Financial PhraseBank v1.0 of its authors; or give a hub id"
@@ -138,11 +141,11 @@ def table(
     Raises:
         UserError: for a missing or unreadable file, an unknown label, or splits left empty.
     """
-    frames = {"train": _read_table(path, "data.path")}
+    frames = {"train": read_table(path, "data.path")}
     fractions = {}
     for name, value in (("validation", validation), ("test", test)):
         if isinstance(value, str):
-            frames[name] = _read_table(value, f"data.{name}")
+            frames[name] = read_table(value, f"data.{name}")
         else:
             fractions[name] = value
     return _from_frames(frames, fractions, split_seed, labels, columns, needs_labels, path)
@@ -167,7 +170,7 @@ def hub(
     """
     import datasets
 
-    data = _load_hub(path, subset)
+    data = load_hub(path, subset)
     names = {"train": train} | {k: v for k, v in (("validation", validation), ("test", test)) if isinstance(v, str)}
     frames = {}
     for split, name in names.items():
@@ -227,17 +230,18 @@ def _read_phrasebank(file: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _looks_like_hub_id(path: str) -> bool:
+def looks_like_hub_id(path: str) -> bool:
+    """Whether a path that is not there may be the id of a data set."""
     return path.count("/") <= 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
 
 
 def _hub_phrasebank(path: str) -> list[tuple[str, str]]:
-    data = _load_hub(path, "sentences_allagree")
+    data = load_hub(path, "sentences_allagree")
     rows = next(iter(data.values()))
-    missing = {"sentence", "label"} - set(rows.column_names)
-    if missing:
+    lacking = {"sentence", "label"} - set(rows.column_names)
+    if lacking:
         raise UserError(
-            f"data.path: {path!r} has no column {', '.join(sorted(missing))}; it has: {', '.join(rows.column_names)}"
+            f"data.path: {path!r} has no column {', '.join(sorted(lacking))}; it has: {', '.join(rows.column_names)}"
         )
     feature = rows.features["label"]
     names = getattr(feature, "names", _SENTIMENT)
@@ -246,7 +250,12 @@ def _hub_phrasebank(path: str) -> list[tuple[str, str]]:
     ]
 
 
-def _load_hub(path: str, subset: str | None) -> Any:
+def load_hub(path: str, subset: str | None, key: str = "data.path") -> Any:
+    """The splits of a data set of the hub, or of a local data set folder; `key` is the config's, for the message.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
     import datasets
 
     try:
@@ -254,11 +263,16 @@ def _load_hub(path: str, subset: str | None) -> Any:
     except Exception as error:  # transport, format and script errors of many kinds; to the user each means the same
         text = " ".join(str(error).split())[:200]
         raise UserError(
-            f"data.path: {path!r} could not be loaded as a data set ({type(error).__name__}: {text}); check the id, the subset and the network"
+            f"{key}: {path!r} could not be loaded as a data set ({type(error).__name__}: {text}); check the id, the subset and the network"
         ) from None
 
 
-def _read_table(path: str, key: str) -> Any:
+def read_table(path: str, key: str) -> Any:
+    """A CSV, TSV, JSON, JSONL or Parquet file as a DataFrame; `key` is the config's, for messages.
+
+    Raises:
+        UserError: for a missing, unreadable or empty file, or one that is not UTF-8.
+    """
     import pandas as pd
 
     file = Path(path).expanduser()
@@ -349,7 +363,8 @@ def _no_repeated_columns(file: Path, separator: str, key: str) -> None:
         raise UserError(f"{key}: {str(file)!r} has the column {repeated[0]!r} twice; rename one")
 
 
-def _missing(value: Any) -> bool:
+def missing(value: Any) -> bool:
+    """Whether a cell holds nothing."""
     return value is None or (isinstance(value, float) and np.isnan(value))
 
 
@@ -363,10 +378,10 @@ def _from_frames(
     path: str,
 ) -> Source:
     column = columns.get("label", "label")
-    for field, name in columns.items():
+    for role, name in columns.items():
         if name not in frames["train"].columns:
             raise UserError(
-                f"data.columns.{field}: {name!r} is no column of {path!r}, which has: {', '.join(frames['train'].columns)}"
+                f"data.columns.{role}: {name!r} is no column of {path!r}, which has: {', '.join(frames['train'].columns)}"
             )
     has_labels = column in frames["train"].columns and (needs_labels is not False or labels is not None)
     if needs_labels and not has_labels:
@@ -406,7 +421,7 @@ def _from_frames(
 
 
 def _words(values: Any, path: str) -> list[str]:
-    words = sorted({_word(v) for v in values.tolist() if not _missing(v)})
+    words = sorted({_word(v) for v in values.tolist() if not missing(v)})
     if len(words) < 2:
         raise UserError(
             f"data.columns.label: the label column of {path!r} holds {len(words)} different value(s); classification needs two or more"
@@ -429,7 +444,7 @@ def _classes(frame: Any, column: str, words: list[str], split: str) -> np.ndarra
             f"data.columns.label: {column!r} is no column of the {split} file, which has: {', '.join(frame.columns)}"
         )
     index = {w: i for i, w in enumerate(words)}
-    values = [None if _missing(v) else _word(v) for v in frame[column].tolist()]
+    values = [None if missing(v) else _word(v) for v in frame[column].tolist()]
     by_number = not any(v in index for v in values) and all(v is not None and v.isdigit() for v in values)
     out = np.empty(len(values), dtype=np.int64)
     for i, value in enumerate(values):

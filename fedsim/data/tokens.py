@@ -176,16 +176,16 @@ def encode(
             )
         cut = parsed.fields[-1] == "label"
         texts = [parsed.split(r)[0] if cut else parsed.text(r) for r in rows]
-        sequences = tokenizer(texts)["input_ids"] if texts else []
+        sequences = _ids(tokenizer, texts) if texts else []
         answers, candidates = [[] for _ in sequences], None
         answer_texts: list[str] = []
-        limit = max_length
+        empty = [None] * len(sequences)
     else:
         pairs = [parsed.split(r) for r in rows]
         anchor = pairs[0][0][-8:] if pairs else ""
         encoded = _encode_answers(tokenizer, sorted({a for _, a in pairs}), anchor)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        sequences = _without_end(tokenizer, tokenizer([p for p, _ in pairs])["input_ids"]) if pairs else []
+        sequences = _without_end(tokenizer, _ids(tokenizer, [p for p, _ in pairs])) if pairs else []
         answers = [encoded[a] + end for _, a in pairs]
         answer_texts = [a for _, a in pairs]
         candidates = None
@@ -193,25 +193,127 @@ def encode(
             spaced = [parsed.split({**dict.fromkeys(parsed.fields, "x"), parsed.fields[-1]: w})[1] for w in label_words]
             words = _encode_answers(tokenizer, spaced, anchor)
             candidates = [words[w] for w in spaced]
-        limit = max_length
+        empty = [None if a.strip() else "empty answer" for a in answer_texts]
+    return _lay_out(
+        sequences,
+        answers,
+        empty,
+        classes,
+        task=task,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        too_long=too_long,
+        split=split,
+        words=list(label_words or []),
+        candidates=candidates,
+        texts=answer_texts,
+    )
+
+
+def encode_chats(
+    chats: Sequence[tuple[list[dict[str, str]], str]],
+    *,
+    tokenizer: Any,
+    max_length: int,
+    too_long: str,
+    split: str,
+) -> Tokens:
+    """Tokenise a split through the tokenizer's chat template, for a causal LM.
+
+    The prompt is what the template makes of the turns before the answer, with the header that opens an assistant's turn.
+    The answer is what it puts behind that when the answer is in its place, less the white space at the end, so that the
+    mark that ends a turn is learned; the end-of-text token follows where that mark is another one.
+
+    Args:
+        chats: (turns `{role, content}` before the answer, answer) of each row, n of them.
+        tokenizer: the base's; it has a chat template.
+        max_length, too_long, split: as for `encode`.
+
+    Raises:
+        UserError: for a row that is too long where `too_long` is error, or turns that the template refuses.
+    """
+    empty: list[str | None] = []
+    for turns, answer in chats:
+        said = any(turn["content"].strip() for turn in turns)
+        empty.append("empty answer" if not answer.strip() else None if said else "empty text")
+    pairs = [
+        ("", "") if empty[i] else _render(turns, answer, tokenizer, i, split) for i, (turns, answer) in enumerate(chats)
+    ]
+    anchor = next((p[-8:] for p, _ in pairs if p), "")
+    encoded = _encode_answers(tokenizer, sorted({a for _, a in pairs}), anchor)
+    sequences = _ids(tokenizer, [p for p, _ in pairs], add_special_tokens=False) if pairs else []
+    answers = [encoded[a] for _, a in pairs]
+    end = tokenizer.eos_token_id
+    if end is not None:
+        answers = [a if a[-1:] == [end] else [*a, end] for a in answers]
+    return _lay_out(
+        sequences,
+        answers,
+        empty,
+        np.full(len(chats), -1, dtype=np.int64),
+        task="causal_lm",
+        tokenizer=tokenizer,
+        max_length=max_length,
+        too_long=too_long,
+        split=split,
+        words=[],
+        candidates=None,
+        texts=[answer for _, answer in chats],
+    )
+
+
+def _render(turns: list[dict[str, str]], answer: str, tokenizer: Any, row: int, split: str) -> tuple[str, str]:
+    """(prompt, answer) of a chat as the template writes them."""
+    try:
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
+    except Exception as error:  # templates are programs; they refuse roles and orders in words of their own
+        why = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"data.chat_template: row {row} of {split} is refused by the tokenizer's template ({why}); change its turns, or set chat_template=false"
+        ) from None
+    if not whole.startswith(prompt):
+        raise UserError(
+            f"data.chat_template: the tokenizer's template writes row {row} of {split} with its answer otherwise than without; set chat_template=false"
+        )
+    return prompt, whole[len(prompt) :].rstrip()
+
+
+def _lay_out(
+    sequences: list[list[int]],
+    answers: list[list[int]],
+    empty: Sequence[str | None],
+    classes: np.ndarray,
+    *,
+    task: str,
+    tokenizer: Any,
+    max_length: int,
+    too_long: str,
+    split: str,
+    words: list[str],
+    candidates: list[list[int]] | None,
+    texts: list[str],
+) -> Tokens:
+    """Prompt and answer tokens of each row as flat arrays; `empty` says why a row is left out, where it is."""
     ids, offsets, kept_prompts = [], [0], []
     left_out: dict[str, list[int]] = {}
     truncated = 0
     for i, (prompt, answer) in enumerate(zip(sequences, answers, strict=True)):
-        if task == "causal_lm" and not answer_texts[i].strip():
-            left_out.setdefault("empty answer", []).append(i)
-        elif len(prompt) == 0:
-            left_out.setdefault("empty text", []).append(i)
-        elif len(prompt) + len(answer) > limit:
+        why = empty[i] or (None if prompt else "empty text")
+        over = len(prompt) + len(answer) > max_length
+        if why is not None:
+            left_out.setdefault(why, []).append(i)
+        elif over:
             if too_long == "error":
                 length = len(prompt) + len(answer)
                 raise UserError(
-                    f"data.max_length: {limit}, but row {i} of {split} has {length} tokens; raise it, or set data.too_long to truncate or drop"
+                    f"data.max_length: {max_length}, but row {i} of {split} has {length} tokens; raise it, or set data.too_long to truncate or drop"
                 )
             if too_long == "drop":
                 left_out.setdefault("too long", []).append(i)
             truncated += too_long == "truncate"
-            prompt, answer = _truncate(prompt, answer, limit, task)
+        if over:  # rows that are left out too: no row in the arrays is longer than max_length
+            prompt, answer = _truncate(prompt, answer, max_length, task)
         ids.append(np.asarray([*prompt, *answer], dtype=np.int32))
         offsets.append(offsets[-1] + len(ids[-1]))
         kept_prompts.append(len(prompt))
@@ -223,12 +325,17 @@ def encode(
         labels=torch.from_numpy(classes.copy()),
         pad_id=tokenizer.pad_token_id,
         is_classes=task == "sequence_classification",
-        words=list(label_words or []),
+        words=words,
         candidates=candidates,
-        answers=answer_texts,
+        answers=texts,
         left_out=left_out,
         truncated=truncated,
     )
+
+
+def _ids(tokenizer: Any, text: Any, **keys: Any) -> Any:
+    """Token ids of a text or of several; without the tokenizer's own warning about long ones, which `max_length` settles."""
+    return tokenizer(text, verbose=False, **keys)["input_ids"]
 
 
 def _encode_answers(tokenizer: Any, answers: Sequence[str], anchor: str) -> dict[str, list[int]]:
@@ -238,9 +345,9 @@ def _encode_answers(tokenizer: Any, answers: Sequence[str], anchor: str) -> dict
     """
     if not answers:
         return {}
-    head = tokenizer(anchor, add_special_tokens=False)["input_ids"]
-    joint = tokenizer([anchor + a for a in answers], add_special_tokens=False)["input_ids"]
-    alone = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    head = _ids(tokenizer, anchor, add_special_tokens=False)
+    joint = _ids(tokenizer, [anchor + a for a in answers], add_special_tokens=False)
+    alone = _ids(tokenizer, list(answers), add_special_tokens=False)
     out = {}
     for answer, both, single in zip(answers, joint, alone, strict=True):
         out[answer] = list(both[len(head) :]) if both[: len(head)] == head else list(single)

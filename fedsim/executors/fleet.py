@@ -91,22 +91,19 @@ class Fleet:
             member.answer(member.asked)
 
     def _train(self, members: Sequence[Member]) -> None:
-        waiting = {m: deque(enumerate(m.asked)) for m in members}
-        for member in members:
-            member.answers = [None] * len(member.asked)
-        while any(waiting.values()):
-            chosen: list[tuple[Member, int, Share]] = []
-            lanes = 0
-            for member, left in waiting.items():
-                more = len(left[0][1].pack.tasks) if left else 0
+        waiting = deque(members)
+        while waiting:
+            chosen, lanes = [], 0
+            for member in list(waiting):
+                more = len(member.asked.pack.tasks)
                 fits = self.host.takes_guests and (self._most is None or lanes + more <= self._most)
-                if left and (fits or not chosen):
-                    chosen.append((member, *left.popleft()))
+                if fits or not chosen:
+                    chosen.append(member)
+                    waiting.remove(member)
                     lanes += more
-            for (member, i, share), found in zip(chosen, self._pass([c[2] for c in chosen]), strict=True):
-                member.answers[i] = (found, share.out) if isinstance(found, Report) else found
-        for member in members:
-            member.done()
+            for member, found in zip(chosen, self._pass([m.asked for m in chosen]), strict=True):
+                member.answers = [found]
+                member.done()
 
     def _pass(self, shares: list[Share]) -> list[Report | Exception]:
         """Reports of a pass, or what went wrong; what fails together is done again one by one, to know whose fault it is."""
@@ -127,16 +124,25 @@ class Fleet:
         return [found]
 
     def _score(self, members: Sequence[Member]) -> None:
-        for member in members:
-            member.answers = []
+        """Score what several runs ask for in common passes; what fails together is done again run by run."""
         flat = [(m, request) for m in members for request in m.asked]
+        found: list[list[Scores]] | None = None
         try:
             found = self.host.score_together([(m.executor.trainer, r, m.executor.weights) for m, r in flat])
-            for (member, _), scores in zip(flat, found, strict=True):
-                member.answers.append(scores)
-        except Exception:
+        except Exception as error:
+            short = is_out_of_memory(error)
+            trace = traceback.format_exc()
+        if found is None:  # outside the handler, whose traceback holds the tensors
+            if short:
+                self.host.shrink()
+            if len(members) > 1:
+                for member in members:
+                    self._score([member])
+                return
+            members[0].answers = [client_failed([], self.device, trace)]
+        else:
             for member in members:
-                member.answers = [client_failed([], self.device, traceback.format_exc())]
+                member.answers = [scores for (m, _), scores in zip(flat, found, strict=True) if m is member]
         for member in members:
             member.done()
 
@@ -239,7 +245,7 @@ class FleetExecutor:
         self.trainer = self._call(make)
         assert self.trainer.layout == layout, "the trainer's parameters are not those the run was started with"
         self.weights, self._server = layout.empty(self.device), server.empty(self.device)
-        self._layout, self._server_layout = layout, server
+        self._server_layout, self._slot = server, layout.empty(self.device)
 
     def broadcast(self, weights: Tensor, server: Params) -> None:
         """Refill the global parameters (flat `[N]`) and the server's state in place."""
@@ -254,12 +260,11 @@ class FleetExecutor:
             OutOfMemory: where a pack did not fit by itself.
         """
         server = self._server_layout.views(self._server)
-        shares = [Share(self.trainer, pack, self.weights, server, self._layout.empty(self.device)) for pack in packs]
-        answers = self._member.ask("train", shares)
-        for found in answers:
+        for pack in packs:  # one at a time: those of different runs meet pack by pack, and one sum a run is in memory
+            (found,) = self._member.ask("train", Share(self.trainer, pack, self.weights, server, self._slot))
             if isinstance(found, Exception):
                 raise found
-        yield from answers
+            yield found, self._slot
 
     def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
         """Score each request, in order."""

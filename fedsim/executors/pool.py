@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fedsim.errors import OutOfMemory, is_out_of_memory
-from fedsim.executors.processes import die_with_parent, died_of, main_not_imported
+from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, without_interrupt
 from fedsim.executors.serial import MakeTrainer, client_failed
 from fedsim.params import Layout, Params
 from fedsim.types import Engine, Measured, Pack, Report, Scores, Scoring, Task
@@ -57,7 +57,7 @@ class PoolExecutor:
         self._pool: list[_Worker] = []
         context = mp.get_context("spawn")
         try:
-            with main_not_imported():
+            with main_not_imported(), without_interrupt():
                 for i, device in enumerate(devices):
                     here, there = context.Pipe()
                     process = context.Process(

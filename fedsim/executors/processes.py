@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from typing import Any
@@ -38,6 +39,19 @@ def main_not_imported() -> Iterator[None]:
                 main.__dict__.pop(name, None)
             else:
                 main.__dict__[name] = value
+
+
+@contextlib.contextmanager
+def without_interrupt() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C from their first moment: it reaches the whole group, and the main process decides."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def died_of(process: Any) -> str:

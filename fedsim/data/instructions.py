@@ -1,0 +1,318 @@
+"""Instruction data: Alpaca, Dolly, OASST1, and any file of prompts with answers or of chats, as rows with a prompt and a response.
+
+Cut and composed as in the published runs on three instruction sets (NVFlare 2.4.0, supervised fine-tuning). For each data
+set by itself: its rows are shuffled once, by NumPy's legacy generator with `split_seed`, which is what pandas'
+`sample(frac=1, random_state=0)` draws; the first `int(test x n)` of them test, the next `int(validation x n)` validate, the
+rest train. A row is an instruction with or without a context. The prompt is the instruction; with a context that is not
+blank it is both, stripped, a blank line between them, in random order.
+
+Deviation: the published scripts draw that order from an unseeded generator; here it is a function of `order_seed` and the
+row's own texts, whatever stands beside the row and wherever in the file it stands.
+
+Sources: Taori et al., Stanford Alpaca, 2023; Conover et al., databricks-dolly-15k, 2023; Köpf et al., OpenAssistant
+Conversations, 2023 (arXiv:2304.07327).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsim.data.sources import SPLITS, Source, Split, load_hub, looks_like_hub_id, missing, read_table
+from fedsim.errors import UserError
+from fedsim.seeding import stream
+
+TEMPLATE = "{prompt}\n\n{response}"
+ROLES = {"prompt_response": ("prompt", "response", "context"), "messages": ("messages",)}  # what a user may rename
+_ANY = ("category", "user_id")  # of a user's file too, where they are there
+_OWN = ("prompt", "response", "source", "category", "user_id", "characters", "length", "instruction", "context")
+
+Row = dict[str, Any]  # instruction, context, response; where there are any category, user_id, messages, extra
+
+
+def instructions(
+    *,
+    sources: Sequence[dict[str, Any]],
+    columns: dict[str, str],
+    validation: float,
+    test: float,
+    split_seed: int,
+    order_seed: int,
+    turns: str,
+    length_classes: int,
+) -> Source:
+    """One or several instruction data sets, each cut by itself, end to end in the order in which they are given.
+
+    The columns of a row: `prompt`, `response`; `source`, its data set's name; `category`, of Dolly and of files that have
+    one, else the data set's name; `user_id`, who wrote the reply (OASST1, files that have one), else None; `characters` of
+    prompt and response together; `length`, the class of that number, `0012-0231` being all rows of 12 to 231 characters;
+    `instruction` and `context` apart. A user's file keeps its other columns. Where a data set is of chats, `messages`
+    holds the turns before the answer, None for the rows of the others.
+
+    Args:
+        sources: for each data set `format` (alpaca, dolly, oasst1, prompt_response, messages), `path` (a file, a data set
+            folder or a hub id, or a list of them) and optionally `name`, `columns`, `subset` and `split` (of a hub id).
+        columns: role -> column for the user's files that do not name their own: prompt, response, context, messages,
+            category, user_id.
+        validation, test: fractions of each data set, rounded down to whole rows.
+        split_seed: of the shuffle.
+        order_seed: of the order of instruction and context.
+        turns: of a chat of several assistant turns, `last` makes one row, whose answer is the last of them, `every` a
+            row for each; what follows the answer is left out. All rows of a chat are in one split.
+        length_classes: classes of about equal size into which the rows are divided by length.
+
+    Raises:
+        UserError: for a file that cannot be read, lacks a column or holds no row, or a validation split without a row.
+    """
+    cut: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    notes: dict[str, int] = {}
+    for i, entry in enumerate(sources):
+        name = entry.get("name") or entry["format"]
+        examples = _examples(entry, f"data.sources[{i}]", columns, turns, notes)
+        for split, picked in _cut(len(examples), validation, test, split_seed).items():
+            cut[split] += [{**row, "source": name} for k in picked for row in examples[k]]
+    if not cut["validation"]:
+        counts = f"{len(cut['train'])} rows train, {len(cut['test'])} test"
+        raise UserError(
+            f"data.validation: {validation!r} of each data set, rounded down, is no row ({counts}); raise it"
+        )
+    for row in (r for rows in cut.values() for r in rows):
+        row["prompt"] = _prompt(row["instruction"], row["context"], order_seed)
+        row["characters"] = len(row["prompt"]) + len(row["response"])
+    _name_lengths([r for rows in cut.values() for r in rows], length_classes)
+    extra = sorted({c for rows in cut.values() for r in rows for c in r.get("extra", ())})
+    chats = any(r.get("messages") is not None for rows in cut.values() for r in rows)
+    splits = {name: Split(_columns(rows, extra, chats), None) for name, rows in cut.items()}
+    return Source(splits, None, TEMPLATE, None, notes)
+
+
+def conversations(split: Split) -> list[tuple[list[dict[str, str]], str]]:
+    """(turns before the answer, answer) of each row; a row that is no chat is one turn of the user's."""
+    n = len(split)
+    messages = split.columns.get("messages", [None] * n)
+    prompts, responses = split.columns["prompt"], split.columns["response"]
+    return [(messages[i] or [{"role": "user", "content": prompts[i]}], responses[i]) for i in range(n)]
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def _cut(n: int, validation: float, test: float, seed: int) -> dict[str, np.ndarray]:
+    """Numbers of the examples of each split, in the shuffled order."""
+    order = np.random.RandomState(seed).permutation(n)
+    first, second = int(n * test), int(n * test) + int(n * validation)
+    return {"train": order[second:], "validation": order[first:second], "test": order[:first]}
+
+
+def _prompt(instruction: str, context: str, seed: int) -> str:
+    if not context.strip():
+        return instruction
+    if not instruction.strip():
+        return context.strip()
+    parts = [instruction.strip(), context.strip()]
+    if stream(seed, "order", instruction, context).integers(2):
+        parts.reverse()
+    return "\n\n".join(parts)
+
+
+def _name_lengths(rows: list[Row], classes: int) -> None:
+    """Give each row its `length`: the range of characters of its class, padded with zeros so that text sorts as numbers."""
+    lengths = np.array([r["characters"] for r in rows])
+    # Rows of equal length are of one class, so many of one length make fewer classes.
+    borders = np.quantile(lengths, np.arange(1, classes) / classes, method="lower")
+    number = np.searchsorted(np.unique(borders), lengths, side="left")
+    width = len(str(lengths.max()))
+    names = {}
+    for c in np.unique(number):
+        own = lengths[number == c]
+        names[int(c)] = f"{own.min():0{width}d}-{own.max():0{width}d}"
+    for row, c in zip(rows, number.tolist(), strict=True):
+        row["length"] = names[c]
+
+
+def _columns(rows: list[Row], extra: list[str], chats: bool) -> dict[str, list[Any]]:
+    out = {name: [r.get(name) for r in rows] for name in _OWN}
+    out["category"] = [r["source"] if r.get("category") is None else r["category"] for r in rows]
+    out |= {name: [r.get("extra", {}).get(name) for r in rows] for name in extra}
+    return out | {"messages": [r.get("messages") for r in rows]} if chats else out
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+def _examples(
+    entry: dict[str, Any], at: str, columns: dict[str, str], turns: str, notes: dict[str, int]
+) -> list[list[Row]]:
+    """What of a data set goes into a split together: one row, or those of a chat."""
+    kind = entry["format"]
+    needs, knows, read = _FORMATS[kind]
+    paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+    key = f"{at}.columns" if entry.get("columns") else "data.columns"
+    given = (entry.get("columns") or columns) if kind in ROLES else {}
+    names = {role: given.get(role, role) for role in (*needs, *knows)}
+    records = []
+    for j, path in enumerate(paths):
+        place = f"{at}.path[{j}]" if isinstance(entry["path"], list) else f"{at}.path"
+        wanted = None if kind in ROLES else {*needs, *knows}
+        there, rows = _records(path, place, at, entry, wanted)
+        for role in names:
+            if role in given and given[role] not in there:
+                raise UserError(
+                    f"{key}.{role}: {given[role]!r} is no column of {path!r}, which has: {', '.join(there)}"
+                )
+        lacking = [names[role] for role in needs if names[role] not in there]
+        if lacking:
+            way = "name its columns by data.columns" if kind in ROLES else "or give format: prompt_response and columns"
+            raise UserError(
+                f"{at}: {path!r} has no column {lacking[0]!r}, which format {kind} needs; it has: {', '.join(there)}; {way}"
+            )
+        records += rows
+    examples = read(records, names, turns, at, notes)
+    if not examples:
+        raise UserError(f"{at}.path: {entry['path']!r} holds no English assistant reply of rank 0 to a prompt in it")
+    return examples
+
+
+def _records(
+    path: str, place: str, at: str, entry: dict[str, Any], wanted: set[str] | None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and records of a file, or of the splits of a data set of the hub."""
+    file = Path(path).expanduser()
+    if file.is_file():
+        for key in ("subset", "split"):
+            if entry.get(key):
+                raise UserError(f"{at}.{key}: {entry[key]!r} has no use for the file {path!r}; it is for hub ids")
+        frame = read_table(path, place)
+        return list(frame.columns), frame.to_dict("records")
+    if not file.is_dir() and not looks_like_hub_id(path):
+        raise UserError(
+            f"{place}: {path!r} does not exist; give a .json, .jsonl, .parquet, .csv or .tsv file, or a hub id"
+        )
+    data = load_hub(path, entry.get("subset"), place)
+    there, records = [], []
+    for name in (entry.get("split") or "train").split("+"):
+        if name not in data:
+            raise UserError(f"{at}.split: {path!r} has no split {name!r}; it has: {', '.join(data)}")
+        rows = data[name]
+        there = list(rows.column_names)
+        records += (rows if wanted is None else rows.select_columns([c for c in there if c in wanted])).to_list()
+    return there, records
+
+
+def _text(record: dict[str, Any], column: str) -> str:
+    value = record.get(column)
+    return "" if missing(value) else str(value)
+
+
+def _tags(record: dict[str, Any], names: dict[str, str]) -> Row:
+    """Category and user, where the row has them."""
+    category, user = (record.get(names.get(role, role)) for role in _ANY)
+    whole = isinstance(user, int) and not isinstance(user, bool)
+    return {
+        "category": None if missing(category) or not str(category).strip() else str(category),
+        "user_id": None if missing(user) or not str(user).strip() else user if whole else str(user),
+    }
+
+
+def _pairs(
+    records: list[dict[str, Any]], names: dict[str, str], turns: str, at: str, notes: dict[str, int]
+) -> list[list[Row]]:
+    roles = {"instruction": names["prompt"], "context": names["context"], "response": names["response"]}
+    return [
+        [{**{k: _text(r, c) for k, c in roles.items()}, **_tags(r, names), "extra": _extra(r, names)}] for r in records
+    ]
+
+
+def _extra(record: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A user's further columns; those that would stand in the place of one of ours are left out."""
+    taken = {*names.values(), *_OWN, "messages"}
+    return {str(k): None if missing(v) else v for k, v in record.items() if k not in taken}
+
+
+def _alpaca(
+    records: list[dict[str, Any]], names: dict[str, str], turns: str, at: str, notes: dict[str, int]
+) -> list[list[Row]]:
+    return [
+        [{"instruction": _text(r, "instruction"), "context": _text(r, "input"), "response": _text(r, "output")}]
+        for r in records
+    ]
+
+
+def _dolly(
+    records: list[dict[str, Any]], names: dict[str, str], turns: str, at: str, notes: dict[str, int]
+) -> list[list[Row]]:
+    texts = ("instruction", "context", "response")
+    return [[{**{k: _text(r, k) for k in texts}, "category": _tags(r, names)["category"]}] for r in records]
+
+
+def _oasst1(
+    records: list[dict[str, Any]], names: dict[str, str], turns: str, at: str, notes: dict[str, int]
+) -> list[list[Row]]:
+    """Each English assistant reply of rank 0 with the text of the message it answers, its direct parent."""
+    by_id = {r["message_id"]: r for r in records}
+    out = []
+    for r in records:
+        best = str(r["rank"]) in ("0", "0.0")  # beside missing ranks, whole numbers may come as floats
+        if r["role"] != "assistant" or r["lang"] != "en" or not best:
+            continue
+        parent = by_id.get(r["parent_id"])
+        if parent is None:
+            notes["replies_without_parent"] = notes.get("replies_without_parent", 0) + 1
+            continue
+        row = {"instruction": _text(parent, "text"), "context": "", "response": _text(r, "text")}
+        out.append([{**row, "user_id": _tags(r, names)["user_id"]}])
+    return out
+
+
+def _chats(
+    records: list[dict[str, Any]], names: dict[str, str], turns: str, at: str, notes: dict[str, int]
+) -> list[list[Row]]:
+    out = []
+    for i, r in enumerate(records):
+        chat = _turns(r.get(names["messages"]), i, at)
+        answers = [k for k, turn in enumerate(chat) if turn["role"] == "assistant"] or [len(chat)]
+        rows = []
+        for k in answers if turns == "every" else answers[-1:]:
+            # Without a chat template the turns before the answer are the prompt, a blank line between them.
+            said = "\n\n".join(t["content"] for t in chat[:k] if t["content"].strip())
+            response = chat[k]["content"] if k < len(chat) else ""
+            row = {"instruction": said, "context": "", "response": response, "messages": chat[:k]}
+            rows.append({**row, **_tags(r, names), "extra": _extra(r, names)})
+        out.append(rows)
+    return out
+
+
+def _turns(value: Any, row: int, at: str) -> list[dict[str, str]]:
+    """A chat as `{role, content}` turns; in CSV it is JSON in a cell."""
+    wanted = f"{at}: row {row} of the messages is not a list of {{role, content}} turns"
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise UserError(f"{wanted} ({value[:40]!r} is no JSON)") from None
+    if missing(value):
+        return []
+    if not isinstance(value, list):
+        raise UserError(f"{wanted}, but {str(value)[:60]!r}")
+    out = []
+    for turn in value:
+        role = turn.get("role") if isinstance(turn, dict) else None
+        content = turn.get("content", "") if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not (content is None or isinstance(content, str)):
+            raise UserError(f"{wanted}: it has {str(turn)[:60]!r}")
+        out.append({"role": role, "content": content or ""})
+    return out
+
+
+# format -> (columns it needs, columns it knows, reader)
+_FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[..., list[list[Row]]]]] = {
+    "alpaca": (("instruction", "output"), ("input",), _alpaca),
+    "dolly": (("instruction", "response"), ("context", "category"), _dolly),
+    "oasst1": (("message_id", "parent_id", "text", "role", "lang", "rank"), ("user_id",), _oasst1),
+    "prompt_response": (("prompt", "response"), ("context", *_ANY), _pairs),
+    "messages": (("messages",), _ANY, _chats),
+}
