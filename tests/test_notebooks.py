@@ -29,7 +29,8 @@ def execute(name: str, folder: Path, source: dict[str, Any] | None = None) -> di
 
     place = folder / "notebooks"
     place.mkdir()
-    notebook = nbformat.from_dict(source or json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")))
+    text = json.dumps(source) if source else (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=4)
     NotebookClient(notebook, timeout=1500, resources={"metadata": {"path": str(place)}}).execute()
     return notebook
 
