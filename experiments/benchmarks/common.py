@@ -209,10 +209,16 @@ def _child(kind: str, pipe: Connection, log: str) -> None:
             pipe.send({"error": f"{type(error).__name__}: {last[-300:]}"})
 
 
-def memory() -> dict[str, float]:
+def memory(held: bool = False) -> dict[str, float]:
     """Memory of this process now, MB: resident, its peak, and what other processes may share of it; on a GPU what torch has
     allocated there, its peak, and what it holds in reserve.
+
+    Args:
+        held: first have the C library give back what was freed, which it keeps otherwise, now more, now less of it.
     """
+    if held:
+        with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+            ctypes.CDLL(None).malloc_trim(0)
     out: dict[str, float] = {}
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()
@@ -448,7 +454,7 @@ class _Rounds:
         **keys: Any,
     ) -> Any:
         self.executor, self.layout, self.state, self.rows_of_step = executor, layout, state, schedule.batch_size
-        self.clock = MergeClock(algorithm, executor)
+        self.clock, self.held = MergeClock(algorithm, executor), False
         self._count()
 
         def pack_done(round: int, report: Any) -> None:
@@ -463,7 +469,7 @@ class _Rounds:
             finish_work()
             seconds = time.perf_counter() - self.began
             found = {k: getattr(self, k) for k in ("useful", "computed", "rows", "packs", "clients")}
-            self.turn.say(seconds=seconds, merging=self.clock.seconds, memory=memory(), **found)
+            self.turn.say(seconds=seconds, merging=self.clock.seconds, memory=memory(self.held), **found)
             self._count()
             self._obey()
 
@@ -503,6 +509,7 @@ class _Rounds:
                 raise _Enough
             self.turn.say(**answer)
         self.clock.switch(message.get("clock", False))
+        self.held = message.get("held", False)
         self.began = time.perf_counter()
 
 

@@ -97,10 +97,10 @@ def measure_lanes(
                 ends[name] = groups[name].end()
                 groups.pop(name).kill()
         common.note(f"{args.rounds} rounds in lanes ...")
-        memory = [r[packed]["memory"] for r in records]
+        memory: list[dict[str, float]] = []
         clocked: list[dict[str, Any]] = []
         with dropping(groups, packed, failed):
-            memory += [groups[packed].round()["memory"] for _ in range(max(0, args.rounds - 1 - len(memory)))]
+            memory += [groups[packed].round(held=True)["memory"] for _ in range(args.rounds)][1:]
             clocked = [groups[packed].round(clock=True) for _ in range(CLOCKED)]
             ends[packed] = groups[packed].end()
     left = [n for n in (PLAIN, packed, CENTRAL) if n in ends and all(n in r for r in records)]
@@ -174,8 +174,7 @@ def beside_plan(plan: dict[str, Any], side: dict[str, Any], lanes: int) -> dict[
 def flat(rounds: list[dict[str, float]]) -> dict[str, Any]:
     """Memory at the end of each round from the second on, and by how much it grows after that one.
 
-    Resident memory holds what the C library keeps after it was freed, and it is asked only now and then to give that back: what
-    is really held shows in the least of many rounds. `floor` is the least of the second half over that of the first.
+    On the CPU the resident memory, after the C library has given back what was freed: of that it keeps now more, now less.
     """
     on_gpu = bool(rounds) and "gpu" in rounds[0]
     if not rounds or not (on_gpu or "rss" in rounds[0]):
@@ -185,8 +184,6 @@ def flat(rounds: list[dict[str, float]]) -> dict[str, Any]:
     growth = {k: max(v) / v[0] - 1 for k, v in series.items()}
     judged = {k: growth[k] for k in (("gpu", "gpu_peak") if on_gpu else ("rss",))}
     out = {"first_round": 2, "rounds": len(rounds) + 1, "mb": series, "growth": growth, "judged": max(judged.values())}
-    half = max(1, len(rounds) // 2)
-    out["floor"] = {k: min(v[half:] or v) / min(v[:half]) - 1 for k, v in series.items()}
     if not on_gpu:
         out["gpu"] = nothing("no CUDA device: it is the resident memory of the process")
     return out
@@ -300,8 +297,6 @@ def lines_of(v: dict[str, Any], args: argparse.Namespace) -> list[str]:
         grown = ", ".join(f"{k} {g:+.2%}" for k, g in f["growth"].items())
         ok = f["judged"] < TARGETS["growth"]
         out.append(f"memory from round 2 to {f['rounds']}: {grown} {judged('growth', ok, 'below')}")
-        least = ", ".join(f"{k} {g:+.2%}" for k, g in f["floor"].items())
-        out.append(f"  the least of the later half of these rounds over the least of the first half: {least}")
     w = v["workers"]
     if why := missing(w):
         out.append(f"workers: {why}")
