@@ -396,6 +396,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         why = " ".join(str(error).split())
         raise UserError(f"{folder / 'config.yaml'}: not YAML ({why}); restore the file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder / 'config.yaml'}: not UTF-8 (byte {error.start}); restore the file") from None
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.yaml'}: holds no sections; restore the file")
     return config

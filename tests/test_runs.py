@@ -386,3 +386,12 @@ def test_reading_and_plotting_need_no_torch() -> None:
     code = f"import sys, fedsim.runs, fedsim.plots; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_config_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_bytes(b"name: caf\xe9\n")
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml: not UTF-8 \(byte 9\)"):
+        load_runs(run)
