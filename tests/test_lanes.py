@@ -432,16 +432,15 @@ def test_lanes_are_clients_alone_and_a_plain_loop(lab: Any, kind: str, method: s
         assert found == pytest.approx(expected, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"),
-    [("llama_shared", "lora"), ("gpt2", "projection"), ("bert", "adapter"), ("gpt_neox", "ia3"), ("opt", "p_tuning")],
-)
+@pytest.mark.parametrize(("kind", "method"), PRODUCTS)
 def test_twenty_steps(lab: Any, kind: str, method: str) -> None:
     """Two passes over the rows: no rounding that a coupling of lanes would feed grows with the steps."""
     bench = Bench(lab, kind, method, sizes=(1, 20, 2, 3), epochs=2)
-    packed = bench.train(4)
+    packed, alone = bench.train(4), bench.train(1)
+    plain = bench.plain(packed.start)
     assert len(packed.losses[1]) == 20
-    assert furthest(packed, bench.plain(packed.start)) < TOLERANCE
+    assert furthest(packed, alone) < TOLERANCE and furthest(packed, plain) < TOLERANCE
+    assert packed.losses[1] == pytest.approx(plain.losses[1], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(
