@@ -29,7 +29,7 @@ models: $(VENV)/.installed
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,gguf]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,gguf,eval]"
 	touch $@
 
 clean:

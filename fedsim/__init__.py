@@ -24,6 +24,7 @@ _WHERE = {
     "summary": "fedsim.runs",
     "sweep_table": "fedsim.tables",
     "load_adapter": "fedsim.models.adapters",
+    "evaluate_zero_shot": "fedsim.zero_shot",
     "UserError": "fedsim.errors",
     "ClientError": "fedsim.errors",
     "plots": "",

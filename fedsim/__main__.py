@@ -1,4 +1,4 @@
-"""The command line: `fedsim run | sweep | reproduce | partition | plot | list | diff | doctor`.
+"""The command line: `fedsim run | sweep | reproduce | partition | plot | list | diff | eval | doctor`.
 
 A user's mistake is one line on standard error and exit code 2; a failing client shows its own traceback and exits 1.
 """
@@ -284,6 +284,95 @@ def diff(
     print("the runs agree" if found.agree else "the runs differ")
     if not found.agree:
         raise typer.Exit(1)
+
+
+@app.command("eval")
+def eval_(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN",
+            help="Run folders, folders of several runs, PEFT or transformers folders, or any model.path.",
+            show_default=False,
+        ),
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="Names of lm-evaluation-harness, with commas between them.")
+    ] = "hellaswag,piqa,winogrande",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder with local files of the tasks, or hub; default: $FEDSIM_DATA where it has them, else the hub.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many items of each task.", min=1, show_default=False)
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Rows a pass: a number, or auto (8 on the CPU).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the base: float32, bfloat16 ...; auto is what its files say, as in the harness.")
+    ] = "auto",
+    which: Annotated[str, typer.Option(help="Of a run the last models, the best by validation, or both.")] = "last",
+    only: Annotated[
+        str | None,
+        typer.Option(help="Of a run these models, with commas: global,'local/*'; default: all.", show_default=False),
+    ] = None,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="The base model too, as the first row.")] = True,
+    base_path: Annotated[
+        str | None, typer.Option(help="The base, where it is not at the place its adapters name.", show_default=False)
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Compare all rows with base, best or a row's name; default: base.", show_default=False),
+    ] = None,
+    capitals: Annotated[
+        bool,
+        typer.Option("--capitals", help="Begin the last sentence of HellaSwag's text form as the hub's rows do."),
+    ] = False,
+    task_files: Annotated[
+        Path | None,
+        typer.Option(help="Keep the local tasks in this folder, for lm_eval --include_path.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for eval.json and eval.csv; default: the run's own, else ./eval.", show_default=False
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the table and the paths.")] = False,
+) -> None:
+    """Score a run's models zero-shot with lm-evaluation-harness (the extra `eval`).
+
+    A row for the base, the merged model, the central one and each site alone; acc, acc_norm and standard errors are the
+    harness's. Models answer the same items and are compared item by item: `~` marks a difference inside the noise.
+    """
+    from fedsim.zero_shot import evaluate_zero_shot
+
+    done = evaluate_zero_shot(
+        runs,
+        tasks,
+        data=data,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        which=which,
+        only=None if only is None else only.split(","),
+        base=base,
+        base_path=base_path,
+        against=against,
+        capitals=capitals,
+        task_files=task_files,
+        progress=not quiet,
+    )
+    about = ", ".join(f"{name} {task['items']:,} of {task['of']:,}" for name, task in done.settings["tasks"].items())
+    _table(done.text(), f"items scored: {about}")
+    if done.note():
+        print(done.note())
+    for path in done.save(out):
+        print(path)
 
 
 @app.command()

@@ -1,0 +1,219 @@
+"""Which models a path stands for, and how each is loaded: as the harness itself loads the exported folder."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedsim.errors import UserError
+from fedsim.models import base as bases
+from fedsim.models.bottleneck import CONFIG as BOTTLENECK
+from fedsim.runs import experiment_name, find_runs, read_config, read_state
+
+_ADAPTERS = ("adapter_config.json", BOTTLENECK)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be scored.
+
+    Attributes:
+        run: experiment and id of its run, or "".
+        name: `base`, the path inside the run folder (`global`, `local/site-1`, `central/best`), or what the user wrote.
+        base: the base model that it belongs to, as a `model.path`; None where nothing says.
+        folder: an adapter's or a whole model's folder; None for a model that is named by `base` alone.
+        home: the run folder.
+    """
+
+    run: str
+    name: str
+    base: str | None
+    folder: Path | None
+    home: Path | None = None
+
+    @property
+    def borrows(self) -> bool:
+        """Whether it is its base, or put on it; a whole model is loaded by itself."""
+        return self.folder is None or _is_adapter(self.folder)
+
+    @property
+    def loads(self) -> str:
+        """The `model.path` of the weights it needs."""
+        return str(self.base if self.borrows else self.folder)
+
+
+def find_models(
+    models: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    which: str = "last",
+    only: Sequence[str] | None = None,
+    base: bool = True,
+    base_path: str | None = None,
+) -> list[Candidate]:
+    """The models that paths stand for, grouped by base, each group behind its base.
+
+    Args:
+        models: run folders, folders of several runs, adapter folders, transformers folders, or any `model.path`.
+        which: of a run: last | best | both.
+        only: of a run: patterns of names, such as `global` or `local/*`; None takes all.
+        base: the base models too.
+        base_path: use this base instead of the one that config or adapter name.
+
+    Raises:
+        UserError: for a path that is none of these, a run without such models, or one of a classifier.
+    """
+    if which not in ("last", "best", "both"):
+        raise UserError(f"--which: {which!r} is not known; give last, best or both")
+    paths = [models] if isinstance(models, (str, os.PathLike)) else list(models)
+    if not paths:
+        raise UserError("no model given: name at least one run folder or model folder")
+    found: dict[str | Path, Candidate] = {}  # each once, by whatever path it was named
+    for path in paths:
+        for one in _candidates(str(path), which, only, base_path):
+            found.setdefault(one.name if one.folder is None else one.folder.resolve(), one)
+    groups: dict[str | None, list[Candidate]] = {}
+    for one in found.values():
+        groups.setdefault(one.base, []).append(one)
+    named = [name for name in groups if name is not None]
+    out: list[Candidate] = []
+    for name, group in groups.items():
+        plain = [one for one in group if one.folder is None]  # the user named the base itself
+        if name is not None and base and not plain:
+            homes = {one.home for one in group}
+            run = group[0].run if len(homes) == 1 else ""
+            out.append(Candidate(run, "base" if len(named) == 1 else f"base {name}", name, None))
+        out += [*plain, *(one for one in group if one.folder is not None)]
+    return out
+
+
+def _candidates(path: str, which: str, only: Sequence[str] | None, base_path: str | None) -> list[Candidate]:
+    folder = Path(path).expanduser()
+    if len(folder.parts) > 1 and folder.parent.is_dir() and not folder.exists():
+        raise UserError(f"no folder {path!r}; give a run folder, or a PEFT or transformers folder")
+    if not folder.is_dir():  # tiny, package:, a GGUF file, a hub id; `bases.find` says if it is none
+        return [Candidate("", path, path, None)]
+    if _is_run(folder):
+        return _of_run(folder, which, only, base_path)
+    if _is_adapter(folder):
+        return [Candidate("", path, base_path or _base_of_adapter(folder), folder)]
+    if (folder / "config.json").is_file():
+        run = next((p for p in folder.resolve().parents if _is_run(p)), None)
+        known = base_path or (_base_of_run(read_config(run), run) if run is not None else None)
+        return [Candidate("", path, known, folder)]
+    try:
+        runs = find_runs(folder)
+    except UserError:
+        way = "give a run folder, or a PEFT or transformers folder"
+        raise UserError(f"{path}: holds neither a run nor a model; {way}") from None
+    return [one for run in runs for one in _of_run(run, which, only, base_path)]
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def _is_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _ADAPTERS)
+
+
+def _of_run(run: Path, which: str, only: Sequence[str] | None, base_path: str | None) -> list[Candidate]:
+    config = read_config(run)
+    task = (config.get("model") or {}).get("task", "causal_lm")
+    if task != "causal_lm":
+        raise UserError(f"{run}: model.task is {task}, which writes no text; zero-shot tasks need a causal_lm run")
+    sites = sorted((p for p in (run / "local").glob("*") if p.is_dir()), key=lambda p: _natural(p.name))
+    last = ["global", "central", *(f"local/{p.name}" for p in sites)]
+    best = ["best", *(f"{name}/best" for name in last[1:])]
+    wanted = {"last": last, "best": best, "both": [n for pair in zip(last, best, strict=True) for n in pair]}[which]
+    there = [n for n in wanted if _is_adapter(run / n) or (run / n / "config.json").is_file()]
+    if not there:
+        raise UserError(
+            f"{run}: holds no {'' if which == 'both' else which + ' '}model yet ({read_state(run)}); let the run finish"
+        )
+    chosen = [n for n in there if only is None or any(fnmatch.fnmatchcase(n, pattern) for pattern in only)]
+    if not chosen:
+        raise UserError(f"--only: {', '.join(only or [])} fits no model of {run}, which has: {', '.join(there)}")
+    label = f"{experiment_name(config, run)}/{run.resolve().name}"
+    known = base_path or _base_of_run(config, run)
+    return [Candidate(label, name, known, run / name, run) for name in chosen]
+
+
+def _natural(name: str) -> list[Any]:
+    """site-2 before site-10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _base_of_run(config: dict[str, Any], run: Path) -> str:
+    return _resolved(str((config.get("model") or {}).get("path") or "tiny"), str(run))
+
+
+def _base_of_adapter(folder: Path) -> str:
+    file = next(folder / name for name in _ADAPTERS if (folder / name).is_file())
+    try:
+        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        name = None
+    if not name:
+        raise UserError(f"{file}: names no base model; give it with --base-path")
+    return _resolved(str(name), str(folder))
+
+
+def _resolved(text: str, where: str) -> str:
+    """A base's name with environment variables put in: run folders keep them as they were written."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return str(OmegaConf.create({"value": text}).value)
+    except OmegaConfBaseException:
+        raise UserError(
+            f"{where}: its base {text!r} cannot be resolved; set that variable, or give --base-path"
+        ) from None
+
+
+def _own_dtype(source: bases.Source) -> str:
+    """The type that `dtype="auto"` means to transformers, and so to the harness: what the model's own files say."""
+    if source.gguf:
+        return "float32"
+    kind = getattr(bases.load_config(source), "dtype", None)
+    if kind is None and not source.is_hub:
+        from safetensors import safe_open
+
+        with safe_open(min(Path(source.location).glob("*.safetensors")), framework="pt") as handle:
+            kinds = (handle.get_tensor(key).dtype for key in handle.keys())  # noqa: SIM118  no mapping
+            kind = next((k for k in kinds if k.is_floating_point), None)
+    return str(kind or torch.float32).removeprefix("torch.")
+
+
+def load(path: str, dtype: str, device: torch.device) -> tuple[nn.Module, Any, str]:
+    """A whole model on the device, its tokenizer, and the name of its type."""
+    source = bases.find(path)
+    bases.check_task(source, "causal_lm")
+    tokenizer = bases.load_tokenizer(source)
+    kind = _own_dtype(source) if dtype == "auto" else dtype
+    pad = tokenizer.pad_token_id
+    model = bases.load_base(source, task="causal_lm", dtype=kind, num_labels=None, pad_token_id=pad, seed=0)
+    return model.to(device), tokenizer, kind
+
+
+def longest(model: nn.Module) -> int | None:
+    """Tokens of text that fit beside virtual ones where positions are an embedding; None leaves it to the harness.
+
+    The harness knows nothing of virtual tokens: a base with learned positions would look one up that is not there.
+    """
+    prompt = getattr(model, "peft_config", {}).get("default")
+    if prompt is None or not prompt.is_prompt_learning:
+        return None
+    kinds = ("wpe", "embed_positions", "position_embeddings")
+    learned = any(isinstance(m, nn.Embedding) and n.rsplit(".", 1)[-1] in kinds for n, m in model.named_modules())
+    positions = bases.max_positions(model.get_base_model().config)
+    return positions - prompt.num_virtual_tokens if learned and positions else None

@@ -1,0 +1,284 @@
+"""What models scored, and which differences are inside the noise.
+
+Two models are compared item by item, as they answer the same ones. For a metric that is a mean over n items, with d_i the
+difference of the two models on item i:
+
+    difference = mean(d),    standard error = sqrt(sum((d_i - mean(d))^2) / (n - 1) / n)
+
+A difference is inside the noise, and marked `~`, if |difference| <= 1.96 standard errors, or if fewer than 6 items tell the
+two models apart: no sign test reaches 5 % then. The mean over columns is compared in the same way, with d_i summed over the
+metrics of a task, since they rest on the same items, and the variances of the tasks added. A metric that is no mean over
+items (perplexity) has no pairs: its standard error of a difference is sqrt(s_a^2 + s_b^2) of the harness's two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedsim.errors import UserError
+from fedsim.run_folder import write_atomic
+from fedsim.zero_shot.models import Candidate
+
+NOISE = 1.96  # standard errors: 95 % of a normal distribution
+FEWEST = 6  # items that must tell two models apart: 2 x 0.5^5 is still more than 5 %
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model's value of one metric.
+
+    Attributes:
+        value: as the harness gives it.
+        stderr: its standard error by the harness; None where it gives none.
+        items: float64 `[n]`, the value on each item; None where the metric is no mean over items.
+    """
+
+    value: float
+    stderr: float | None
+    items: np.ndarray | None = None
+
+
+Column = tuple[str, str]  # task, metric
+
+
+@dataclass
+class Result:
+    """One model's scores."""
+
+    model: Candidate
+    scores: dict[Column, Score]
+    seconds: float
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A model against another.
+
+    Attributes:
+        value: the model's less the other's.
+        stderr: of that difference; None where it is not known.
+        distinct: items that tell the two apart; None without pairs.
+    """
+
+    value: float
+    stderr: float | None
+    distinct: int | None
+
+    @property
+    def within_noise(self) -> bool:
+        """The module's rule; a difference without a standard error is never said to be real."""
+        few = self.distinct is not None and self.distinct < FEWEST
+        return few or self.stderr is None or abs(self.value) <= NOISE * self.stderr
+
+
+def compare(a: dict[Column, Score], b: dict[Column, Score]) -> Difference:
+    """The mean over the metrics of one model against another's; with one metric, that metric. See the module's formula.
+
+    Args:
+        a: task and metric -> score of the model.
+        b: the same of the other, over the same items.
+    """
+    value = float(np.mean([a[c].value - b[c].value for c in a]))
+    if any(s.items is None for s in (*a.values(), *b.values())):
+        errors = [s.stderr for s in (*a.values(), *b.values())]
+        known = None not in errors
+        return Difference(value, math.sqrt(sum(e**2 for e in errors)) / len(a) if known else None, None)
+    by_task = _by_task({c: a[c].items - b[c].items for c in a})
+    return Difference(value, _stderr(by_task, len(a)), sum(int((d != 0).sum()) for d in by_task))
+
+
+def _by_task(items: dict[Column, np.ndarray]) -> list[np.ndarray]:
+    """Sum over each task's metrics, item by item: they rest on the same items, while those of different tasks do not."""
+    tasks = dict.fromkeys(task for task, _ in items)
+    return [np.sum([v for (t, _), v in items.items() if t == task], axis=0) for task in tasks]
+
+
+def _stderr(by_task: list[np.ndarray], columns: int) -> float | None:
+    if any(len(x) < 2 for x in by_task):
+        return None
+    return math.sqrt(sum(x.var(ddof=1) / len(x) for x in by_task)) / columns
+
+
+@dataclass
+class Evaluation:
+    """Scores of models on tasks.
+
+    Attributes:
+        results: one a model, in the order of the table.
+        against: the row that each row is compared with, by index; None for a row that is compared with none.
+        settings: tasks with their versions and items, limit, device, versions of the packages.
+    """
+
+    results: list[Result]
+    against: list[int | None]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[Column]:
+        """Task and metric of each column."""
+        return list(dict.fromkeys(c for r in self.results for c in r.scores))
+
+    @property
+    def averaged(self) -> list[Column]:
+        """The columns that are accuracies, each item 0 to 1: those the mean is over."""
+        scores = [(c, [r.scores[c].items for r in self.results]) for c in self.columns]
+        return [c for c, all_ in scores if all(i is not None and i.min() >= 0 and i.max() <= 1 for i in all_)]
+
+    def against_best(self) -> None:
+        """Compare all rows with the one whose mean over accuracies (the first column where there is none) is highest."""
+        columns = self.averaged or self.columns[:1]
+        best = int(np.argmax([np.mean([r.scores[c].value for c in columns]) for r in self.results]))
+        self.against = [None if i == best else best for i in range(len(self.results))]
+
+    def scores(self, row: int) -> dict[str, dict[str, Any]]:
+        """Column name -> value, standard error and comparison of one row; `mean` where there are several accuracies."""
+        result, other = self.results[row], self.against[row]
+        groups = {f"{task}_{metric}": [(task, metric)] for task, metric in self.columns}
+        if len(self.averaged) > 1:
+            groups["mean"] = self.averaged
+        out: dict[str, dict[str, Any]] = {}
+        for name, columns in groups.items():
+            own = {c: result.scores[c] for c in columns}
+            one = own[columns[0]]
+            if len(columns) == 1:
+                cell = {"value": one.value, "stderr": one.stderr}
+            else:
+                stderr = _stderr(_by_task({c: s.items for c, s in own.items()}), len(own))
+                cell = {"value": float(np.mean([s.value for s in own.values()])), "stderr": stderr}
+            cell |= {"difference": None, "difference_stderr": None, "within_noise": None}
+            if other is not None:
+                d = compare(own, {c: self.results[other].scores[c] for c in columns})
+                cell |= {"difference": d.value, "difference_stderr": d.stderr, "within_noise": d.within_noise}
+            out[name] = cell
+        return out
+
+    def table(self) -> pd.DataFrame:
+        """A row a model: `run`, `model`, and of each column NAME its value, `NAME_stderr`, `NAME_difference` (from the
+        row it is compared with), `NAME_difference_stderr`, `NAME_within_noise`."""
+        rows = []
+        for i, result in enumerate(self.results):
+            row: dict[str, Any] = {"run": result.model.run, "model": result.model.name}
+            for name, cell in self.scores(i).items():
+                row |= {name if k == "value" else f"{name}_{k}": v for k, v in cell.items()}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def text(self) -> pd.DataFrame:
+        """The table as it is printed: value, standard error, and `~` for a difference inside the noise."""
+        rows, titles = [], {f"{task}_{metric}": f"{task} {metric}" for task, metric in self.columns}
+        for i, result in enumerate(self.results):
+            row = {"run": result.model.run, "model": result.model.name}
+            for name, cell in self.scores(i).items():
+                shown = f"{cell['value']:.4f}" + ("" if cell["stderr"] is None else f" ± {cell['stderr']:.4f}")
+                title = titles.get(name, f"mean of {len(self.averaged)}")
+                row[title] = shown + (" ~" if cell["within_noise"] else "")
+            rows.append(row)
+        frame = pd.DataFrame(rows)
+        return frame if frame["run"].nunique() > 1 else frame.drop(columns="run")
+
+    def note(self) -> str:
+        """What the mark means, for below the table; "" where nothing is compared."""
+        others = dict.fromkeys(self.results[i].model.name for i in self.against if i is not None)
+        name = "its base" if len(others) > 1 else next(iter(others), "")
+        if not name:
+            return ""
+        pair = f"{NOISE} standard errors of the paired difference"
+        return (
+            f"~ inside the noise: |difference from {name}| <= {pair}, or fewer than {FEWEST} items tell the two apart"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `eval.json` holds."""
+        models = []
+        for i, result in enumerate(self.results):
+            other = self.against[i]
+            about = {"run": result.model.run, "model": result.model.name, "base": result.model.base}
+            about |= {"against": None if other is None else self.results[other].model.name, "scores": self.scores(i)}
+            models.append({**about, "seconds": round(result.seconds, 1), **result.settings})
+        return {"models": models, "noise": self.note(), **self.settings}
+
+    def save(self, out: Path | None = None) -> list[Path]:
+        """Write `eval.json` and `eval.csv`; returns their paths.
+
+        Args:
+            out: the folder; None: each run's own folder, and `eval/` for models of no run and for several runs together.
+        """
+        if out is not None:
+            return self._write(out)
+        homes = list(dict.fromkeys(r.model.home for r in self.results if r.model.home is not None))
+        outside = any(r.model.home is None and r.model.folder is not None for r in self.results)
+        written = [path for home in homes for path in self._of_run(home)._write(home)]
+        return written if len(homes) == 1 and not outside else [*written, *self._write(Path("eval"))]
+
+    def _write(self, folder: Path) -> list[Path]:
+        data = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        write_atomic(folder / "eval.json", data.encode())
+        write_atomic(folder / "eval.csv", self.table().to_csv(index=False, lineterminator="\n").encode())
+        return [folder / "eval.json", folder / "eval.csv"]
+
+    def _of_run(self, home: Path) -> Evaluation:
+        """The rows of one run, and those that they are compared with."""
+        own = [i for i, r in enumerate(self.results) if r.model.home == home]
+        kept = sorted({*own, *(self.against[i] for i in own if self.against[i] is not None)})
+        against = [kept.index(self.against[i]) if self.against[i] in kept else None for i in kept]
+        return Evaluation([self.results[i] for i in kept], against, self.settings)
+
+
+def baselines(models: list[Candidate], against: str | None) -> list[int | None] | None:
+    """For each row the one it is compared with; None: the best, which is known afterwards.
+
+    Args:
+        models: the rows.
+        against: base (each row with its own base's), best, the name of a row, or None: base where there is such a row.
+
+    Raises:
+        UserError: if there is no such row, or more than one.
+    """
+    base_rows = {m.base: i for i, m in enumerate(models) if m.folder is None}
+    if against == "best" or (against is None and not base_rows):
+        return None
+    if against in (None, "base") and base_rows:
+        return [None if m.folder is None else base_rows.get(m.base) for m in models]
+    rows = [i for i, m in enumerate(models) if against in (m.name, f"{m.run}/{m.name}")]
+    if len(rows) != 1:
+        names = ", ".join(m.name if sum(m.name == o.name for o in models) == 1 else f"{m.run}/{m.name}" for m in models)
+        many = "no" if not rows else "more than one"
+        raise UserError(f"--against: {against!r} is {many} row; give best or one of: {names}")
+    return [None if i == rows[0] else rows[0] for i in range(len(models))]
+
+
+def scores_of(results: dict[str, Any]) -> dict[Column, Score]:
+    """What the harness found: of the tasks, and of the groups that have scores in place of their members'."""
+    inside = {m for g in results.get("groups", {}) for m in _members(results["group_subtasks"], g)}
+    out: dict[Column, Score] = {}
+    for task, values in results["results"].items():
+        if task in inside:
+            continue
+        samples = sorted(results["samples"].get(task, []), key=lambda s: s["doc_id"])
+        for key, value in values.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = values.get(f"{metric}_stderr,{chosen}")
+            found = [s.get(metric) for s in samples if s["filter"] == chosen]
+            items = None
+            if found and all(isinstance(v, (int, float)) for v in found):
+                items = np.array(found, dtype=np.float64)
+                if not math.isclose(items.mean(), value, rel_tol=1e-9, abs_tol=1e-12):
+                    items = None  # aggregated in some other way than by a mean
+            name = metric if chosen == "none" else f"{metric}_{chosen}"
+            out[task, name] = Score(float(value), stderr if isinstance(stderr, float) else None, items)
+    return out
+
+
+def _members(children: dict[str, list[str]], group: str) -> set[str]:
+    found = set(children.get(group, []))
+    return found.union(*(_members(children, child) for child in found)) if found else found
