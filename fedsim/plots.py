@@ -70,6 +70,14 @@ SCOPE_LOOKS = {  # colour of the line, colour of the marks, name in the legend
     "federated": (FEDERATED, MERGED, "federated, merged model"),
     "central": (CENTRAL, CENTRAL, "central"),
 }
+SITE_LOOKS = (
+    ("#0072B2", "o"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#56B4E9", "v"),
+    ("#D55E00", "P"),
+    ("#7F7F7F", "X"),
+)
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # further settings than these are drawn thin, without names
 DASHED = (0, (4, 2))
 WIDE = 20.0  # values that span more than this many times the least one stand on a log axis
@@ -107,6 +115,68 @@ def curves(
     with _style(ax):
         ax = ax or _new_axes(3.4)
         _legend_below(ax, _draw_curves(ax, df, metric, x, split, name_sites=True))
+    return ax
+
+
+def each_site(
+    df: pd.DataFrame, ax: Axes | None = None, metric: str = "loss", x: str = "step", split: str = "validation"
+) -> Axes:
+    """A few sites that differ in kind: each alone in a colour and with a mark of its own, against federated and central.
+
+    Federated: the saw-tooth of the clients' mean, thick, with each client's own in the colour of its site, thin; a red dot
+    on each merged model. Central: dashed. The square at the start, with its value, is the model before training. With
+    several runs each line is the mean over runs, as far as all of them have come.
+
+    Args:
+        df: rows of one run, or of runs that differ in the seed alone, from `load_runs`.
+        ax: axes to draw on; None makes new ones.
+        metric, x, split: as in `curves`.
+
+    Raises:
+        UserError: an unknown x or metric, more sites than there are colours, or no curve on that axis.
+    """
+    require_metric(df, metric, split)
+    if x not in X_LABELS:
+        raise UserError(f"x={x!r} is not an axis; use one of {', '.join(X_LABELS)}")
+    found = [traces(rows, metric, split) for _, rows in df.groupby("run", observed=True)]
+    names = [name for name in found[0].local if all(name in one.local for one in found)]
+    if len(names) > len(SITE_LOOKS):
+        raise UserError(f"{len(names)} sites trained alone, and {len(SITE_LOOKS)} can be told apart; use curves")
+    looks = dict(zip(names, SITE_LOOKS, strict=False))
+    scales = {scope: _scale(df, scope, x) for scope in SCOPES}
+    if all(scale is None for scale in scales.values()):
+        raise _no_axis(x)
+    entries: list[tuple[Any, str]] = []
+    with _style(ax):
+        own = ax is None
+        ax = ax or _new_axes(3.6)
+        for name in names if scales["local"] else []:
+            curve = _mean([one.local[name] for one in found])
+            at, look = np.interp(curve[:, 0], *scales["local"]), {"markersize": 3.0, "linewidth": 1.3}
+            (line,) = ax.plot(at, curve[:, 1], color=looks[name][0], marker=looks[name][1], zorder=3, **look)
+            entries.append((line, f"{name} alone"))
+        central = [one.central for one in found if len(one.central)]
+        if central and scales["central"]:
+            curve = _mean(central)
+            at = np.interp(curve[:, 0], *scales["central"])
+            (line,) = ax.plot(at, curve[:, 1], color=CENTRAL, linewidth=1.6, linestyle=(0, DASHED[1]), zorder=4)
+            entries.append((line, "central, all rows together"))
+        federated = [one for one in found if one.clients or len(one.merged)]
+        if federated and (scale := scales["federated"]):
+            _draw_clients(ax, df, federated, metric, split, scale, looks)
+            places, values, at_merge = _saw_tooth(federated)
+            at, mean = np.interp(places, *scale), values.mean(axis=0)
+            (line,) = ax.plot(at, mean, color=FEDERATED, linewidth=2.2, zorder=5)
+            (dots,) = ax.plot(at[at_merge], mean[at_merge], "o", color=MERGED, markersize=5.0, zorder=6)
+            entries += [(line, "federated clients, mean"), (dots, "merged model")]
+        _draw_start(ax, found, entries)
+        _dress(ax, metric, x, split)
+        ends = {name: float(np.mean([one.local[name][-1, 1] for one in found])) for name in names}
+        if scales["local"]:
+            _label_ends(ax, ends, {name: look[0] for name, look in looks.items()})
+        _legend_below(ax, entries)
+        if own:
+            _grow(ax)
     return ax
 
 
@@ -876,6 +946,38 @@ def _draw_curves(
     return entries
 
 
+def _draw_clients(
+    ax: Axes,
+    df: pd.DataFrame,
+    found: Sequence[Traces],
+    metric: str,
+    split: str,
+    scale: tuple[np.ndarray, np.ndarray],
+    looks: dict[str, tuple[str, str]],
+) -> None:
+    """Each client inside each round, from the merged model that the round began with, in the colour of its site."""
+    rows = df[(df["scope"] == "federated") & (df["split"] == split) & (df["name"] == metric) & df["client"].notna()]
+    for number in sorted(set.intersection(*(set(one.clients) for one in found))):
+        # `traces` has the clients of a round in the order of their ids.
+        ids = sorted(rows.loc[rows["round"] == number, "client"].unique())
+        if any(len(one.clients[number]) != len(ids) for one in found):
+            continue  # other seeds, other cohorts: there is no mean of one client
+        for place, name in enumerate(ids):
+            curve = _mean([one.clients[number][place] for one in found])
+            color = looks.get(name, ("#999999", ""))[0]
+            ax.plot(np.interp(curve[:, 0], *scale), curve[:, 1], color=color, linewidth=0.8, alpha=0.75, zorder=2)
+
+
+def _draw_start(ax: Axes, found: Sequence[Traces], entries: list[tuple[Any, str]]) -> None:
+    """A square on the model before training, whichever of the curves begin with it."""
+    curves_of = [[one.merged, one.central, *one.local.values()] for one in found]
+    starts = [float(curve[0, 1]) for members in curves_of for curve in members if len(curve) and curve[0, 0] == 0]
+    if starts:
+        value = float(np.mean(starts))
+        (mark,) = ax.plot([0.0], [value], "s", color="black", markersize=4.5, zorder=7)
+        entries.append((mark, f"before training: {value:.3g}"))
+
+
 def _banded(ax: Axes, at: np.ndarray, values: np.ndarray, color: str, alpha: float, **look: Any) -> tuple[Any, Any]:
     band = ax.fill_between(at, values.min(axis=0), values.max(axis=0), color=color, alpha=alpha, linewidth=0, zorder=1)
     (line,) = ax.plot(at, values.mean(axis=0), color=color, **look)
@@ -970,7 +1072,7 @@ def _value_label(metric: str, split: str) -> str:
     return f"{whose} {Y_LABELS.get(metric, metric.replace('_', ' '))}"
 
 
-def _label_ends(ax: Axes, ends: dict[str, float]) -> None:
+def _label_ends(ax: Axes, ends: dict[str, float], colors: dict[str, str] | None = None) -> None:
     """Name the sites' curves at the right, at the height where they end, pushed apart where names would touch."""
     to_axes = ax.transData + ax.transAxes.inverted()
     least = 9.0 / (72.0 * ax.get_window_extent().height / ax.figure.dpi)
@@ -978,7 +1080,9 @@ def _label_ends(ax: Axes, ends: dict[str, float]) -> None:
     for name, value in sorted(ends.items(), key=lambda item: item[1]):
         at = to_axes.transform((ax.get_xlim()[1], value))[1]
         below = max(at, below + least)
-        ax.text(1.015, below, name, transform=ax.transAxes, va="center", fontsize=7.5, color=LOCAL)
+        ax.text(
+            1.015, below, name, transform=ax.transAxes, va="center", fontsize=7.5, color=(colors or {}).get(name, LOCAL)
+        )
 
 
 def _inches(ax: Axes) -> float:

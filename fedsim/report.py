@@ -42,6 +42,8 @@ from fedsim.verdicts import (
     trained,
 )
 
+DRAWN = ("curves", "each_site")
+NOISE = 1.96  # standard errors, as `fedsim eval` marks differences
 WHAT = ("merged", "clients", "local_mean", "local_min", "local_max", "local", "central")
 LINE_KEYS = ("name", "run", "what", "site", "round", "at", "best", "metric", "value")
 SCREEN_DPI = 120  # letters of 9 points in a figure are then as tall as 15 pixels, as the text is
@@ -130,15 +132,22 @@ class Notes:
 Block = Heading | Paragraph | Items | Table | Picture | Preformatted | Notes
 
 
-def build(spec: Mapping[str, Any], members: Sequence[Member], out: Path, about: Mapping[str, str]) -> Path:
+def build(
+    spec: Mapping[str, Any],
+    members: Sequence[Member],
+    out: Path,
+    about: Mapping[str, str],
+    unscored: str | None = None,
+) -> Path:
     """Write `report.md`, `report.html` and `figures/*.png`.
 
     Args:
-        spec: the experiment's `reproduce.yaml`, parsed: `title`, `source`, `metric`, `published`, `verdicts`, `figures`
-            and `notes`, see `check`. Lines about a label without a run are printed as such.
+        spec: the experiment's `reproduce.yaml`, parsed: `title`, `source`, `metric`, `published`, `verdicts`, `figures`,
+            `zero_shot`, `messages` and `notes`, see `check`. Lines about a label without a run are printed as such.
         members: the finished runs, in the order in which they are shown.
         out: the folder, made where missing.
         about: lines for the head of the report, such as size, budget and command.
+        unscored: why there are no zero-shot scores; None: the run's `eval.json` is looked for.
 
     Returns:
         The path of `report.md`.
@@ -165,6 +174,10 @@ def build(spec: Mapping[str, Any], members: Sequence[Member], out: Path, about: 
     blocks += _figures(spec, metric, runs, titles, out)
     if spec.get("published"):
         blocks += [Heading("Published and ours"), *_published(spec, runs)]
+    if spec.get("zero_shot"):
+        blocks += [Heading("Zero-shot"), *_zero_shot(spec["zero_shot"], runs, unscored)]
+    if spec.get("messages"):
+        blocks += [Heading("Size of a message"), *_messages(spec["messages"], runs)]
     if verdicts:
         blocks += [Heading("What theory demands"), *_judged(verdicts)]
     blocks += _examples(members[0])
@@ -185,7 +198,14 @@ def check(spec: Any, labels: Iterable[str] | None = None) -> None:
             `site`); the place by `round` (from 1) or `at` (fraction of the steps), default the end, or `best: true`,
             the best over the run; `metric` in place of the experiment's; `value`, the published number, null if none.
             A line of `verdicts` is one for `fedsim.verdicts.judge`. A line of `figures` is a label, or `run` (a label)
-            with `scopes`, those of its curves that are drawn, and `title`; default: every label, all scopes.
+            with `scopes`, those of its curves that are drawn, `title`, and `draw`: `curves`, or `each_site` for a figure
+            of its own with `fedsim.plots.each_site`; default: every label, all scopes, curves. `zero_shot` has `run`,
+            `tasks`, `columns` ({task, metric, items}: how many items the published score rests on), `rows` ({name,
+            model, published}: a model as `fedsim eval` names it, and a number a column), optionally `limit` (size or
+            budget -> items a task, for `fedsim reproduce`) and `against`, pairs of rows whose means are compared.
+            `messages` has `run`, the published model's `parameters` and `tensors`, and `forms`: {name, bits} with
+            `block` and `table` (elements that share a float32 scale, entries of a float32 code table of each tensor),
+            `values` and `scales`, the published MiB.
         labels: the labels that will have runs; None: any label is accepted.
 
     Raises:
@@ -204,9 +224,15 @@ def check(spec: Any, labels: Iterable[str] | None = None) -> None:
         check_line(line, f"verdicts[{number}]")
     for number, panel in enumerate(spec.get("figures") or []):
         _check_panel(panel, f"figures[{number}]")
+    for key, one in (("zero_shot", _check_zero_shot), ("messages", _check_messages)):
+        if spec.get(key):
+            one(spec[key])
     if labels is None:
         return
     known = list(labels)
+    for key in ("zero_shot", "messages"):
+        if spec.get(key):
+            _known(str(spec[key]["run"]), known, key)
     for key in ("published", "verdicts"):
         for number, line in enumerate(spec.get(key) or []):
             for label in labels_of(line):
@@ -252,18 +278,83 @@ def _check_panel(panel: Any, where: str) -> None:
     if not isinstance(panel, Mapping) or "run" not in panel:
         raise UserError(f"{where}: {panel!r} is no panel; give a label, or run with scopes and title")
     for key in panel:
-        if key not in ("run", "scopes", "title"):
-            raise UserError(f"{where}.{key}: no such key; a panel takes run, scopes, title")
+        if key not in ("run", "scopes", "title", "draw"):
+            raise UserError(f"{where}.{key}: no such key; a panel takes run, scopes, title, draw")
+    if panel.get("draw", "curves") not in DRAWN:
+        raise UserError(f"{where}.draw: {panel['draw']!r} is not known; use one of {', '.join(DRAWN)}")
     scopes = panel.get("scopes", ["local"])
     if not isinstance(scopes, list) or not scopes or not all(scope in SCOPES for scope in scopes):
         raise UserError(f"{where}.scopes: {scopes!r} does not fit; give a list of {', '.join(SCOPES)}")
 
 
-def _panel(panel: str | Mapping[str, Any]) -> tuple[str, Sequence[str], str | None]:
-    """A line of `figures`: label, scopes, title (None: the label's)."""
+def _panel(panel: str | Mapping[str, Any]) -> tuple[str, Sequence[str], str | None, str]:
+    """A line of `figures`: label, scopes, title (None: the label's), how it is drawn."""
     if isinstance(panel, str):
-        return panel, SCOPES, None
-    return str(panel["run"]), panel.get("scopes", SCOPES), panel.get("title")
+        return panel, SCOPES, None, "curves"
+    return str(panel["run"]), panel.get("scopes", SCOPES), panel.get("title"), panel.get("draw", "curves")
+
+
+def _check_zero_shot(about: Any) -> None:
+    _check_keys(about, "zero_shot", ("run", "tasks", "columns", "rows"), ("limit", "against"))
+    _check_lists(about, "zero_shot", ("tasks", "columns", "rows"))
+    for number, column in enumerate(about["columns"]):
+        where = f"zero_shot.columns[{number}]"
+        _check_keys(column, where, ("task", "metric", "items"))
+        if column["task"] not in about["tasks"]:
+            tasks = ", ".join(map(str, about["tasks"]))
+            raise UserError(f"{where}.task: {column['task']!r} is none of the tasks: {tasks}")
+        _check_number(column["items"], f"{where}.items", 1.0)
+    for number, row in enumerate(about["rows"]):
+        where = f"zero_shot.rows[{number}]"
+        _check_keys(row, where, ("name", "model", "published"))
+        if not isinstance(row["published"], list) or len(row["published"]) != len(about["columns"]):
+            way = f"give {len(about['columns'])} numbers, one a column"
+            raise UserError(f"{where}.published: {row['published']!r} does not fit; {way}")
+        for value in row["published"]:
+            _check_number(value, f"{where}.published", 0.0, 1.0)
+    for size, most in (about.get("limit") or {}).items():
+        _check_number(most, f"zero_shot.limit.{size}", 1.0)
+    names = [row["name"] for row in about["rows"]]
+    for pair in about.get("against") or []:
+        if not isinstance(pair, list) or len(pair) != 2 or not set(pair) <= set(names):
+            raise UserError(f"zero_shot.against: {pair!r} is no pair of rows; the rows are {', '.join(names)}")
+
+
+def _check_messages(about: Any) -> None:
+    _check_keys(about, "messages", ("run", "parameters", "tensors", "forms"))
+    _check_lists(about, "messages", ("forms",))
+    for key in ("parameters", "tensors"):
+        _check_number(about[key], f"messages.{key}", 1.0)
+    for number, form in enumerate(about["forms"]):
+        where = f"messages.forms[{number}]"
+        _check_keys(form, where, ("name", "bits", "values"), ("block", "table", "scales"))
+        for key in ("bits", "values", "block", "table", "scales"):
+            if key in form:
+                _check_number(form[key], f"{where}.{key}", 1.0 if key in ("bits", "block") else 0.0)
+
+
+def _check_lists(about: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if not isinstance(about[key], list) or not about[key]:
+            raise UserError(f"{where}.{key}: {about[key]!r} is no list with something in it; give one line each")
+
+
+def _check_number(value: Any, where: str, low: float, high: float = np.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        span = f"from {low:g} up" if high == np.inf else f"from {low:g} to {high:g}"
+        raise UserError(f"{where}: {value!r} does not fit; give a number {span}")
+
+
+def _check_keys(value: Any, where: str, needed: tuple[str, ...], known: tuple[str, ...] = ()) -> None:
+    takes = f"it takes {', '.join((*needed, *known))}"
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {value!r} holds no keys; {takes}")
+    for key in needed:
+        if key not in value:
+            raise UserError(f"{where}: {key!r} is missing; {takes}")
+    for key in value:
+        if key not in (*needed, *known):
+            raise UserError(f"{where}.{key}: no such key; {takes}")
 
 
 # ---------------------------------------------------------------------------------------------------- the table
@@ -434,6 +525,197 @@ def _judged(verdicts: Sequence[Verdict]) -> list[Block]:
     return [Paragraph(", ".join(f"{count} {word}" for word, count in counts) + "."), Items(items)]
 
 
+# --------------------------------------------------------------------------------- zero-shot scores and messages
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A score, its standard error, and whether it differs from the base model's by no more than noise (None: no base)."""
+
+    value: float
+    error: float
+    noise: bool | None = None
+
+
+def zero_shot_file(run: Path) -> dict[str, Any] | None:
+    """What `fedsim eval` wrote for a run: `models` with `model` (its name) and `scores`, `tasks` with `items`; None if nothing.
+
+    `scores` has under TASK_METRIC `value` and `stderr`, and of the comparison with the base `difference`,
+    `difference_stderr` and `within_noise`.
+
+    Raises:
+        UserError: the file is not that.
+    """
+    file = Path(run) / "eval.json"
+    found = read_json(file)
+    if found is None:
+        return None
+    try:
+        named = all("model" in one and isinstance(one["scores"], dict) for one in found["models"])
+    except (KeyError, TypeError):
+        named = False
+    if not named:
+        raise UserError(f"{file}: not the scores of fedsim eval; delete it or score the run again")
+    return found
+
+
+def _zero_shot(
+    about: Mapping[str, Any], runs: Mapping[str, Sequence[FinishedRun]], unscored: str | None
+) -> list[Block]:
+    """Table 1 of the published kind: a row a model, published above ours, with standard errors and what is inside the noise."""
+    columns, members = about["columns"], runs.get(str(about["run"])) or []
+    found = zero_shot_file(members[0].path) if members and unscored is None else None
+    tasks = list(dict.fromkeys(column["task"] for column in columns))
+    names = [f"{column['task']} {column['metric']}" for column in columns]
+    base = next((row for row in about["rows"] if row["model"] == "base"), None)
+    first = _published_cells(base["published"], columns) if base else None
+    rows, means = [], {}
+    for row in about["rows"]:
+        published = _published_cells(row["published"], columns, first if row is not base else None)
+        ours = _own_cells(found, row["model"], columns) if found else None
+        means[row["name"]] = (published[-1], ours[-1] if ours else None)
+        rows.append([row["name"], "published", *map(_score_text, published)])
+        if found:
+            rows.append(["", "ours", *(map(_score_text, ours) if ours else ["-"] * (len(columns) + 1))])
+    blocks: list[Block] = []
+    if found is None:
+        first_run = members[0].path if members else "RUN"
+        why = unscored or f"no eval.json in the run; make it with: fedsim eval {first_run} --tasks {','.join(tasks)}"
+        blocks.append(Paragraph(f"Ours: not scored ({why})."))
+    blocks.append(Table(["model", "", *names, f"mean of {len(columns)}"], rows, frozenset(range(2, len(columns) + 3))))
+    for one, other in about.get("against") or []:
+        parts = [
+            f"{whose} {_apart(a, b)}"
+            for whose, a, b in zip(("published", "ours"), means[one], means[other], strict=True)
+            if a is not None and b is not None
+        ]
+        if parts:
+            blocks.append(Paragraph(f"{one} less {other}, mean of {len(columns)}: {'; '.join(parts)}."))
+    text = (
+        f"Score, standard error; ~ after it: differs from the base model by no more than {NOISE} standard errors of the "
+        "difference. Published standard errors are sqrt(p (1 - p) / n), their differences those of unlike items, an upper "
+        "bound, as all models answer the same ones; in the mean, metrics of one task count as one."
+    )
+    if found:
+        text += " Ours are paired item by item, but between two trained models, where they too are the upper bound."
+        text += _items_said(found, tasks)
+    return [*blocks, Paragraph(text)]
+
+
+def _published_cells(
+    values: Sequence[float], columns: Sequence[Mapping[str, Any]], base: Sequence[_Cell] | None = None
+) -> list[_Cell]:
+    """The columns' cells and that of their mean, with binomial standard errors."""
+    errors = [np.sqrt(v * (1.0 - v) / c["items"]) for v, c in zip(values, columns, strict=True)]
+    cells = [_Cell(float(v), float(e)) for v, e in zip(values, errors, strict=True)]
+    cells.append(_Cell(float(np.mean(values)), _error_of_mean(errors, columns)))
+    if base is None:
+        return cells
+    return [_Cell(one.value, one.error, _is_noise(one, other)) for one, other in zip(cells, base, strict=True)]
+
+
+def _error_of_mean(errors: Sequence[float], columns: Sequence[Mapping[str, Any]]) -> float:
+    """Of the mean over columns: those of a task rest on the same items and are added, tasks are independent."""
+    by_task: dict[str, float] = {}
+    for error, column in zip(errors, columns, strict=True):
+        by_task[column["task"]] = by_task.get(column["task"], 0.0) + float(error)
+    return float(np.sqrt(sum(value**2 for value in by_task.values())) / len(columns))
+
+
+def _own_cells(found: Mapping[str, Any], model: str, columns: Sequence[Mapping[str, Any]]) -> list[_Cell] | None:
+    """A model's cells by `fedsim eval`; None where it has no score in one of the columns."""
+    scores = next((one["scores"] for one in found["models"] if one["model"] == model), {})
+    keys = [f"{column['task']}_{column['metric']}" for column in columns]
+    if not all(key in scores for key in keys):
+        return None
+    cells = [_own_cell(scores[key]) for key in keys]
+    if "mean" in scores and len(scores) == len(keys) + 1:  # of these columns and no other
+        return [*cells, _own_cell(scores["mean"])]
+    errors = [cell.error for cell in cells]
+    return [*cells, _Cell(float(np.mean([cell.value for cell in cells])), _error_of_mean(errors, columns))]
+
+
+def _own_cell(score: Mapping[str, Any]) -> _Cell:
+    error = score.get("stderr")
+    return _Cell(float(score["value"]), float("nan") if error is None else float(error), score.get("within_noise"))
+
+
+def _is_noise(one: _Cell, other: _Cell) -> bool:
+    return not abs(one.value - other.value) > NOISE * np.hypot(one.error, other.error)
+
+
+def _apart(one: _Cell, other: _Cell) -> str:
+    error = np.hypot(one.error, other.error)
+    said = "inside the noise" if _is_noise(one, other) else "more than noise"
+    return f"{one.value - other.value:+.3f}, standard error {'not known' if np.isnan(error) else f'at most {error:.3f}'}, {said}"
+
+
+def _score_text(cell: _Cell) -> str:
+    error = "" if np.isnan(cell.error) else f" \N{PLUS-MINUS SIGN} {cell.error:.3f}"
+    return f"{cell.value:.3f}{error}{' ~' if cell.noise else ''}"
+
+
+def _items_said(found: Mapping[str, Any], tasks: Sequence[str]) -> str:
+    """How many items ours rest on."""
+    about = found.get("tasks") or {}
+    said = [
+        f"{task} {about[task]['items']} of {about[task]['of']}" for task in tasks if "of" in (about.get(task) or {})
+    ]
+    return f" Items of ours: {', '.join(said)}." if said else ""
+
+
+def _messages(about: Mapping[str, Any], runs: Mapping[str, Sequence[FinishedRun]]) -> list[Block]:
+    """What a whole model weighs in each form: published, by arithmetic, and of our model."""
+    members = runs.get(str(about["run"])) or []
+    model = (read_json(members[0].path / "model.json") or {}) if members else {}
+    trained_here = int(model.get("trained") or 0)
+    tensors = model.get("tensors")
+    rows = []
+    for form in about["forms"]:
+        theirs = message_mib(int(about["parameters"]), int(about["tensors"]), form)
+        row = [form["name"], _mib(float(form["values"]), float(form.get("scales") or 0.0)), _mib(*theirs)]
+        rows.append([*row, _mib(*message_mib(trained_here, int(tensors or 0), form)) if trained_here else "-"])
+    head = ["form", "published", f"{about['parameters'] / 1e6:,.1f}M parameters", f"ours, {trained_here / 1e6:,.1f}M"]
+    text = "MiB of one message, values + scales, by arithmetic: elements x width, a float32 scale a block, a code table a tensor."
+    if trained_here and tensors is None and any(form.get("table") for form in about["forms"]):
+        text += " Ours without the code tables: the run does not say how many tensors there are."
+    if sent := _recorded_mib(members):
+        text += f" Recorded in our run: {sent}."
+    return [Table(head, rows, frozenset({1, 2, 3})), Paragraph(text)]
+
+
+def message_mib(parameters: int, tensors: int, form: Mapping[str, Any]) -> tuple[float, float]:
+    """MiB of one message: values, and scales with code tables.
+
+    Args:
+        parameters: elements, those of shared tensors once.
+        tensors: how many tensors they lie in.
+        form: `bits` of an element; `block`, elements that share a float32 scale; `table`, float32 entries of the code
+            table that goes with each tensor.
+    """
+    scales = 4 * parameters / form["block"] if form.get("block") else 0.0
+    return parameters * form["bits"] / 8 / 2**20, (scales + 4 * tensors * form.get("table", 0)) / 2**20
+
+
+def _mib(*parts: float) -> str:
+    """`1,353 + 1.6`; what is 0 is left out."""
+    shown = [part for part in parts if part] or [0.0]
+    return " + ".join(f"{part:,.0f}" if part >= 100 else f"{part:.3g}" for part in shown)
+
+
+def _recorded_mib(members: Sequence[FinishedRun]) -> str:
+    """The bytes of a client and round that the run recorded, by direction."""
+    if not members:
+        return ""
+    rows, parts = members[0].rows, []
+    rows = rows[(rows["scope"] == "federated") & (rows["round"] > 0)]
+    for name, way in (("bytes_up", "up"), ("bytes_down", "down")):
+        sent = rows.loc[rows["name"] == name, "value"].dropna()
+        if len(sent):
+            parts.append(f"{sent.iloc[-1] / 2**20:,.4g} MiB {way}")
+    return f"{' and '.join(parts)} for a client and round" if parts else ""
+
+
 # -------------------------------------------------------------------------------------- figures, runs, examples
 
 
@@ -448,14 +730,23 @@ def _figures(
     wanted = [_panel(panel) for panel in spec.get("figures") or runs]
     drawn: list[tuple[str, str, pd.DataFrame]] = []  # label, title, rows
     missing: list[str] = []
-    for label, scopes, title in wanted:
+    alone: list[tuple[str, str, pd.DataFrame]] = []  # the same, of panels that are figures of their own
+    for label, scopes, title, how in wanted:
         rows = _together(runs[label]) if label in runs else None
         rows = None if rows is None else rows[rows["scope"].isin(scopes)]
         if rows is None or not ((rows["split"] == "validation") & (rows["name"] == metric)).any():
             missing.append(title or label)
         else:
-            drawn.append((label, title or titles[label], rows))
+            (drawn if how == "curves" else alone).append((label, title or titles[label], rows))
     blocks: list[Block] = [Heading("Figures")]
+    for number, (label, title, rows) in enumerate(alone, start=1):
+        with matplotlib.rc_context(plots.STYLE):
+            figure = Figure(figsize=(plots.WIDTH, 4.2), layout="constrained")
+            plots.each_site(rows, figure.add_subplot(), metric).set_title(textwrap.fill(title, 60))
+        name = f"{_file_name(metric)}-sites{f'-{number}' if len(alone) > 1 else ''}.png"
+        over = f" Means over {len(runs[label])} runs." if len(runs[label]) > 1 else ""
+        caption = f"{title}.{over} Thin, from dot to dot: each client in the colour of its site."
+        blocks.append(_save(figure, out, name, f"Validation {metric}, each site alone", caption))
     each = 4 if len(drawn) <= 4 else 3
     parts = [drawn[at : at + each] for at in range(0, len(drawn), each)]
     for number, part in enumerate(parts, start=1):
@@ -468,7 +759,7 @@ def _figures(
     if missing:
         blocks.append(Paragraph(f"Not drawn, without a finished run or its validation {metric}: {', '.join(missing)}."))
     partitions: dict[str, list[str]] = {}
-    for label in dict.fromkeys(label for label, _, _ in wanted):
+    for label in dict.fromkeys(label for label, *_ in wanted):
         report = runs[label][0].partition if label in runs else None
         if report and report.get("class_counts"):
             partitions.setdefault(str(report["class_counts"]), []).append(label)

@@ -2,7 +2,7 @@
 
 A folder under `experiments/` with a `reproduce.yaml`: `sizes` (an experiment file each, with `budgets` that change its keys),
 `runs` (label, title, what is set in the file, for which sizes and budgets, with which seeds), and what `fedsim.report` prints: the
-published values and the verdicts.
+published values, the verdicts, and zero-shot scores, which are made once the runs are finished.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from fedsim.config import Experiment, read_yaml
 from fedsim.errors import UserError
 from fedsim.report import check as check_report
+from fedsim.report import zero_shot_file
 from fedsim.sweep import Job, run_jobs
 
 SIZES = ("tiny", "smollm2", "full")
@@ -150,7 +151,9 @@ def reproduce(
     workers: int | None = None,
     on_jobs: Callable[[list[Job]], None] | None = None,
 ) -> Path | None:
-    """Make the runs that are not finished yet, and write the report.
+    """Make the runs that are not finished yet, score them where the experiment asks for it, and write the report.
+
+    A single run has all cores of the machine. Zero-shot scores that cannot be made are no reason for no report: it says why.
 
     Args:
         plan: from `Reproduction.load`.
@@ -164,6 +167,7 @@ def reproduce(
     """
     from fedsim.report import Member, build
 
+    workers = 1 if workers is None and len(plan.jobs) == 1 else workers
     run_jobs(plan.jobs, workers=workers, progress=progress, on_jobs=on_jobs)
     if any(job.state != "finished" for job in plan.jobs):
         return None
@@ -173,8 +177,40 @@ def reproduce(
     about = {"command": command, "size": plan.size}
     if plan.budget is not None:
         about["budget"] = plan.budget
-    wanted = {member.label for member in members}
-    return build(_only(plan.spec, wanted), members, plan.path, about)
+    spec = _only(plan.spec, {member.label for member in members})
+    unscored = None
+    if spec.get("zero_shot"):
+        first = next(member for member in members if member.label == spec["zero_shot"]["run"])
+        unscored = score(first.path, spec["zero_shot"]["tasks"], limit_of(plan), progress)
+    return build(spec, members, plan.path, about, unscored)
+
+
+def limit_of(plan: Reproduction) -> int | None:
+    """Items of a zero-shot task that are scored: those of the plan's budget, else of its size; None = all."""
+    limits = (plan.spec.get("zero_shot") or {}).get("limit") or {}
+    return limits.get(plan.budget, limits.get(plan.size))
+
+
+def score(run: Path, tasks: Sequence[str], limit: int | None = None, progress: bool = False) -> str | None:
+    """Score a run's models zero-shot, unless it has the scores of these tasks already; writes `eval.json` into its folder.
+
+    Returns:
+        None, or in a line why there are no such scores.
+    """
+    try:
+        found = zero_shot_file(run)
+        if found is not None and found.get("limit") == limit and set(tasks) <= set(found.get("tasks") or {}):
+            return None
+        from fedsim.zero_shot import evaluate_zero_shot
+
+        evaluate_zero_shot(run, tasks, limit=limit, progress=progress).save(run)
+    except UserError as error:
+        return str(error)
+    except ImportError as error:
+        return f"{error}; install what fedsim eval needs: pip install -e '.[eval]'"
+    except Exception as error:  # the harness and the hub fail in many ways, and hours of training are done by now
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return None
 
 
 def _only(spec: dict[str, Any], labels: set[str], every: bool = False) -> dict[str, Any]:
@@ -186,6 +222,9 @@ def _only(spec: dict[str, Any], labels: set[str], every: bool = False) -> dict[s
     out = {k: v for k, v in spec.items() if k not in ("sizes", "runs")}
     for key in ("published", "verdicts"):
         out[key] = [line for line in spec.get(key) or [] if about(line)]
+    for key in ("zero_shot", "messages"):
+        if out.get(key) and not every and out[key]["run"] not in labels:
+            del out[key]
     if "figures" in out and not every:
         out["figures"] = [f for f in out["figures"] if (f["run"] if isinstance(f, dict) else f) in labels]
     return out

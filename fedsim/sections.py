@@ -304,6 +304,10 @@ class Instructions(_DataKeys):
     """Fraction of each data set to validate on, rounded down to whole rows."""
     test: float = 0.1
     """Fraction of each data set to test on, rounded down to whole rows; 0 = no test rows."""
+    validation_rows: int | None = None
+    """At most so many validation rows, of each data set in proportion and the first in its shuffled order; the others are used for nothing. Null = all."""
+    test_rows: int | None = None
+    """The same of the test rows; 0 = none, and the training rows stay as they are."""
     split_seed: int = 0
     """Seed of the one shuffle of each data set before the cut, as pandas' `sample` draws it."""
     order_seed: int = 0
@@ -322,6 +326,11 @@ class Instructions(_DataKeys):
         check_that(self.validation > 0, f"{path}.validation", self.validation, "leaves no row to validate on")
         both = self.validation + self.test < 1
         check_that(both, f"{path}.test", self.test, "and validation together leave no training rows")
+        for key, least in (("validation_rows", 1), ("test_rows", 0)):
+            value = getattr(self, key)
+            check_that(
+                value is None or value >= least, f"{path}.{key}", value, f"is below {least}; null takes all rows"
+            )
         for key in ("split_seed", "order_seed"):
             check_that(0 <= getattr(self, key) < 2**32, f"{path}.{key}", getattr(self, key), "is outside 0 to 2^32 - 1")
         check_that(self.length_classes >= 1, f"{path}.length_classes", self.length_classes, "is below 1")

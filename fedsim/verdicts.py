@@ -412,6 +412,78 @@ def _below_sites(line: Mapping[str, Any], runs: Runs, metric: str) -> Verdict:
     return _over_seeds(f"federated ends {than} each site alone", demanded, line, runs, one, strict=True)
 
 
+def _below_sites_best(line: Mapping[str, Any], runs: Runs, metric: str) -> Verdict:
+    """The merged model at the end is better than the best that each site alone reaches on its way, at any scored step.
+
+    A site alone would have to stop there, which it can only with everybody's validation rows at hand. The standard errors
+    are printed and do not enter the verdict: paired where a site's best is its last, else upper bounds, see `_unpaired`.
+    """
+
+    def one(run: FinishedRun) -> _Finding:
+        merged, sign, sites = _last(run, "federated", metric), run.sign(metric), run.sites(metric)
+        if not sites:
+            raise _NotJudged(f"no validation {metric} of a site alone")
+        distances, texts = [], []
+        for site in sites:
+            at, best, last = _best_and_last(run, site, metric)
+            if best == last:
+                error = differences(run, [f"local {site}"], metric)[0][f"local {site}"][1]
+            else:
+                error = _unpaired(run, ("federated", merged), (f"local {site}", best), metric)
+            distances.append(sign * (merged - best))
+            apart = _difference(merged - best, error, metric)
+            texts.append(
+                f"{site} {format_score(best, metric)} at {_per_cent(at, run)} of the steps, difference {apart}"
+            )
+        return _Finding(min(distances), f"merged {format_score(merged, metric)}; {_closest(distances, texts)}")
+
+    than = _than(line, runs, metric)
+    best = "lowest" if than == "below" else "highest"
+    demanded = f"{metric} of the merged model at the end {than} the {best} of every site alone on its way"
+    return _over_seeds(f"federated ends {than} the {best} of each site alone", demanded, line, runs, one, strict=True)
+
+
+def _smallest_overfits(line: Mapping[str, Any], runs: Runs, metric: str) -> Verdict:
+    """The site with the fewest training rows, alone, gets worse again: its score at the end is worse than its best on the
+    way by more than two standard errors, and by more than that of any other site.
+
+    With equal steps the smallest set is gone through most often. The rows of the model at its best are not kept, so the
+    standard error is the upper bound of `_unpaired`; where that is not known, no rise can be told from noise.
+    """
+
+    def one(run: FinishedRun) -> _Finding:
+        sizes = _sizes(run)
+        sites = [site for site in run.sites(metric) if site in sizes]
+        if len(sites) < 2:
+            raise _NotJudged(f"validation {metric} of fewer than two sites alone whose rows are known")
+        sign = run.sign(metric)
+        found = {site: _best_and_last(run, site, metric) for site in sites}
+        rises = {site: sign * (best - last) for site, (_, best, last) in found.items()}
+        smallest = min(sites, key=lambda site: sizes[site])
+        at, best, last = found[smallest]
+        rise, others = rises[smallest], {site: value for site, value in rises.items() if site != smallest}
+        error = _unpaired(run, (f"local {smallest}", best), (f"local {smallest}", last), metric)
+        margin = rise - max(others.values())
+        if np.isnan(error) and min(rise, margin) > TINY:
+            raise _NotJudged(f"{smallest} ends {format_score(rise, metric)} worse than its best, but {UNKNOWN}")
+        text = (
+            f"{smallest} ({sizes[smallest]} rows) {format_score(best, metric)} at {_per_cent(at, run)} of the steps, "
+            f"{format_score(last, metric)} at the end, worse by {format_score(rise, metric)}, standard error at most "
+            f"{format_score(error, metric)}; the others are worse by "
+        )
+        text += ", ".join(
+            f"{format_score(value, metric)} ({site}, {sizes[site]} rows)" for site, value in others.items()
+        )
+        return _Finding(min(rise if np.isnan(error) else rise - 2.0 * error, margin), text)
+
+    worse = "below" if _than(line, runs, metric) == "above" else "above"
+    demanded = (
+        f"{metric} of the site with the fewest rows, alone, at the end {worse} its best by more than two standard errors, "
+        "and by more than that of every other site"
+    )
+    return _over_seeds("the smallest set overfits alone", demanded, line, runs, one, strict=True)
+
+
 def _saw_tooth(line: Mapping[str, Any], runs: Runs, metric: str) -> Verdict:
     """Sag and jump in the rounds from 2 on that were scored throughout.
 
@@ -467,6 +539,8 @@ CHECKS: dict[str, Check] = {
     "as_low_as_central": _as_low_as_central,
     "below_sites": _below_sites,
     "saw_tooth": _saw_tooth,
+    "below_sites_best": _below_sites_best,
+    "smallest_overfits": _smallest_overfits,
 }
 # What each check takes: keys that it needs, keys that may be there.
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = dict.fromkeys(CHECKS, (("run",), ()))
@@ -522,6 +596,22 @@ def binomial_error(run: FinishedRun, value: float, metric: str) -> float:
     if metric not in PROPORTIONS:
         return float("nan")
     return float(np.sqrt(max(value * (1.0 - value), 0.0) / run.weight(metric)))
+
+
+def _unpaired(run: FinishedRun, a: tuple[str, float], b: tuple[str, float], metric: str) -> float:
+    """Standard error of the difference of two models' scores as if they had been scored on different rows; NaN if not known.
+
+    An upper bound: it is the same rows, and what is hard for one model is hard for the other. For a share of right rows
+    the two binomial errors; for a loss those of the models' last scores by row, in place of the earlier one's too.
+    """
+
+    def single(model: str, value: float) -> float:
+        if metric in PROPORTIONS:
+            return binomial_error(run, value, metric)
+        parts = run.scores.parts(model, metric) if run.scores is not None else None
+        return float("nan") if parts is None else ratio_error(*parts)
+
+    return float(np.hypot(single(*a), single(*b)))
 
 
 def trained(curve: np.ndarray) -> np.ndarray:
@@ -615,6 +705,26 @@ def _merged_and_mean(run: FinishedRun, metric: str) -> tuple[float, float]:
         raise _NotJudged(f"no validation {metric} of a site alone")
     alone = float(np.mean([run.last(f"local {site}", metric) for site in sites]))
     return _last(run, "federated", metric), alone
+
+
+def _best_and_last(run: FinishedRun, site: str, metric: str) -> tuple[float, float, float]:
+    """Of a site alone: where it was best after training began (in rounds), its score there, its score at the end."""
+    curve = trained(run.curve(f"local {site}", metric))
+    at = int(np.argmax(run.sign(metric) * curve[:, 1]))
+    return float(curve[at, 0]), float(curve[at, 1]), float(curve[-1, 1])
+
+
+def _sizes(run: FinishedRun) -> dict[str, int]:
+    """Training rows of each client."""
+    report = run.partition or {}
+    return {
+        str(name): int(size)
+        for name, size in zip(report.get("client_names") or [], report.get("sizes") or [], strict=False)
+    }
+
+
+def _per_cent(place: float, run: FinishedRun) -> str:
+    return f"{100 * place / run.rounds:.0f} %"
 
 
 def _rows_of_class(run: FinishedRun, site: str, word: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -20,23 +21,30 @@ REPRODUCED = [f for f in EVERY if f.name == "reproduce.yaml"]  # tests/test_repr
 SWEEPS = [f for f in EVERY if f not in REPRODUCED and "experiment" in read_yaml(f)]
 FILES = [f for f in EVERY if f not in REPRODUCED and f not in SWEEPS]
 HOW_MANY = {
-    "experiments": 11,
+    "experiments": 14,
     "sweeps": 3,
-    "reproduced": 2,
+    "reproduced": 3,
 }  # change it with every file: a test that finds none must not pass
 DOCUMENTS = [
     *(ROOT / n for n in ("README.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "experiments").rglob("*.md")),
 ]
+EMBEDDED = Experiment.load(ROOT / "experiments" / "sft_instructions" / "tiny.yaml")  # instructions of our own words
 PUBLISHED = [[6, 59, 25], [221, 525, 0], [19, 523, 433]]  # alpha 1, negative / neutral / positive by site
 
 
 def on_embedded_parts(file: Path, tmp_path: Path) -> tuple[Experiment, Parts]:
-    """The experiment as it is, and prepared with headlines for its data and tiny for its base where it has others."""
+    """The experiment as it is, and prepared with headlines for its data and tiny for its base where it has others.
+
+    Instruction data sets are replaced by the small ones of the same formats, so that templates and partitions by source hold.
+    """
     exp = Experiment.load(file)
     overrides = [f"results={tmp_path}"]
-    if exp.data.name != "headlines":
+    if exp.data.name == "instructions":
+        if exp.data.sources != EMBEDDED.data.sources:
+            overrides.append(f"data.sources={json.dumps(EMBEDDED.data.sources)}")
+    elif exp.data.name != "headlines":
         overrides.append("data.name=headlines")
     if exp.model.path != "tiny":
         overrides.append("model.path=tiny")
@@ -62,7 +70,8 @@ def test_an_experiment_loads_and_prepares(file: Path, tmp_path: Path, monkeypatc
     exp, parts = on_embedded_parts(file, tmp_path)
     assert exp.name != Experiment().name, "its runs have a folder of their own"
     assert not Path(exp.results).is_absolute() and str(ROOT) not in file.read_text(), "runs on any machine"
-    assert len(parts.clients) >= 2 and all(len(parts.tokens[s]) for s in ("train", "validation", "test"))
+    splits = ["train", "validation", *(["test"] if getattr(exp.data, "test_rows", None) != 0 else [])]
+    assert len(parts.clients) >= 2 and all(len(parts.tokens[s]) for s in splits)
     assert parts.report["rows"] == int(parts.partition.sizes.sum()) > 0
     assert not list(tmp_path.iterdir()), "preparing writes nothing"
 
@@ -76,6 +85,28 @@ def test_lora_sentiment_divides_the_rows_as_published(
     assert parts.report["class_counts"] == PUBLISHED
     assert parts.source.labels == ["negative", "neutral", "positive"]
     assert set(parts.exp.modes) == {"local", "federated", "central"}
+
+
+def test_sft_instructions_has_one_client_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
+    for name in ("tiny.yaml", "smollm2.yaml", "full.yaml"):
+        exp, parts = on_embedded_parts(ROOT / "experiments" / "sft_instructions" / name, tmp_path)
+        assert parts.report["client_names"] == ["alpaca", "dolly", "oasst1"], name
+        sizes = parts.partition.sizes.tolist()
+        assert sizes == [320, 200, 72] and parts.report["class_counts"] == [[320, 0, 0], [0, 200, 0], [0, 0, 72]]
+        assert parts.report["truncated"] == {} and parts.report["left_out"] == {}
+        validated = parts.source.splits["validation"].columns["source"]
+        few = exp.data.validation_rows is not None  # of 40, 25 and 9: 32.4, 20.3 and 7.3 of 60
+        assert [validated.count(c) for c in parts.report["client_names"]] == ([33, 20, 7] if few else [40, 25, 9])
+        assert exp.adapter.name == "none" and exp.algorithm.weights == "uniform" and exp.best.metric == "loss"
+
+
+def test_the_small_instruction_sets_are_what_their_script_makes() -> None:
+    folder = ROOT / "experiments" / "sft_instructions"
+    made = runpy.run_path(str(folder / "make_data.py"))["make_all"]()
+    assert sorted(made) == sorted(f.name for f in (folder / "data").iterdir())
+    for name, text in made.items():
+        assert (folder / "data" / name).read_text(encoding="utf-8") == text, f"{name}: run make_data.py again"
 
 
 # ------------------------------------------------------------------------------------------------ documents
@@ -117,7 +148,7 @@ def test_every_make_command_shown_is_a_target() -> None:
 def test_every_fedsim_command_shown_works_on_files_that_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
     monkeypatch.chdir(ROOT)
-    known = {"run", "sweep", "reproduce", "partition", "plot", "list", "diff", "doctor", "--help"}
+    known = {"run", "sweep", "reproduce", "partition", "plot", "list", "diff", "doctor", "eval", "--help"}
     shown = commands("fedsim")
     assert len(shown) >= 4, "the README shows how to run, partition, plot and list"
     for document, (command, *words) in shown:

@@ -555,3 +555,61 @@ def test_scores_and_gains_on_axes_of_ones_own(tmp_path: Path) -> None:
     left, right = figure.subplots(1, 2)
     assert plots.scores(table, ax=left) is left and plots.gains(table, ax=right) is right
     assert left.lines and right.collections and figure.get_figheight() == 3
+
+
+# ------------------------------------------------------------------------------------------------ each site
+
+
+def test_each_site_has_a_curve_of_its_own(run: Path) -> None:
+    df = load_runs(run)
+    ax = plots.each_site(df, metric="loss")
+    rows = df[(df["name"] == "loss") & (df["split"] == "validation")].astype({"step": float})
+    local = rows[rows["scope"] == "local"]
+    for name, (color, marker) in zip(("site-1", "site-2", "site-3"), plots.SITE_LOOKS, strict=False):
+        points = local[local["client"] == name][["step", "value"]]
+        np.testing.assert_allclose(_line(ax, color, marker).get_xydata(), points, rtol=1e-12)
+    merged = rows[(rows["scope"] == "federated") & rows["client"].isna()]
+    dots = _line(ax, plots.MERGED, "o").get_xydata()
+    np.testing.assert_allclose(dots, merged.loc[merged["step"] > 0, ["step", "value"]], rtol=1e-12)
+    central = rows[rows["scope"] == "central"]
+    np.testing.assert_allclose(_line(ax, plots.CENTRAL).get_ydata(), central["value"], rtol=1e-12)
+    start = _line(ax, "#000000", "s").get_xydata()
+    assert start.shape == (1, 2) and start[0, 0] == 0
+    assert [text.get_text() for text in ax.texts] and {t.get_text() for t in ax.texts} == {"site-1", "site-2", "site-3"}
+    assert {t.get_text() for t in ax.get_legend().get_texts()} >= {"site-2 alone", "federated clients, mean"}
+
+
+def test_clients_inside_a_round_have_the_colours_of_their_sites(run: Path) -> None:
+    df = load_runs(run)
+    ax = plots.each_site(df, metric="loss")
+    rows = df[(df["name"] == "loss") & (df["split"] == "validation") & (df["scope"] == "federated")]
+    start = rows[rows["client"].isna() & (rows["round"] == 1)]["value"].item()
+    for name, (color, _) in zip(("site-1", "site-2", "site-3"), plots.SITE_LOOKS, strict=False):
+        thin = [one for one in ax.lines if to_hex(one.get_color()).upper() == color and one.get_linewidth() == 0.8]
+        assert len(thin) == 5, "one a round"
+        own = rows[(rows["client"] == name) & (rows["round"] == 2)]["value"]
+        np.testing.assert_allclose(thin[1].get_ydata(), [start, *own], rtol=1e-12)
+
+
+def test_each_site_of_several_seeds_is_their_mean(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / "x" / f"run-{seed}", seed=seed)
+    df = load_runs(tmp_path / "x")
+    ax = plots.each_site(df, metric="loss")
+    local = df[(df["name"] == "loss") & (df["split"] == "validation") & (df["client"] == "site-2")]
+    mean = local[local["scope"] == "local"].groupby("step")["value"].mean()
+    np.testing.assert_allclose(_line(ax, *plots.SITE_LOOKS[1]).get_ydata(), mean, rtol=1e-12)
+
+
+def test_each_site_of_what_ran(tmp_path: Path) -> None:
+    alone = load_runs(write_run(tmp_path / "x" / "a", modes=("local",)))
+    assert len(plots.each_site(alone).get_legend().get_texts()) == 4, "three sites and the start"
+    together = load_runs(write_run(tmp_path / "y" / "b", modes=("central",)))
+    assert not plots.each_site(together).texts
+    many = load_runs(write_run(tmp_path / "z" / "c", sites=7))
+    with pytest.raises(UserError, match="7 sites trained alone, and 6 can be told apart"):
+        plots.each_site(many)
+    with pytest.raises(UserError, match="is not an axis"):
+        plots.each_site(alone, x="epoch")
+    with pytest.raises(UserError, match="recorded no"):
+        plots.each_site(alone, x="bytes")

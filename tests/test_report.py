@@ -157,6 +157,18 @@ def test_what_was_not_recorded_is_left_open(run: Path, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- wrong descriptions
 
 GOOD = {"name": "n", "run": "a", "what": "merged", "value": 0.5}
+SHOTS = {
+    "run": "a",
+    "tasks": ["piqa"],
+    "columns": [{"task": "piqa", "metric": metric, "items": 400} for metric in ("acc", "acc_norm")],
+    "rows": [
+        {"name": "Base", "model": "base", "published": [0.5, 0.5]},
+        {"name": "A", "model": "global", "published": [0.6, 0.55]},
+        {"name": "B", "model": "central", "published": [0.5, 0.9]},
+    ],
+    "against": [["A", "B"]],
+}
+SENT = {"run": "a", "parameters": 2**22, "tensors": 4, "forms": [{"name": "fp32", "bits": 32, "values": 16}]}
 
 
 @pytest.mark.parametrize(
@@ -185,6 +197,29 @@ GOOD = {"name": "n", "run": "a", "what": "merged", "value": 0.5}
         ({"figures": [{"scopes": ["local"]}]}, ["figures[0]", "run"]),
         ({"figures": [{"run": "a", "scope": "local"}]}, ["figures[0].scope", "scopes"]),
         ({"figures": [{"run": "a", "scopes": ["locally"]}]}, ["figures[0].scopes", "locally", "federated"]),
+        ({"figures": [{"run": "a", "draw": "pie"}]}, ["figures[0].draw", "'pie'", "each_site"]),
+        ({"zero_shot": ["piqa"]}, ["zero_shot", "columns"]),
+        ({"zero_shot": {"run": "a", "tasks": ["piqa"], "rows": []}}, ["zero_shot", "'columns'"]),
+        ({"zero_shot": SHOTS | {"run": "b"}}, ["zero_shot", "'b'", "a"]),
+        ({"zero_shot": SHOTS | {"limits": {}}}, ["zero_shot.limits", "limit"]),
+        ({"zero_shot": SHOTS | {"tasks": ["arc"]}}, ["zero_shot.columns[0].task", "'piqa'", "arc"]),
+        ({"zero_shot": SHOTS | {"against": [["A", "Z"]]}}, ["zero_shot.against", "'Z'", "B"]),
+        ({"zero_shot": SHOTS | {"rows": [{"name": "A", "model": "base", "published": [0.5]}]}}, ["rows[0].published"]),
+        ({"zero_shot": SHOTS | {"columns": 3}}, ["zero_shot.columns", "3", "list"]),
+        ({"zero_shot": SHOTS | {"tasks": []}}, ["zero_shot.tasks", "[]"]),
+        ({"zero_shot": SHOTS | {"limit": {"tiny": 0}}}, ["zero_shot.limit.tiny", "0"]),
+        (
+            {"zero_shot": SHOTS | {"rows": [{"name": "A", "model": "base", "published": [0.5, 43.9]}]}},
+            ["rows[0].published", "43.9", "0 to 1"],
+        ),
+        (
+            {"zero_shot": SHOTS | {"columns": [{"task": "piqa", "metric": "acc", "items": 0}] * 2}},
+            ["columns[0].items", "0"],
+        ),
+        ({"messages": {"run": "a", "parameters": 1, "tensors": 1}}, ["messages", "'forms'"]),
+        ({"messages": SENT | {"parameters": "1.3B"}}, ["messages.parameters", "'1.3B'"]),
+        ({"messages": SENT | {"forms": [{"name": "x", "bits": 0, "values": 1}]}}, ["forms[0].bits", "0"]),
+        ({"messages": SENT | {"forms": [{"name": "x", "bits": 8, "values": 1, "blocks": 2}]}}, ["forms[0].blocks"]),
     ],
 )
 def test_a_wrong_description_is_one_clear_error(spec: Any, words: list[str]) -> None:
@@ -194,6 +229,7 @@ def test_a_wrong_description_is_one_clear_error(spec: Any, words: list[str]) -> 
 
 
 def test_a_right_description_passes(tmp_path: Path) -> None:
+    check({"zero_shot": SHOTS, "messages": SENT, "figures": [{"run": "a", "draw": "each_site"}]}, ["a"])
     check({"published": [GOOD | {"value": None, "best": False, "at": 1}], "verdicts": None, "figures": ["a"]}, ["a"])
     with pytest.raises(UserError, match="no run to report on"):
         build({}, [], tmp_path, {})
@@ -470,3 +506,111 @@ def test_figures_are_not_blank(members: list[Member], tmp_path: Path) -> None:
     for file in (tmp_path / "out/figures").iterdir():
         image = imread(file)
         assert image.shape[1] >= 600 and image[..., :3].std() > 0.05
+
+
+# ------------------------------------------------------------------------------- zero-shot scores and messages
+
+
+def shots(path: Path, scores: dict[str, dict[str, Any]]) -> Path:
+    """A run with `eval.json`: by model the cells of its columns."""
+    models = [{"run": "made/r", "model": model, "base": "tiny", "scores": cells} for model, cells in scores.items()]
+    about = {"piqa": {"items": 100, "of": 1838, "from": "valid.jsonl"}}
+    (path / "eval.json").write_text(json.dumps({"models": models, "limit": 100, "tasks": about}))
+    return path
+
+
+def cell(value: float, stderr: float | None = 0.05, noise: bool | None = None) -> dict[str, Any]:
+    return {"value": value, "stderr": stderr, "difference": None, "difference_stderr": None, "within_noise": noise}
+
+
+def test_zero_shot_scores_stand_under_the_published_ones(run: Path, tmp_path: Path) -> None:
+    base = {"piqa_acc": cell(0.4), "piqa_acc_norm": cell(0.3), "mean": cell(0.35, 0.04)}
+    merged = {"piqa_acc": cell(0.6, noise=False), "piqa_acc_norm": cell(0.32, None, True), "mean": cell(0.46, 0.03)}
+    shots(run, {"base": base, "global": merged})
+    out = tmp_path / "out"
+    text = build({"zero_shot": SHOTS}, [Member("a", "A", run)], out, {}).read_text()
+    rows = [line for line in text.split("## Zero-shot")[1].split("##")[0].split("\n") if line.startswith("| ")][2:]
+    # Errors sqrt(0.25 / 400) = 0.025, sqrt(0.24 / 400) = 0.0245, sqrt(0.2475 / 400) = 0.0249, sqrt(0.09 / 400) = 0.015.
+    # A: 0.1 apart, 1.96 x 0.035 = 0.0686; 0.05 apart is inside. One task: the mean's error is the mean of the two, 0.0247
+    # beside 0.025, and 0.075 apart is more than 0.0688.
+    assert rows == [
+        "| Base | published | 0.500 ± 0.025 | 0.500 ± 0.025 | 0.500 ± 0.025 |",
+        "|  | ours | 0.400 ± 0.050 | 0.300 ± 0.050 | 0.350 ± 0.040 |",
+        "| A | published | 0.600 ± 0.024 | 0.550 ± 0.025 \\~ | 0.575 ± 0.025 |",
+        "|  | ours | 0.600 ± 0.050 | 0.320 \\~ | 0.460 ± 0.030 |",
+        "| B | published | 0.500 ± 0.025 \\~ | 0.900 ± 0.015 | 0.700 ± 0.020 |",
+        "|  | ours | - | - | - |",
+    ]
+    # 0.575 - 0.7 with sqrt(0.0247^2 + 0.02^2) = 0.032; ours has no B.
+    assert "A less B, mean of 2: published -0.125, standard error at most 0.032, more than noise." in text
+    assert "Items of ours: piqa 100 of 1838." in text
+    assert 'class="number"' in (out / "report.html").read_text()
+
+
+def test_the_mean_is_over_the_columns_of_the_table_alone(run: Path, tmp_path: Path) -> None:
+    """With further columns scored, their mean is not that of the table: errors 0.05 and 0.03 of one task add to 0.04."""
+    cells = {"piqa_acc": cell(0.4), "piqa_acc_norm": cell(0.3, 0.03), "arc_acc": cell(0.9), "mean": cell(0.53)}
+    shots(run, {"base": cells})
+    text = build({"zero_shot": SHOTS}, [Member("a", "A", run)], tmp_path / "out", {}).read_text()
+    assert "|  | ours | 0.400 ± 0.050 | 0.300 ± 0.030 | 0.350 ± 0.040 |" in text
+
+
+def test_tasks_are_independent_in_the_error_of_the_mean(run: Path, tmp_path: Path) -> None:
+    columns = [{"task": task, "metric": "acc", "items": 100} for task in ("piqa", "arc")]
+    rows = [{"name": "Base", "model": "base", "published": [0.5, 0.5]}]
+    spec = {"run": "a", "tasks": ["piqa", "arc"], "columns": columns, "rows": rows}
+    text = build({"zero_shot": spec}, [Member("a", "A", run)], tmp_path / "out", {}).read_text()
+    assert "| Base | published | 0.500 ± 0.050 | 0.500 ± 0.050 | 0.500 ± 0.035 |" in text, "0.05 / sqrt(2)"
+
+
+def test_without_scores_the_report_says_why(run: Path, tmp_path: Path) -> None:
+    spec = {"zero_shot": SHOTS, "verdicts": [{"check": "merged_beats_mean", "run": "a"}]}
+    told = build(spec, [Member("a", "A", run)], tmp_path / "one", {}, "lm-eval is not installed").read_text()
+    assert "Ours: not scored (lm-eval is not installed)." in told
+    assert "| A | published |" in told and "| ours |" not in told and "PASSED" in told
+    open_ = build(spec, [Member("a", "A", run)], tmp_path / "two", {}).read_text()
+    assert "no eval.json in the run; make it with: fedsim eval" in open_ and "--tasks piqa" in open_
+    (run / "eval.json").write_text("{}")
+    with pytest.raises(UserError, match="not the scores of fedsim eval"):
+        build(spec, [Member("a", "A", run)], tmp_path / "three", {})
+
+
+PUBLISHED_FORMS = {  # MiB of one message of 1,418.5M parameters: values, scales
+    "fp32": ({"bits": 32}, 5411, 0.0),
+    "fp16": ({"bits": 16}, 2706, 0.0),
+    "8-bit": ({"bits": 8, "block": 4096, "table": 256}, 1353, 1.6),
+    "4-bit": ({"bits": 4, "block": 64, "table": 16}, 676, 84.6),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FORMS)
+def test_message_sizes_are_the_published_ones(name: str) -> None:
+    form, values, scales = PUBLISHED_FORMS[name]
+    found = report.message_mib(1_418_500_000, 293, form)
+    assert (round(found[0]), round(found[1], 1)) == (values, scales)
+
+
+def test_messages_of_our_model_stand_beside_the_published(run: Path, tmp_path: Path) -> None:
+    form = {"name": "8-bit", "bits": 8, "block": 64, "table": 256, "values": 4, "scales": 0.25}
+    spec = {"messages": SENT | {"forms": [*SENT["forms"], form]}}
+    (run / "model.json").write_text(json.dumps({"trained": 2**20, "parameters": 2**20}))
+    row = {"round": 1, "step": 10, "scope": "federated", "client": "site-1", "split": "train", "weight": 1.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        for name, value in (("bytes_up", 2.0**22), ("bytes_down", 2.0**21)):
+            file.write(json.dumps(row | {"name": name, "value": value, "seconds": 1.0}) + "\n")
+    text = build(spec, [Member("a", "A", run)], tmp_path / "out", {}).read_text()
+    assert "| fp32 | 16 | 16 | 4 |" in text
+    # 2^22 / 64 scales of 4 bytes are 0.25 MiB, four tables of 1 KiB 0.0039; ours 0.0625
+    assert "| 8-bit | 4 + 0.25 | 4 + 0.254 | 1 + 0.0625 |" in text
+    assert "Ours without the code tables" in text
+    assert "Recorded in our run: 4 MiB up and 2 MiB down for a client and round." in text
+    (run / "model.json").write_text(json.dumps({"trained": 2**20, "tensors": 1024}))
+    text = build(spec, [Member("a", "A", run)], tmp_path / "out", {}).read_text()
+    assert "| 1 + 1.06 |" in text and "Ours without" not in text
+
+
+def test_a_panel_of_each_site_is_a_figure_of_its_own(members: list[Member], tmp_path: Path) -> None:
+    figures = [{"run": "b", "draw": "each_site", "title": "figure 3"}, "a"]
+    text = build({**SPEC, "figures": figures}, members, tmp_path / "out", {}).read_text()
+    assert "(figures/accuracy-sites.png)" in text and "(figures/accuracy.png)" in text
+    assert imread(tmp_path / "out/figures/accuracy-sites.png").std() > 0.05

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_published_experiments_are_there() -> None:
-    assert EXPERIMENTS == ["lora_sentiment", "p_tuning_sentiment"]
+    assert EXPERIMENTS == ["lora_sentiment", "p_tuning_sentiment", "sft_instructions"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -95,6 +97,104 @@ def test_p_tuning_sentiment_is_what_was_published() -> None:
     assert (work.lr, work.min_lr, exp.adapter.num_virtual_tokens, exp.adapter.hidden) == (1e-4, 0.0, 10, 2048)
     assert (exp.partition.name, exp.partition.num_clients, exp.central.match) == ("iid", 3, "epochs")
     assert exp.data.template == "{sentence} sentiment:{label}"
+
+
+def test_sft_instructions_is_what_was_published() -> None:
+    for size, budget in (("full", None), ("smollm2", "published")):
+        (exp,) = (job.exp for job in Reproduction.load("sft_instructions", size, budget).jobs)
+        work = exp.local
+        assert (exp.rounds, work.steps, work.batch_size, work.lr, work.schedule) == (5, 200, 128, 5e-6, "constant")
+        assert (work.weight_decay, list(work.betas), work.clip, work.keep_state) == (0.01, [0.9, 0.98], 1.0, True)
+        assert (exp.adapter.name, exp.algorithm.weights, exp.central.match) == ("none", "uniform", "steps")
+        assert (exp.partition.name, exp.partition.column) == ("by_column", "source")
+        assert (exp.evaluate.every_steps, exp.data.max_length, exp.best.metric) == (50, 2048, "loss")
+        assert exp.data.validation_rows is None and exp.data.test_rows is None, "the combined validation rows, all"
+        assert (exp.data.validation, exp.data.test, exp.data.split_seed) == (0.1, 0.1, 0)
+    assert [s["path"] for s in Reproduction.load("sft_instructions", "full").jobs[0].exp.data.sources] == [
+        "tatsu-lab/alpaca",
+        "databricks/databricks-dolly-15k",
+        "OpenAssistant/oasst1",
+    ]
+    (small,) = (job.exp for job in Reproduction.load("sft_instructions", "smollm2", "two-cores").jobs)
+    assert small.local.lr * small.local.steps == pytest.approx(5e-6 * 200)
+    table = read_yaml(ROOT / "experiments/sft_instructions/reproduce.yaml")["zero_shot"]["rows"]
+    means = {row["name"]: round(sum(row["published"]) / 5, 3) for row in table}
+    assert means == dict(zip(means, [0.541, 0.547, 0.543, 0.528, 0.549, 0.556], strict=True)), "as published"
+
+
+def test_sft_instructions_from_its_runs_to_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The tiny size, cut to two short rounds; that scores cannot be made is said in their place."""
+
+    def absent(*args: Any, **keys: Any) -> None:
+        raise UserError("fedsim eval needs lm-evaluation-harness")
+
+    monkeypatch.setattr("fedsim.zero_shot.evaluate_zero_shot", absent)
+    short = ["rounds=2", "local.steps=2", "local.batch_size=4", "evaluate.every_steps=1", "data.validation_rows=12"]
+    short.append("data.test_rows=0")
+    assert main(["reproduce", "sft_instructions", "-q", f"results={tmp_path}", *short]) == 0
+    out = capsys.readouterr().out.splitlines()
+    text = Path(out[-2]).read_text()
+    names = ["sag inside a round", "the smallest set overfits", "federated ends below each site alone"]
+    names += ["federated ends below the lowest of each site", "federated ends as low as centralised"]
+    for name in names:
+        assert sum(name in line and ("PASSED" in line or "FAILED" in line) for line in out) == 1, name
+    assert "Ours: not scored (fedsim eval needs lm-evaluation-harness)." in text
+    assert "| FedAvg | published | 0.377" in text and "inside the noise." in text
+    assert "| 8-bit | 1,353 + 1.6 | 1,353 + 1.61 |" in text
+    assert re.search(r"\| base model \| 2\.58 \| 12\.\d \|", text) and "oasst1 alone at the end" in text
+    assert (Path(out[-2]).parent / "figures" / "loss-sites.png").is_file()
+
+
+def scored(tasks: dict[str, Any], limit: int | None) -> str:
+    return json.dumps({"models": [{"model": "base", "scores": {}}], "tasks": tasks, "limit": limit})
+
+
+def test_a_run_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class Made:
+        def save(self, out: Path) -> None:
+            (out / "eval.json").write_text(scored({"piqa": {}}, 5))
+
+    def evaluate(run: Path, tasks: list[str], *, limit: int | None, progress: bool) -> Made:
+        calls.append((run, tasks, limit))
+        return Made()
+
+    monkeypatch.setattr("fedsim.zero_shot.evaluate_zero_shot", evaluate)
+    assert module.score(tmp_path, ["piqa"], 5) is None and calls == [(tmp_path, ["piqa"], 5)]
+    assert module.score(tmp_path, ["piqa"], 5) is None and len(calls) == 1, "the scores are there"
+    assert module.score(tmp_path, ["piqa"], None) is None and len(calls) == 2, "of all items they are not"
+    assert module.score(tmp_path, ["piqa", "arc"], 5) is None and len(calls) == 3
+    (tmp_path / "eval.json").write_text("[]")
+    assert "not the scores of fedsim eval" in str(module.score(tmp_path, ["piqa"], 5)) and len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("--limit: too many"), "--limit: too many"),
+        (ImportError("No module named 'lm_eval'"), "No module named 'lm_eval'; install what fedsim eval needs"),
+        (ConnectionError("no\nnetwork"), "ConnectionError: no network"),
+    ],
+)
+def test_why_a_run_has_no_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+    def fails(*args: Any, **keys: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("fedsim.zero_shot.evaluate_zero_shot", fails)
+    reason = module.score(tmp_path, ["piqa"])
+    assert reason is not None and reason.startswith(said) and "\n" not in reason
+
+
+def test_items_scored_are_those_of_the_budget_or_the_size() -> None:
+    limits = {
+        (size, budget): module.limit_of(Reproduction.load("sft_instructions", size, budget))
+        for size, budget in (("tiny", None), ("smollm2", "two-cores"), ("smollm2", "published"), ("full", None))
+    }
+    assert list(limits.values()) == [20, 100, None, None]
+    assert module.limit_of(Reproduction.load("lora_sentiment", "tiny")) is None
 
 
 @pytest.fixture

@@ -414,6 +414,98 @@ def test_many_sites_print_the_closest(tmp_path: Path) -> None:
     assert "and 14 more, further away" in found.seen
 
 
+# ------------------------------------------------------------------------------- each site's best; the smallest set
+
+
+def test_below_the_best_of_each_site_looks_at_every_scored_step(tmp_path: Path) -> None:
+    local = {"site-1": [9.0, 1.0, 2.0], "site-2": [9.0, 3.0, 1.5]}
+    check = {"check": "below_sites_best"}
+    run = write(tmp_path / "r", local, [9.0, 1.1], metric="loss")
+    found = verdict(check, run, metric="loss")
+    assert found.passed is False and found.name == "federated ends below the lowest of each site alone (a)"
+    assert found.seen.startswith("merged 1.10; site-1 1.00 at 50 % of the steps, difference +0.100, standard error -;")
+    assert found.seen.endswith("site-2 1.50 at 100 % of the steps, difference -0.400, standard error -")
+    assert verdict({"check": "below_sites"}, run, metric="loss").passed is True, "at the end it is below both"
+    assert verdict(check, write(tmp_path / "s", local, [9.0, 0.9], metric="loss"), metric="loss").passed is True
+    assert verdict(check, write(tmp_path / "t", local, [9.0, 1.0], metric="loss"), metric="loss").passed is False
+
+
+def test_below_the_best_by_accuracy_is_above_it(tmp_path: Path) -> None:
+    local = {"site-1": [0.1, 0.8, 0.5]}
+    for merged, passed in ((0.81, True), (0.79, False)):
+        run = write(tmp_path / str(merged), local, [0.1, merged], weight=100.0)
+        found = verdict({"check": "below_sites_best"}, run)
+        assert found.passed is passed and "above the highest of each site" in found.name
+        error = np.sqrt((merged * (1 - merged) + 0.8 * 0.2) / 100)
+        assert f"standard error {error:.3f}" in found.seen
+
+
+def test_errors_of_a_sites_best_are_paired_only_where_it_is_the_last(tmp_path: Path) -> None:
+    # Over 1 and 2 tokens: merged 4/3 with error 2/9; site-1 on the same rows 1 and 5: 2, e = -1, 1, error sqrt(4) / 3 = 2/3.
+    nll = {"federated": np.array([1.0, 3.0]), "local site-1": np.array([1.0, 5.0])}
+    told = {}
+    for name, curve in (("last", [9.0, 3.0, 2.0]), ("earlier", [9.0, 1.5, 2.0])):
+        run = write(tmp_path / name, {"site-1": curve}, [9.0, 4 / 3], metric="loss")
+        write_scores(run, np.array([-1, -1]), nll=nll, tokens=np.array([1, 2]))
+        told[name] = verdict({"check": "below_sites_best"}, run, metric="loss").seen
+    # Paired: 0, -2 over 1 and 2: R = -2/3, e = 2/3, -2/3, error sqrt(2 * 8/9) / 3 = 4/9.
+    assert told["last"].endswith("difference -0.667, standard error 0.444")
+    assert told["earlier"].endswith(f"difference -0.167, standard error {np.hypot(2 / 9, 2 / 3):.3f}")
+
+
+SIZES = {"site-1": [10, 10, 10], "site-2": [2, 2, 2], "site-3": [5, 5, 5]}
+
+
+def overfitted(folder: Path, best: float, last: float, other: float, scores: bool = True) -> Path:
+    """The smallest site, site-2, goes from `best` to `last`; site-3 rises by `other`, site-1 falls. Row errors by hand."""
+    local = {"site-1": [9.0, 2.0, 1.0], "site-2": [9.0, best, last], "site-3": [9.0, 1.0, 1.0 + other]}
+    run = write(folder, local, [9.0, 1.0], metric="loss", counts=SIZES)
+    if (
+        scores
+    ):  # e = 0.3, -0.3 over 1 and 2 tokens: error sqrt(2 * 0.18) / 3 = 0.2, of two models sqrt(2) as much: 0.283
+        base = np.array([1.0, 2.0])
+        nll = {name: last * base + np.array([0.3, -0.3]) for name in ("federated", "local site-2")}
+        write_scores(run, np.array([-1, -1]), nll=nll, tokens=np.array([1, 2]))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("best", "last", "other", "passed"),
+    [
+        (1.0, 1.6, 0.2, True),  # 0.6 is more than twice 0.283
+        (1.0, 1.55, 0.2, False),  # 0.55 is not
+        (1.0, 2.0, 1.1, False),  # site-3 rises more
+        (2.0, 1.0, 0.1, False),  # it does not rise at all
+    ],
+)
+def test_the_smallest_set_overfits(tmp_path: Path, best: float, last: float, other: float, passed: bool) -> None:
+    found = verdict({"check": "smallest_overfits"}, overfitted(tmp_path / "r", best, last, other), metric="loss")
+    assert found.passed is passed
+    assert found.seen.startswith("site-2 (6 rows)") and "standard error at most 0.283" in found.seen
+    assert f"0.00 (site-1, 30 rows), {format_score(other, 'loss')} (site-3, 15 rows)" in found.seen
+
+
+def test_a_rise_without_a_standard_error_is_not_judged(tmp_path: Path) -> None:
+    check = {"check": "smallest_overfits", "metric": "loss"}
+    risen = verdict(check, overfitted(tmp_path / "r", 1.0, 3.0, 0.2, scores=False))
+    assert risen.passed is None and risen.seen.startswith("site-2 ends 2.00 worse than its best, but no standard error")
+    less = verdict(check, overfitted(tmp_path / "s", 1.0, 1.1, 0.2, scores=False))
+    assert less.passed is False, "no error is needed to see that another site rises more"
+    alone = write(tmp_path / "t", {"site-1": [9.0, 1.0, 2.0]}, metric="loss", counts=SIZES)
+    assert "fewer than two sites" in verdict(check, alone).seen
+    unsaid = write(tmp_path / "u", {"site-8": [9.0, 1.0, 2.0], "site-9": [9.0, 1.0, 2.0]}, metric="loss", counts=SIZES)
+    assert verdict(check, unsaid).passed is None
+
+
+def test_the_smallest_set_by_accuracy(tmp_path: Path) -> None:
+    # 0.9 falls to 0.6 of 100 rows: errors 0.03 and 0.049, 0.0574 together
+    local = {"site-1": [0.1, 0.5, 0.6], "site-2": [0.1, 0.9, 0.6], "site-3": [0.1, 0.8, 0.7]}
+    found = verdict({"check": "smallest_overfits"}, write(tmp_path / "r", local, weight=100.0, counts=SIZES))
+    assert found.passed is True and "worse by 0.300, standard error at most 0.057" in found.seen
+    few = verdict({"check": "smallest_overfits"}, write(tmp_path / "s", local, weight=10.0, counts=SIZES))
+    assert few.passed is False, "of 10 rows it is 0.181, and 0.3 within two"
+
+
 # --------------------------------------------------------------------------------------------------- saw_tooth
 
 

@@ -44,6 +44,8 @@ def instructions(
     order_seed: int,
     turns: str,
     length_classes: int,
+    validation_rows: int | None = None,
+    test_rows: int | None = None,
 ) -> Source:
     """One or several instruction data sets, each cut by itself, end to end in the order in which they are given.
 
@@ -64,6 +66,7 @@ def instructions(
         turns: of a chat of several assistant turns, `last` makes one row, whose answer is the last of them, `every` a
             row for each; what follows the answer is left out. All rows of a chat are in one split.
         length_classes: classes of about equal size into which the rows are divided by length.
+        validation_rows, test_rows: at most so many rows of the split, see `_fewer`; nothing else changes. None = all.
 
     Raises:
         UserError: for a file that cannot be read, lacks a column or holds no row, or a validation split without a row.
@@ -84,6 +87,8 @@ def instructions(
         row["prompt"] = _prompt(row["instruction"], row["context"], order_seed)
         row["characters"] = len(row["prompt"]) + len(row["response"])
     _name_lengths([r for rows in cut.values() for r in rows], length_classes)
+    for split, most in (("validation", validation_rows), ("test", test_rows)):
+        cut[split] = cut[split] if most is None else _fewer(cut[split], most)
     extra = sorted({c for rows in cut.values() for r in rows for c in r.get("extra", ())})
     chats = any(r.get("messages") is not None for rows in cut.values() for r in rows)
     splits = {name: Split(_columns(rows, extra, chats), None) for name, rows in cut.items()}
@@ -106,6 +111,29 @@ def _cut(n: int, validation: float, test: float, seed: int) -> dict[str, np.ndar
     order = np.random.RandomState(seed).permutation(n)
     first, second = int(n * test), int(n * test) + int(n * validation)
     return {"train": order[second:], "validation": order[first:second], "test": order[:first]}
+
+
+def _fewer(rows: list[Row], most: int) -> list[Row]:
+    """`most` rows of a split, a random sample by the shuffle before the cut: of each data set the first in its shuffled order.
+
+    A data set's share is in proportion to its rows, rounded by largest remainder (at a tie the set named first), so that
+    the mean over the rows kept estimates that over all of them.
+    """
+    if most >= len(rows):
+        return rows
+    sizes: dict[str, int] = {}
+    for row in rows:
+        sizes[row["source"]] = sizes.get(row["source"], 0) + 1
+    shares = {name: most * size // len(rows) for name, size in sizes.items()}
+    left = sorted(sizes, key=lambda name: -(most * sizes[name] % len(rows)))
+    for name in left[: most - sum(shares.values())]:
+        shares[name] += 1
+    out = []
+    for row in rows:
+        shares[row["source"]] -= 1
+        if shares[row["source"]] >= 0:
+            out.append(row)
+    return out
 
 
 def _prompt(instruction: str, context: str, seed: int) -> str:

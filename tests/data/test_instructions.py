@@ -132,6 +132,42 @@ def test_fractions_are_rounded_down(alpaca: dict[str, Any]) -> None:
     assert message.startswith("data.validation: 0.04 ") and "18 rows train, 2 test" in message
 
 
+@pytest.mark.parametrize(
+    ("most", "shares"),
+    [(1, (0, 1)), (2, (1, 1)), (3, (1, 2)), (4, (1, 3)), (5, (2, 3)), (6, (2, 4)), (99, (2, 4))],
+)
+def test_fewer_validation_rows_are_the_first_of_each_set_in_proportion(
+    tmp_path: Path, alpaca: dict[str, Any], most: int, shares: tuple[int, int]
+) -> None:
+    """2 and 4 rows: of 4 kept 4/3 and 8/3, the larger remainder rounds up; of 1 kept 1/3 and 2/3; of 5 kept 5/3 and 10/3."""
+    dolly = [{"instruction": f"d{i}", "context": None, "response": "r" * i, "category": "qa"} for i in range(40)]
+    other = {"format": "dolly", "path": write(tmp_path / "dolly.jsonl", dolly)}
+    whole, fewer = read(alpaca, other), read(alpaca, other, validation_rows=most)
+    columns = whole.splits["validation"].columns
+    starts = {"alpaca": 0, "dolly": 2}
+    picked = [starts[n] + i for n, k in zip(starts, shares, strict=True) for i in range(k)]
+    assert fewer.splits["validation"].columns == {c: [v[i] for i in picked] for c, v in columns.items()}
+    for name in ("train", "test"):
+        assert fewer.splits[name].columns == whole.splits[name].columns, "classes of length too are those of all rows"
+
+
+def test_test_rows_can_be_none_without_other_training_rows(alpaca: dict[str, Any]) -> None:
+    whole, none = read(alpaca), read(alpaca, test_rows=0)
+    assert len(none.splits["test"]) == 0 and len(read(alpaca, test=0).splits["train"]) == 18
+    assert all(none.splits[s].columns == whole.splits[s].columns for s in ("train", "validation"))
+    assert len(prepare(config({"sources": [alpaca], "test_rows": 0})).tokens["test"]) == 0
+
+
+def test_fewer_rows_are_another_run_and_absent_keys_are_not(alpaca: dict[str, Any]) -> None:
+    ids = [
+        prepare(config({"sources": [alpaca], **keys})).run_id()
+        for keys in ({}, {"validation_rows": None, "test_rows": None}, {"validation_rows": 1}, {"test_rows": 0})
+    ]
+    assert ids[0] == ids[1] and len(set(ids)) == 3
+    for keys, said in (({"validation_rows": 0}, "validation_rows: 0 is below 1"), ({"test_rows": -1}, "is below 0")):
+        assert said in refusal(lambda keys=keys: config({"sources": [alpaca], **keys}))
+
+
 # ------------------------------------------------------------------------------------------------ rows
 
 
