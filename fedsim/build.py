@@ -274,13 +274,13 @@ class Shared:
 
 
 def load_base(parts: Parts) -> nn.Module:
-    """The experiment's base, frozen, on the CPU; in float32 where the whole of it is trained under a 16-bit type.
+    """The experiment's base, frozen, on the CPU; in float32 where that is trained under a 16-bit type.
 
     Raises:
         UserError: if the weights cannot be loaded.
     """
     exp = parts.exp
-    masters = exp.adapter.name == "none" and exp.model.dtype in ("bfloat16", "float16")
+    masters = exp.adapter.name == "none" and exp.training.master_weights and exp.model.dtype == "bfloat16"
     return base.load_base(
         parts.model,
         task=exp.model.task,

@@ -16,6 +16,7 @@ from fedsim.errors import UserError
 from fedsim.schema import check_keys, components_of, convert, hints_of, keys_of, plain
 from fedsim.sections import (
     Adapter,
+    Aggregation,
     AutoExecutor,
     Best,
     Bottleneck,
@@ -38,6 +39,7 @@ from fedsim.sections import (
     Instructions,
     LocalWork,
     Lora,
+    Messages,
     Model,
     OtherPeft,
     PartitionKeys,
@@ -57,6 +59,7 @@ from fedsim.sections import (
 )
 
 __all__ = [
+    "Aggregation",
     "AutoExecutor",
     "Best",
     "Bottleneck",
@@ -78,6 +81,7 @@ __all__ = [
     "Instructions",
     "LocalWork",
     "Lora",
+    "Messages",
     "Model",
     "OtherPeft",
     "PTuning",
@@ -97,7 +101,8 @@ __all__ = [
     "keys_of",
 ]
 
-_NOT_IN_ID = ("rounds", "results", "executor", "tracking", "checkpoint")
+_NOT_IN_ID = ("rounds", "results", "executor", "tracking", "checkpoint", "aggregation")
+_NEWER = ("messages",)  # sections that ids of runs made before them do not hold: left out where nothing in them is set
 _PATHS = (("model", "path"), ("data", "path"), ("data", "validation"), ("data", "test"), ("results",))
 _SOURCES = ("data", "sources")  # a list of sections with a `path` each, which may itself be a list
 _Path = tuple[str | int, ...]  # keys and places in lists that lead to a value
@@ -147,6 +152,10 @@ class Experiment:
     """When and how models are scored."""
     training: Training = field(default_factory=Training)
     """How clients share a device."""
+    aggregation: Aggregation = field(default_factory=Aggregation)
+    """How updates are summed."""
+    messages: Messages = field(default_factory=Messages)
+    """What travels between server and clients."""
     executor: Executor = field(default_factory=AutoExecutor)
     """Where the work runs."""
     tracking: Tracking = field(default_factory=Tracking)
@@ -185,6 +194,9 @@ class Experiment:
         if self.adapter.name == "none":
             way = "cannot train a whole model without loss scaling; use bfloat16 or float32"
             check_that(self.model.dtype != "float16", "model.dtype", self.model.dtype, way)
+        if self.training.packing and self.adapter.name != "none":
+            way = "is for whole models (adapter.name=none); adapters in lanes are always packed, see training.lanes"
+            check_that(False, "training.packing", True, way)
         if self.best.metric == "exact_match":
             check_that(self.evaluate.generate, "best.metric", "exact_match", "needs evaluate.generate=true")
 
@@ -253,6 +265,8 @@ class Experiment:
             if dataclasses.is_dataclass(section):
                 default = plain(type(section)())
                 tree[f.name] = {k: v for k, v in value.items() if k == "name" or k not in default or v != default[k]}
+                if f.name in _NEWER and not tree[f.name]:
+                    del tree[f.name]
             elif f.default is dataclasses.MISSING or value != f.default:
                 tree[f.name] = value
         return tree

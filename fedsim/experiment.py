@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,31 @@ from fedsim.data.tokens import Tokens
 from fedsim.errors import UserError
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.executors.fleet import FleetExecutor, Member
+from fedsim.messages import codec
 from fedsim.models import adapters, base
 from fedsim.models.flat import Unsuitable, has_fast_float32
-from fedsim.models.forward import Net
-from fedsim.models.stacked import StackedNet, probe
+from fedsim.models.forward import Net, Recompute
+from fedsim.models.stacked import StackedNet, StreamNet, probe, probe_stream
 from fedsim.params import Layout, Params, clone
 from fedsim.planner import Packs, Plan, choose_lanes, describe
 from fedsim.predictions import ByRow, by_row, load_by_row, save_by_row, write_predictions
 from fedsim.progress import Progress
 from fedsim.rounds import CENTRAL as CENTRAL_CLIENT
-from fedsim.rounds import Choice, Chosen, Schedule, State, merged_rows, restore, run_rounds, state_info, state_tensors
+from fedsim.rounds import (
+    MERGED,
+    Choice,
+    Chosen,
+    Schedule,
+    State,
+    merged_rows,
+    restore,
+    run_rounds,
+    state_info,
+    state_tensors,
+)
 from fedsim.run_folder import RunFolder, environment, save_arrays
 from fedsim.seeding import stream
-from fedsim.store import Records
+from fedsim.store import Records, Store
 from fedsim.trackers import Trackers, check_trackers
 from fedsim.training.optim import Optim
 from fedsim.training.trainer import Recipe, Sites, Trainer, stores_of
@@ -89,6 +102,8 @@ class Bundle:
     task: str
     base_dropout: bool
     autocast: torch.dtype | None
+    masters: bool
+    packing: bool
     seed: int
     tokens: dict[str, Tokens]
     train: tuple[Tensor, Tensor] | VirtualPartition
@@ -104,7 +119,8 @@ class Bundle:
 
     def attach(self) -> tuple[nn.Module, list[nn.Module]]:
         """Put the adapter on the base, in place."""
-        return adapters.attach(self.model, self.adapter, self.settings, task=self.task, seed=self.seed)
+        keys = {"task": self.task, "seed": self.seed, "masters": self.masters}
+        return adapters.attach(self.model, self.adapter, self.settings, **keys)
 
     def trainer(self, model: nn.Module, own: list[nn.Module], device: torch.device, engine: Engine) -> Trainer:
         """The trainer around a model that already has its adapter."""
@@ -112,6 +128,8 @@ class Bundle:
         net: Net | StackedNet
         if engine.packed:
             net = StackedNet(model, own, task=self.task, device=device)
+        elif self.packing:
+            net = StreamNet(model, own, task=self.task, device=device, autocast=self.autocast)
         else:
             net = Net(model, own, task=self.task, device=device, base_dropout=self.base_dropout, autocast=self.autocast)
         sites = _sites(self.train, self.own)
@@ -129,19 +147,35 @@ class Bundle:
             return "the whole model is trained, of which a device holds one"
         if self.base_dropout:
             return "model.base_dropout draws for all rows of a pass at once"
-        try:
-            net = StackedNet(model, own, task=self.task, device=torch.device("cpu"))
-            try:
-                probe(net)
-            finally:
-                net.release()
-        except Unsuitable as reason:
-            return str(reason)
-        return None
+        return _tried(StackedNet, probe, model, own, self.task)
+
+    def check_packing(self, model: nn.Module, own: list[nn.Module]) -> None:
+        """Whether rows of a whole model can lie end to end, found out on the CPU.
+
+        Raises:
+            UserError: if they cannot.
+        """
+        why = "model.base_dropout draws for padded batches" if self.base_dropout else None
+        why = why or _tried(StreamNet, probe_stream, model, own, self.task)
+        if why is not None:
+            raise UserError(f"training.packing: true, but {why}; set it to false")
 
     def __call__(self, device: torch.device, engine: Engine) -> Trainer:
         with base.quiet():
             return self.trainer(*self.attach(), device, engine)
+
+
+def _tried(kind: type, trial: Callable[[Any], None], model: nn.Module, own: list[nn.Module], task: str) -> str | None:
+    """Why rows cannot lie end to end in a model, or None where they can."""
+    try:
+        net = kind(model, own, task=task, device=torch.device("cpu"))
+        try:
+            trial(net)
+        finally:
+            net.release()
+    except Unsuitable as reason:
+        return str(reason)
+    return None
 
 
 def _rows(offsets: Tensor, indices: Tensor, client: int) -> np.ndarray:
@@ -179,6 +213,11 @@ def recipe_of(exp: Experiment) -> Recipe:
         ev.batch_size,
         ev.generate,
         ev.max_new_tokens,
+        chunk=exp.aggregation.chunk_mb * (1 << 18),
+        up=exp.messages.up,
+        down=exp.messages.down,
+        error_feedback=exp.messages.error_feedback,
+        row_tokens=exp.data.max_length if exp.training.packing else None,
     )
 
 
@@ -345,8 +384,11 @@ class _Session:
             if executor is not None:
                 executor.close()
             self.trackers.close()
-            executor = self.model = self.bundle = None  # the base need not lie in memory while figures are drawn
+            executor = self.executor = self.model = self.bundle = (
+                None  # the base need not lie in memory while figures are drawn
+            )
         gc.collect()
+        (folder.path / "checkpoints" / "start.bin").unlink(missing_ok=True)
         self._status("finished", figures=False)
         _draw(self.folder, self.show)
         self._status("finished")
@@ -401,7 +443,9 @@ class _Session:
             settings=settings,
             task=exp.model.task,
             base_dropout=exp.model.base_dropout,
-            autocast=getattr(torch, exp.model.dtype) if whole and sixteen else None,
+            autocast=getattr(torch, exp.model.dtype) if whole and sixteen and exp.training.master_weights else None,
+            masters=exp.training.master_weights,
+            packing=exp.training.packing,
             seed=exp.seed,
             tokens=parts.tokens,
             train=_shareable(parts.partition),
@@ -411,6 +455,7 @@ class _Session:
             state=self.folder.path / "checkpoints",
             tokenizer=parts.tokenizer,
         )
+        home = "cpu" if exp.aggregation.device == "cpu" else None
         executor: SerialExecutor | PoolExecutor | FleetExecutor
         if self.kind == "pool":
             base.share_memory(model)
@@ -419,7 +464,7 @@ class _Session:
             for tokens in parts.tokens.values():
                 tokens.share()
             # Workers are sent the bare base: they start before the adapter is put on this process's copy.
-            executor = PoolExecutor(self.bundle, self.devices, self.plan.threads)
+            executor = PoolExecutor(self.bundle, self.devices, self.plan.threads, home)
         try:
             lent = base.memory_of(model)
             self.model, own = self.bundle.attach()
@@ -428,10 +473,13 @@ class _Session:
             if not self.planned and exp.training.lanes != 1:
                 self.plan.why_not = self.bundle.why_not_packed(self.model, own)
                 self.plan.packed = self.plan.why_not is None
-            params = adapters.trained(self.model)
-            self.layout = Layout.of(params)
-            self.start = clone(params)
-            self.stores = stores_of(self.bundle.state, self.bundle.algorithms, self.start, self.bundle.recipe)
+            if exp.training.packing:
+                self.bundle.check_packing(self.model, own)
+            if exp.training.checkpointing is True:
+                Recompute(self.model, lambda: False).release()
+            trained = Layout.of(adapters.trained(self.model))
+            self.layout = trained.sums
+            self.stores = stores_of(self.bundle.state, self.bundle.algorithms, trained, self.bundle.recipe)
             if self.kind == "serial":
 
                 def make(device: torch.device, engine: Engine) -> Trainer:
@@ -440,14 +488,19 @@ class _Session:
                 if self.member is not None:
                     executor = self.member.make_executor(make, self.bundle.guest)
                 else:
-                    executor = SerialExecutor(make, self.devices[0], self.plan.threads)
-            self._describe(params)
-            if not (self.folder.path / "init").exists():
-                self._save_model(self.start, self.folder.path / "init")
+                    executor = SerialExecutor(make, self.devices[0], self.plan.threads, home)
+            self._describe(adapters.trained(self.model))
+            self._keep_start()
             algorithm = self.bundle.algorithms.get("federated")
-            server = algorithm.init(self.start)[0] if algorithm else {}
-            executor.start(self.layout, Layout.of(server), self.plan.engine)
-            executor.broadcast(self.layout.fill(self.layout.empty(), self.start), server)
+            example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
+            server = Layout.of(algorithm.init(example)[0] if algorithm else {})
+            merges = any(a.merges for a in self.bundle.algorithms.values())
+            executor.start(self.layout, server, self.plan.engine, merges)
+            self.executor = executor
+            self._read(self.first, 0, executor.weights)
+            if whole:
+                self._lend(executor.weights)
+            executor.broadcast(executor.weights, self._server(executor.weights))
             self._choose_lanes(executor)
         except BaseException:
             if self.kind == "pool":
@@ -455,15 +508,62 @@ class _Session:
             raise
         return executor
 
+    def _keep_start(self) -> None:
+        """Write what training starts from: `init/`, a folder that reloads, and the same as one record.
+
+        Neither stays in memory: a whole model's would be one copy too many.
+        """
+        self.first = Store(self.folder.path / "checkpoints" / "start.bin", self.layout.numel, self.layout.dtype)
+        start = 0
+        for parameter in adapters.trained(self.model).values():
+            self.first.write_at(0, start, parameter.data.reshape(-1))
+            start += parameter.numel()
+        if not (self.folder.path / "init").exists():
+            self._save_model(None, self.folder.path / "init")
+
+    def _read(self, store: Store, record: int, into: Tensor) -> None:
+        """Copy parameters from a record into a flat vector, a chunk at a time."""
+        for chunk in self.layout.chunks(self.bundle.recipe.chunk):
+            into[chunk.span].copy_(store.read(record, chunk.start, chunk.stop))
+
+    def _lend(self, flat: Tensor) -> None:
+        """This process's whole model has the global parameters as its own; what it was loaded into is let go.
+
+        Where it trains here, the trainer exchanges them for its own before each pass.
+        """
+        if self.kind == "pool":
+            for name, view in self.layout.views(flat).items():
+                self.model.get_parameter(name).data = view
+
+    def _server(self, flat: Tensor) -> Params:
+        algorithm = self.bundle.algorithms.get("federated")
+        return clone(algorithm.init(self.layout.views(flat))[0]) if algorithm else {}
+
     def _describe(self, params: Params) -> None:
         about = adapters.describe(self.model, params)
+        shapes, dtype, messages = (
+            list(self.layout.shapes.values()),
+            next(iter(params.values())).dtype,
+            self.exp.messages,
+        )
+        up, down = (codec(name).nbytes(shapes, dtype) for name in (messages.up, messages.down))
+        self.bytes_of = (up.total, down.total)
+        about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
         kept = {m: self.stores[m].nbytes for m in self.exp.modes}
         self.folder.write_json("model.json", {**about, "adapter": self.exp.adapter.name, "kept_bytes_per_client": kept})
-        mb = about["bytes_up"] / 1e6
+        how = [f" as {name}" if name else "" for name in (messages.up, messages.down)]
         self.show.note(
             f"{self.exp.adapter.name} on {self.exp.model.path}: {about['trained']:,} of {about['parameters']:,} parameters are trained "
-            f"({about['per_cent']:.2f} %); a client sends {mb:.2f} MB and receives {mb:.2f} MB a round"
+            f"({about['per_cent']:.2f} %); a client sends {up.total / 1e6:.2f} MB{how[0]} and receives {down.total / 1e6:.2f} MB{how[1]} a round"
         )
+        if any(kept.values()):
+            # A round writes beside what checkpoints refer to.
+            records = {
+                m: (1 if m == "central" else len(self.parts.clients)) * (self.exp.checkpoint.keep + 1) for m in kept
+            }
+            each = ", ".join(f"{m} {b / 1e6:,.1f} MB a client" for m, b in kept.items() if b)
+            most = sum(b * records[m] for m, b in kept.items()) / 1e6
+            self.show.note(f"kept from round to round in memory-mapped files: {each}; {most:,.1f} MB at most in all")
         report = self.parts.report
         skew = f"mean JS divergence {report['js_mean']:.3f} bits, size Gini {report['size_gini']:.2f}"
         self.show.note(
@@ -485,9 +585,9 @@ class _Session:
         """Resolve the plan at the run's first start, and show it."""
         exp, plan, device = self.exp, self.plan, self.devices[0]
         if not self.planned:
-            if exp.training.checkpointing is True and not plan.packed:
-                raise UserError(f"training.checkpointing: true, but clients cannot train in lanes: {plan.why_not}")
-            if plan.packed:
+            plan.checkpointing = exp.training.checkpointing is True
+            whole = exp.adapter.name == "none"
+            if plan.packed or whole:
                 on_gpu, here = device.startswith("cuda"), self.devices.count(device)
                 choose_lanes(
                     plan,
@@ -495,13 +595,19 @@ class _Session:
                     executor.measure,
                     executor.configure,
                     workers=len(self.devices),
-                    lanes=exp.training.lanes,
+                    lanes=1 if whole else exp.training.lanes,
                     checkpointing=exp.training.checkpointing,
-                    base_bytes=sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers())),
+                    base_bytes=sum(t.nbytes for t in ((*self.model.parameters(),) if not whole else ()))
+                    + sum(t.nbytes for t in self.model.buffers()),
                     free=None if (free := free_memory(device)) is None else free // here,
                     resident=executor.peaks()[0],
                     on_gpu=on_gpu,
                 )
+                if whole:
+                    plan.memory |= dict.fromkeys(("global", "sum"), self.layout.nbytes)
+                    plan.memory["chunk"] = min(self.layout.nbytes, 4 * (self.bundle.recipe.chunk or 0))
+            else:
+                executor.configure(plan.engine)
             self._save_plan()
         for line in describe(plan, ", ".join(self.devices)):
             self.show.note(line)
@@ -562,7 +668,7 @@ class _Session:
         state = self._state(mode, algorithm)
         infos = folder.checkpoints(mode)
         if infos:
-            restore(state, infos, folder.load_tensors(mode, infos[-1]["round"]))
+            restore(state, self.layout, infos, folder.load_tensors(mode, infos[-1]))
             folder.cut_metrics(infos[-1]["metrics_bytes"])
             self.show.note(f"{mode}: going on after round {state.round}")
         else:
@@ -593,6 +699,8 @@ class _Session:
             lanes=functools.partial(self.plan.lanes_at, mode),
             halve=functools.partial(self._halve, mode),
             generate=exp.evaluate.generate,
+            chunk=self.bundle.recipe.chunk,
+            bytes_of=self.bytes_of,
             copy_best=functools.partial(self._copy_best, mode),
             on_pack=on_pack,
             on_round=on_round,
@@ -616,8 +724,9 @@ class _Session:
         self.show.note(f"{mode}: out of memory in round {round}; it starts again with {lanes} lane(s)")
 
     def _state(self, mode: str, algorithm: Algorithm) -> State:
-        # Merging happens where the first worker's parameters lie: on its device, not in the memory of the host.
-        flat = self.layout.fill(self.layout.empty(self.devices[0]), self.start)
+        # Merging happens in the buffer that the first worker reads.
+        flat = self.executor.weights
+        self._read(self.first, 0, flat)
         server = clone(algorithm.init(self.layout.views(flat))[0])
         return State(flat, server, Records(), keeps=self.stores[mode].width > 0)
 
@@ -630,13 +739,19 @@ class _Session:
             if name in self.stores:
                 self.stores[name].sync()
         keep = self.exp.checkpoint.keep
-        self.folder.save_checkpoint(mode, state.round, state_tensors(state, algorithm.merges), state_info(state), keep)
+        tensors = state_tensors(state, self.layout, algorithm.merges)
+        shard = self.exp.checkpoint.shard_mb << 20
+        self.folder.save_checkpoint(mode, state.round, tensors, state_info(state), keep, shard)
         state.records.commit(keep)
         state.best_records.commit(keep)
         self._status("running")
 
-    def _copy_best(self, mode: str, record: int, into: int) -> None:
-        self.stores[f"best-{mode}"].write(into, self.stores[mode].read(record)[: self.layout.numel])
+    def _copy_best(self, mode: str, record: int | None, into: int) -> None:
+        best = self.stores[f"best-{mode}"]
+        if record is None:
+            best.write(into, self.executor.weights)
+        else:
+            self.stores[mode].copy(record, best, into, self.layout.numel)
 
     def _initial_rows(
         self, mode: str, schedule: Schedule, executor: SerialExecutor | PoolExecutor, state: State
@@ -658,12 +773,13 @@ class _Session:
         """Export last and chosen models, score the chosen ones once on the test rows; each row's scores by model."""
         owners: list[tuple[str | None, Chosen, str]] = []
         if self.bundle.algorithms[mode].merges:
-            self._export(state.params, "global")
+            self._export("global")
             last = self._by_row("validation", [mode], executor.score([Scoring("validation", by_row=True)]))
             requests: list[Scoring] = []
             if state.best is not None:
-                self._export(state.best_params, "best")
-                executor.broadcast(state.best_params, state.server)
+                self._read(self.stores[f"best-{mode}"], state.best_records.read(MERGED), executor.weights)
+                self._export("best")
+                executor.broadcast(executor.weights, state.server)
                 requests.append(Scoring("test"))
                 owners.append((None, state.best, mode))
         else:
@@ -672,13 +788,15 @@ class _Session:
                 name = CENTRAL if client == CENTRAL_CLIENT else self.parts.partition.name(client)
                 place = CENTRAL if client == CENTRAL_CLIENT else f"local/{folder_name(name)}"
                 label = CENTRAL if client == CENTRAL_CLIENT else f"local {name}"
-                self._export(self.stores[mode].read(record)[: self.layout.numel], place)
+                self._read(self.stores[mode], record, executor.weights)
+                self._export(place)
                 labels.append(label)
                 records.append(record)
                 if client not in state.site_best:
                     continue
                 best = state.best_records.read(client)
-                self._export(self.stores[f"best-{mode}"].read(best), f"{place}/best")
+                self._read(self.stores[f"best-{mode}"], best, executor.weights)
+                self._export(f"{place}/best")
                 best_records.append(best)
                 owners.append((None if client == CENTRAL_CLIENT else name, state.site_best[client], label))
             few = slice(0, BY_ROW_SITES)
@@ -707,12 +825,20 @@ class _Session:
         found = [scores for part in answers for scores in part]
         return {label: by_row(split, scores) for label, scores in zip(labels, found, strict=True)}
 
-    def _export(self, flat: Tensor, place: str) -> None:
-        self._save_model(self.layout.views(flat), self.folder.path / place)
+    def _export(self, place: str) -> None:
+        """Write a folder of the model with the executor's global parameters."""
+        self._save_model(self.executor.weights, self.folder.path / place)
 
-    def _save_model(self, params: Params, place: Path) -> None:
-        for name, parameter in adapters.trained(self.model).items():
-            parameter.data.copy_(params[name])
+    def _save_model(self, flat: Tensor | None, place: Path) -> None:
+        """Write a folder of the model with these parameters, `[N]`; None = as it is."""
+        views = {} if flat is None else self.layout.views(flat)
+        for name, view in views.items():
+            parameter = self.model.get_parameter(name)
+            if self.exp.adapter.name == "none":
+                # Copying would take a second model's memory, and so does transformers with what shares a block with others.
+                parameter.data = torch.from_dlpack(view)
+            else:
+                parameter.data.copy_(view)
         beside = place.with_name(f".{place.name}.{os.getpid()}")
         if place.is_dir():  # a chosen model may lie inside: only the files are replaced
             beside = place
@@ -725,6 +851,7 @@ class _Session:
             settings=settings,
             base_name=exp.model.path,
             tokenizer=self.parts.tokenizer,
+            shard_mb=exp.checkpoint.shard_mb,
         )
         if beside != place:
             beside.rename(place)

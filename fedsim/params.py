@@ -13,6 +13,37 @@ import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
+LARGE = 1 << 28  # bytes of parameters from which on no process keeps a partial sum of its own
+ALIGN = 4096  # tensors are cut at multiples of this many elements: a whole number of the blocks that codecs work on
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of a layout's flat vector: whole tensors, or pieces of large ones as vectors.
+
+    Attributes:
+        start, stop: where it lies in the flat vector.
+        shapes: name -> shape; a piece of a tensor is `[n]`.
+    """
+
+    start: int
+    stop: int
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def span(self) -> slice:
+        """Its place in the flat vector."""
+        return slice(self.start, self.stop)
+
+    def views(self, flat: Tensor) -> Params:
+        """Name -> view of the chunk's own stretch, `[stop - start]` or, for K lanes, `[K, stop - start]`."""
+        out, start = {}, 0
+        for name, shape in self.shapes.items():
+            size = torch.Size(shape).numel()
+            part = flat.narrow(-1, start, size)
+            out[name] = part.unflatten(-1, shape) if shape else part[..., 0]
+            start += size
+        return out
 
 
 @dataclass(frozen=True)
@@ -49,6 +80,12 @@ class Layout:
         """Bytes in all."""
         return self.numel * self.dtype.itemsize
 
+    @property
+    def sums(self) -> Layout:
+        """The same in the type of sums, of the global parameters and of kept state: float32, or float64 under float64."""
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self if dtype == self.dtype else Layout(self.shapes, dtype)
+
     def empty(self, device: torch.device | str = "cpu") -> Tensor:
         """A zeroed flat vector, `[numel]`."""
         return torch.zeros(self.numel, dtype=self.dtype, device=device)
@@ -83,6 +120,29 @@ class Layout:
             out[name] = part.unflatten(1, shape) if shape else part[:, 0]
             start += size
         return out
+
+    def chunks(self, most: int | None = None) -> list[Chunk]:
+        """Stretches of at most `most` elements (`ALIGN` at least), in order; None = one that holds everything.
+
+        Tensors are cut at multiples of `ALIGN` elements of their own, so what is worked out block by block does not depend
+        on `most`.
+        """
+        if most is None:
+            return [Chunk(0, self.numel, dict(self.shapes))]
+        most = max(ALIGN, most // ALIGN * ALIGN)
+        out: list[Chunk] = []
+        start, at, held = 0, 0, {}
+        for name, shape in self.shapes.items():
+            size = torch.Size(shape).numel()
+            pieces = [shape] if size <= most else [(min(most, size - i),) for i in range(0, size, most)]
+            for piece in pieces:
+                n = torch.Size(piece).numel()
+                if held and at - start + n > most:
+                    out.append(Chunk(start, at, held))
+                    start, held = at, {}
+                held[name] = piece
+                at += n
+        return [*out, Chunk(start, at, held)]
 
     def fill(self, flat: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """Copy `params` into `flat` (`[numel]`), casting to the layout's dtype; returns `flat`.

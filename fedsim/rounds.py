@@ -8,31 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fedsim.aggregators import Partial, WeightedMean
+from fedsim.aggregators import WeightedMean
 from fedsim.algorithms import Algorithm
 from fedsim.errors import OutOfMemory
-from fedsim.params import Layout, Params, clone
+from fedsim.params import Layout, Params
 from fedsim.seeding import stream
 from fedsim.store import Records
-from fedsim.types import Pack, Report, Row, Scores, Scoring, Task
+from fedsim.types import Pack, Partial, Report, Row, Scores, Scoring, Task
 
 CENTRAL = -1
+MERGED = -2
 
 
 class Executor(Protocol):
     """Where packs run; see `fedsim.executors`."""
 
+    total: Tensor | None
+
     def broadcast(self, weights: Tensor, server: Params) -> None: ...
-    def run(self, packs: list[Pack]) -> Any: ...
+    def run(self, packs: list[Pack], total: Partial | None) -> Iterator[Report]: ...
     def score(self, requests: list[Scoring]) -> list[list[Scores]]: ...
 
 
@@ -198,13 +200,14 @@ class State:
     """All that a mode carries from round to round; a checkpoint holds it.
 
     Attributes:
-        params: global parameters, flat `[N]`.
+        params: global parameters, flat `[N]`: the executor's own buffer, changed in place.
         server: the algorithm's server state.
         records: where client states lie; `keeps` says whether there are any.
         steps: optimiser steps done, by client.
         round: the last complete round.
-        best: best merged model so far; `best_params` its parameters, flat.
-        site_best: by client, the best of its own models, where nothing is merged; `best_records` where they lie.
+        best: best merged model so far.
+        site_best: by client, the best of its own models, where nothing is merged.
+        best_records: where the best models' parameters lie, by client; that of the merged one under `MERGED`.
     """
 
     params: Tensor
@@ -214,7 +217,6 @@ class State:
     steps: dict[int, int] = field(default_factory=dict)
     round: int = 0
     best: Chosen | None = None
-    best_params: Tensor | None = None
     site_best: dict[int, Chosen] = field(default_factory=dict)
     best_records: Records = field(default_factory=Records)
 
@@ -244,7 +246,9 @@ def run_rounds(
     lanes: Callable[[int], int],
     halve: Callable[[int], None],
     generate: bool,
-    copy_best: Callable[[int, int], None],
+    chunk: int | None,
+    bytes_of: tuple[int, int],
+    copy_best: Callable[[int | None, int], None],
     on_pack: Callable[[int, Report], None],
     on_round: Callable[[int, list[Row]], None],
 ) -> State:
@@ -260,34 +264,48 @@ def run_rounds(
         lanes: round -> clients side by side, at most.
         halve: called with the round when memory was too little for them; `lanes` then gives fewer, or it raises.
         generate: whether merged models are scored on generated text as well.
-        copy_best: (record of a client's state, record to keep its parameters in), where nothing is merged.
+        chunk: elements that are merged at a time; None = all.
+        bytes_of: of a client's message to the server, and of the server's to it.
+        copy_best: (record of a client's state, or None for the global parameters; record to keep its parameters in).
         on_pack: called after each pack.
         on_round: called after each round with its metrics rows, to log and checkpoint.
     """
     aggregator = WeightedMean(layout)
-    sum_buffer = layout.empty(state.params.device)
     executor.broadcast(state.params, state.server)
     for round in range(state.round + 1, schedule.rounds + 1):
-        packs, reports, total = _train(
-            schedule, round, state, executor, aggregator, sum_buffer, algorithm.merges, lanes, halve, on_pack
-        )
+        buffer = executor.total if algorithm.merges else None
+        packs, reports, total = _train(schedule, round, state, executor, aggregator, buffer, lanes, halve, on_pack)
         rows = [row for report in reports for row in report.rows]
         _settle(packs, reports, state)
         if algorithm.merges:
             info = {"round": round, "clients": sum(len(p.tasks) for p in packs)}
-            params, state.server = algorithm.server_update(
-                layout.views(state.params), state.server, aggregator.result(total), info
-            )
-            state.params = layout.fill(state.params, clone(params))
+            _merge(algorithm, aggregator, total, state, info, chunk)
             executor.broadcast(state.params, state.server)
-            rows += _traffic(round, packs, state, layout.nbytes)
+            rows += _traffic(round, packs, state, bytes_of)
             if schedule.evaluates(round):
-                rows += _score_merged(round, executor, state, choice, generate, schedule)
+                rows += _score_merged(round, executor, state, choice, generate, schedule, copy_best)
         else:
             _choose_by_site(packs, rows, state, choice, copy_best)
         state.round = round
         on_round(round, rows)
     return state
+
+
+def _merge(
+    algorithm: Algorithm,
+    aggregator: WeightedMean,
+    total: Partial,
+    state: State,
+    info: dict[str, Any],
+    chunk: int | None,
+) -> None:
+    """The next global parameters, in place: chunk by chunk where the server keeps no state of their size."""
+    for part in aggregator.layout.chunks(None if state.server else chunk):
+        here = part.views(state.params[part.span])
+        params, server = algorithm.server_update(here, state.server, aggregator.result(total, part), info)
+        for name, view in here.items():
+            view.copy_(params[name])
+        state.server = server
 
 
 def _train(
@@ -296,20 +314,18 @@ def _train(
     state: State,
     executor: Executor,
     aggregator: WeightedMean,
-    buffer: Tensor,
-    merges: bool,
+    buffer: Tensor | None,
     lanes: Callable[[int], int],
     halve: Callable[[int], None],
     on_pack: Callable[[int, Report], None],
-) -> tuple[list[Pack], list[Report], Partial]:
-    """Train a round's packs and merge their sums; from the start again with fewer lanes where memory was too little."""
+) -> tuple[list[Pack], list[Report], Partial | None]:
+    """Train a round's packs, whose updates are summed in `buffer`; from the start again with fewer lanes where memory was too
+    little."""
     while True:
         packs = schedule.packs(round, state, lanes(round))
-        total, reports = aggregator.zero(buffer), []
+        total, reports = None if buffer is None else aggregator.zero(buffer), []
         try:
-            for report, partial in executor.run(packs):
-                if merges:
-                    aggregator.merge(total, Partial(partial, report.weight))
+            for report in executor.run(packs, total):
                 reports.append(report)
                 on_pack(round, report)
             return packs, reports, total
@@ -329,11 +345,11 @@ def _settle(packs: list[Pack], reports: list[Report], state: State) -> None:
                 state.records.wrote(task.client, task.write)
 
 
-def _traffic(round: int, packs: list[Pack], state: State, nbytes: int) -> list[Row]:
-    out = []
+def _traffic(round: int, packs: list[Pack], state: State, bytes_of: tuple[int, int]) -> list[Row]:
+    out, sizes = [], dict(zip(("bytes_up", "bytes_down"), bytes_of, strict=True))
     for task in (t for p in packs for t in p.tasks):
         step = state.steps[task.client]
-        out += [Row(round, step, "federated", task.name, "train", n, float(nbytes)) for n in ("bytes_up", "bytes_down")]
+        out += [Row(round, step, "federated", task.name, "train", n, float(size)) for n, size in sizes.items()]
     return out
 
 
@@ -346,18 +362,25 @@ def merged_rows(round: int, step: int, scores: Scores, scope: str, name: Callabl
 
 
 def _score_merged(
-    round: int, executor: Executor, state: State, choice: Choice, generate: bool, schedule: Schedule
+    round: int,
+    executor: Executor,
+    state: State,
+    choice: Choice,
+    generate: bool,
+    schedule: Schedule,
+    copy_best: Callable[[int | None, int], None],
 ) -> list[Row]:
     scores = executor.score([Scoring("validation", generate=generate, sites=True)])[0][0]
     step = max(state.steps.values())
     value = scores.values[choice.metric][0]
     if choice.better(value, state.best):
-        state.best, state.best_params = Chosen(value, round, step), state.params.clone()
+        state.best = Chosen(value, round, step)
+        _keep_best(state, MERGED, None, copy_best)
     return merged_rows(round, step, scores, "federated", schedule.name)
 
 
 def _choose_by_site(
-    packs: list[Pack], rows: list[Row], state: State, choice: Choice, copy_best: Callable[[int, int], None]
+    packs: list[Pack], rows: list[Row], state: State, choice: Choice, copy_best: Callable[[int | None, int], None]
 ) -> None:
     scored = {(r.client, r.step): r.value for r in rows if r.split == "validation" and r.name == choice.metric}
     for task in (t for p in packs for t in p.tasks if t.evaluate):
@@ -365,19 +388,22 @@ def _choose_by_site(
         value = scored.get((name, step))
         if value is not None and choice.better(value, state.site_best.get(task.client)):
             state.site_best[task.client] = Chosen(value, task.round, step)
-            record = state.best_records.new()
-            copy_best(task.write, record)
-            state.best_records.wrote(task.client, record)
+            _keep_best(state, task.client, task.write, copy_best)
 
 
-def state_tensors(state: State, merges: bool) -> dict[str, Tensor]:
-    """The tensors of a checkpoint. Where nothing is merged, all that changes lies in the clients' records."""
+def _keep_best(state: State, client: int, record: int | None, copy_best: Callable[[int | None, int], None]) -> None:
+    into = state.best_records.new()
+    copy_best(record, into)
+    state.best_records.wrote(client, into)
+
+
+def state_tensors(state: State, layout: Layout, merges: bool) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: `params.NAME` and `server.NAME`. Where nothing is merged, all that changes lies in the
+    clients' records."""
     out = {f"server.{n}": t for n, t in state.server.items()}
     if merges:
-        out["params"] = state.params
-        if state.best_params is not None:
-            out["best"] = state.best_params
-    return out or {"empty": torch.zeros(1)}
+        out |= {f"params.{n}": t for n, t in layout.views(state.params).items()}
+    return out
 
 
 def state_info(state: State) -> dict[str, Any]:
@@ -399,13 +425,14 @@ def _lists(by_client: dict[int, int]) -> list[list[int]]:
     return [list(by_client), list(by_client.values())]
 
 
-def restore(state: State, infos: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+def restore(state: State, layout: Layout, infos: list[dict[str, Any]], tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Bring a fresh state to the last of these checkpoints.
 
     Args:
         state: fresh; changed in place.
+        layout: of the parameters.
         infos: what the kept checkpoints say, oldest first: the records they refer to stay untouched.
-        tensors: of the last one.
+        tensors: of the last one, by name, one at a time.
     """
     info = infos[-1]
     tables = [dict(zip(*i["table"], strict=True)) for i in infos]
@@ -415,8 +442,7 @@ def restore(state: State, infos: list[dict[str, Any]], tensors: dict[str, Tensor
     state.round = info["round"]
     state.best = Chosen(**info["best"]) if info["best"] else None
     state.site_best = {int(c): Chosen(**b) for c, b in info["site_best"].items()}
-    if "params" in tensors:
-        state.params.copy_(tensors["params"])
-    state.best_params = tensors.get("best")
-    for name, tensor in state.server.items():
-        tensor.copy_(tensors[f"server.{name}"])
+    into = {f"params.{n}": t for n, t in layout.views(state.params).items()}
+    into |= {f"server.{n}": t for n, t in state.server.items()}
+    for name, tensor in tensors:
+        into[name].copy_(tensor)

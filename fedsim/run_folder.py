@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,24 +97,32 @@ class RunFolder:
     # ---------------------------------------------------------------------------------------- checkpoints
 
     def save_checkpoint(
-        self, mode: str, round: int, tensors: dict[str, Tensor], info: dict[str, Any], keep: int
+        self, mode: str, round: int, tensors: dict[str, Tensor], info: dict[str, Any], keep: int, shard: int = 1 << 30
     ) -> None:
-        """Commit a round: its tensors, then the JSON file that makes it count; those before the last `keep` go."""
-        from safetensors.torch import save
+        """Commit a round: its tensors, then the JSON file that makes it count; those before the last `keep` go.
 
+        Args:
+            mode, round: what it is of.
+            tensors: by name; of those on a GPU one shard at a time is copied to the host's memory.
+            info: JSON, kept beside them.
+            keep: checkpoints of the mode that stay.
+            shard: bytes of a file, at most, but for a tensor that is larger by itself.
+        """
         folder = self.path / "checkpoints" / mode
-        data = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
-        write_atomic(folder / f"round-{round:05d}.safetensors", data)
-        info = {
-            **info,
-            "round": round,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "metrics_bytes": self.sync_metrics(),
-        }
-        write_atomic(folder / f"round-{round:05d}.json", json.dumps(info).encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = _shards(tensors, shard)
+        stem, files = f"round-{round:05d}", {}
+        for i, names in enumerate(parts):
+            name = stem if len(parts) == 1 else f"{stem}-{i + 1:05d}-of-{len(parts):05d}"
+            files[f"{name}.safetensors"] = _write_shard(
+                folder / f"{name}.safetensors", {n: tensors[n].detach().cpu().contiguous() for n in names}
+            )
+        info = {**info, "round": round, "files": files, "metrics_bytes": self.sync_metrics()}
+        write_atomic(folder / f"{stem}.json", json.dumps(info).encode())
         for old in sorted(folder.glob("round-*.json"))[:-keep]:
             old.unlink()
-            old.with_suffix(".safetensors").unlink(missing_ok=True)
+            for file in folder.glob(f"{old.stem}*.safetensors"):
+                file.unlink()
 
     def checkpoints(self, mode: str) -> list[dict[str, Any]]:
         """What the mode's committed checkpoints say of themselves, oldest first; those that are damaged, or whose rows are
@@ -123,22 +131,55 @@ class RunFolder:
         self._metrics.flush()
         rows = (self.path / "metrics.jsonl").stat().st_size
         for file in sorted((self.path / "checkpoints" / mode).glob("round-*.json")):
-            tensors = file.with_suffix(".safetensors")
             try:
                 info = json.loads(file.read_text())
-                whole = hashlib.sha256(tensors.read_bytes()).hexdigest() == info["sha256"]
+                whole = all(_sha256(file.with_name(name)) == found for name, found in info["files"].items())
                 whole = whole and info["metrics_bytes"] <= rows
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, AttributeError):
                 whole = False
             if whole:
                 out.append(info)
         return out
 
-    def load_tensors(self, mode: str, round: int) -> dict[str, Tensor]:
-        """Tensors of a checkpoint."""
-        from safetensors.torch import load_file
+    def load_tensors(self, mode: str, info: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of a checkpoint by name, one at a time; `info` is what it says of itself."""
+        from safetensors import safe_open
 
-        return load_file(self.path / "checkpoints" / mode / f"round-{round:05d}.safetensors")
+        for name in info["files"]:
+            with safe_open(self.path / "checkpoints" / mode / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - no mapping
+                    yield key, file.get_tensor(key)
+
+
+def _shards(tensors: dict[str, Tensor], most: int) -> list[list[str]]:
+    """Names in files of at most `most` bytes."""
+    out: list[list[str]] = []
+    held = 0
+    for name, tensor in tensors.items():
+        if not out or held + tensor.nbytes > most:
+            out.append([])
+            held = 0
+        out[-1].append(name)
+        held += tensor.nbytes
+    return out
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a safetensors file so that a reader sees all of it or nothing; returns its hash."""
+    from safetensors.torch import save_file
+
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, beside)
+    with beside.open("rb") as handle:
+        os.fsync(handle.fileno())
+    found = _sha256(beside)
+    beside.replace(path)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def save_arrays(folder: RunFolder, name: str, arrays: dict[str, np.ndarray]) -> None:

@@ -666,9 +666,12 @@ class Checkpoint:
     """Rounds between two checkpoints; at most this many rounds are lost."""
     keep: int = 2
     """Checkpoints kept; older ones are removed."""
+    shard_mb: int = 1024
+    """Largest safetensors file of a checkpoint or of an exported whole model, in MiB; a tensor that is larger has one to itself."""
 
     def check(self, path: str) -> None:
         check_that(self.every >= 1, f"{path}.every", self.every, "is below 1")
+        check_that(self.shard_mb >= 1, f"{path}.shard_mb", self.shard_mb, "is below 1")
         check_that(self.keep >= 1, f"{path}.keep", self.keep, "is below 1")
 
 
@@ -706,11 +709,54 @@ class Training:
     checkpointing: bool | Literal["auto"] = "auto"
     """Compute activations a second time in the backward pass instead of keeping them; auto = where one lane would not fit otherwise."""
 
+    packing: bool = False
+    """Where the whole model is trained: rows lie end to end without padding, each attending to itself alone, as many a pass as fit into local.micro_batch x data.max_length tokens. Adapters in lanes are always trained so."""
+    master_weights: bool = True
+    """Where the whole model is trained under a 16-bit model.dtype: weights, gradients and moments in float32, computing in 16 bits; false = everything in 16 bits, in half the memory. Sums over clients are float32 either way."""
+
     def check(self, path: str) -> None:
         whole = self.lanes == "auto" or (isinstance(self.lanes, int) and self.lanes >= 1)
         check_that(whole, f"{path}.lanes", self.lanes, "is no number of lanes; give 1 or more, or auto")
-        wanted = self.checkpointing is not True or self.lanes != 1
-        check_that(wanted, f"{path}.checkpointing", self.checkpointing, "needs clients in lanes; set lanes=auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregation:
+    """How updates are summed; the numbers do not depend on it."""
+
+    chunk_mb: int = 64
+    """Parameters that are summed, encoded or kept at a time, in MiB of float32: what a round needs besides the global parameters and their running sum."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the global parameters and the running sum lie: auto = on the device that trains; cpu = in the host's memory, which leaves the device to training; cuda = as auto, and an error where there is none."""
+
+    def check(self, path: str) -> None:
+        check_that(self.chunk_mb >= 1, f"{path}.chunk_mb", self.chunk_mb, "is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Messages:
+    """What travels between server and clients; training and merging stay in full precision."""
+
+    up: str | None = None
+    """Type of a client's update: fp32, fp16, bf16, blockwise8 (8 bits a value) or nf4 (4 bits); null = as it is trained."""
+    down: str | None = None
+    """Type of the global parameters that a client receives, and starts from; likewise."""
+    error_feedback: bool = False
+    """Each client keeps what the type of `up` lost of its update, and adds it to its next one."""
+
+    def check(self, path: str) -> None:
+        for key in ("up", "down"):
+            value = getattr(self, key)
+            if value is not None:
+                from fedsim.messages import canonical  # torch comes with it
+
+                try:
+                    object.__setattr__(self, key, canonical(value))
+                except UserError as error:
+                    raise UserError(f"{path}.{key}: {error}") from None
+        wanted = not self.error_feedback or self.up is not None
+        check_that(
+            wanted, f"{path}.error_feedback", True, "needs a type that loses something; set messages.up, e.g. nf4"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

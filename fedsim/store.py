@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+_AT_ONCE = 1 << 22  # elements that are mapped at once
 
 
 class Store:
@@ -30,21 +31,32 @@ class Store:
         """Bytes of a record."""
         return self.width * self.dtype.itemsize
 
-    def read(self, record: int) -> Tensor:
-        """A copy of a record, `[width]`, on the CPU."""
-        return torch.from_numpy(np.array(self._map(record, "r")))
+    def read(self, record: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """A copy of a record, or of a stretch of it, `[stop - start]`, on the CPU."""
+        stop = self.width if stop is None else stop
+        if start == stop:  # nothing cannot be mapped
+            return torch.empty(0, dtype=self.dtype)
+        return torch.from_numpy(np.array(self._map(record, "r", start, stop)))
 
     def write(self, record: int, *parts: Tensor) -> None:
         """Fill a record with these vectors, end to end; the file grows as needed."""
+        start = 0
+        for part in parts:
+            self.write_at(record, start, part)
+            start += part.numel()
+        assert start == self.width, f"a record has {self.width} elements, got {start}"
+
+    def write_at(self, record: int, start: int, part: Tensor) -> None:
+        """Fill a stretch of a record, from element `start` on, with a vector of any device and floating type."""
         end = (record + 1) * self.nbytes
         if not self.path.exists() or self.path.stat().st_size < end:
             with open(self.path, "ab") as handle:
                 os.truncate(handle.fileno(), max(end, os.fstat(handle.fileno()).st_size))
-        view, start = self._map(record, "r+"), 0
-        for part in parts:
-            view[start : start + part.numel()] = part.detach().cpu().numpy()
-            start += part.numel()
-        assert start == self.width, f"a record has {self.width} elements, got {start}"
+        for i in range(
+            0, part.numel(), _AT_ONCE
+        ):  # mapped pages count as this process's memory until they are unmapped
+            piece = part[i : i + _AT_ONCE].detach().to("cpu", self.dtype)
+            self._map(record, "r+", start + i, start + i + piece.numel())[:] = piece.numpy()
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
@@ -52,10 +64,14 @@ class Store:
             with open(self.path, "rb") as handle:
                 os.fsync(handle.fileno())
 
-    def _map(self, record: int, mode: str) -> np.memmap:
-        return np.memmap(
-            self.path, dtype=_NUMPY[self.dtype], mode=mode, offset=record * self.nbytes, shape=(self.width,)
-        )
+    def copy(self, record: int, into: Store, other: int, stop: int) -> None:
+        """Copy the first `stop` elements of a record to the start of another store's record."""
+        for i in range(0, stop, _AT_ONCE):
+            into.write_at(other, i, self.read(record, i, min(stop, i + _AT_ONCE)))
+
+    def _map(self, record: int, mode: str, start: int, stop: int) -> np.memmap:
+        offset = record * self.nbytes + start * self.dtype.itemsize
+        return np.memmap(self.path, dtype=_NUMPY[self.dtype], mode=mode, offset=offset, shape=(stop - start,))
 
 
 class Records:

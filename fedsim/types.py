@@ -1,5 +1,5 @@
-"""Records that travel between the round loop, the executors and the trainers. All of them but `Share`, which stays in its
-process, pickle in a few bytes."""
+"""Records that travel between the round loop, the executors and the trainers. All of them but `Share`,
+`Partial` and `Turn`, which stay in their process, pickle in a few bytes."""
 
 from __future__ import annotations
 
@@ -56,15 +56,35 @@ class Pack:
 
 
 @dataclass
+class Partial:
+    """A sum under way: `total` `[numel]` holds the sum of weight x update, `weight` the sum of the weights."""
+
+    total: Any
+    weight: float = 0.0
+
+
+class Turn:
+    """When a pack may add to a sum that others add to: by default at once."""
+
+    def wait(self) -> bool:
+        """Wait until it may; False: it must not, the round is given up."""
+        return True
+
+    def done(self) -> None:
+        """It has added all it has."""
+
+
+@dataclass
 class Share:
     """One run's part of a pass.
 
     Attributes:
         trainer: the run's own; it knows the run's rows, seed, rates and kept state.
         pack: clients that train in it.
-        weights: the run's global parameters, flat `[N]`.
+        weights: the run's global parameters, flat `[N]`, on any device.
         server: its server state.
-        out: buffer `[N]` for the weighted sum of its updates.
+        out: `[N]`, on any device; weight x update of its clients is added to it.
+        turn: when that may be done.
     """
 
     trainer: Any
@@ -72,6 +92,7 @@ class Share:
     weights: Any
     server: Any
     out: Any
+    turn: Turn = field(default_factory=Turn)
 
 
 @dataclass(frozen=True)

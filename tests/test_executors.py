@@ -27,7 +27,7 @@ from fedsim.errors import ClientError, OutOfMemory
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.experiment import Bundle
 from fedsim.params import Layout, Params
-from fedsim.types import Engine, Measured, Pack, Report, Scores, Scoring, Task
+from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 
 LAYOUT = Layout({"w": (2, 2)}, torch.float64)
 WEIGHTS = torch.arange(1.0, 5.0, dtype=torch.float64)
@@ -37,7 +37,7 @@ ENGINE = Engine(packed=True, micro_batch=4)
 
 @dataclass
 class Stub:
-    """A trainer whose partial sum is client x weights + the server's state; clients in `faults` come to grief."""
+    """A trainer that adds client x weights + the server's state; clients in `faults` come to grief."""
 
     faults: dict[int, str]
     layout: Layout = LAYOUT
@@ -48,8 +48,9 @@ class Stub:
             raise RuntimeError("no room for the model")
         return self
 
-    def train(self, pack: Pack, weights: Tensor, server: Params, out: Tensor) -> Report:
-        out.zero_()
+    def train(self, pack: Pack, weights: Tensor, server: Params, out: Tensor, turn: Turn | None = None) -> Report:
+        turn = turn or Turn()
+        waited = False
         for task in pack.tasks:
             fault = self.faults.get(task.client)
             if fault == "raise":
@@ -58,11 +59,21 @@ class Stub:
                 raise torch.OutOfMemoryError("a pack too large")
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "no sum":
+                assert out is None and turn.__class__ is Turn
+                continue
             if fault == "slow":
                 time.sleep(0.3)
             if fault == "hang":
                 time.sleep(3600)
+            if not waited and not turn.wait():
+                break
+            waited = True
             out += task.client * weights + server["c"]
+            if fault == "kill in its turn":
+                os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            turn.done()
         return Report(
             pack.index, steps={t.client: 1 for t in pack.tasks}, weight=float(len(pack.tasks)), tokens=os.getpid()
         )
@@ -116,7 +127,7 @@ def pool() -> Iterator[Callable[..., PoolExecutor]]:
         executor = PoolExecutor(Stub(faults or {}), ["cpu"] * workers, 1)
         made.append((executor, [w.process.pid for w in executor._pool]))
         if start:
-            executor.start(LAYOUT, SERVER, ENGINE)
+            executor.start(LAYOUT, SERVER, ENGINE, True)
             executor.broadcast(WEIGHTS, {"c": torch.tensor([0.5]).double()})
         return executor
 
@@ -130,28 +141,48 @@ def pool() -> Iterator[Callable[..., PoolExecutor]]:
 # ------------------------------------------------------------------------------------------------ the pool alone
 
 
-def test_a_pool_of_two(pool: Any) -> None:
+@pytest.fixture(params=["partial sums", "one sum"])
+def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether updates count as large, and go straight into the one sum, pack by pack."""
+    if request.param == "one sum":
+        monkeypatch.setattr("fedsim.executors.pool._SLOTS_BELOW", 0)
+    return request.param == "one sum"
+
+
+def run(executor: Any, packs: Sequence[Pack]) -> tuple[list[Report], Partial]:
+    """All reports, and what the packs add to a sum of zeros."""
+    executor.total.zero_()
+    total = Partial(executor.total)
+    return list(executor.run(packs, total)), total
+
+
+def test_a_pool_of_two(pool: Any, large: bool) -> None:
     """One pool of two workers, since starting them is what takes long: order, buffers, broadcast, scores, a death."""
     main = sys.modules["__main__"]
     before = {k: main.__dict__.get(k, "absent") for k in ("__file__", "__spec__")}
     executor = pool(2, {1: "slow"})
     assert {k: main.__dict__.get(k, "absent") for k in ("__file__", "__spec__")} == before
+    assert all(bool(w.slots) != large for w in executor._pool)
 
-    # 9 packs on 2 workers of 2 buffers; pack 0 is slow, so later ones are ready first and have to wait their turn.
-    order, workers = [], set()
-    for report, total in executor.run([pack(i, i + 1) for i in range(9)]):
+    # 9 packs on 2 workers; pack 0 is slow, so later ones are ready first and have to wait their turn.
+    executor.total.zero_()
+    total, order, workers = Partial(executor.total), [], set()
+    for report in executor.run([pack(i, i + 1) for i in range(9)], total):
         order.append(report.index)
         workers.add(report.tokens)
-        found = total.clone()
-        time.sleep(0.02)  # the workers are at their next packs meanwhile, in their other buffers
-        assert torch.equal(total, found), "a sum stays as it is until the next is asked for"
-        assert torch.equal(total, (report.index + 1) * WEIGHTS + 0.5)
+        done = report.index + 1
+        expected = sum(range(1, done + 1)) * WEIGHTS + 0.5 * done
+        if not large:  # into the one sum a worker adds as soon as it may
+            assert torch.equal(total.total, expected), "packs count in their order"
+        assert total.weight == done
+        time.sleep(0.02)
     assert order == list(range(9))
+    assert torch.equal(total.total, expected)
     assert len(workers) == 2, "both workers took part"
 
     threes = torch.full((4,), 3.0, dtype=torch.float64)
     executor.broadcast(threes, {"c": torch.zeros(1, dtype=torch.float64)})
-    assert all(torch.equal(t, 2 * threes) for _, t in executor.run([pack(i, 2) for i in range(4)]))
+    assert torch.equal(run(executor, [pack(i, 2) for i in range(4)])[1].total, 8 * threes)
 
     scores = executor.score([Scoring("test", records=(i, i + 10)) for i in range(5)])  # the first is slow
     assert [[s.values["loss"][0] for s in each] for each in scores] == [[12.0 + i, 22.0 + i] for i in range(5)]
@@ -159,27 +190,40 @@ def test_a_pool_of_two(pool: Any) -> None:
     os.kill(executor._pool[1].process.pid, signal.SIGKILL)  # while it has nothing to do
     executor._pool[1].process.join()
     with pytest.raises(ClientError, match="SIGKILL"):
-        list(executor.run([pack(i, 2) for i in range(4)]))
+        run(executor, [pack(i, 2) for i in range(4)])
+
+
+def test_updates_are_added_in_the_order_of_the_packs(pool: Any, large: bool) -> None:
+    """Sums of floats depend on their order: 1e16 + 1 - 1e16 is 0, and 1e16 - 1e16 + 1 is 1. Pack 0 is the slow one."""
+    executor = pool(2, {10**16: "slow"})
+    ones = torch.ones(4, dtype=torch.float64)
+    executor.broadcast(ones, {"c": torch.zeros(1, dtype=torch.float64)})
+    for clients, expected in (((10**16, 1, -(10**16)), 0.0), ((10**16, -(10**16), 1), 1.0)):
+        for _ in range(3):
+            found = run(executor, [pack(i, c) for i, c in enumerate(clients)])[1].total
+            assert torch.equal(found, torch.full_like(found, expected))
 
 
 def test_a_client_that_raises_is_named_with_its_own_traceback(pool: Any) -> None:
     """The other worker is busy for an hour; nobody waits for it."""
     executor = pool(2, {3: "raise", 9: "hang"})
     with pytest.raises(ClientError) as caught:
-        list(executor.run([pack(0, 9), pack(1, 1, 3)]))
+        run(executor, [pack(0, 9), pack(1, 1, 3)])
     text = str(caught.value)
     assert text.startswith("round 4, clients site-1, site-3 failed")
     assert "the user's own trouble" in text and "Traceback" in text and "test_executors.py" in text
 
 
-def test_too_little_memory_frees_the_workers_and_their_buffers(pool: Any) -> None:
-    """Pack 1 does not fit; pack 0 is under way elsewhere and is dropped; the round can start again at once."""
+def test_too_little_memory_frees_the_workers_and_their_buffers(pool: Any, large: bool) -> None:
+    """Pack 0 is slow, pack 1 does not fit, others may wait for their turn; all are dropped, and the round can start again."""
     executor = pool(2, {1: "slow", 3: "memory"})
-    for _ in range(2):
-        with pytest.raises(OutOfMemory):
-            list(executor.run([pack(0, 1), pack(1, 3), pack(2, 2), pack(3, 2)]))
-    found = [(r.index, float(t[1])) for r, t in executor.run([pack(i, 2) for i in range(6)])]
-    assert found == [(i, 2 * 2.0 + 0.5) for i in range(6)]
+    for packs in ([pack(0, 1), pack(1, 3), pack(2, 2), pack(3, 2)], [pack(0, 1), pack(1, 2), pack(2, 3)]):
+        for _ in range(2):
+            with pytest.raises(OutOfMemory):
+                run(executor, packs)
+    reports, total = run(executor, [pack(i, 2) for i in range(6)])
+    assert [r.index for r in reports] == list(range(6))
+    assert torch.equal(total.total, 6 * (2 * WEIGHTS + 0.5))
     assert max(executor.peaks()) > 0, "whoever ran out of memory was told to let go of it"
     measured = executor.measure([[1], [2]])
     assert (measured.lanes, measured.seconds) == (2, 10.0)
@@ -187,16 +231,23 @@ def test_too_little_memory_frees_the_workers_and_their_buffers(pool: Any) -> Non
     executor.configure(Engine(packed=True, micro_batch=1))
 
 
-def test_a_killed_worker_is_named_with_its_client_and_signal(pool: Any) -> None:
-    executor = pool(1, {5: "kill"})
+@pytest.mark.parametrize("fault", ["kill", "kill in its turn"])
+def test_a_killed_worker_is_named_with_its_client_and_signal(pool: Any, large: bool, fault: str) -> None:
+    executor = pool(1, {5: fault})
     with pytest.raises(ClientError, match=r"^round 4, client site-5 failed.*\n.*SIGKILL"):
-        list(executor.run([pack(0, 1), pack(1, 2), pack(2, 5), pack(3, 6), pack(4, 7)]))
+        run(executor, [pack(0, 1), pack(1, 2), pack(2, 5), pack(3, 6), pack(4, 7)])
+
+
+def test_packs_that_are_not_merged_need_no_sum(pool: Any, large: bool) -> None:
+    executor = pool(2, {7: "no sum"})
+    reports = list(executor.run([pack(i, 7) for i in range(4)], None))
+    assert [r.index for r in reports] == [0, 1, 2, 3]
 
 
 def test_a_worker_that_cannot_load_its_model_says_why(pool: Any) -> None:
     executor = pool(1, {0: "load"}, start=False)
     with pytest.raises(ClientError, match="no room for the model"):
-        executor.start(LAYOUT, SERVER, ENGINE)
+        executor.start(LAYOUT, SERVER, ENGINE, True)
 
 
 # ------------------------------------------------------------------------------------------------ serial alone
@@ -207,10 +258,10 @@ def test_serial_names_the_client_that_raises_and_restores_threads() -> None:
     executor = SerialExecutor(Stub({3: "raise"}), "cpu", 1)
     try:
         torch.set_num_threads(2)
-        executor.start(LAYOUT, SERVER, ENGINE)
+        executor.start(LAYOUT, SERVER, ENGINE, True)
         assert torch.get_num_threads() == 1
         with pytest.raises(ClientError, match=r"^round 4, client site-3 failed") as caught:
-            list(executor.run([pack(0, 1), pack(1, 3)]))
+            run(executor, [pack(0, 1), pack(1, 3)])
         assert "the user's own trouble" in str(caught.value)
         executor.close()
         executor.close()

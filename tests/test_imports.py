@@ -23,7 +23,8 @@ MAY = {
     "store": set(),
     "progress": {"types"},
     "schema": {"errors"},
-    "sections": {"errors", "models.adapters"},  # PEFT's own keys are checked by those who know them
+    "messages": {"params", "errors"},
+    "sections": {"errors", "models.adapters", "messages"},  # PEFT's own keys are checked by those who know them
     "runs": {"errors"},
     "tables": {"errors", "runs", "seeding"},
     "diff": {"errors", "runs", "data.partition"},
@@ -43,8 +44,8 @@ MAY = {
     "executors": {"types", "params", "errors", "executors"},
     "models": {"params", "types", "seeding", "errors", "data.batches", "data.tokens", "data.stream", "models"},
     "training": {
-        *("algorithms", "aggregators", "models", "data.batches", "data.tokens", "evaluation", "params", "store"),
-        *("seeding", "types", "errors", "training"),
+        *("algorithms", "aggregators", "models", "data.batches", "data.tokens", "evaluation", "messages", "params"),
+        *("store", "seeding", "types", "errors", "training"),
     },
     "rounds": {"algorithms", "aggregators", "errors", "params", "seeding", "store", "types"},
     "planner": {"errors", "types"},
@@ -55,7 +56,7 @@ MAY = {
 PURE = {"torch", "numpy", "scipy"}
 READING = {"numpy", "pandas", "matplotlib", "yaml"}
 OUTSIDE = {
-    **dict.fromkeys(("aggregators", "algorithms", "data.partition", "params"), PURE),
+    **dict.fromkeys(("aggregators", "algorithms", "data.partition", "messages", "params"), PURE),
     **dict.fromkeys(("runs", "plots", "verdicts", "report", "diff"), READING),
     "tables": READING | {"scipy"},
     **{name: set() for name in ("errors", "types")},

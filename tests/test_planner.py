@@ -244,8 +244,8 @@ def test_a_method_without_a_stacked_form_trains_one_at_a_time_and_says_why(lab: 
         assert not plan["packed"] and plan["lanes"] == 1 and why in plan["why_not"]
 
 
-def test_checkpointing_where_nothing_packs_is_refused(lab: Any) -> None:
-    with pytest.raises(
-        UserError, match=r"^training.checkpointing: true, but clients cannot train in lanes: .*whole model"
-    ):
-        lab.run(adapter={"name": "none"}, training={"lanes": 2, "checkpointing": True})
+def test_checkpointing_of_a_base_whose_layers_cannot_be_computed_twice_is_refused(lab: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.modeling_layers.GradientCheckpointingLayer", type("Other", (), {}))
+        with pytest.raises(UserError, match=r"^training.checkpointing: true, but the layers of this base \(llama\)"):
+            lab.run(adapter={"name": "none"}, training={"lanes": 2, "checkpointing": True})

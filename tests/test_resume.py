@@ -117,8 +117,8 @@ def test_a_run_killed_amid_its_rows_gives_the_same_bits(lab: Any, whole: Any) ->
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    fed = {"modes": ["local"] if damage == "changed" else ["federated"]}
-    mode = fed["modes"][0]
+    mode = "federated"
+    fed = {"modes": [mode]}
     with monkeypatch.context() as patch:
         stop_after(patch, mode, 3)
         with pytest.raises(Stopped):

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedsim.errors import OutOfMemory, is_out_of_memory
 from fedsim.executors.serial import MakeTrainer, Trainer, client_failed
 from fedsim.params import Layout, Params
-from fedsim.types import Engine, Measured, Pack, Report, Scores, Scoring, Share
+from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Share
 
 
 class Host(Trainer, Protocol):
@@ -107,6 +107,8 @@ class Fleet:
 
     def _pass(self, shares: list[Share]) -> list[Report | Exception]:
         """Reports of a pass, or what went wrong; what fails together is done again one by one, to know whose fault it is."""
+        for share in shares:
+            share.out.zero_()
         try:
             return list(self.host.train_together(shares))
         except Exception as error:
@@ -232,8 +234,8 @@ class FleetExecutor:
             raise found
         return found
 
-    def start(self, layout: Layout, server: Layout, engine: Engine) -> None:
-        """Make the trainer, or join the one that is there, and the buffers."""
+    def start(self, layout: Layout, server: Layout, engine: Engine, merges: bool) -> None:
+        """Make the trainer, or join the one that is there, and the buffers; see `SerialExecutor.start`."""
         fleet = self._member.fleet
 
         def make() -> Any:
@@ -243,17 +245,20 @@ class FleetExecutor:
             return self._join(fleet.host)
 
         self.trainer = self._call(make)
-        assert self.trainer.layout == layout, "the trainer's parameters are not those the run was started with"
+        assert self.trainer.layout.sums == layout, "the trainer's parameters are not those the run was started with"
         self.weights, self._server = layout.empty(self.device), server.empty(self.device)
+        self.total = layout.empty(self.device) if merges else None
+        # A pass that fails together is done again run by run, so a pack's updates stay apart until they are known to count.
         self._server_layout, self._slot = server, layout.empty(self.device)
 
     def broadcast(self, weights: Tensor, server: Params) -> None:
         """Refill the global parameters (flat `[N]`) and the server's state in place."""
-        self.weights.copy_(weights)
+        if weights is not self.weights:
+            self.weights.copy_(weights)
         self._server_layout.fill(self._server, server)
 
-    def run(self, packs: Sequence[Pack]) -> Iterator[tuple[Report, Tensor]]:
-        """Train packs beside those of other runs; yields (report, partial sum `[N]`) in order.
+    def run(self, packs: Sequence[Pack], total: Partial | None) -> Iterator[Report]:
+        """Train packs beside those of other runs; their updates are added to `total`, pack by pack, where there is one.
 
         Raises:
             ClientError: where a client's training raised.
@@ -264,7 +269,10 @@ class FleetExecutor:
             (found,) = self._member.ask("train", Share(self.trainer, pack, self.weights, server, self._slot))
             if isinstance(found, Exception):
                 raise found
-            yield found, self._slot
+            if total is not None:
+                total.total.add_(self._slot)
+                total.weight += found.weight
+            yield found
 
     def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
         """Score each request, in order."""
@@ -296,4 +304,4 @@ class FleetExecutor:
 
     def close(self) -> None:
         """Leave the fleet; may be called twice."""
-        self.trainer = None
+        self.trainer = self.weights = self.total = None

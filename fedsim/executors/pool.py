@@ -1,8 +1,9 @@
 """Packs on worker processes, one or more per device, alive for the whole run.
 
-Global parameters and partial sums lie in tensors that are shared once at the start - shared memory on the CPU, CUDA IPC
-on GPUs - and are refilled in place: no parameter travels through a pipe. What a pack computes does not depend on who
-computes it, and partial sums are handed out in pack order, so any number of workers gives the bits of the serial
+Global parameters and sums lie in tensors that are shared once at the start - shared memory on the CPU, CUDA IPC on GPUs -
+and are refilled in place: no parameter travels through a pipe. Small updates go into a worker's partial sums, so that it
+need not wait for others; large ones straight into the one sum, when it is the pack's turn. What a pack computes does not
+depend on who computes it, and updates are added in pack order, so any number of workers gives the bits of the serial
 executor at the same threads per worker.
 """
 
@@ -25,10 +26,10 @@ from torch import Tensor
 from fedsim.errors import OutOfMemory, is_out_of_memory
 from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, without_interrupt
 from fedsim.executors.serial import MakeTrainer, client_failed
-from fedsim.params import Layout, Params
-from fedsim.types import Engine, Measured, Pack, Report, Scores, Scoring, Task
+from fedsim.params import LARGE, Layout, Params
+from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 
-_TWO_SLOTS_BELOW = 1 << 28  # bytes: with two, a worker need not wait until an earlier pack elsewhere is merged
+_SLOTS_BELOW = LARGE  # bytes of an update that goes into partial sums, of which each worker has two
 
 
 @dataclass
@@ -38,9 +39,10 @@ class _Worker:
     device: str
     weights: Tensor | None = None
     server: Tensor | None = None
-    slots: list[Tensor] = field(default_factory=list)
+    slots: list[Tensor] = field(default_factory=list)  # none: it adds to the one sum itself
     free: deque[int] = field(default_factory=deque)
     busy: Pack | Scoring | None = None
+    waits: bool = False  # for its turn to add
 
 
 class PoolExecutor:
@@ -50,10 +52,16 @@ class PoolExecutor:
         make_trainer: (device, engine) -> trainer; must pickle. What it holds in shared memory is not copied.
         devices: one per worker; a device may occur several times.
         threads: CPU threads of a worker.
+        home: where the global parameters and the running sum lie; None = the parameters on each worker's device, the sum on the
+            first one's.
     """
 
-    def __init__(self, make_trainer: MakeTrainer, devices: Sequence[str], threads: int) -> None:
-        self.workers = list(devices)
+    def __init__(
+        self, make_trainer: MakeTrainer, devices: Sequence[str], threads: int, home: str | None = None
+    ) -> None:
+        self.workers, self.home = list(devices), home
+        self.weights: Tensor | None = None
+        self.total: Tensor | None = None
         self._pool: list[_Worker] = []
         context = mp.get_context("spawn")
         try:
@@ -73,21 +81,27 @@ class PoolExecutor:
             self.close()
             raise
 
-    def start(self, layout: Layout, server: Layout, engine: Engine) -> None:
-        """Share the buffers with the workers and wait until their models are loaded.
+    def start(self, layout: Layout, server: Layout, engine: Engine, merges: bool) -> None:
+        """Share the buffers with the workers and wait until their models are loaded; see `SerialExecutor.start`.
 
         Raises:
             ClientError: if a worker cannot load its model, with its traceback.
         """
-        by_device: dict[str, tuple[Tensor, Tensor]] = {}
-        copies = 2 if layout.nbytes < _TWO_SLOTS_BELOW else 1
+        self.total = _shared(layout, self.home or self._pool[0].device) if merges else None
+        by_home: dict[str, Tensor] = {}
+        by_device: dict[str, Tensor] = {}
+        copies = 2 if merges and layout.nbytes < _SLOTS_BELOW else 0
         for worker in self._pool:
+            home = self.home or worker.device
+            if home not in by_home:
+                by_home[home] = _shared(layout, home)
             if worker.device not in by_device:
-                by_device[worker.device] = (_shared(layout, worker.device), _shared(server, worker.device))
-            worker.weights, worker.server = by_device[worker.device]
+                by_device[worker.device] = _shared(server, worker.device)
+            worker.weights, worker.server = by_home[home], by_device[worker.device]
             worker.slots = [_shared(layout, worker.device) for _ in range(copies)]
             worker.free = deque(range(copies))
-            self._send(worker, ("share", layout, server, worker.weights, worker.server, worker.slots, engine))
+            total = None if copies else self.total
+            self._send(worker, ("share", layout, server, worker.weights, worker.server, worker.slots, total, engine))
         self.weights = self._pool[0].weights
         self._server_layout = server
         for worker in self._pool:
@@ -99,45 +113,69 @@ class PoolExecutor:
         for worker in self._pool:
             if id(worker.weights) not in done:
                 done.add(id(worker.weights))
-                worker.weights.copy_(weights)
+                if worker.weights is not weights:
+                    worker.weights.copy_(weights)
                 self._server_layout.fill(worker.server, server)
         for device in {w.device for w in self._pool if w.device.startswith("cuda")}:
             torch.cuda.synchronize(device)  # the copies must have landed before another process reads them
 
-    def run(self, packs: Sequence[Pack]) -> Iterator[tuple[Report, Tensor]]:
-        """Train packs on whichever worker is free; yields (report, partial sum `[N]`) in the order of `packs`.
+    def run(self, packs: Sequence[Pack], total: Partial | None) -> Iterator[Report]:
+        """Train packs on whichever worker is free; their updates are added to `total` in the order of `packs`, where there is one.
 
-        A pack goes out only to a worker with a free buffer, in order; so the pack that is waited for is always under way.
+        A pack goes out in order, to a worker that has somewhere to put its update; so the pack that is waited for is always
+        under way.
 
         Raises:
             ClientError: where a client's training raised, or a worker died.
             OutOfMemory: where a pack did not fit; the others under way are waited for and dropped.
         """
-        waiting, ready = deque(packs), {}
+        waiting, ready, turn = deque(packs), {}, 0
         for pack in packs:
             while pack.index not in ready:
                 for worker in self._pool:
-                    if waiting and worker.busy is None and worker.free:
+                    slotted = total is not None and bool(worker.slots)
+                    if waiting and worker.busy is None and (worker.free or not slotted):
                         worker.busy = waiting.popleft()
-                        self._send(worker, ("train", worker.busy, worker.free[0]))
+                        self._send(
+                            worker, ("train", worker.busy, worker.free[0] if slotted else None, total is not None)
+                        )
+                for worker in self._pool:
+                    if worker.waits and worker.busy.index == packs[turn].index:
+                        worker.waits = False
+                        self._send(worker, ("go", True))
                 for worker in self._ready():
-                    report = self._receive(worker)
-                    if report is None:
+                    kind, found = self._message(worker)
+                    if kind == "ready":
+                        worker.waits = True
+                    elif kind == "added":
+                        turn += 1
+                    elif found is None:
                         worker.busy = None
                         self._drop_all()
                         raise OutOfMemory(worker.device)
-                    ready[report.index] = (report, worker, worker.free.popleft())
-                    worker.busy = None
+                    else:
+                        slotted = total is not None and bool(worker.slots)
+                        ready[found.index] = (found, worker, worker.free.popleft() if slotted else None)
+                        worker.busy = None
             report, worker, slot = ready.pop(pack.index)
-            yield report, worker.slots[slot]
-            worker.free.append(slot)
+            if slot is not None:
+                total.total.add_(worker.slots[slot].to(total.total.device))
+                worker.free.append(slot)
+            if total is not None:
+                total.weight += report.weight
+            yield report
 
     def _drop_all(self) -> None:
         """Wait for what is under way and forget it; all buffers are free then."""
         for worker in self._pool:
-            if worker.busy is not None:
-                self._receive(worker)
-                worker.busy = None
+            while worker.busy is not None:
+                if worker.waits:
+                    worker.waits = False
+                    self._send(worker, ("go", False))
+                kind, _ = self._message(worker)
+                worker.waits = kind == "ready"
+                if kind == "done":
+                    worker.busy = None
             worker.free = deque(range(len(worker.slots)))
 
     def measure(self, rows: Sequence[Any]) -> Measured | None:
@@ -185,7 +223,7 @@ class PoolExecutor:
             worker.pipe.close()
             worker.process.close()
         self._pool = []
-        self.weights = None
+        self.weights = self.total = None
 
     # ------------------------------------------------------------------------------------------- messages
 
@@ -206,13 +244,17 @@ class PoolExecutor:
         return ready
 
     def _receive(self, worker: _Worker) -> Any:
+        return self._message(worker)[1]
+
+    def _message(self, worker: _Worker) -> tuple[str, Any]:
+        """What a worker says next: (done, its answer), or that it is ready to add, or that it has added."""
         try:
             kind, *rest = worker.pipe.recv()
         except (EOFError, OSError):
             raise self._died(worker) from None
         if kind == "error":
             raise client_failed(_tasks(worker), f"{worker.device} ({worker.process.name})", rest[0])
-        return rest[0]
+        return kind, rest[0]
 
     def _died(self, worker: _Worker) -> Exception:
         how = died_of(worker.process)
@@ -232,6 +274,23 @@ def _shared(layout: Layout, device: str) -> Tensor:
     )  # CUDA tensors are shared by handle when sent
 
 
+class _Turn(Turn):
+    """A worker asks, and adds when the main process says so; it says when it has."""
+
+    def __init__(self, pipe: Connection, devices: set[torch.device]) -> None:
+        self._pipe, self._devices = pipe, [d for d in devices if d.type == "cuda"]
+
+    def wait(self) -> bool:
+        self._pipe.send(("ready", None))
+        _, go = self._pipe.recv()
+        return go
+
+    def done(self) -> None:
+        for device in self._devices:  # what was added must be there before another process adds to it
+            torch.cuda.synchronize(device)
+        self._pipe.send(("added", None))
+
+
 def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads: int) -> None:
     """A worker's life: load the model, then train and score what it is told to, until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process decides
@@ -240,7 +299,7 @@ def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads
     device = torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    trainer, weights, server, server_layout, slots = None, None, None, None, []
+    trainer, weights, server, server_layout, slots, total = None, None, None, None, [], None
     while True:
         try:
             kind, *rest = pipe.recv()
@@ -248,17 +307,21 @@ def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads
             return
         if kind == "stop":
             # Views into shared memory go before the process does, or CUDA reports leaked handles.
-            del trainer, weights, server, slots
+            del trainer, weights, server, slots, total
             return
         try:
             if kind == "share":
-                layout, server_layout, weights, server, slots, engine = rest
+                layout, server_layout, weights, server, slots, total, engine = rest
                 trainer = make_trainer(device, engine)
-                assert trainer.layout == layout, "the worker's parameters are not those the run was started with"
+                assert trainer.layout.sums == layout, "the worker's parameters are not those the run was started with"
                 answer: Any = None
             elif kind == "train":
-                pack, slot = rest
-                answer = trainer.train(pack, weights, server_layout.views(server), slots[slot])
+                pack, slot, merges = rest
+                if slot is not None:
+                    slots[slot].zero_()
+                turn = _Turn(pipe, {device, total.device}) if merges and slot is None else None
+                out = slots[slot] if slot is not None else total if merges else None
+                answer = trainer.train(pack, weights, server_layout.views(server), out, turn)
             elif kind == "measure":
                 answer = trainer.measure(rest[0], weights)
             elif kind == "configure":

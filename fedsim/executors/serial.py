@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsim.errors import ClientError, OutOfMemory, is_out_of_memory
 from fedsim.params import Layout, Params
-from fedsim.types import Engine, Measured, Pack, Report, Scores, Scoring, Task
+from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 
 
 class Trainer(Protocol):
@@ -19,8 +19,8 @@ class Trainer(Protocol):
 
     layout: Layout
 
-    def train(self, pack: Pack, weights: Tensor, server: Params, out: Tensor) -> Report:
-        """Train a pack and leave its partial sum in `out`."""
+    def train(self, pack: Pack, weights: Tensor, server: Params, out: Tensor, turn: Turn | None = None) -> Report:
+        """Train a pack and add its clients' updates to `out`, in its turn."""
         ...
 
     def score(self, request: Scoring, weights: Tensor) -> list[Scores]:
@@ -64,40 +64,54 @@ class SerialExecutor:
         make_trainer: (device, engine) -> trainer.
         device: where.
         threads: CPU threads while it runs; the process's own number is restored afterwards.
+        home: where the global parameters and the running sum lie; None = on the device.
     """
 
-    def __init__(self, make_trainer: MakeTrainer, device: str, threads: int) -> None:
+    def __init__(self, make_trainer: MakeTrainer, device: str, threads: int, home: str | None = None) -> None:
+        self.home = torch.device(home or device)
         self.device, self._make, self._threads = torch.device(device), make_trainer, threads
         self.workers = [device]
         self._before: int | None = None
         self._trainer: Trainer | None = None
+        self.weights: Tensor | None = None
+        self.total: Tensor | None = None
 
-    def start(self, layout: Layout, server: Layout, engine: Engine) -> None:
-        """Make the trainer and the buffers: global parameters `weights`, the server's state, and one partial sum."""
+    def start(self, layout: Layout, server: Layout, engine: Engine, merges: bool) -> None:
+        """Make the trainer and the buffers: global parameters `weights`, their running sum `total` where clients' updates are
+        merged, and the server's state.
+
+        Args:
+            layout: of the global parameters.
+            server: of the server's state.
+            engine: how to train.
+            merges: whether any mode merges.
+        """
         self._before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         self._trainer = self._make(self.device, engine)
-        assert self._trainer.layout == layout, "the trainer's parameters are not those the run was started with"
-        self.weights, self._server = layout.empty(self.device), server.empty(self.device)
+        assert self._trainer.layout.sums == layout, "the trainer's parameters are not those the run was started with"
+        self.weights, self._server = layout.empty(self.home), server.empty(self.device)
+        self.total = layout.empty(self.home) if merges else None
         self._server_layout = server
-        self._slot = layout.empty(self.device)
 
     def broadcast(self, weights: Tensor, server: Params) -> None:
         """Refill the global parameters (flat `[N]`) and the server's state in place."""
-        self.weights.copy_(weights)
+        if weights is not self.weights:
+            self.weights.copy_(weights)
         self._server_layout.fill(self._server, server)
 
-    def run(self, packs: Sequence[Pack]) -> Iterator[tuple[Report, Tensor]]:
-        """Train packs in order; yields (report, partial sum `[N]`), which the next one overwrites.
+    def run(self, packs: Sequence[Pack], total: Partial | None) -> Iterator[Report]:
+        """Train packs in order; their updates are added to `total`, pack by pack, where there is one.
 
         Raises:
             ClientError: where a client's training raised.
             OutOfMemory: where a pack did not fit.
         """
         server = self._server_layout.views(self._server)
+        out = None if total is None else total.total
         for pack in packs:
             try:
-                report = self._trainer.train(pack, self.weights, server, self._slot)
+                report = self._trainer.train(pack, self.weights, server, out)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise client_failed(pack.tasks, str(self.device), traceback.format_exc()) from error
@@ -105,7 +119,9 @@ class SerialExecutor:
             if report is None:  # outside the handler, whose traceback holds the tensors
                 self._trainer.shrink()
                 raise OutOfMemory(str(self.device))
-            yield report, self._slot
+            if total is not None:
+                total.weight += report.weight
+            yield report
 
     def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
         """Score each request, in order."""
@@ -134,7 +150,7 @@ class SerialExecutor:
 
     def close(self) -> None:
         """Free the model and restore the number of threads; may be called twice."""
-        self._trainer = None
+        self._trainer = self.weights = self.total = None
         if self._before is not None:
             torch.set_num_threads(self._before)
             self._before = None

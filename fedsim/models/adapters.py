@@ -8,6 +8,7 @@ methods PEFT saves the virtual tokens only - the trained state stands beside it,
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _HEADS = ("classifier", "score", "classification_head")
 
 
 def attach(
-    base: nn.Module, name: str, settings: dict[str, Any], *, task: str, seed: int
+    base: nn.Module, name: str, settings: dict[str, Any], *, task: str, seed: int, masters: bool = True
 ) -> tuple[nn.Module, list[nn.Module]]:
     """Put an adapter on a frozen base (in place) and mark what is trained.
 
@@ -39,6 +40,7 @@ def attach(
         settings: the component's keys.
         task: causal_lm | sequence_classification; the head of the latter is trained too.
         seed: the adapter starts from the stream `init` of this seed, the same in every process.
+        masters: whether a whole 16-bit model is trained in float32; an adapter always is.
 
     Returns:
         The model to call - a `PeftModel`, or the base itself for `adapter` and `none` - and the modules that are the
@@ -48,6 +50,8 @@ def attach(
         UserError: if the base cannot take the adapter, or a target module does not exist.
     """
     dtype = torch.float64 if next(base.parameters()).dtype == torch.float64 else torch.float32
+    if name == "none" and not masters:
+        dtype = next(base.parameters()).dtype
     of_base = set(map(id, base.modules()))
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(stream_seed(seed, "init", "adapter"))
@@ -209,7 +213,14 @@ def _check_targets(base: nn.Module, targets: Any) -> None:
 
 
 def save(
-    model: nn.Module, folder: Path, *, name: str, settings: dict[str, Any], base_name: str, tokenizer: Any
+    model: nn.Module,
+    folder: Path,
+    *,
+    name: str,
+    settings: dict[str, Any],
+    base_name: str,
+    tokenizer: Any,
+    shard_mb: int = 1024,
 ) -> None:
     """Write what the model has been trained to, and read it back to be sure that it is there.
 
@@ -220,6 +231,7 @@ def save(
         settings: its keys.
         base_name: the base as the user wrote it, put into the adapter's config.
         tokenizer: saved beside a whole model.
+        shard_mb: largest file of a whole model, in MiB, but for a tensor that is larger by itself.
 
     Raises:
         OSError: if what was written is not what is in memory.
@@ -228,8 +240,11 @@ def save(
     params = trained(model)
     with quiet():
         if name == "none":
-            model.save_pretrained(folder)
+            for old in folder.glob("model*.safetensors*"):  # of a save that was cut into other files
+                old.unlink()
+            model.save_pretrained(folder, max_shard_size=shard_mb << 20)
             tokenizer.save_pretrained(folder)
+            _verify_whole(model, folder)
             return
         if name == "adapter":
             bottleneck.save_bottleneck(folder, params, {**settings, "base_model_name_or_path": base_name})
@@ -243,6 +258,61 @@ def save(
 
             save_file({n: p.detach().cpu().contiguous() for n, p in params.items()}, folder / STATE)
     _verify_peft(model, folder)
+
+
+def _verify_whole(model: nn.Module, folder: Path) -> None:
+    """Read a transformers folder back piece by piece: each parameter is there, to the bit, and nothing else.
+
+    What a loader of the folder builds has the same names: the config that was written makes a model without memory.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    held = model.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, start, stop in _places(file):
+            if name not in held:  # an architecture whose files have names of their own
+                return _verify_loaded(model, folder)
+            if not _same_bytes(held[name].detach(), file, start, stop):
+                raise OSError(f"{file}: {name} does not read back as it was written")
+            seen.add(id(held[name]))
+    with init_empty_weights():
+        made = set(type(model)(AutoConfig.from_pretrained(folder)).state_dict())
+    missing = [n for n, p in model.named_parameters() if id(p) not in seen] + sorted(made ^ set(held))
+    if missing:
+        raise OSError(f"{folder}: {missing[0]} is not as it was written ({len(missing)} such)")
+    return None
+
+
+def _places(file: Path) -> list[tuple[str, int, int]]:
+    """(name, first byte, byte behind the last) of each tensor in a safetensors file: eight bytes of length, JSON, data."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+    header.pop("__metadata__", None)
+    return [(n, *(8 + length + o for o in about["data_offsets"])) for n, about in header.items()]
+
+
+def _same_bytes(tensor: torch.Tensor, file: Path, start: int, stop: int) -> bool:
+    """Whether this stretch of a file holds the tensor, read by a few MB at a time: a mapped file counts as memory in use."""
+    flat, width = tensor.reshape(-1), tensor.element_size()
+    if flat.numel() * width != stop - start:
+        return False
+    with file.open("rb") as handle:
+        handle.seek(start)
+        for i in range(0, flat.numel(), 1 << 22):
+            piece = flat[i : i + (1 << 22)].cpu().contiguous().view(torch.uint8).numpy()
+            if handle.read(piece.nbytes) != piece.tobytes():
+                return False
+    return True
+
+
+def _verify_loaded(model: nn.Module, folder: Path) -> None:
+    loaded = dict(type(model).from_pretrained(folder, dtype="auto").named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in loaded or not torch.equal(loaded[name], parameter.detach().cpu()):
+            raise OSError(f"{folder}: {name} does not read back as it was written")
 
 
 def _verify_peft(model: nn.Module, folder: Path) -> None:

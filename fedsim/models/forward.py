@@ -7,7 +7,7 @@ methods for K lanes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fedsim.data.batches import Batch, collate, pad
 from fedsim.data.tokens import Tokens
+from fedsim.errors import UserError
 from fedsim.models.adapters import trained
 from fedsim.models.dropout import Draws, put_dropout
 from fedsim.params import Layout
@@ -70,6 +72,25 @@ class Net:
         prompt = getattr(model, "peft_config", {}).get("default")
         in_front = prompt is not None and prompt.is_prompt_learning and prompt.peft_type.value != "PREFIX_TUNING"
         self._virtual = prompt.num_virtual_tokens if in_front else 0
+        self._recompute: Recompute | None = None
+
+    def adopt(self, weights: Tensor) -> None:
+        """Move the trained parameters as they are into `weights`, `[1, N]`, one by one; what they lay in is let go."""
+        views = self.layout.views(weights[0])
+        for name, parameter in trained(self.model).items():
+            views[name].copy_(parameter.data)
+            parameter.data = views[name]
+
+    def checkpoint(self, on: bool) -> None:
+        """Compute each layer's activations a second time in the backward pass instead of keeping them, or not.
+
+        Raises:
+            UserError: if the architecture has no layers that can be.
+        """
+        if on and self._recompute is None:
+            self._recompute = Recompute(self.model, lambda: self._batch is not None)
+        if self._recompute is not None:
+            self._recompute.on = on
 
     def train(self, on: bool) -> None:
         """Switch dropout on or off: the adapter's own, and the base's only where asked."""
@@ -180,6 +201,46 @@ class Net:
             last = batch.lengths - 1 + width - batch.input_ids.shape[1]
             hidden = hidden[torch.arange(len(last), device=last.device), last].unsqueeze(1).expand(-1, width, -1)
         return (hidden, *args[1:])
+
+
+class Recompute:
+    """Layers whose activations are computed a second time instead of kept, while `on`.
+
+    transformers' own switch works in training mode alone, which would turn the base's dropout on.
+
+    Args:
+        model: whose `GradientCheckpointingLayer`s are meant; they are changed in place.
+        active: whether a pass of ours is under way.
+
+    Raises:
+        UserError: if the architecture has no such layers.
+    """
+
+    def __init__(self, model: nn.Module, active: Callable[[], bool]) -> None:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.on, self._active = False, active
+        self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not self.layers:
+            kind = model.config.model_type
+            raise UserError(
+                f"training.checkpointing: true, but the layers of this base ({kind}) cannot be computed twice"
+            )
+        for layer in self.layers:
+            layer.forward = self._twice(layer.forward)
+
+    def release(self) -> None:
+        """Give the layers back as they were."""
+        for layer in self.layers:
+            layer.__dict__.pop("forward", None)
+
+    def _twice(self, original: Callable) -> Callable:
+        def forward(*args: Any, **keys: Any) -> Any:
+            if self.on and self._active() and torch.is_grad_enabled():
+                return checkpoint(original, *args, use_reentrant=False, **keys)
+            return original(*args, **keys)
+
+        return forward
 
 
 def head_dtype(head: nn.Module) -> torch.dtype:

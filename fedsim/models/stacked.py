@@ -9,24 +9,22 @@ stay PEFT's, and a new method whose trained leaves are linear layers packs witho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fedsim.data.stream import Span, Stream, stream, stream_of
 from fedsim.data.tokens import Tokens
-from fedsim.errors import UserError
 from fedsim.models import flat
 from fedsim.models.adapters import trained
 from fedsim.models.base import position_offset
 from fedsim.models.dropout import position_kinds
 from fedsim.models.flat import Unsuitable
-from fedsim.models.forward import Net, head_dtype
+from fedsim.models.forward import Net, Recompute, head_dtype
 from fedsim.params import Layout
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
@@ -109,8 +107,7 @@ class StackedNet:
         self._own_params = params
         self._lanes = Lanes()
         self._head_out: Tensor | None = None
-        self._recomputed: list[nn.Module] = []
-        self._checkpointing = False
+        self._recompute: Recompute | None = None
         self._fast = False
         self._undo: list[Callable[[], Any]] = []
         if reason := _cannot_pack(self.base, task):
@@ -165,27 +162,11 @@ class StackedNet:
         Raises:
             UserError: if the architecture has no layers that can be.
         """
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        if on and not self._recomputed:
-            for module in self.base.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    self._recomputed.append(module)
-                    self._replace(module, self._recompute(module.forward))
-            if not self._recomputed:
-                kind = self.base.config.model_type
-                raise UserError(
-                    f"training.checkpointing: true, but the layers of this base ({kind}) cannot be computed twice"
-                )
-        self._checkpointing = on
-
-    def _recompute(self, original: Callable) -> Callable:
-        def forward(*args: Any, **keys: Any) -> Any:
-            if self._checkpointing and self._lanes.stream is not None and torch.is_grad_enabled():
-                return checkpoint(original, *args, use_reentrant=False, **keys)
-            return original(*args, **keys)
-
-        return forward
+        if on and self._recompute is None:
+            self._recompute = Recompute(self.base, lambda: self._lanes.stream is not None)
+            self._undo.append(self._recompute.release)
+        if self._recompute is not None:
+            self._recompute.on = on
 
     def train(self, on: bool) -> None:
         """Switch the adapter's own dropout on or off; the base's is always off."""
@@ -459,6 +440,57 @@ class StackedNet:
         return out
 
 
+class StreamNet(StackedNet):
+    """A whole model on rows that lie end to end, each attending to itself alone: one set of weights, no padding.
+
+    Args:
+        autocast: compute in this type over float32 weights, or None.
+
+    The others are `StackedNet`'s.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        own: list[nn.Module],
+        *,
+        task: str,
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(model, own, task=task, device=device)
+        self.autocast = autocast
+
+    def adopt(self, weights: Tensor) -> None:
+        """See `Net.adopt`."""
+        self.plain.adopt(weights)
+
+    def bind(self, weights: Tensor, grad: Tensor | None) -> None:
+        """Use these weights, `[1, N]`, from now on; gradients are added to `grad`, `[1, N]`."""
+        self._count = 1
+        self.plain.bind(weights, grad)
+
+    def show(self, lane: int) -> None:
+        """Put a lane's weights into the model itself; they are there."""
+
+    def backward(self, tokens: Tokens, rows: Sequence[np.ndarray], answers: Tensor) -> tuple[Tensor, list[int]]:
+        """Add the gradient of the mean loss; see `StackedNet.backward`."""
+        with self._pass(stream_of(tokens, rows, **self._keys())) as rows_of:
+            loss = F.cross_entropy(self._logits(rows_of), rows_of.targets, reduction="sum") / answers
+            loss.sum().backward()
+        return loss.detach(), [len(rows_of.ids)]
+
+    def _logits(self, rows: Stream) -> Tensor:
+        context = nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
+        with context:
+            return super()._logits(rows)
+
+    def _stack_layers(self) -> None:
+        for module in self.model.modules():
+            module.fedsim_lanes = self._lanes
+            self._undo.append(lambda m=module: m.__dict__.pop("fedsim_lanes", None))
+
+
 def _cannot_pack(base: nn.Module, task: str) -> str | None:
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     if any((getattr(config, key, None) or 0) > 1 for key in _EXPERTS):
@@ -481,6 +513,9 @@ def _rotary_types(value: Any) -> set[str]:
     return own.union(*(_rotary_types(v) for v in value.values()))
 
 
+_FAILS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, Unsuitable)
+
+
 def probe(net: StackedNet) -> None:
     """Compare two lanes of unlike weights with the model itself under each: logits, and gradients, of a few random rows.
 
@@ -490,11 +525,7 @@ def probe(net: StackedNet) -> None:
     Raises:
         Unsuitable: if they differ by more than rounding.
     """
-    rng = np.random.default_rng(0)
-    vocabulary = int(net.base.get_input_embeddings().weight.shape[0])
-    rows = [rng.integers(0, vocabulary, n) for n in (7, 3, 12, 7, 5)]
-    prompts = None if net.task != "causal_lm" else np.array([3, 1, 8, 6, 2])
-    pad = net.base.config.pad_token_id or 0
+    rng, rows, prompts, pad = _random_rows(net)
     before = {n: p.data for n, p in net._own_params.items()}
     start = net.layout.fill(net.layout.empty(net.device), before)
     noise = torch.from_numpy(rng.normal(size=(2, len(start)))).to(start)
@@ -515,25 +546,60 @@ def probe(net: StackedNet) -> None:
             net.plain.bind(lane[None].clone(), None)
             expected.append(net.plain.logits(rows, prompts, pad)[0][0])
             expected_grads.append(_gradients((expected[-1] * ask).sum(), list(net._own_params.values())))
-    except Unsuitable:
-        raise
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-        raise Unsuitable(f"rows end to end fail in it ({' '.join(str(error).split())[:160]})") from None
+    except _FAILS as error:
+        raise _fails(error) from None
     finally:
         for name, parameter in net._own_params.items():
             parameter.data = before[name]
-    in_logits, in_gradients = {torch.float64: (1e-8, 1e-6), torch.float32: (1e-3, 2e-2)}.get(net.base.dtype, (0.1, 0.5))
     for k in range(2):
-        apart = _apart(found[k], expected[k])
-        if not apart <= in_logits:
-            raise Unsuitable(
-                f"rows end to end give other results in it than rows alone (relative difference {apart:.1e})"
-            )
-        apart = _apart(
-            *(torch.cat([g.reshape(-1) for g in each]) for each in ([g[k] for g in found_grads], expected_grads[k]))
-        )
-        if not apart <= in_gradients:
-            raise Unsuitable(f"its gradients in lanes are others than alone (relative difference {apart:.1e})")
+        _compare(net, found[k], expected[k], [g[k] for g in found_grads], expected_grads[k])
+
+
+def probe_stream(net: StreamNet) -> None:
+    """Compare rows end to end with the model's own padded batches, as `probe` does: logits and gradients at its weights.
+
+    Raises:
+        Unsuitable: if they differ by more than rounding.
+    """
+    rng, rows, prompts, pad = _random_rows(net)
+    params = list(net._own_params.values())
+    net._count = 1
+    net.train(False)
+    try:
+        found, _, _ = net.logits(rows, prompts, pad)
+        ask = torch.from_numpy(rng.normal(size=tuple(found.shape))).to(found)
+        found_grads = _gradients((found * ask).sum(), params)
+        expected = net.plain.logits(rows, prompts, pad)[0]
+        expected_grads = _gradients((expected * ask).sum(), params)
+    except _FAILS as error:
+        raise _fails(error) from None
+    _compare(net, found, expected, found_grads, expected_grads)
+
+
+def _fails(error: Exception) -> Unsuitable:
+    if isinstance(error, Unsuitable):
+        return error
+    return Unsuitable(f"rows end to end fail in it ({' '.join(str(error).split())[:160]})")
+
+
+def _random_rows(net: StackedNet) -> tuple[np.random.Generator, list[np.ndarray], np.ndarray | None, int]:
+    rng = np.random.default_rng(0)
+    vocabulary = int(net.base.get_input_embeddings().weight.shape[0])
+    rows = [rng.integers(0, vocabulary, n) for n in (7, 3, 12, 7, 5)]
+    prompts = None if net.task != "causal_lm" else np.array([3, 1, 8, 6, 2])
+    return rng, rows, prompts, net.base.config.pad_token_id or 0
+
+
+def _compare(
+    net: StackedNet, found: Tensor, expected: Tensor, found_grads: list[Tensor], expected_grads: list[Tensor]
+) -> None:
+    in_logits, in_gradients = {torch.float64: (1e-8, 1e-6), torch.float32: (1e-3, 2e-2)}.get(net.base.dtype, (0.1, 0.5))
+    apart = _apart([found], [expected])
+    if not apart <= in_logits:
+        raise Unsuitable(f"rows end to end give other results in it than rows alone (relative difference {apart:.1e})")
+    apart = _apart(found_grads, expected_grads)
+    if not apart <= in_gradients:
+        raise Unsuitable(f"its gradients in lanes are others than alone (relative difference {apart:.1e})")
 
 
 def _gradients(value: Tensor, of: list[Tensor]) -> list[Tensor]:
@@ -541,5 +607,8 @@ def _gradients(value: Tensor, of: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(t) if g is None else g.detach() for t, g in zip(of, found, strict=True)]
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).detach().norm() / b.detach().norm().clamp_min(1e-12))
+def _apart(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Norm of the difference, relative to the norm of what was expected."""
+    apart = sum(float((a - b).detach().double().square().sum()) for a, b in zip(found, expected, strict=True))
+    norm = sum(float(b.detach().double().square().sum()) for b in expected)
+    return float(np.sqrt(apart) / max(np.sqrt(norm), 1e-12))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,58 +44,67 @@ class Optim:
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+Kept = Callable[[int, int], Tensor]
+"""(start, stop) -> that stretch of a client's kept moments, which lie end to end, `[num_moments * N]` in all."""
+
+
 class FlatOptimizer:
     """torch's AdamW or SGD on one vector that holds all trained parameters: elementwise rules do not see the difference.
+
+    The vector is handed to torch in pieces: what its rules make on the way is then no larger than a piece.
 
     Args:
         optim: hyperparameters.
         flat: the parameters, `[1, N]`; updated in place.
         grad: their gradient, `[1, N]`; filled by the backward pass.
+        piece: elements of a piece at most; None = all in one.
     """
 
-    def __init__(self, optim: Optim, flat: Tensor, grad: Tensor) -> None:
-        self.optim = optim
-        flat, grad = flat[0], grad[0]
-        self.parameter = nn.Parameter(flat, requires_grad=True)
-        self.parameter.grad = grad
+    def __init__(self, optim: Optim, flat: Tensor, grad: Tensor, piece: int | None = None) -> None:
+        self.optim, self.grad = optim, grad[0]
+        flat, size = flat[0], piece or flat.shape[1]
         self.moments = [torch.zeros_like(flat) for _ in range(optim.num_moments)]
+        self.places = [(i, min(i + size, len(flat))) for i in range(0, len(flat), size)]
+        self.pieces = [nn.Parameter(flat[a:b], requires_grad=True) for a, b in self.places]
+        for parameter, (a, b) in zip(self.pieces, self.places, strict=True):
+            parameter.grad = self.grad[a:b]
         # The fused kernels round scalars to float32, which would be the largest error of a float64 run.
-        fused = flat.device.type == "cuda" and flat.dtype == torch.float32
+        fused = flat.device.type == "cuda" and flat.dtype != torch.float64
+        # On a GPU unfused rules would take all pieces at once, and make temporaries of all of them.
+        how = {"fused": True} if fused else {"foreach": False}
         if optim.optimizer == "adamw":
             self.torch: torch.optim.Optimizer = torch.optim.AdamW(
-                [self.parameter],
-                lr=optim.lr,
-                betas=optim.betas,
-                eps=optim.eps,
-                weight_decay=optim.weight_decay,
-                fused=fused,
+                self.pieces, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, **how
             )
         else:
             self.torch = torch.optim.SGD(
-                [self.parameter], lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused
+                self.pieces, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, **how
             )
 
-    def reset(self, lane: int, steps_done: int, moments: Tensor | None) -> None:
+    def reset(self, lane: int, steps_done: int, moments: Kept | None) -> None:
         """Begin a client's round: fresh, or with the moments of its `steps_done` steps so far.
 
         Args:
             lane: 0.
             steps_done: optimiser steps behind these moments; AdamW's bias correction needs the count.
-            moments: the moments end to end, `[num_moments * N]`, or None for a fresh start.
+            moments: reads the kept moments; None = a fresh start.
         """
-        size = self.parameter.numel()
         for i, moment in enumerate(self.moments):
-            if moments is None:
-                moment.zero_()
-            else:
-                moment.copy_(moments[i * size : (i + 1) * size])
-        state = self.torch.state[self.parameter]
-        state.clear()
-        if self.optim.optimizer == "adamw":
-            step = torch.tensor(float(steps_done if moments is not None else 0), device=self.parameter.device)
-            state.update(step=step, exp_avg=self.moments[0], exp_avg_sq=self.moments[1])
-        elif self.moments:
-            state.update(momentum_buffer=self.moments[0])
+            start = i * len(moment)
+            for a, b in self.places:
+                if moments is None:
+                    moment[a:b].zero_()
+                else:
+                    moment[a:b].copy_(moments(start + a, start + b))
+        for parameter, (a, b) in zip(self.pieces, self.places, strict=True):
+            state = self.torch.state[parameter]
+            state.clear()
+            if self.optim.optimizer == "adamw":
+                count = float(steps_done if moments is not None else 0)
+                step = torch.tensor(count, dtype=torch.float32, device=parameter.device)
+                state.update(step=step, exp_avg=self.moments[0][a:b], exp_avg_sq=self.moments[1][a:b])
+            elif self.moments:
+                state.update(momentum_buffer=self.moments[0][a:b])
 
     def kept(self, lane: int) -> list[Tensor]:
         """The moments, each `[N]`."""
@@ -104,7 +114,8 @@ class FlatOptimizer:
         """Clip the gradient to the norm limit and take one step with this one learning rate."""
         (lr,) = rates
         if self.optim.clip is not None:
-            nn.utils.clip_grad_norm_([self.parameter], self.optim.clip)
+            norm = torch.linalg.vector_norm(self.grad)
+            self.grad.mul_((self.optim.clip / (norm + 1e-6)).clamp_(max=1.0))  # as torch's clip_grad_norm_
         self.torch.param_groups[0]["lr"] = lr
         self.torch.step()
 
@@ -127,14 +138,14 @@ class LaneOptimizer:
         self.moments = [torch.zeros_like(flat) for _ in range(optim.num_moments)]
         self.steps = [0] * len(flat)
 
-    def reset(self, lane: int, steps_done: int, moments: Tensor | None) -> None:
+    def reset(self, lane: int, steps_done: int, moments: Kept | None) -> None:
         """Begin a client's round in a lane; see `FlatOptimizer.reset`."""
         size = self.flat.shape[1]
         for i, moment in enumerate(self.moments):
             if moments is None:
                 moment[lane].zero_()
             else:
-                moment[lane].copy_(moments[i * size : (i + 1) * size])
+                moment[lane].copy_(moments(i * size, (i + 1) * size))
         self.steps[lane] = steps_done if moments is not None else 0
 
     def kept(self, lane: int) -> list[Tensor]:

@@ -11,9 +11,10 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregators import Partial, WeightedMean
+from fedsim.aggregators import WeightedMean
 from fedsim.algorithms import Algorithm, Context
 from fedsim.data.batches import Draw
 from fedsim.data.tokens import Tokens
 from fedsim.errors import is_out_of_memory
 from fedsim.evaluation import score_rows, to_scores
+from fedsim.messages import codec
 from fedsim.models.forward import Net
-from fedsim.models.stacked import StackedNet
-from fedsim.params import Layout, Params
+from fedsim.models.stacked import StackedNet, StreamNet
+from fedsim.params import Chunk, Layout, Params
 from fedsim.seeding import stream, stream_seed
 from fedsim.store import Store
 from fedsim.training.optim import FlatOptimizer, LaneOptimizer, Optim
-from fedsim.types import Engine, Measured, Pack, Report, Row, Scores, Scoring, Share, Task
+from fedsim.types import Engine, Measured, Pack, Partial, Report, Row, Scores, Scoring, Share, Task, Turn
 
 _TRIM_EVERY_S = 2.0
 
@@ -50,6 +52,11 @@ class Recipe:
         keep_state: by mode, whether moments live on from round to round.
         every_steps: score inside a round after so many steps since the start, or None.
         eval_batch, generate, max_new_tokens: scoring.
+        chunk: elements of the parameters that are summed, sent or kept at a time; None = all.
+        up, down: codec of what a client sends and receives, or None: as it is.
+        error_feedback: whether what a codec lost is added to the client's next message.
+        row_tokens: where rows lie end to end in one model: a pass holds as many as fit into `micro_batch` times so many
+            tokens; None = `micro_batch` rows.
     """
 
     optim: Optim
@@ -62,23 +69,29 @@ class Recipe:
     eval_batch: int
     generate: bool
     max_new_tokens: int
+    chunk: int | None = None
+    up: str | None = None
+    down: str | None = None
+    error_feedback: bool = False
+    row_tokens: int | None = None
 
 
-def stores_of(folder: Path, algorithms: dict[str, Algorithm], params: Params, recipe: Recipe) -> dict[str, Store]:
-    """Mode -> file of client state, one record a client: the algorithm's state, then the moments where they are kept.
+def stores_of(folder: Path, algorithms: dict[str, Algorithm], layout: Layout, recipe: Recipe) -> dict[str, Store]:
+    """Mode -> file of client state, one record a client: the algorithm's state, then the moments where they are kept, then
+    what its messages have lost so far, where that is fed back.
 
-    A record of width 0 means that the mode keeps nothing. Where nothing is merged, `best-<mode>` holds the parameters of
-    each client's chosen model.
+    A record of width 0 means that the mode keeps nothing. `best-<mode>` holds the parameters of chosen models: each
+    client's where nothing is merged, else the merged one's.
     """
-    size = sum(p.numel() for p in params.values())
-    dtype = next(iter(params.values())).dtype
+    size, sums = layout.numel, layout.sums
+    params = layout.views(torch.empty(size, dtype=layout.dtype, device="meta"))
     out = {}
     for mode, algorithm in algorithms.items():
         state = sum(t.numel() for t in algorithm.init(params)[1].values())
         moments = recipe.optim.num_moments * size if recipe.keep_state[mode] else 0
-        out[mode] = Store(folder / f"{mode}.bin", state + moments, dtype)
-        if not algorithm.merges:
-            out[f"best-{mode}"] = Store(folder / f"best-{mode}.bin", size, dtype)
+        lost = size if recipe.error_feedback and algorithm.merges else 0
+        out[mode] = Store(folder / f"{mode}.bin", state + moments + lost, sums.dtype)
+        out[f"best-{mode}"] = Store(folder / f"best-{mode}.bin", size, sums.dtype)
     return out
 
 
@@ -102,14 +115,14 @@ class Sites:
 class _Part:
     """A run's part of a pass: what it shares (`Share`), where its lanes are, what it comes to."""
 
-    def __init__(self, share: Share, algorithm: Algorithm, aggregator: WeightedMean) -> None:
+    def __init__(self, share: Share, algorithm: Algorithm) -> None:
         self.trainer: Trainer = share.trainer
         self.pack, self.weights, self.server = share.pack, share.weights, share.server
-        self.algorithm = algorithm
-        self.partial = aggregator.zero(share.out) if algorithm.merges else Partial(share.out)
+        self.algorithm, self.turn = algorithm, share.turn
+        self.partial = Partial(share.out)
         self.report = Report(share.pack.index)
         self.lanes: list[int] = []
-        self.ctx: Context | None = None
+        self.ctx: Context | None = None  # of the only chunk, where there is but one
 
     def whole(self, k: int) -> slice | list[int]:
         """The run's lanes, as a slice where they are the first ones: nothing is copied then."""
@@ -144,11 +157,12 @@ class Trainer:
         self.net, self.tokens, self.sites, self.algorithms = net, tokens, sites, algorithms
         self.recipe, self.seed, self.tokenizer = recipe, seed, tokenizer
         self.layout = net.layout
-        self.aggregator = WeightedMean(self.layout)
-        example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
-        self.stores = stores_of(state, algorithms, example, recipe)
+        self.aggregator = WeightedMean(self.layout.sums)
+        self.stores = stores_of(state, algorithms, self.layout, recipe)
         self._trimmed = 0.0
         self._allocate(1)
+        if not isinstance(net, StackedNet) or isinstance(net, StreamNet):
+            net.adopt(self.flat)
 
     def _allocate(self, lanes: int) -> None:
         """Room for so many lanes: parameters, gradients, moments."""
@@ -156,8 +170,10 @@ class Trainer:
         self.flat, self.grad = (
             torch.zeros(lanes, self.layout.numel, dtype=self.layout.dtype, device=self.net.device) for _ in range(2)
         )
-        make = LaneOptimizer if isinstance(self.net, StackedNet) else FlatOptimizer
-        self.optimizer = make(self.recipe.optim, self.flat, self.grad)
+        if self.takes_guests:
+            self.optimizer = LaneOptimizer(self.recipe.optim, self.flat, self.grad)
+        else:
+            self.optimizer = FlatOptimizer(self.recipe.optim, self.flat, self.grad, self.recipe.chunk)
 
     # ------------------------------------------------------------------------------------------- training
 
@@ -167,22 +183,24 @@ class Trainer:
         weights: Tensor,
         server: Params,
         out: Tensor,
+        turn: Turn | None = None,
     ) -> Report:
         """Train the pack's clients from the global parameters.
 
         Args:
             pack: whose turn it is.
-            weights: the global parameters, flat `[N]`, on this device.
+            weights: the global parameters, flat `[N]`, on any device.
             server: the server's state.
-            out: buffer `[N]` for the weighted sum of the updates.
+            out: the sum, `[N]`, on any device: weight x update of each client is added to it.
+            turn: when that may be done; None = at once.
         """
-        return self.train_together([Share(self, pack, weights, server, out)])[0]
+        return self.train_together([Share(self, pack, weights, server, out, turn or Turn())])[0]
 
     def train_together(self, shares: Sequence[Share]) -> list[Report]:
         """Train packs of several runs side by side, each from its own global parameters, and each with its own trainer's rows,
         seed, learning rate and kept state; see `guest`."""
         began = time.monotonic()
-        parts = [_Part(share, share.trainer.algorithms[share.pack.mode], self.aggregator) for share in shares]
+        parts = [_Part(share, share.trainer.algorithms[share.pack.mode]) for share in shares]
         first, task = shares[0].trainer, shares[0].pack.tasks[0]
         with torch.random.fork_rng(devices=[self.net.device] if self.net.device.type == "cuda" else []):
             # What draws from torch's own stream trains one client at a time: dropout of the base, or deep in a method.
@@ -201,15 +219,14 @@ class Trainer:
         """
         made = copy.copy(self)
         made.sites, made.algorithms, made.recipe, made.seed = sites, algorithms, recipe, seed
-        example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
-        made.stores = stores_of(state, algorithms, example, recipe)
+        made.stores = stores_of(state, algorithms, self.layout, recipe)
         made.flat = made.grad = made.optimizer = None  # lanes are this one's
         return made
 
     @property
     def takes_guests(self) -> bool:
         """Whether packs of several runs can go side by side."""
-        return isinstance(self.net, StackedNet)
+        return isinstance(self.net, StackedNet) and not isinstance(self.net, StreamNet)
 
     def _train_lanes(self, parts: Sequence[_Part]) -> None:
         every = [(part, task) for part in parts for task in part.pack.tasks]
@@ -240,6 +257,7 @@ class Trainer:
             step_loss, step_useful, step_computed = self._backward([b[i] for b in batches[:active]])
             if adjusts:
                 ctx = parts[0].ctx
+                assert ctx is not None, "an algorithm that adjusts gradients looks at all parameters at once"
                 own = Context(ctx.round, ctx.weights, ctx.server, {n: t[:active] for n, t in ctx.client.items()})
                 views = (self.layout.lanes(x[:active]) for x in (self.grad, self.flat))
                 parts[0].algorithm.adjust_grads(*views, own)
@@ -287,35 +305,110 @@ class Trainer:
         rows = self.sites.everything() if task.client < 0 else self.sites.train(task.client)
         return self.recipe.draw.batches(rows, stream(self.seed, "batches", task.name, task.round), task.steps)
 
-    def _start(self, part: _Part, tasks: Sequence[Task]) -> Context:
-        """Fill a run's lanes with what its clients start from; what the algorithm may look at."""
-        owner, mode, algorithm = part.trainer, part.pack.mode, part.algorithm
-        views = self.layout.views(part.weights)
-        template = algorithm.init(views)[1]
+    def _chunks(self, algorithm: Algorithm) -> list[Chunk]:
+        """What is started, sent and kept at a time: pieces where the algorithm keeps nothing, or a state like the parameters."""
+        example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
+        server, client = algorithm.init(example)
+        elementwise = type(algorithm).adjust_grads is Algorithm.adjust_grads and not server
+        alike = not client or {n: tuple(t.shape) for n, t in client.items()} == self.layout.shapes
+        return self.layout.chunks(self.recipe.chunk if elementwise and alike else None)
+
+    def _context(self, part: _Part, tasks: Sequence[Task], chunk: Chunk) -> Context:
+        """What an algorithm may look at of a chunk: the parameters as they were received, and the clients' states."""
+        store = part.trainer.stores[part.pack.mode]
+        flat = part.weights[chunk.span].to(self.net.device)
+        weights = chunk.views(flat)
+        if part.algorithm.merges and part.trainer.recipe.down is not None:
+            sent = codec(part.trainer.recipe.down)
+            weights = {n: sent.round_trip(w.reshape(-1)).view(w.shape) for n, w in weights.items()}
+        template = part.algorithm.init(weights)[1]
+        layout = Layout.of(template) if template else None
         states = []
-        for lane, task in zip(part.lanes, tasks, strict=True):
-            state, moments = owner._load(task, mode, template)
-            states.append(template if state is None else state)
-            self.optimizer.reset(lane, task.steps_done, moments if owner.recipe.keep_state[mode] else None)
+        for task in tasks if template else ():
+            if task.read < 0:
+                states.append(template)
+                continue
+            states.append(layout.views(store.read(task.read, chunk.start, chunk.start + layout.numel).to(flat)))
         client = {n: torch.stack([s[n] for s in states]) for n in template}
-        ctx = Context(tasks[0].round, views, part.server, client)
-        start, own = algorithm.start(ctx), part.whole(len(tasks))
-        for name, view in self.layout.lanes(self.flat).items():
-            view[own] = start[name]
-        return ctx
+        return Context(tasks[0].round, weights, part.server, client)
+
+    def _state_width(self, part: _Part) -> int:
+        """Elements of the algorithm's client state, which opens a record."""
+        example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
+        return sum(t.numel() for t in part.algorithm.init(example)[1].values())
+
+    def _start(self, part: _Part, tasks: Sequence[Task]) -> Context | None:
+        """Fill a run's lanes with what its clients start from; what the algorithm may look at, if that is in one chunk."""
+        owner, mode = part.trainer, part.pack.mode
+        keeps, width = owner.recipe.keep_state[mode], self._state_width(part)
+        for lane, task in zip(part.lanes, tasks, strict=True):
+            moments = None
+            if keeps and task.read >= 0:
+                record = functools.partial(owner.stores[mode].read, task.read)
+                moments = lambda a, b, record=record: record(width + a, width + b)  # noqa: E731
+            self.optimizer.reset(lane, task.steps_done, moments)
+        chunks, own = self._chunks(part.algorithm), part.whole(len(tasks))
+        for chunk in chunks:
+            ctx = self._context(part, tasks, chunk)
+            start = part.algorithm.start(ctx)
+            for name, view in chunk.views(self.flat[:, chunk.span]).items():
+                view[own] = start[name].to(view.dtype)
+        return ctx if len(chunks) == 1 else None
 
     def _finish(self, part: _Part, tasks: Sequence[Task], steps: Sequence[int]) -> None:
         """Add a run's updates to its sum, and keep what its clients keep."""
         owner, mode, algorithm = part.trainer, part.pack.mode, part.algorithm
-        update, state = algorithm.client_update(self.layout.lanes(self.flat[part.whole(len(tasks))]), part.ctx)
+        store, own, sums = owner.stores[mode], part.whole(len(tasks)), self.aggregator.layout.dtype
+        keeps, width = owner.recipe.keep_state[mode], self._state_width(part)
+        if algorithm.merges and not part.turn.wait():
+            return  # the round is given up
+        for chunk in self._chunks(algorithm):
+            ctx = part.ctx or self._context(part, tasks, chunk)
+            update, state = algorithm.client_update(chunk.views(self.flat[:, chunk.span][own].to(sums)), ctx)
+            if algorithm.merges:
+                update = self._sent(part, tasks, chunk, update)
+                self.aggregator.add(part.partial, update, [t.weight for t in tasks], chunk)
+            for i, task in enumerate(tasks if state else ()):
+                if task.write >= 0:
+                    flat = torch.cat([t[i].reshape(-1) for t in state.values()])
+                    store.write_at(task.write, chunk.start, flat)
         if algorithm.merges:
-            self.aggregator.add(part.partial, update, [t.weight for t in tasks])
+            part.turn.done()
         for i, (lane, task) in enumerate(zip(part.lanes, tasks, strict=True)):
             part.report.steps[task.client] = steps[i]
-            if task.write >= 0:
-                kept = [t[i].reshape(-1) for t in state.values()]
-                kept += self.optimizer.kept(lane) if owner.recipe.keep_state[mode] else []
-                owner.stores[mode].write(task.write, *kept)
+            if task.write >= 0 and keeps:
+                for j, moment in enumerate(self.optimizer.kept(lane)):
+                    store.write_at(task.write, width + j * self.layout.numel, moment)
+
+    def _sent(self, part: _Part, tasks: Sequence[Task], chunk: Chunk, update: Params) -> Params:
+        """The updates as the server receives them.
+
+        With error feedback a client adds what its messages have lost so far, and keeps what this one loses (Seide et al., 1-bit
+        SGD, Interspeech 2014; Karimireddy et al., Error feedback fixes SignSGD, ICML 2019).
+        """
+        recipe = part.trainer.recipe
+        if recipe.up is None:
+            return update
+        sent = codec(recipe.up)
+        out, at = {}, chunk.start
+        store = part.trainer.stores[part.pack.mode]
+        place = store.width - self.layout.numel  # the last part of a record
+        for name, u in update.items():
+            flat = u.reshape(len(tasks), -1)
+            size = flat.shape[1]
+            if recipe.error_feedback:
+                lost = [
+                    store.read(t.read, place + at, place + at + size).to(flat) if t.read >= 0 else flat.new_zeros(size)
+                    for t in tasks
+                ]
+                flat = flat + torch.stack(lost)
+            received = sent.round_trip(flat)
+            if recipe.error_feedback:
+                for task, left in zip(tasks, flat - received, strict=True):
+                    store.write_at(task.write, place + at, left)
+            out[name] = received.view(u.shape)
+            at += size
+        return out
 
     def _backward(self, batches: Sequence[np.ndarray]) -> tuple[Tensor, list[int], np.ndarray]:
         """Gradient of each lane's mean loss over all answer tokens of its batch, into `self.grad`.
@@ -326,7 +419,10 @@ class Trainer:
         tokens, size, k = self.tokens["train"], self.recipe.micro_batch, len(batches)
         self.grad[:k].zero_()
         # Like lengths together: less padding, the same sum. A batch that is not cut stays as it is, whoever is beside it.
-        batches = [b[np.argsort(tokens.lengths_of(b), kind="stable")] if size < len(b) else b for b in batches]
+        several = self.recipe.row_tokens is not None
+        batches = [
+            b[np.argsort(tokens.lengths_of(b), kind="stable")] if several or size < len(b) else b for b in batches
+        ]
         every = np.concatenate(batches)
         lane_of = np.repeat(np.arange(k), [len(b) for b in batches])
         useful = np.bincount(lane_of, weights=tokens.lengths_of(every), minlength=k).astype(np.int64)
@@ -334,21 +430,28 @@ class Trainer:
         over = torch.from_numpy(answers).to(self.net.device, self.layout.dtype, non_blocking=True)
         loss: Tensor | None = None
         computed = np.zeros(k, dtype=np.int64)
-        for i in range(0, max(map(len, batches)), size):
-            part, sizes = self.net.backward(tokens, [b[i : i + size] for b in batches], over)
+        for rows in self._passes(tokens, batches):
+            part, sizes = self.net.backward(tokens, rows, over)
             loss = part if loss is None else loss + part
             computed += sizes
         return loss, useful, computed
 
-    def _load(self, task: Task, mode: str, template: Params) -> tuple[Params | None, Tensor | None]:
-        if task.read < 0:
-            return None, None
-        record = self.stores[mode].read(task.read).to(self.net.device)
-        layout = Layout.of(template) if template else None
-        size = layout.numel if layout else 0
-        state = layout.views(record[:size]) if layout else {}
-        moments = record[size:] if record.numel() > size else None
-        return state, moments
+    def _passes(self, tokens: Tokens, batches: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        """The rows of each forward and backward pass, one array a lane."""
+        size = self.recipe.micro_batch
+        if self.recipe.row_tokens is None:
+            for i in range(0, max(map(len, batches)), size):
+                yield [b[i : i + size] for b in batches]
+            return
+        (batch,), room = batches, size * self.recipe.row_tokens
+        lengths = tokens.lengths_of(batch)
+        begin, held = 0, 0
+        for i, n in enumerate(lengths):
+            if i > begin and held + n > room:
+                yield [batch[begin:i]]
+                begin, held = i, 0
+            held += int(n)
+        yield [batch[begin:]]
 
     # -------------------------------------------------------------------------------------------- scoring
 
@@ -418,12 +521,14 @@ class Trainer:
     ) -> list[Scores]:
         """Scores of models - place in `asked`, record or None for the global parameters - halved where memory is too little."""
         half = len(models) // 2
-        if half == 0 or isinstance(self.net, StackedNet):
+        if not self.takes_guests and half == 0:
+            return [self._score_one(asked, kind, models[0])]
+        if half == 0 or self.takes_guests:
             weights, own = [], []
             for i, record in models:
                 owner, request, flat = asked[i]
                 read = None if record is None else owner.stores[request.store].read(record)[: self.layout.numel]
-                weights.append(flat if read is None else read.to(self.net.device))
+                weights.append((flat if read is None else read).to(self.net.device))
                 own.append({c: owner.sites.own(c) for c in owner.sites.with_own} if request.sites else {})
             split, generate, by_row = kind
             try:
@@ -432,6 +537,24 @@ class Trainer:
                 if half == 0 or not is_out_of_memory(error):
                     raise
         return [s for part in (models[:half], models[half:]) for s in self._score_models(asked, kind, part)]
+
+    def _score_one(
+        self,
+        asked: Sequence[tuple[Trainer, Scoring, Tensor]],
+        kind: tuple[str, bool, bool],
+        model: tuple[int, int | None],
+    ) -> Scores:
+        """Scores of one model, copied piece by piece to where training would have it."""
+        (i, record), (split, generate, by_row) = model, kind
+        owner, request, flat = asked[i]
+        for chunk in self.layout.chunks(self.recipe.chunk):
+            if record is None:
+                piece = flat[chunk.span]
+            else:
+                piece = owner.stores[request.store].read(record, chunk.start, chunk.stop)
+            self.flat[0, chunk.span].copy_(piece)
+        own = {c: owner.sites.own(c) for c in owner.sites.with_own} if request.sites else {}
+        return self._score(self.flat[:1], split, generate, [own], by_row)[0]
 
     # ------------------------------------------------------------------------------------------- measuring
 
@@ -486,8 +609,7 @@ class Trainer:
     def configure(self, engine: Engine) -> None:
         """Train like this from now on."""
         self.recipe = dataclasses.replace(self.recipe, micro_batch=engine.micro_batch)
-        if isinstance(self.net, StackedNet):
-            self.net.checkpoint(engine.checkpointing)
+        self.net.checkpoint(engine.checkpointing)
         if self.net.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.net.device)
 
