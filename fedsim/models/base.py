@@ -252,11 +252,23 @@ def load_base(
         raise UserError(
             f"model.path: the weights of {source.name!r} lack {missing[0]} ({len(missing)} such); {_way_out(source)}"
         )
+    if source.gguf:
+        _forget_gguf(model)
     model.config.use_cache = False
     model.config.pad_token_id = pad_token_id
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def _forget_gguf(model: nn.Module) -> None:
+    """Weights out of a GGUF file are ordinary tensors once they are loaded; transformers still takes the model for quantised,
+    and refuses to save it."""
+    for owner, names in ((model, ("hf_quantizer", "quantization_method")), (model.config, ("quantization_config",))):
+        for name in names:
+            if hasattr(owner, name):
+                delattr(owner, name)
+    model.is_quantized = False
 
 
 # Their positions start behind the pad token's number.
