@@ -32,7 +32,8 @@ from fedsim.data.partition import Partition, VirtualPartition
 from fedsim.errors import UserError
 from fedsim.runs import SCOPES, PathLike, find_runs, flatten_config, load_runs, read_config
 
-_NO_NUMBER = ("name", "results", "executor", "tracking", "checkpoint")  # sections that no number depends on
+# Sections that no number depends on.
+_NO_NUMBER = ("name", "results", "executor", "tracking", "checkpoint", "aggregation")
 # Which rows there are, not what is in them.
 _FREQUENCY = ("evaluate.every_steps", "evaluate.every_rounds", "evaluate.clients")
 _LAST_BITS = ("training.lanes", "training.checkpointing", "local.micro_batch")  # what the plan is made of

@@ -269,6 +269,8 @@ def devices_of(exp: Experiment) -> tuple[str, list[str]]:
         kind = "serial" if ex.name == "auto" and count == 1 else "pool"
         devices = [devices[i % len(devices)] for i in range(max(count, len(devices)) if ex.name == "pool" else count)]
     devices = ["cuda:0" if d == "cuda" else d for d in devices]
+    if exp.aggregation.device == "cuda" and not all(d.startswith("cuda") for d in devices):
+        raise UserError(f"aggregation.device: 'cuda', but training is on {', '.join(devices)}; use auto or cpu")
     for device in devices:
         if device.startswith("cuda") and device not in cuda:
             raise UserError(f"executor: {device!r} is not on this machine, which has: {', '.join(['cpu', *cuda])}")

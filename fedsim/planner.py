@@ -36,7 +36,8 @@ class Plan:
         micro_batch: rows of a client in one pass.
         checkpointing: activations are computed a second time.
         memory: bytes by what for: base (once a device), lane (parameters, gradient, moments), activations (of the lanes'
-            largest pass), predicted (highest), by worker; empty where nothing was measured.
+            largest pass), predicted (highest), by worker; of a whole model also global (parameters), sum, chunk; empty
+            where nothing was measured.
         measured: passes on the way: lanes, tokens, seconds.
         halved: mode, round and lanes from there on, where memory was too little.
     """
@@ -225,10 +226,17 @@ def _best_of(measure: Callable, rows: Sequence[np.ndarray]) -> Measured | None:
 
 def describe(plan: Plan, device: str) -> list[str]:
     """Lines for the user before training."""
-    if not plan.packed:
-        return [f"plan: {device}, clients one after another" + (f": {plan.why_not}" if plan.why_not else "")]
     m = {k: f"{v / 1e6:,.1f} MB" for k, v in plan.memory.items()}
     more = f", micro-batch {plan.micro_batch}" + (", checkpointing" if plan.checkpointing else "")
+    if not plan.packed:
+        why = f": {plan.why_not}" if plan.why_not else ""
+        out = [f"plan: {device}, clients one after another{more if plan.memory else ''}{why}"]
+        if "sum" in m:
+            out.append(
+                f"memory: {m['lane']} (parameters, gradient, moments), global parameters {m['global']}, their sum {m['sum']}, "
+                f"a chunk {m['chunk']}; activations {m['activations']}; predicted peak {m['predicted']}"
+            )
+        return out
     out = [f"plan: {device}, {plan.lanes} lane{'s' if plan.lanes > 1 else ''}{more}"]
     if m:
         out.append(

@@ -566,7 +566,9 @@ def settings(df: pd.DataFrame, seeds_apart: bool = False) -> list[tuple[str, pd.
     A setting is the config but for `seed` (unless `seeds_apart`) and but for what no result depends on: `results`,
     `executor`, `tracking`, `checkpoint`. A run that nothing tells from the others is labelled by its id.
     """
-    skip = {*COLUMNS, "run", "results", "executor", "tracking", "checkpoint"} | (set() if seeds_apart else {"seed"})
+    skip = {*COLUMNS, "run", "results", "executor", "tracking", "checkpoint", "aggregation"} | (
+        set() if seeds_apart else {"seed"}
+    )
     config = df.drop_duplicates("run").set_index("run").rename_axis(None)
     config = config[[key for key in config if key.split(".")[0] not in skip]].astype(object)
     config = config.where(config.notna(), None).map(str)

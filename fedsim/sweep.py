@@ -45,6 +45,7 @@ _NOT_SWEPT = {
     "executor": "no number depends on it; give devices, workers and threads beside the grid",
     "tracking": "no number depends on it; set it in the experiment",
     "checkpoint": "no number depends on it; set it in the experiment",
+    "aggregation": "no number depends on it; set it in the experiment",
 }
 _KEYS = ("name", "experiment", "grid", "list", "devices", "workers", "threads", "together")
 

@@ -38,7 +38,8 @@ MODEL_COLUMNS = (
     *("metric", "last", "best", "own", "test", "steps", "merged_own", "gain_own", "gain"),
 )
 RESAMPLES = 10_000
-_NOT_SWEPT = ("name", "results", "executor", "tracking", "checkpoint", "modes")  # no model's scores depend on these
+# No model's scores depend on these.
+_NOT_SWEPT = ("name", "results", "executor", "tracking", "checkpoint", "aggregation", "modes")
 _MISSING = object()  # a key that a run's settings and config do not have; None is a value
 
 

@@ -412,6 +412,11 @@ def test_unknown_message_types_are_one_line(lab: Any) -> None:
     assert lab.exp(messages={"up": "8bit", "down": "float16"}).messages.up == "blockwise8"
 
 
+def test_a_place_for_sums_that_is_not_there_is_refused(lab: Any) -> None:
+    with pytest.raises(UserError, match=r"^aggregation.device: 'cuda', but training is on cpu; use auto or cpu$"):
+        lab.run(aggregation={"device": "cuda"})
+
+
 def test_ids_of_runs_from_before_messages_stay(lab: Any) -> None:
     exp = lab.exp()
     assert "messages" not in exp.identity() and "aggregation" not in exp.identity()
