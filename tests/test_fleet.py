@@ -125,10 +125,20 @@ def test_packs_of_several_runs_are_in_one_pass(plan: Any, monkeypatch: pytest.Mo
     settings = SETTINGS["seeds"]
     run_sweep(plan(settings, 3, modes=["federated"], training={"lanes": 3}), progress=False)
     assert set(trained) == {9}, "three clients of three runs"
-    assert set(scored) == {9, 3}, "their clients, and the three merged models"
+    assert set(scored) == {9, 3, 1}, "their clients, the three merged models, and before training one at a time"
     trained.clear()
     run_sweep(plan(settings, 2, "two", modes=["federated"], training={"lanes": 3}), progress=False)
     assert set(trained) == {6, 3}, "two and one"
+
+
+def test_no_more_models_are_scored_at_once_than_have_trained_at_once(
+    plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten sites of two runs ask to be scored at the end; two lanes a run have been shown to fit."""
+    trained, scored = lanes_of_passes(monkeypatch)
+    five = {"partition": {"name": "iid", "num_clients": 5}, "training": {"lanes": 2}}
+    run_sweep(plan(SETTINGS["seeds"][:2], 2, modes=["local"], **five), progress=False)
+    assert max(trained) == 4 and max(scored) == 4
 
 
 def test_the_same_runs_give_the_same_bits_again(plan: Any, lab: Any) -> None:

@@ -195,13 +195,14 @@ class Turn:
         self._pipe.send(values)
 
 
-def _child(kind: str, pipe: Connection, log: str) -> None:
+def _child(kind: str | Callable[[Turn], None], pipe: Connection, log: str) -> None:
     gc.freeze()  # the libraries' own objects need not be looked through
     with open(log, "w") as file:  # whatever a library prints
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        {"helper": helper_side, "fedsim": fedsim_side, "plain": plain_side}[kind](Turn(pipe))
+        known = {"helper": helper_side, "fedsim": fedsim_side, "plain": plain_side}
+        (kind if callable(kind) else known[kind])(Turn(pipe))
     except Exception as error:
         traceback.print_exc()
         with contextlib.suppress(OSError):
@@ -514,22 +515,21 @@ class _Rounds:
 
 
 class MergeClock:
-    """Time that a round spends on aggregation: forming updates, summing them, the mean, the server's step, the broadcast.
+    """Time that a round spends on aggregation: clearing the sum, forming updates, adding them, and all of the merge.
 
     Waiting for the device before and after each of them would slow the round down, so this is switched on for rounds of
-    its own. It sees what happens in this process alone.
+    its own. It sees what happens in this process alone. None of what it times calls another of them.
     """
 
     def __init__(self, algorithm: Any, executor: Any) -> None:
+        import fedsim.rounds
         from fedsim.aggregators import WeightedMean
 
         self.seconds, self._on = 0.0, False
-        own = getattr(WeightedMean.add, "original", None) is None
-        for name in ("zero", "add", "merge", "result"):
-            original = getattr(WeightedMean, name)
-            setattr(WeightedMean, name, self._timed(original if own else original.original))
-        for name in ("client_update", "server_update"):
-            object.__setattr__(algorithm, name, self._timed(getattr(algorithm, name)))
+        for owner, name in ((WeightedMean, "zero"), (WeightedMean, "add"), (fedsim.rounds, "_merge")):
+            function = getattr(owner, name)
+            setattr(owner, name, self._timed(getattr(function, "original", function)))
+        object.__setattr__(algorithm, "client_update", self._timed(algorithm.client_update))
         executor.broadcast = self._timed(executor.broadcast)
 
     def switch(self, on: bool) -> None:
@@ -555,9 +555,15 @@ class MergeClock:
 # ------------------------------------------------------------------------------------------------ the helper
 
 
-def helper_side(turn: Turn) -> None:
-    """What needs torch or fedsim, but is not measured: bases, rows, batches, comparisons; and the device's own limits."""
+def helper_side(turn: Turn, more: dict[str, Callable[..., dict[str, Any]]] | None = None) -> None:
+    """What needs torch or fedsim, but is not measured: bases, rows, batches, comparisons; and the device's own limits.
+
+    Args:
+        turn: the line to the benchmark.
+        more: what a benchmark's own helper does besides, or otherwise.
+    """
     does = {"base": _make_base, "cell": _make_cell, "compare": _compare, "limits": _limits, "environment": _environment}
+    does |= more or {}
     while (message := turn.hear())["do"] != "stop":
         turn.say(**does[message.pop("do")](**message))
 
@@ -752,14 +758,16 @@ class Group:
 
     Args:
         name: in the output.
-        kind: helper | fedsim | plain.
+        kind: helper | fedsim | plain, or a benchmark's own function of its `Turn`.
         work: folder for logs and sums.
         count: processes.
         start: how they are started: `spawn`, so that each loads everything itself; or `forkserver`, where they begin with
             the libraries loaded - quicker, and for tests.
     """
 
-    def __init__(self, name: str, kind: str, work: Path, start: str, count: int = 1) -> None:
+    def __init__(
+        self, name: str, kind: str | Callable[[Turn], None], work: Path, start: str, count: int = 1
+    ) -> None:
         self.name, self.work, self.count = name, work, count
         self.began = time.perf_counter()
         self._sides = []

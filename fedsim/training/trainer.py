@@ -508,9 +508,13 @@ class Trainer:
         for i, (_, request, _) in enumerate(asked):
             kind = (request.split, request.generate, request.by_row)
             groups.setdefault(kind, []).extend((i, r) for r in request.records or (None,))
+        # No more side by side than have trained so, or than one run asks for: their memory is known to be there.
+        most = max(len(self.flat), *(len(request.records) for _, request, _ in asked))
         for kind, models in groups.items():
-            for (i, _), scores in zip(models, self._score_models(asked, kind, models), strict=True):
-                out[i].append(scores)
+            for begin in range(0, len(models), most):
+                part = models[begin : begin + most]
+                for (i, _), scores in zip(part, self._score_models(asked, kind, part), strict=True):
+                    out[i].append(scores)
         return out
 
     def _score_models(

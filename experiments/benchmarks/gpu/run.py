@@ -28,8 +28,9 @@ FLOPS = (
     "respect to activations; embeddings, head, attention's own products and the adapter are not counted"
 )
 BYTES = (
-    "4 x N x (3 K + 3 P + 9) bytes for N trained parameters, K clients, P packs: each update read, formed and read again "
-    "for its sum; each pack's sum read, merged and written; mean 2, server step 3, in place 2, broadcast 2"
+    "4 x N x (3 K + 5 P + 8) bytes for N trained parameters, K clients, P packs: each client's parameters read, its update "
+    "written and read; a pack's global parameters read, its sum written and read, the running sum read and written; that "
+    "sum cleared 1, mean 2, server step 3, in place 2"
 )
 TARGETS = {
     "speed": 8.0,  # x the plain loop's tokens/s, at least
@@ -140,7 +141,7 @@ def aggregation(rounds: list[dict[str, Any]], trained: int, limits: dict[str, An
     if not rounds:
         return nothing("no round in which it was timed")
     seconds = statistics.median(r["merging"] for r in rounds)
-    moved = 4 * trained * (3 * rounds[0]["clients"] + 3 * rounds[0]["packs"] + 9)
+    moved = 4 * trained * (3 * rounds[0]["clients"] + 5 * rounds[0]["packs"] + 8)
     bandwidth = limits["copy_bytes_per_s"]["best"]
     return {
         "formula": BYTES,
