@@ -102,8 +102,6 @@ class Bundle:
     task: str
     base_dropout: bool
     autocast: torch.dtype | None
-    masters: bool
-    packing: bool
     seed: int
     tokens: dict[str, Tokens]
     train: tuple[Tensor, Tensor] | VirtualPartition
@@ -112,6 +110,8 @@ class Bundle:
     recipe: Recipe
     state: Path
     tokenizer: Any
+    masters: bool = True
+    packing: bool = False
 
     def shared(self) -> list[Tensor]:
         """Tensors of row numbers that workers share; virtual clients have none, their rows are worked out anywhere."""
@@ -446,8 +446,6 @@ class _Session:
             task=exp.model.task,
             base_dropout=exp.model.base_dropout,
             autocast=getattr(torch, exp.model.dtype) if whole and sixteen and exp.training.master_weights else None,
-            masters=exp.training.master_weights,
-            packing=exp.training.packing,
             seed=exp.seed,
             tokens=parts.tokens,
             train=_shareable(parts.partition),
@@ -456,6 +454,8 @@ class _Session:
             recipe=recipe_of(exp),
             state=self.folder.path / "checkpoints",
             tokenizer=parts.tokenizer,
+            masters=exp.training.master_weights,
+            packing=exp.training.packing,
         )
         home = "cpu" if exp.aggregation.device == "cpu" else None
         executor: SerialExecutor | PoolExecutor | FleetExecutor

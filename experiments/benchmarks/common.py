@@ -765,9 +765,7 @@ class Group:
             the libraries loaded - quicker, and for tests.
     """
 
-    def __init__(
-        self, name: str, kind: str | Callable[[Turn], None], work: Path, start: str, count: int = 1
-    ) -> None:
+    def __init__(self, name: str, kind: str | Callable[[Turn], None], work: Path, start: str, count: int = 1) -> None:
         self.name, self.work, self.count = name, work, count
         self.began = time.perf_counter()
         self._sides = []
