@@ -57,7 +57,7 @@ from fedsim.seeding import stream
 from fedsim.store import Records, Store
 from fedsim.trackers import Trackers, check_trackers
 from fedsim.training.optim import Optim
-from fedsim.training.trainer import Recipe, Sites, Trainer, stores_of
+from fedsim.training.trainer import Recipe, Sites, Trainer, filled, stores_of
 from fedsim.types import Engine, Report, Row, Scores, Scoring
 
 BY_ROW_SITES = 100  # sites alone whose last models are scored row by row; of more, only the chosen ones
@@ -363,6 +363,7 @@ class _Session:
     def run(self) -> None:
         exp, folder = self.exp, self.folder
         self.plan = self._plan()
+        folder.clear()
         self._write_inputs()
         self.trackers = Trackers(exp.tracking.with_, exp.name, folder.path, exp.to_dict())
         executor = None
@@ -477,8 +478,13 @@ class _Session:
                 self.plan.packed = self.plan.why_not is None
             if exp.training.packing:
                 self.bundle.check_packing(self.model, own)
-            if exp.training.checkpointing is True:
+            try:
                 Recompute(self.model, lambda: False).release()
+                self.can_recompute = True
+            except UserError:
+                if exp.training.checkpointing is True:
+                    raise
+                self.can_recompute = False
             trained = Layout.of(adapters.trained(self.model))
             self.layout = trained.sums
             self.stores = stores_of(self.bundle.state, self.bundle.algorithms, trained, self.bundle.recipe)
@@ -560,12 +566,11 @@ class _Session:
         )
         if any(kept.values()):
             # A round writes beside what checkpoints refer to.
-            records = {
-                m: (1 if m == "central" else len(self.parts.clients)) * (self.exp.checkpoint.keep + 1) for m in kept
-            }
+            most = self.exp.checkpoint.keep + 1 + (self.exp.checkpoint.every > 1)
+            records = {m: most * (1 if m == "central" else len(self.parts.clients)) for m in kept}
             each = ", ".join(f"{m} {b / 1e6:,.1f} MB a client" for m, b in kept.items() if b)
-            most = sum(b * records[m] for m, b in kept.items()) / 1e6
-            self.show.note(f"kept from round to round in memory-mapped files: {each}; {most:,.1f} MB at most in all")
+            total = sum(b * records[m] for m, b in kept.items()) / 1e6
+            self.show.note(f"kept from round to round in memory-mapped files: {each}; {total:,.1f} MB at most in all")
         report = self.parts.report
         skew = f"mean JS divergence {report['js_mean']:.3f} bits, size Gini {report['size_gini']:.2f}"
         self.show.note(
@@ -598,7 +603,7 @@ class _Session:
                     executor.configure,
                     workers=len(self.devices),
                     lanes=1 if whole else exp.training.lanes,
-                    checkpointing=exp.training.checkpointing,
+                    checkpointing=exp.training.checkpointing if self.can_recompute else False,
                     base_bytes=sum(t.nbytes for t in ((*self.model.parameters(),) if not whole else ()))
                     + sum(t.nbytes for t in self.model.buffers()),
                     free=None if (free := free_memory(device)) is None else free // here,
@@ -640,8 +645,18 @@ class _Session:
             rows, task = sites.everything() if client == CENTRAL_CLIENT else sites.train(client), tasks[client]
             return draw.batches(rows, stream(exp.seed, "batches", task.name, 1), task.steps)
 
+        def passes(batch: np.ndarray, rows: int) -> list[np.ndarray]:
+            """Where rows of one model lie end to end, as many make a pass as fit."""
+            batch = batch[np.argsort(tokens.lengths_of(batch), kind="stable")]
+            return list(filled(batch, tokens.lengths_of(batch), rows * bundle.recipe.row_tokens))
+
+        def fullest(batch: np.ndarray, rows: int) -> np.ndarray:
+            return max(passes(batch, rows), key=lambda p: tokens.lengths_of(p).sum())
+
         def first(lanes: int, rows: int) -> list[np.ndarray]:
             pack = schedule.packs(1, state, lanes)[0]
+            if bundle.recipe.row_tokens is not None:
+                return [fullest(batches(t.client)[0], rows) for t in pack.tasks]
             return [batches(t.client)[0][:rows] for t in pack.tasks]
 
         def largest(lanes: int, rows: int) -> int:
@@ -649,6 +664,10 @@ class _Session:
             for pack in schedule.packs(1, state, lanes):
                 each = [batches(t.client) for t in pack.tasks]
                 for i in range(min(50, max(map(len, each)))):  # steps of a round are much alike
+                    if bundle.recipe.row_tokens is not None:
+                        full = [fullest(b[i], rows) for b in each if i < len(b)]
+                        most = max(most, *(int(tokens.lengths_of(rows).sum()) for rows in full))
+                        continue
                     longest = [np.sort(tokens.lengths_of(b[i]))[-rows:] for b in each if i < len(b)]
                     most = max(most, int(sum(n.sum() + front * len(n) for n in longest)))
             return most
@@ -669,6 +688,8 @@ class _Session:
         schedule = schedule_of(self.parts, mode)
         state = self._state(mode, algorithm)
         infos = folder.checkpoints(mode)
+        if lost := len(list((folder.path / "checkpoints" / mode).glob("round-*.json"))) - len(infos):
+            self.show.note(f"{mode}: {lost} checkpoint(s) damaged or of another version, not used")
         if infos:
             restore(state, self.layout, infos, folder.load_tensors(mode, infos[-1]))
             folder.cut_metrics(infos[-1]["metrics_bytes"])
@@ -837,10 +858,12 @@ class _Session:
         for name, view in views.items():
             parameter = self.model.get_parameter(name)
             if self.exp.adapter.name == "none":
-                # Copying would take a second model's memory, and so does transformers with what shares a block with others.
-                parameter.data = torch.from_dlpack(view)
+                parameter.data = view  # copying would take a second model's memory
             else:
                 parameter.data.copy_(view)
+        if self.exp.adapter.name == "none":  # transformers copies what lies in one block with others
+            for parameter in self.model.parameters():
+                parameter.data = torch.from_dlpack(parameter.data)
         beside = place.with_name(f".{place.name}.{os.getpid()}")
         if place.is_dir():  # a chosen model may lie inside: only the files are replaced
             beside = place

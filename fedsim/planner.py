@@ -130,7 +130,14 @@ def choose_lanes(
     most = max(1, -(-packs.clients // workers)) if lanes == "auto" else int(lanes)
     plan.checkpointing = checkpointing is True
     configure(plan.engine)
-    one = _make_one_fit(plan, packs, measure, configure, may_checkpoint=checkpointing == "auto")
+    may_checkpoint = checkpointing == "auto"
+    one = _make_one_fit(plan, packs, measure, configure, may_checkpoint)
+    # The largest pass of the round may be larger than the first one, and one lane cannot be halved.
+    most_kept = one.activations * packs.largest(1, plan.micro_batch) / max(1, one.tokens)
+    if may_checkpoint and not plan.checkpointing and free is not None and most_kept > _ROOM * free:
+        plan.checkpointing = True
+        configure(plan.engine)
+        one = _make_one_fit(plan, packs, measure, configure, may_checkpoint)
     per_token = one.activations / max(1, one.tokens)
     fixed = 0
     if on_gpu:  # what the allocator's peak holds beside activations and lanes: the base, workspaces

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,13 @@ class RunFolder:
         os.truncate(self.path / "metrics.jsonl", length)
         self._metrics.seek(length)
 
+    def clear(self) -> None:
+        """Remove what processes that are gone have left half-written."""
+        for file in (*self.path.rglob(".*"),):
+            pid = file.name.rpartition(".")[2]
+            if pid.isdigit() and not _alive(int(pid)):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+
     def close(self) -> None:
         """Close the metrics file."""
         self._metrics.close()
@@ -121,7 +129,9 @@ class RunFolder:
         write_atomic(folder / f"{stem}.json", json.dumps(info).encode())
         for old in sorted(folder.glob("round-*.json"))[:-keep]:
             old.unlink()
-            for file in folder.glob(f"{old.stem}*.safetensors"):
+        stems = {f.stem for f in folder.glob("round-*.json")}
+        for file in folder.glob("round-*.safetensors"):
+            if file.name[: len(stem)] not in stems:
                 file.unlink()
 
     def checkpoints(self, mode: str) -> list[dict[str, Any]]:
@@ -175,6 +185,16 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
     found = _sha256(beside)
     beside.replace(path)
     return found
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sha256(path: Path) -> str:

@@ -50,8 +50,9 @@ class Store:
         """Fill a stretch of a record, from element `start` on, with a vector of any device and floating type."""
         end = (record + 1) * self.nbytes
         if not self.path.exists() or self.path.stat().st_size < end:
-            with open(self.path, "ab") as handle:
-                os.truncate(handle.fileno(), max(end, os.fstat(handle.fileno()).st_size))
+            # Its own last byte: another process may be making the file larger at the same time, and none makes it smaller.
+            with open(self.path, "r+b" if self.path.exists() else "xb") as handle:
+                os.pwrite(handle.fileno(), b"\0", end - 1)
         for i in range(
             0, part.numel(), _AT_ONCE
         ):  # mapped pages count as this process's memory until they are unmapped

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import fedsim
 from fedsim.params import Layout, add, clone, sub
 from fedsim.seeding import stream, stream_seed
 from fedsim.store import Records, Store
@@ -118,3 +122,25 @@ def test_bits_survive_a_store(tmp_path: Path) -> None:
     store = Store(tmp_path / "s.bin", 5, torch.float64)
     store.write(0, values)
     assert store.read(0).view(torch.int64).tolist() == values.view(torch.int64).tolist()
+
+
+GROW = """
+import sys, torch
+import os
+import subprocess
+import sys
+from pathlib import Path
+from fedsim.store import Store
+store, first = Store(Path(sys.argv[1]), 3, torch.float64), int(sys.argv[2])
+for record in range(first, 2000, 2):
+    store.write(record, torch.full((3,), float(record + 1), dtype=torch.float64))
+"""
+
+
+def test_two_processes_that_make_a_file_larger_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "grow.bin"
+    env = {**os.environ, "PYTHONPATH": str(Path(fedsim.__file__).parent.parent)}
+    both = [subprocess.Popen([sys.executable, "-c", GROW, str(path), str(i)], env=env) for i in (0, 1)]
+    assert [p.wait() for p in both] == [0, 0]
+    found = np.fromfile(path, dtype=np.float64).reshape(-1, 3)
+    np.testing.assert_array_equal(found, np.repeat(np.arange(1.0, 2001.0)[:, None], 3, axis=1))

@@ -162,6 +162,85 @@ def test_sixteen_bit_weights_are_summed_in_float32(lab: Any) -> None:
     assert all(t.dtype == torch.bfloat16 for t in init.values())
 
 
+def test_sixteen_bit_weights_have_exact_counts_losses_and_buffers(lab: Any) -> None:
+    """More answer tokens than bfloat16 can count, in many passes: the loss is that of a forward pass over the same rows."""
+    work = {"batch_size": 60, "micro_batch": 1, "steps": 1, "lr": 1e-12}
+    data = {"template": "{label} {sentence}"}  # long answers: some hundreds of tokens a batch
+    exp = lab.exp(
+        **NONE,
+        data=data,
+        partition={"name": "iid", "num_clients": 1},
+        model={"dtype": "bfloat16"},
+        training={"lanes": 2, "master_weights": False},
+        local=work,
+        best={"metric": "loss"},
+    )
+    folder, parts = lab.run(exp), prepare(exp)
+    (rows,) = fedsim.batches(exp, "site-1", 1)
+    answers = int(parts.tokens["train"].answers_of(rows).sum())
+    assert answers > 256 and answers != float(torch.tensor(float(answers)).bfloat16())
+    model = start(exp, torch.bfloat16)  # its buffers are float32, as transformers loads them
+    with torch.no_grad():
+        each = [
+            (float(loss_of(model, parts, [r])), int(parts.tokens["train"].answers_of(np.array([r]))[0])) for r in rows
+        ]
+    expected = sum(loss * n for loss, n in each) / answers
+    found = lab.value(folder, split="train", name="loss")
+    assert found == pytest.approx(expected, rel=2e-3), "rounding of single logits, of which there are hundreds"
+
+
+def test_after_too_little_memory_one_model_stays_where_it_is(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that does not fit: nothing of the model's size is made anew, since what is there is still in use."""
+    from fedsim.training.trainer import Trainer
+
+    places, shrink = [], Trainer.shrink
+
+    def note(self: Trainer) -> None:
+        before = [t.data_ptr() for t in (self.flat, self.grad, *self.optimizer.moments)]
+        shrink(self)
+        places.append(before == [t.data_ptr() for t in (self.flat, self.grad, *self.optimizer.moments)])
+
+    backward = Trainer._backward
+
+    def short(self: Trainer, batches: Any) -> Any:
+        if self.recipe.micro_batch > 2:
+            raise torch.OutOfMemoryError("too many rows")
+        return backward(self, batches)
+
+    monkeypatch.setattr(Trainer, "shrink", note)
+    monkeypatch.setattr(Trainer, "_backward", short)
+    folder = lab.run(**NONE, local={"micro_batch": 6})
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["checkpointing"] and plan["micro_batch"] == 2, "first layers are computed twice, then passes are cut"
+    assert len(places) >= 2 and all(places)
+
+
+def test_a_packed_plan_measures_full_passes(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedsim.training.trainer import Trainer
+
+    measured, measure = [], Trainer.measure
+
+    def note(self: Trainer, rows: Any, weights: Any) -> Any:
+        measured.append(int(sum(self.tokens["train"].lengths_of(r).sum() for r in rows)))
+        return measure(self, rows, weights)
+
+    monkeypatch.setattr(Trainer, "measure", note)
+    local = {"batch_size": 12, "micro_batch": 2}
+    lab.run(**NONE, training={"lanes": 2, "packing": True}, local=local, data={"max_length": 40})
+    assert max(measured) > 60, "of 80 tokens that fit into a pass"
+
+
+def test_workers_let_go_of_the_weights_that_they_were_sent(lab: Any) -> None:
+    """Weights and buffers lie in blocks of their own: a buffer that stays would keep all weights in memory."""
+    from fedsim.models import base
+
+    model = start(lab.exp())
+    base.share_memory(model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    buffers = {b.untyped_storage().data_ptr() for b in model.buffers()}
+    assert len(weights) == 1 and buffers and not weights & buffers
+
+
 @pytest.mark.parametrize("head", [False, True])
 def test_micro_batches_checkpointing_and_packing_change_nothing(lab: Any, distance: Any, head: bool) -> None:
     more = {"model": {"path": lab.base("bert"), "task": "sequence_classification"}, "data": {"template": "{sentence}"}}

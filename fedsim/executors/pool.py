@@ -109,12 +109,13 @@ class PoolExecutor:
 
     def broadcast(self, weights: Tensor, server: Params) -> None:
         """Refill the global parameters (flat `[N]`) and the server's state on every device, in place."""
-        done = set()
+        done = {id(weights)}
         for worker in self._pool:
             if id(worker.weights) not in done:
                 done.add(id(worker.weights))
-                if worker.weights is not weights:
-                    worker.weights.copy_(weights)
+                worker.weights.copy_(weights)
+            if id(worker.server) not in done:
+                done.add(id(worker.server))
                 self._server_layout.fill(worker.server, server)
         for device in {w.device for w in self._pool if w.device.startswith("cuda")}:
             torch.cuda.synchronize(device)  # the copies must have landed before another process reads them
@@ -130,6 +131,8 @@ class PoolExecutor:
             OutOfMemory: where a pack did not fit; the others under way are waited for and dropped.
         """
         waiting, ready, turn = deque(packs), {}, 0
+        if total is not None and total.total.is_cuda:  # it was set to zero here, and other processes add to it
+            torch.cuda.synchronize(total.total.device)
         for pack in packs:
             while pack.index not in ready:
                 for worker in self._pool:
@@ -299,7 +302,7 @@ def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads
     device = torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    trainer, weights, server, server_layout, slots, total = None, None, None, None, [], None
+    trainer, weights, server, server_layout, slots, total, out = None, None, None, None, [], None, None
     while True:
         try:
             kind, *rest = pipe.recv()
@@ -307,7 +310,7 @@ def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads
             return
         if kind == "stop":
             # Views into shared memory go before the process does, or CUDA reports leaked handles.
-            del trainer, weights, server, slots, total
+            del trainer, weights, server, slots, total, out
             return
         try:
             if kind == "share":

@@ -56,7 +56,7 @@ def attach(
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(stream_seed(seed, "init", "adapter"))
         if name == "none":
-            base.to(dtype).requires_grad_(True)  # 16-bit compute comes from autocast over float32 weights
+            base.requires_grad_(True)  # 16-bit compute comes from autocast over float32 weights
             model = base
         elif name == "adapter":
             bottleneck.attach_bottleneck(base, **settings, dtype=dtype)

@@ -315,14 +315,14 @@ def own_memory(parameters: Iterable[nn.Parameter], lent: set[int]) -> None:
 
 
 def share_memory(model: nn.Module) -> None:
-    """Move all weights into one block of shared memory per dtype, in place.
+    """Move all weights into one block of shared memory per dtype, in place; buffers into one of their own.
 
-    One block is one file handle for a worker to open, whatever the number of tensors, and on the CPU all workers then
+    A whole model that is trained lets go of the weights' block and keeps its buffers. One block is one file handle for a worker to open, whatever the number of tensors, and on the CPU all workers then
     read the same pages.
     """
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if not t.is_shared()]
-    for dtype in {t.dtype for t in tensors}:
-        group = [t for t in tensors if t.dtype == dtype]
+    tensors = [(t, kind) for kind in ("parameters", "buffers") for t in getattr(model, kind)() if not t.is_shared()]
+    for wanted in {(t.dtype, kind) for t, kind in tensors}:
+        dtype, group = wanted[0], [t for t, kind in tensors if (t.dtype, kind) == wanted]
         block = torch.empty(sum(t.numel() for t in group), dtype=dtype).share_memory_()
         start = 0
         for tensor in group:

@@ -112,6 +112,17 @@ class Sites:
     everything: Callable[[], np.ndarray]
 
 
+def filled(rows: np.ndarray, lengths: np.ndarray, room: int) -> Iterator[np.ndarray]:
+    """Rows in order, cut where the next one would not fit into `room` tokens; a longer one is by itself."""
+    begin, held = 0, 0
+    for i, n in enumerate(lengths):
+        if i > begin and held + n > room:
+            yield rows[begin:i]
+            begin, held = i, 0
+        held += int(n)
+    yield rows[begin:]
+
+
 class _Part:
     """A run's part of a pass: what it shares (`Share`), where its lanes are, what it comes to."""
 
@@ -427,7 +438,8 @@ class Trainer:
         lane_of = np.repeat(np.arange(k), [len(b) for b in batches])
         useful = np.bincount(lane_of, weights=tokens.lengths_of(every), minlength=k).astype(np.int64)
         answers = np.bincount(lane_of, weights=tokens.answers_of(every), minlength=k)
-        over = torch.from_numpy(answers).to(self.net.device, self.layout.dtype, non_blocking=True)
+        # In the type of sums: bfloat16 cannot count beyond 256.
+        over = torch.from_numpy(answers).to(self.net.device, self.layout.sums.dtype, non_blocking=True)
         loss: Tensor | None = None
         computed = np.zeros(k, dtype=np.int64)
         for rows in self._passes(tokens, batches):
@@ -443,15 +455,8 @@ class Trainer:
             for i in range(0, max(map(len, batches)), size):
                 yield [b[i : i + size] for b in batches]
             return
-        (batch,), room = batches, size * self.recipe.row_tokens
-        lengths = tokens.lengths_of(batch)
-        begin, held = 0, 0
-        for i, n in enumerate(lengths):
-            if i > begin and held + n > room:
-                yield [batch[begin:i]]
-                begin, held = i, 0
-            held += int(n)
-        yield [batch[begin:]]
+        (batch,) = batches
+        yield from ([part] for part in filled(batch, tokens.lengths_of(batch), size * self.recipe.row_tokens))
 
     # -------------------------------------------------------------------------------------------- scoring
 
@@ -624,8 +629,9 @@ class Trainer:
         return memory_now("VmHWM")
 
     def shrink(self) -> None:
-        """Let go of all lanes' memory, after there was too little of it."""
-        self._allocate(1)
+        """Let go of all lanes' memory, after there was too little of it; one model's weights and moments stay where they are."""
+        if self.takes_guests:
+            self._allocate(1)
         gc.collect()
         if self.net.device.type == "cuda":
             torch.cuda.empty_cache()
