@@ -607,7 +607,8 @@ class _Session:
                     base_bytes=sum(t.nbytes for t in ((*self.model.parameters(),) if not whole else ()))
                     + sum(t.nbytes for t in self.model.buffers()),
                     free=None if (free := free_memory(device)) is None else free // here,
-                    resident=executor.peaks()[0],
+                    # A whole model's weights are there already, and are counted with its gradient and moments.
+                    resident=executor.peaks()[0] - (self.layout.nbytes if whole and not on_gpu else 0),
                     on_gpu=on_gpu,
                 )
                 if whole:

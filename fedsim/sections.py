@@ -723,7 +723,7 @@ class Training:
 class Aggregation:
     """How updates are summed; the numbers do not depend on it."""
 
-    chunk_mb: int = 64
+    chunk_mb: int = 16
     """Parameters that are summed, encoded or kept at a time, in MiB of float32: what a round needs besides the global parameters and their running sum."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the global parameters and the running sum lie: auto = on the device that trains; cpu = in the host's memory, which leaves the device to training; cuda = as auto, and an error where there is none."""

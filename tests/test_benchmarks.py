@@ -121,6 +121,115 @@ def test_gpu_runs_the_same_code_on_the_cpu(tmp_path: Path) -> None:
     )
 
 
+def test_whole_model_runs_the_same_code_on_the_cpu(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--base", "gpt-neo-mini", "--rounds", "2", "--batch", "2", "--micro", "1"]
+    words += ["--tokens", "16", "--rows", "12", "--chunks", "1,4", "--matmul", "64", "--copy", "8"]
+    value = results(done := run("whole_model", tmp_path, *words), tmp_path, "whole_model.png")
+    full, bandwidth, large = (value[part] for part in ("full", "bandwidth", "large"))
+    layers = 2 * (4 * 64 * 64 + 64 + 2 * 4 * 64 * 64 + 5 * 64 + 4 * 64)  # q, k, v, out; the MLP; two norms
+    numel = layers + (1536 + 512 + 2) * 64
+    assert full["parameters"] == full["trained"] == numel and full["layer_parameters"] == layers
+    for part, packs in ((full, 3), (large, 1)):
+        assert part["config"]["model"]["dtype"] == "bfloat16" and part["environment"]["versions"]["torch"]
+        warm, counted = part["rounds"]
+        assert (
+            warm["tokens"] == counted["tokens"] == 3 * 2 * 16 and counted["packs"] == packs and counted["clients"] == 3
+        )
+        assert set(counted["parts"]) == set(part["round"]["seconds"]) - {"all"}, "nothing that a round does is left out"
+        assert sum(counted["parts"].values()) == pytest.approx(counted["seconds"])
+        spent, rates = part["round"]["seconds"], part["round"]["tokens_per_s"]
+        assert all(
+            spent[n]["median"] > 0 for n in ("training", "copying in", "adding the update", "merging", "checkpoint")
+        )
+        assert rates["training"]["median"] == pytest.approx(96 / spent["training"]["median"])
+        assert rates["round"]["median"] == pytest.approx(96 / counted["seconds"])
+        with_all = part["round"]["not_training_with"]["median"]
+        assert with_all == pytest.approx(1 - spent["training"]["median"] / counted["seconds"])
+        assert 0 < part["round"]["not_training_without"]["median"] < with_all < 1
+        assert part["memory"]["measured_mb"] > 0 and part["memory"]["predicted_mb"] > 0
+        assert part["memory"]["off"] == pytest.approx(
+            part["memory"]["measured_mb"] / part["memory"]["predicted_mb"] - 1
+        )
+    memory = full["memory"]
+    assert memory["parts_mb"]["global"] == memory["parts_mb"]["sum"] == pytest.approx(4e-6 * numel)
+    assert memory["global_sum_chunk_mb"] == pytest.approx(3 * 4e-6 * numel), "a chunk holds all of so small a model"
+    assert full["same_work"]["same"] and full["plain"]["rounds"][0]["tokens"] == 2 * 16
+    assert large["lanes"] == {"asked_for": 3, "had": 3, "packs_a_round": 1, "why_not": None}
+    assert list(bandwidth["chunks"]) == ["1", "4"] and bandwidth["result_is_off_by"] == 0
+    moved = {"copying in": 4, "adding": 4, "clearing": 1, "server step": 3, "a round": 4 * 3 + 4}
+    assert bandwidth["bytes"] == {name: 4 * numel * times for name, times in moved.items()}
+    copy = bandwidth["limits"]["copy_bytes_per_s"]["best"]
+    for seconds in bandwidth["chunks"].values():
+        for name, nbytes in bandwidth["bytes"].items():
+            found = seconds[name]["of_copy_bandwidth"] * copy * seconds[name]["median"]
+            assert found == pytest.approx(nbytes), "bytes a second over the copy's"
+    assert bandwidth["default"]["value"] is None and "64 MiB" in bandwidth["default"]["reason"]
+    for words in (
+        "not training, without scoring and files",
+        "beyond the plain loop",
+        "3 lanes, 1 pack(s)",
+        "chunk MiB",
+    ):
+        assert words in done.stdout
+
+    # One part alone leaves the others as they are; without room on the disk it says so.
+    small = ["--device", "cpu", "--part", "full", "--rounds", "2"]
+    script = "import runpy, shutil, sys; from types import SimpleNamespace; sys.argv = sys.argv[1:]; "
+    script += (
+        "shutil.disk_usage = lambda path: SimpleNamespace(free=10**6); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", script, str(FOLDER / "whole_model" / "run.py"), "--out", str(tmp_path), *small]
+    done = subprocess.run([*command, *SMALL[2:], "--base", "gpt-neo-mini"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["full"]["value"] is None and "GB of disk are needed, 0 are free" in again["full"]["reason"]
+    assert again["bandwidth"] == bandwidth and again["large"] == large
+
+
+def test_a_round_is_divided_among_the_innermost_of_what_is_timed() -> None:
+    """training 1 + (start 2) + 3 + (score 4) + 5, then merge 6, and 7 that nobody asked for."""
+    now = [0.0]
+    clock = load("whole_model").Clock(lambda: now[0])
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    start, score, merge = (clock.timed(n, passes) for n in ("start", "score", "merge"))
+
+    def train() -> None:
+        passes(1)
+        start(2)
+        passes(3)
+        score(4)
+        passes(5)
+
+    passes(100)
+    clock.begin()
+    clock.timed("training", train)()
+    merge(6)
+    passes(7)
+    clock.end(tokens=8)
+    expected = {"training": 9, "start": 2, "score": 4, "merge": 6, "other": 7}
+    assert clock.rounds == [{"seconds": 28, "parts": expected, "tokens": 8}]
+    clock.end()
+    assert clock.rounds[1] == {"seconds": 0, "parts": {"other": 0}}, "the next round begins where one ends"
+
+
+def test_shares_of_a_round_and_the_steps_that_meet_the_target() -> None:
+    whole = load("whole_model")
+    warm = {"seconds": 99.0, "tokens": 1, "parts": {"training": 99.0}}
+    parts = {"training": 16.0, "copying in": 1.0, "adding the update": 1.0, "merging": 1.5, "other": 0.5}
+    counted = {"seconds": 25.0, "tokens": 80, "parts": {**parts, "scoring": 2.0, "checkpoint": 3.0}}
+    found = whole.round_of([warm, counted], steps=10)
+    assert found["counted"] == 1 and found["seconds"]["best model to disk"]["median"] == 0
+    without, everything = found["not_training_without"], found["not_training_with"]
+    assert (without["median"], everything["median"]) == (4 / 20, 9 / 25)
+    # 10 steps take 16 s: n of them take 1.6 n, and 4 / (1.6 n + 4) = 0.05 at n = 47.5.
+    assert without["steps_for_target"] == pytest.approx(47.5)
+    assert everything["steps_for_target"] == pytest.approx(47.5 * 9 / 4)
+    assert {n: r["median"] for n, r in found["tokens_per_s"].items()} == {"training": 5.0, "without": 4.0, "round": 3.2}
+
+
 def test_packing_tells_other_work_from_the_same() -> None:
     packing = load("packing")
 
