@@ -163,7 +163,7 @@ def test_whole_model_runs_the_same_code_on_the_cpu(tmp_path: Path) -> None:
         for name, nbytes in bandwidth["bytes"].items():
             found = seconds[name]["of_copy_bandwidth"] * copy * seconds[name]["median"]
             assert found == pytest.approx(nbytes), "bytes a second over the copy's"
-    assert bandwidth["default"]["value"] is None and "64 MiB" in bandwidth["default"]["reason"]
+    assert bandwidth["default"]["value"] is None and "16 MiB" in bandwidth["default"]["reason"]
     for words in (
         "not training, without scoring and files",
         "beyond the plain loop",
