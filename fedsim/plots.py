@@ -81,6 +81,7 @@ SITE_LOOKS = (
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # further settings than these are drawn thin, without names
 DASHED = (0, (4, 2))
 WIDE = 20.0  # values that span more than this many times the least one stand on a log axis
+WIDE_LOSS = 4  # highest over lowest loss, above which its axis is logarithmic
 Y_LABELS = {"accuracy": "accuracy", "loss": "loss (nats per answer token)", "exact_match": "exact match"}
 
 
@@ -823,10 +824,9 @@ def _grid(ax: Axes, metric: str = "") -> None:
 
 def _log_loss(ax: Axes, metric: str) -> None:
     low, high = ax.dataLim.intervaly
-    if "loss" in metric and low > 0 and high > WIDE * low:  # or the first point would flatten all the rest
+    if "loss" in metric and low > 0 and high > WIDE_LOSS * low:  # or the first point would flatten all the rest
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        _name_decades(ax.yaxis)
 
 
 def _name_decades(axis: Axis) -> None:
