@@ -170,6 +170,7 @@ class Trainer:
         self.layout = net.layout
         self.aggregator = WeightedMean(self.layout.sums)
         self.stores = stores_of(state, algorithms, self.layout, recipe)
+        self.cuts: dict[str, tuple[list[Chunk], int]] = {}  # by mode
         self._trimmed = 0.0
         self._allocate(1)
         if not isinstance(net, StackedNet) or isinstance(net, StreamNet):
@@ -231,6 +232,7 @@ class Trainer:
         made = copy.copy(self)
         made.sites, made.algorithms, made.recipe, made.seed = sites, algorithms, recipe, seed
         made.stores = stores_of(state, algorithms, self.layout, recipe)
+        made.cuts = {}
         made.flat = made.grad = made.optimizer = None  # lanes are this one's
         return made
 
@@ -316,13 +318,20 @@ class Trainer:
         rows = self.sites.everything() if task.client < 0 else self.sites.train(task.client)
         return self.recipe.draw.batches(rows, stream(self.seed, "batches", task.name, task.round), task.steps)
 
-    def _chunks(self, algorithm: Algorithm) -> list[Chunk]:
-        """What is started, sent and kept at a time: pieces where the algorithm keeps nothing, or a state like the parameters."""
-        example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
-        server, client = algorithm.init(example)
-        elementwise = type(algorithm).adjust_grads is Algorithm.adjust_grads and not server
-        alike = not client or {n: tuple(t.shape) for n, t in client.items()} == self.layout.shapes
-        return self.layout.chunks(self.recipe.chunk if elementwise and alike else None)
+    def _cut(self, part: _Part) -> tuple[list[Chunk], int]:
+        """What is started, sent and kept at a time, and the elements of the algorithm's state that open a client's record.
+
+        Pieces where the algorithm keeps nothing, or a state like the parameters; else all at once.
+        """
+        known, mode, algorithm = part.trainer.cuts, part.pack.mode, part.algorithm
+        if mode not in known:
+            example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
+            server, client = algorithm.init(example)
+            elementwise = type(algorithm).adjust_grads is Algorithm.adjust_grads and not server
+            alike = not client or {n: tuple(t.shape) for n, t in client.items()} == self.layout.shapes
+            chunks = self.layout.chunks(self.recipe.chunk if elementwise and alike else None)
+            known[mode] = chunks, sum(t.numel() for t in client.values())
+        return known[mode]
 
     def _context(self, part: _Part, tasks: Sequence[Task], chunk: Chunk) -> Context:
         """What an algorithm may look at of a chunk: the parameters as they were received, and the clients' states."""
@@ -343,22 +352,17 @@ class Trainer:
         client = {n: torch.stack([s[n] for s in states]) for n in template}
         return Context(tasks[0].round, weights, part.server, client)
 
-    def _state_width(self, part: _Part) -> int:
-        """Elements of the algorithm's client state, which opens a record."""
-        example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
-        return sum(t.numel() for t in part.algorithm.init(example)[1].values())
-
     def _start(self, part: _Part, tasks: Sequence[Task]) -> Context | None:
         """Fill a run's lanes with what its clients start from; what the algorithm may look at, if that is in one chunk."""
         owner, mode = part.trainer, part.pack.mode
-        keeps, width = owner.recipe.keep_state[mode], self._state_width(part)
+        keeps, (chunks, width) = owner.recipe.keep_state[mode], self._cut(part)
         for lane, task in zip(part.lanes, tasks, strict=True):
             moments = None
             if keeps and task.read >= 0:
                 record = functools.partial(owner.stores[mode].read, task.read)
                 moments = lambda a, b, record=record: record(width + a, width + b)  # noqa: E731
             self.optimizer.reset(lane, task.steps_done, moments)
-        chunks, own = self._chunks(part.algorithm), part.whole(len(tasks))
+        own = part.whole(len(tasks))
         for chunk in chunks:
             ctx = self._context(part, tasks, chunk)
             start = part.algorithm.start(ctx)
@@ -370,10 +374,10 @@ class Trainer:
         """Add a run's updates to its sum, and keep what its clients keep."""
         owner, mode, algorithm = part.trainer, part.pack.mode, part.algorithm
         store, own, sums = owner.stores[mode], part.whole(len(tasks)), self.aggregator.layout.dtype
-        keeps, width = owner.recipe.keep_state[mode], self._state_width(part)
+        keeps, (chunks, width) = owner.recipe.keep_state[mode], self._cut(part)
         if algorithm.merges and not part.turn.wait():
             return  # the round is given up
-        for chunk in self._chunks(algorithm):
+        for chunk in chunks:
             ctx = part.ctx or self._context(part, tasks, chunk)
             update, state = algorithm.client_update(chunk.views(self.flat[:, chunk.span][own].to(sums)), ctx)
             if algorithm.merges:
