@@ -51,11 +51,13 @@ class Store:
         end = (record + 1) * self.nbytes
         if not self.path.exists() or self.path.stat().st_size < end:
             # Its own last byte: another process may be making the file larger at the same time, and none makes it smaller.
-            with open(self.path, "r+b" if self.path.exists() else "xb") as handle:
-                os.pwrite(handle.fileno(), b"\0", end - 1)
-        for i in range(
-            0, part.numel(), _AT_ONCE
-        ):  # mapped pages count as this process's memory until they are unmapped
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                os.pwrite(handle, b"\0", end - 1)
+            finally:
+                os.close(handle)
+        # Mapped pages count as this process's memory until they are unmapped.
+        for i in range(0, part.numel(), _AT_ONCE):
             piece = part[i : i + _AT_ONCE].detach().to("cpu", self.dtype)
             self._map(record, "r+", start + i, start + i + piece.numel())[:] = piece.numpy()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -125,22 +126,24 @@ def test_bits_survive_a_store(tmp_path: Path) -> None:
 
 
 GROW = """
-import sys, torch
-import os
-import subprocess
-import sys
+import sys, time, torch
 from pathlib import Path
 from fedsim.store import Store
-store, first = Store(Path(sys.argv[1]), 3, torch.float64), int(sys.argv[2])
-for record in range(first, 2000, 2):
-    store.write(record, torch.full((3,), float(record + 1), dtype=torch.float64))
+folder, first, begin = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+for n in range(60):
+    while time.time() < begin + 0.02 * n:  # both make the file, and let it grow, at the same moment
+        pass
+    store = Store(folder / f"{n}.bin", 3, torch.float64)
+    for record in range(first, 40, 2):
+        store.write(record, torch.full((3,), float(record + 1), dtype=torch.float64))
 """
 
 
-def test_two_processes_that_make_a_file_larger_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "grow.bin"
+def test_two_processes_that_make_a_file_and_let_it_grow_lose_nothing(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(fedsim.__file__).parent.parent)}
-    both = [subprocess.Popen([sys.executable, "-c", GROW, str(path), str(i)], env=env) for i in (0, 1)]
+    begin = str(time.time() + 8.0)
+    both = [subprocess.Popen([sys.executable, "-c", GROW, str(tmp_path), str(i), begin], env=env) for i in (0, 1)]
     assert [p.wait() for p in both] == [0, 0]
-    found = np.fromfile(path, dtype=np.float64).reshape(-1, 3)
-    np.testing.assert_array_equal(found, np.repeat(np.arange(1.0, 2001.0)[:, None], 3, axis=1))
+    for n in range(60):
+        found = np.fromfile(tmp_path / f"{n}.bin", dtype=np.float64).reshape(-1, 3)
+        np.testing.assert_array_equal(found, np.repeat(np.arange(1.0, 41.0)[:, None], 3, axis=1))
