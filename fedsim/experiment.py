@@ -33,7 +33,7 @@ from fedsim.executors.fleet import FleetExecutor, Member
 from fedsim.messages import codec
 from fedsim.models import adapters, base
 from fedsim.models.flat import Unsuitable, has_fast_float32
-from fedsim.models.forward import Net, Recompute
+from fedsim.models.forward import Net, Recompute, layers_of
 from fedsim.models.stacked import StackedNet, StreamNet, probe, probe_stream
 from fedsim.params import Layout, Params, clone
 from fedsim.planner import Packs, Plan, choose_lanes, describe
@@ -387,9 +387,8 @@ class _Session:
             if executor is not None:
                 executor.close()
             self.trackers.close()
-            executor = self.executor = self.model = self.bundle = (
-                None  # the base need not lie in memory while figures are drawn
-            )
+            # The base need not lie in memory while figures are drawn.
+            executor = self.executor = self.model = self.bundle = None
         gc.collect()
         (folder.path / "checkpoints" / "start.bin").unlink(missing_ok=True)
         self._status("finished", figures=False)
@@ -478,13 +477,8 @@ class _Session:
                 self.plan.packed = self.plan.why_not is None
             if exp.training.packing:
                 self.bundle.check_packing(self.model, own)
-            try:
-                Recompute(self.model, lambda: False).release()
-                self.can_recompute = True
-            except UserError:
-                if exp.training.checkpointing is True:
-                    raise
-                self.can_recompute = False
+            if exp.training.checkpointing is True:
+                Recompute(self.model, lambda: False).release()  # here, and not in a worker, it is told to the user
             trained = Layout.of(adapters.trained(self.model))
             self.layout = trained.sums
             self.stores = stores_of(self.bundle.state, self.bundle.algorithms, trained, self.bundle.recipe)
@@ -549,11 +543,8 @@ class _Session:
 
     def _describe(self, params: Params) -> None:
         about = adapters.describe(self.model, params)
-        shapes, dtype, messages = (
-            list(self.layout.shapes.values()),
-            next(iter(params.values())).dtype,
-            self.exp.messages,
-        )
+        shapes, messages = list(self.layout.shapes.values()), self.exp.messages
+        dtype = next(iter(params.values())).dtype
         up, down = (codec(name).nbytes(shapes, dtype) for name in (messages.up, messages.down))
         self.bytes_of = (up.total, down.total)
         about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
@@ -596,6 +587,7 @@ class _Session:
             whole = exp.adapter.name == "none"
             if plan.packed or whole:
                 on_gpu, here = device.startswith("cuda"), self.devices.count(device)
+                frozen = [*self.model.buffers(), *([] if whole else self.model.parameters())]
                 choose_lanes(
                     plan,
                     self._first_packs(),
@@ -603,9 +595,8 @@ class _Session:
                     executor.configure,
                     workers=len(self.devices),
                     lanes=1 if whole else exp.training.lanes,
-                    checkpointing=exp.training.checkpointing if self.can_recompute else False,
-                    base_bytes=sum(t.nbytes for t in ((*self.model.parameters(),) if not whole else ()))
-                    + sum(t.nbytes for t in self.model.buffers()),
+                    checkpointing=exp.training.checkpointing if layers_of(self.model) else False,
+                    base_bytes=sum(t.nbytes for t in frozen),
                     free=None if (free := free_memory(device)) is None else free // here,
                     # A whole model's weights are there already, and are counted with its gradient and moments.
                     resident=executor.peaks()[0] - (self.layout.nbytes if whole and not on_gpu else 0),

@@ -203,6 +203,13 @@ class Net:
         return (hidden, *args[1:])
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model whose activations can be computed a second time; none where it does not mark them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
 class Recompute:
     """Layers whose activations are computed a second time instead of kept, while `on`.
 
@@ -217,10 +224,8 @@ class Recompute:
     """
 
     def __init__(self, model: nn.Module, active: Callable[[], bool]) -> None:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
         self.on, self._active = False, active
-        self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.layers = layers_of(model)
         if not self.layers:
             kind = model.config.model_type
             raise UserError(
