@@ -217,7 +217,7 @@ def plot(
         typer.Option(help="Folder for the figures; default: the run's own figures/, or ./figures for several runs."),
     ] = None,
     metric: Annotated[str | None, typer.Option(help="accuracy, loss, exact_match; default: all there are.")] = None,
-    x: Annotated[str, typer.Option(help="step, round, tokens, bytes or seconds.")] = "step",
+    x: Annotated[str, typer.Option(help="step, round, tokens, bytes, seconds or simulated.")] = "step",
 ) -> None:
     """Draw the figures of a run again, of several runs side by side, or of a sweep's folder the tables and figures."""
     from fedsim.plots import plot_runs, save_sweep

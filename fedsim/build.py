@@ -529,7 +529,7 @@ def batches(exp: Experiment, client: str | int, round: int) -> list[np.ndarray]:
     if client == CENTRAL:
         rows = parts.partition.all_rows()
         steps = schedule_of(parts, CENTRAL).central_steps(round)
-        return draw.batches(rows, stream(exp.seed, "batches", CENTRAL, round), steps)
+        return [] if steps == 0 else draw.batches(rows, stream(exp.seed, "batches", CENTRAL, round), steps)
     number = parts.client(client)
     name = parts.partition.name(number)
     return draw.batches(parts.partition.rows(number), stream(exp.seed, "batches", name, round), exp.local.steps)

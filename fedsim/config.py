@@ -30,6 +30,7 @@ from fedsim.sections import (
     DirichletFedma,
     Evaluate,
     Executor,
+    Faults,
     FedAvgKeys,
     FinancialPhraseBank,
     Headlines,
@@ -50,6 +51,7 @@ from fedsim.sections import (
     Quantity,
     Serial,
     Shards,
+    Simulation,
     Table,
     Tracking,
     Training,
@@ -72,6 +74,7 @@ __all__ = [
     "DirichletFedma",
     "Evaluate",
     "Experiment",
+    "Faults",
     "FedAvgKeys",
     "FinancialPhraseBank",
     "Headlines",
@@ -91,6 +94,7 @@ __all__ = [
     "Quantity",
     "Serial",
     "Shards",
+    "Simulation",
     "Table",
     "Tracking",
     "Training",
@@ -102,7 +106,11 @@ __all__ = [
 ]
 
 _NOT_IN_ID = ("rounds", "results", "executor", "tracking", "checkpoint", "aggregation")
-_NEWER = ("messages",)  # sections that ids of runs made before them do not hold: left out where nothing in them is set
+_NEWER = (
+    "messages",
+    "faults",
+    "simulation",
+)  # ids of older runs do not hold them: left out where nothing in them is set
 _PATHS = (("model", "path"), ("data", "path"), ("data", "validation"), ("data", "test"), ("results",))
 _SOURCES = ("data", "sources")  # a list of sections with a `path` each, which may itself be a list
 _Path = tuple[str | int, ...]  # keys and places in lists that lead to a value
@@ -156,6 +164,10 @@ class Experiment:
     """How updates are summed."""
     messages: Messages = field(default_factory=Messages)
     """What travels between server and clients."""
+    faults: Faults = field(default_factory=Faults)
+    """Clients whose training goes wrong."""
+    simulation: Simulation = field(default_factory=Simulation)
+    """Clients that are away, fail or are slow."""
     executor: Executor = field(default_factory=AutoExecutor)
     """Where the work runs."""
     tracking: Tracking = field(default_factory=Tracking)

@@ -46,6 +46,7 @@ from fedsim.rounds import (
     Chosen,
     Schedule,
     State,
+    describe_faults,
     merged_rows,
     restore,
     run_rounds,
@@ -53,7 +54,9 @@ from fedsim.rounds import (
     state_tensors,
 )
 from fedsim.run_folder import RunFolder, environment, save_arrays
+from fedsim.sections import Simulation
 from fedsim.seeding import stream
+from fedsim.simulation import Life, by_number
 from fedsim.store import Records, Store
 from fedsim.trackers import Trackers, check_trackers
 from fedsim.training.optim import Optim
@@ -218,7 +221,29 @@ def recipe_of(exp: Experiment) -> Recipe:
         down=exp.messages.down,
         error_feedback=exp.messages.error_feedback,
         row_tokens=exp.data.max_length if exp.training.packing else None,
+        policy=exp.faults.policy,
+        max_norm=exp.faults.max_norm,
     )
+
+
+def life_of(parts: Parts) -> Life | None:
+    """The clients' simulated life, or None where the config says nothing of it.
+
+    Raises:
+        UserError: for a client that is not there, or is not named where all have to be.
+    """
+    exp, partition = parts.exp, parts.partition
+    if exp.simulation == Simulation():
+        return None
+    keys = {"availability": exp.simulation.availability, "speeds": exp.simulation.speeds}
+    for key, needed in (("availability", ()), ("speeds", parts.clients.tolist())):
+        if isinstance(keys[key], dict):
+            names = [partition.name(c) for c in range(partition.num_clients)]
+            keys[key] = by_number(keys[key], names, needed, f"simulation.{key}")
+        elif isinstance(keys[key], list):
+            keys[key] = tuple(keys[key])
+    sim = exp.simulation
+    return Life(exp.seed, partition.name, drop=sim.drop, deadline_s=sim.deadline_s, late=sim.late, **keys)
 
 
 def schedule_of(parts: Parts, mode: str) -> Schedule:
@@ -249,6 +274,7 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
         every_rounds=exp.evaluate.every_rounds,
         scores_clients=exp.evaluate.clients,
         central_rows=len(partition.kept) if isinstance(partition, VirtualPartition) else None,
+        life=life_of(parts),
     )
 
 
@@ -625,7 +651,8 @@ class _Session:
         """What round 1 trains, for the planner: its first passes are measured, its largest one is predicted."""
         exp, bundle = self.exp, self.bundle
         mode = next(m for m in ("federated", "local", "central") if m in exp.modes)
-        schedule, sites = schedule_of(self.parts, mode), _sites(bundle.train, bundle.own)
+        schedule = dataclasses.replace(schedule_of(self.parts, mode), life=None)  # as if all were there
+        sites = _sites(bundle.train, bundle.own)
         tokens, draw = self.parts.tokens["train"], bundle.recipe.draw
         front = bundle.settings.get("num_virtual_tokens", 0) if bundle.adapter in ("p_tuning", "prompt") else 0
         state = State(torch.empty(0), {}, Records(), keeps=False)
@@ -724,6 +751,8 @@ class _Session:
             self.show.note(
                 f"{mode}: {self.useful:,} useful of {self.computed:,} computed tokens ({self.useful / self.computed:.1%})"
             )
+        for line in describe_faults(mode, folder.rows("fault")):
+            self.show.note(line)
         found = self._finish_mode(mode, state, executor)
         self.by_row |= found
         save_by_row(folder, mode, found)

@@ -58,6 +58,7 @@ X_LABELS = {
     "tokens": "tokens trained, all sites",
     "seconds": "wall-clock time (s)",
     "bytes": "sent up and down, all sites (MiB)",
+    "simulated": "simulated seconds",
 }
 SKEW_LABELS = {
     "js_mean": "mean JS divergence of the sites' labels (bits)",
@@ -1034,6 +1035,10 @@ def _scale(df: pd.DataFrame, scope: str, x: str) -> tuple[np.ndarray, np.ndarray
         elif x == "seconds":
             clock = rows[rows["split"] != "test"].groupby("round")["seconds"].max().dropna()
             ends.append(clock - clock.get(0, rows["seconds"].min()))
+        elif x == "simulated":
+            clock = rows[(rows["split"] == "simulated") & (rows["name"] == "seconds") & rows["client"].isna()]
+            if len(clock):
+                ends.append(pd.concat([pd.Series({0: 0.0}), clock.set_index("round")["value"]]))
         else:
             spent = rows[rows["name"].isin(("bytes_up", "bytes_down") if x == "bytes" else ("tokens",))]
             total = spent[spent["round"] > 0].groupby("round")["value"].sum().cumsum() / (2**20 if x == "bytes" else 1)
@@ -1055,7 +1060,9 @@ def _site_steps(run: pd.DataFrame) -> pd.Series:
 
 
 def _no_axis(x: str) -> UserError:
-    missing = {"tokens": "tokens rows", "bytes": "bytes_up or bytes_down rows"}.get(x, f"{x} values")
+    missing = {"tokens": "tokens rows", "bytes": "bytes_up or bytes_down rows", "simulated": "simulated seconds"}.get(
+        x, f"{x} values"
+    )
     return UserError(f"x={x!r}: these runs recorded no {missing}; use x='step' or x='round'")
 
 

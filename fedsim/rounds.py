@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedsim.aggregators import WeightedMean
 from fedsim.algorithms import Algorithm
-from fedsim.errors import OutOfMemory
+from fedsim.errors import ClientError, OutOfMemory
 from fedsim.params import Layout, Params
 from fedsim.seeding import stream
+from fedsim.simulation import Life, Turnout
 from fedsim.store import Records
-from fedsim.types import Pack, Partial, Report, Row, Scores, Scoring, Task
+from fedsim.types import Fault, Pack, Partial, Report, Row, Scores, Scoring, Task
 
 CENTRAL = -1
 MERGED = -2
@@ -58,6 +61,7 @@ class Schedule:
         every_rounds, scores_clients: evaluation frequency; whether clients are scored before a merge.
         central_rows: rows the centralised client holds; None = those of `clients` together. Virtual clients draw rows
             with repetition: there it holds every row once, and still does as much work as the cohort.
+        life: who is away, fails or is slow; None = nobody.
     """
 
     mode: str
@@ -77,13 +81,26 @@ class Schedule:
     every_rounds: int
     scores_clients: bool = True
     central_rows: int | None = None
+    life: Life | None = None
 
     def cohort(self, round: int) -> np.ndarray:
-        """The clients of a round, ascending: a function of (seed, round)."""
-        if self.size >= len(self.clients):
-            return self.clients
+        """The clients of a round, ascending: a function of (seed, round). Nobody, where none is there."""
+        clients = self.clients if self.life is None else self.life.available(round, self.clients)
+        if self.size >= len(clients):
+            return clients
         rng = stream(self.seed, "cohort", round)
-        return np.sort(self.clients[rng.choice(len(self.clients), self.size, replace=False, shuffle=False)])
+        return np.sort(clients[rng.choice(len(clients), self.size, replace=False, shuffle=False)])
+
+    def turnout(self, round: int, owed: dict[int, float]) -> Turnout:
+        """Who of the cohort answers; everybody, but in a federated round of a simulated life.
+
+        Args:
+            round: from 1.
+            owed: clients at work on the round before -> simulated seconds left of it.
+        """
+        if self.life is None or self.mode != "federated":
+            return Turnout(self.cohort(round))
+        return self.life.turnout(round, self.cohort(round), lambda c: self._work(c)[1], owed)
 
     def evaluates(self, round: int) -> bool:
         """Whether models are scored at the end of the round."""
@@ -102,6 +119,8 @@ class Schedule:
     def central_steps(self, round: int) -> int | None:
         """Optimiser steps of the centralised client in a round, or None for as many passes as a site makes."""
         sizes = self.sizes[self.cohort(round)]
+        if not len(sizes):
+            return 0
         site = [self.count(int(n), self.steps) for n in sizes]
         if self.match == "steps":
             return max(1, round_half_up(sum(site) / len(site)))
@@ -113,16 +132,19 @@ class Schedule:
 
     @cached_property
     def _central_counts(self) -> list[int]:
-        return [self.count(self.central_total, self.central_steps(r)) for r in range(1, self.rounds + 1)]
+        steps = [self.central_steps(r) for r in range(1, self.rounds + 1)]
+        return [0 if s == 0 else self.count(self.central_total, s) for s in steps]
 
-    def tasks(self, round: int, state: State) -> list[Task]:
-        """What each client of the round does."""
+    def tasks(self, round: int, state: State, clients: np.ndarray | None = None) -> list[Task]:
+        """What each client of the round does, or each of these."""
         if self.mode == "central":
             steps = self.central_steps(round)
+            if steps == 0:
+                return []
             done = self._central_counts
             return [self._task(CENTRAL, "central", round, steps, sum(done[: round - 1]), sum(done), 1.0, state)]
         out = []
-        for c in map(int, self.cohort(round)):
+        for c in map(int, self.cohort(round) if clients is None else clients):
             n = int(self.sizes[c])
             per_round = self.count(n, self.steps)
             weight = {"samples": n, "steps": per_round, "uniform": 1}[self.weights]
@@ -155,23 +177,29 @@ class Schedule:
         done = state.steps.get(client, 0)
         return Task(client, name, round, steps, done, start, horizon, weight, state.records.read(client), write)
 
-    def packs(self, round: int, state: State, lanes: int) -> list[Pack]:
+    def _work(self, client: int, steps: int | None = None) -> tuple[int, float]:
+        """(optimiser steps, tokens) of a client's round; `steps` where they are not the config's."""
+        total = self.central_total if client == CENTRAL else int(self.sizes[client])
+        given = self.steps if client != CENTRAL else steps
+        done = self.count(total, given)
+        rows = done * self.batch_size if given is not None else total * self.epochs
+        return done, rows * self.length(client)
+
+    def packs(self, round: int, state: State, lanes: int, clients: np.ndarray | None = None) -> list[Pack]:
         """Clients of like step count and row length side by side, at most `lanes` of them; the longest pack first.
 
         A function of the cohort, the config and the lanes: partial sums are merged in this order, whoever made them. Packs
         are as even as can be: 20 clients in 8 lanes are 7, 7 and 6.
         """
         work = []
-        for task in self.tasks(round, state):
-            total = self.central_total if task.client == CENTRAL else int(self.sizes[task.client])
-            steps = self.count(total, task.steps)
-            rows = steps * self.batch_size if task.steps is not None else total * self.epochs
+        for task in self.tasks(round, state, clients):
+            steps, tokens = self._work(task.client, task.steps)
             scored = self.evaluates(round) and (self.scores_clients or self.mode != "federated")
             last = self.mode == "local" and self.last_rounds[task.client] == round
             length = self.length(task.client)
-            work.append(
-                (-steps, -length, task.client, rows * length, dataclasses.replace(task, evaluate=scored or last))
-            )
+            work.append((-steps, -length, task.client, tokens, dataclasses.replace(task, evaluate=scored or last)))
+        if not work:
+            return []
         work.sort(key=lambda w: w[:3])
         count = -(-len(work) // lanes)
         cuts = [len(work) * i // count for i in range(count + 1)]
@@ -208,6 +236,9 @@ class State:
         best: best merged model so far.
         site_best: by client, the best of its own models, where nothing is merged.
         best_records: where the best models' parameters lie, by client; that of the merged one under `MERGED`.
+        late: weight x update of the clients that were late in the last round, summed; None where there are none.
+        owed: those clients -> simulated seconds left of their work.
+        clock: simulated seconds so far.
     """
 
     params: Tensor
@@ -219,6 +250,9 @@ class State:
     best: Chosen | None = None
     site_best: dict[int, Chosen] = field(default_factory=dict)
     best_records: Records = field(default_factory=Records)
+    late: Partial | None = None
+    owed: dict[int, float] = field(default_factory=dict)
+    clock: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -274,14 +308,21 @@ def run_rounds(
     executor.broadcast(state.params, state.server)
     for round in range(state.round + 1, schedule.rounds + 1):
         buffer = executor.total if algorithm.merges else None
-        packs, reports, total = _train(schedule, round, state, executor, aggregator, buffer, lanes, halve, on_pack)
+        turnout = schedule.turnout(round, state.owed)
+        packs, reports, total, late = _train(
+            schedule, round, state, executor, aggregator, buffer, lanes, halve, on_pack, turnout
+        )
         rows = [row for report in reports for row in report.rows]
         _settle(packs, reports, state)
+        rows += _faults(round, schedule, packs, reports, state, turnout)
         if algorithm.merges:
-            info = {"round": round, "clients": sum(len(p.tasks) for p in packs)}
-            _merge(algorithm, aggregator, total, state, info, chunk)
-            executor.broadcast(state.params, state.server)
-            rows += _traffic(round, packs, state, bytes_of)
+            _take_late(late, turnout, state)
+            if total.weight > 0:  # else nobody was there, or all are still at work
+                info = {"round": round, "clients": sum(len(r.steps) for r in reports)}
+                _merge(algorithm, aggregator, total, state, info, chunk)
+                executor.broadcast(state.params, state.server)
+            rows += _traffic(round, packs, turnout, schedule, state, bytes_of)
+            rows += _clock(round, schedule, turnout, state)
             if schedule.evaluates(round):
                 rows += _score_merged(round, executor, state, choice, generate, schedule, copy_best)
         else:
@@ -318,38 +359,148 @@ def _train(
     lanes: Callable[[int], int],
     halve: Callable[[int], None],
     on_pack: Callable[[int, Report], None],
-) -> tuple[list[Pack], list[Report], Partial | None]:
+    turnout: Turnout,
+) -> tuple[list[Pack], list[Report], Partial | None, Partial | None]:
     """Train a round's packs, whose updates are summed in `buffer`; from the start again with fewer lanes where memory was too
-    little."""
+    little.
+
+    Returns:
+        The packs, their reports, the sum of what is merged now, and that of the late clients, which is merged in the next round.
+    """
     while True:
-        packs = schedule.packs(round, state, lanes(round))
-        total, reports = None if buffer is None else aggregator.zero(buffer), []
+        now = schedule.packs(round, state, lanes(round), turnout.on_time)
+        after = schedule.packs(round, state, lanes(round), turnout.late) if len(turnout.late) else []
+        reports: list[Report] = []
+        late: Partial | None = None
         try:
-            for report in executor.run(packs, total):
-                reports.append(report)
-                on_pack(round, report)
-            return packs, reports, total
+            if after:  # one sum is in the workers' reach: it is taken out of it before the others'
+                late = aggregator.zero(buffer)
+                reports += _pass(round, executor, after, late, on_pack)
+                late.total = late.total.clone()
+            total = None if buffer is None else aggregator.zero(buffer)
+            if total is not None and state.late is not None:
+                aggregator.merge(total, state.late)
+            reports += _pass(round, executor, now, total, on_pack)
+            return [*after, *now], reports, total, late
         except OutOfMemory:
-            for record in reversed([t.write for p in packs for t in p.tasks if t.write >= 0]):
+            for record in reversed([t.write for p in (*after, *now) for t in p.tasks if t.write >= 0]):
                 state.records.give_back(record)
+        late = None
         halve(round)  # outside the handler: what the error refers to is freed
 
 
+def _pass(
+    round: int, executor: Executor, packs: list[Pack], total: Partial | None, on_pack: Callable[[int, Report], None]
+) -> list[Report]:
+    reports = []
+    for report in executor.run(packs, total):
+        for fault in report.faults:
+            if fault.action == "failed":
+                raise ClientError(
+                    f"round {round}, client {fault.name}: {_seen(fault)}; lower local.lr or set local.clip, or leave such "
+                    "clients out with faults.policy=skip"
+                )
+        reports.append(report)
+        on_pack(round, report)
+    return reports
+
+
+def _seen(fault: Fault) -> str:
+    if fault.of == "norm":
+        return f"its update has norm {fault.value:.4g}, above faults.max_norm"
+    what = "training loss" if fault.of == "loss" else "update"
+    return f"its {what} is not finite" + (f" ({fault.value})" if fault.of == "loss" else "")
+
+
 def _settle(packs: list[Pack], reports: list[Report], state: State) -> None:
+    """Note what clients have done; one whose round counts for nothing keeps the state it had."""
     for report in reports:
         for client, steps in report.steps.items():
             state.steps[client] = state.steps.get(client, 0) + steps
-    for pack in packs:
-        for task in pack.tasks:
-            if task.write >= 0:
-                state.records.wrote(task.client, task.write)
+    skipped = {f.client for r in reports for f in r.faults if f.action == "skipped"}
+    for task in (t for p in packs for t in p.tasks if t.write >= 0):
+        if task.client in skipped:
+            state.records.give_back(task.write)
+        else:
+            state.records.wrote(task.client, task.write)
 
 
-def _traffic(round: int, packs: list[Pack], state: State, bytes_of: tuple[int, int]) -> list[Row]:
-    out, sizes = [], dict(zip(("bytes_up", "bytes_down"), bytes_of, strict=True))
+def _faults(
+    round: int, schedule: Schedule, packs: list[Pack], reports: list[Report], state: State, turnout: Turnout
+) -> list[Row]:
+    """Rows of what went wrong.
+
+    Raises:
+        ClientError: if it did with all clients of the round.
+    """
+    found = [f for r in reports for f in r.faults]
+    out = []
+    for f in found:
+        name = None if schedule.mode == "central" else f.name
+        out.append(
+            Row(round, state.steps.get(f.client, 0), schedule.mode, name, "fault", f"{f.action}_{f.of}", f.value)
+        )
+    deferred = {int(c): "deferred" for c in turnout.late}
+    for client, why in sorted({**turnout.lost, **deferred}.items()):
+        row = Row(round, state.steps.get(client, 0), schedule.mode, schedule.name(client), "fault", why, 1.0)
+        out.append(row)
+    skipped = [f for f in found if f.action == "skipped"]
+    failed, trained = len(skipped) + len(turnout.lost), sum(len(p.tasks) for p in packs)
+    if failed and trained == len(skipped) and state.late is None:
+        reasons = [f"{f.name}: {_seen(f)}" for f in skipped[:3]]
+        reasons += [f"{n} {why}" for why, n in Counter(turnout.lost.values()).items()]
+        raise ClientError(f"round {round}: all {failed} clients failed: {'; '.join(reasons)}")
+    return out
+
+
+def describe_faults(mode: str, rows: Iterable[dict[str, Any]]) -> list[str]:
+    """A mode's faults in one line, or none; from all rows of the split `fault`."""
+    words = {"dropped": "dropped out", "late": "too late", "deferred": "too late, taken in the next round"}
+    by_kind: dict[str, list[str]] = {}
+    for row in rows:
+        if row["scope"] == mode:
+            action, _, of = row["name"].partition("_")
+            kind = f"{action} for their {of}" if of else words[action]
+            by_kind.setdefault(kind, []).append(f"{row['client'] or mode} in round {row['round']}")
+    parts = []
+    for kind, whose in by_kind.items():
+        more = f" and {len(whose) - 5} more" if len(whose) > 5 else ""
+        parts.append(f"{len(whose)} {kind} ({', '.join(whose[:5])}{more})")
+    return [f"{mode}: clients' rounds that went wrong: {'; '.join(parts)}"] if parts else []
+
+
+def _take_late(late: Partial | None, turnout: Turnout, state: State) -> None:
+    """Keep the sum of the late clients' updates for the next round; that of the round before is merged by now."""
+    state.late = late if late is not None and late.weight > 0 else None
+    state.owed = {int(c): turnout.seconds[int(c)] - turnout.round_seconds for c in turnout.late}
+
+
+def _clock(round: int, schedule: Schedule, turnout: Turnout, state: State) -> list[Row]:
+    """Rows of simulated time, where clients have speeds."""
+    if schedule.life is None or schedule.life.speeds is None:
+        return []
+    state.clock += turnout.round_seconds
+    step = max(state.steps.values(), default=0)
+    out = [
+        Row(round, state.steps.get(c, 0), "federated", schedule.name(c), "simulated", "seconds", s)
+        for c, s in turnout.seconds.items()
+    ]
+    clock = {"round_seconds": turnout.round_seconds, "seconds": state.clock}
+    return out + [Row(round, step, "federated", None, "simulated", name, value) for name, value in clock.items()]
+
+
+def _traffic(
+    round: int, packs: list[Pack], turnout: Turnout, schedule: Schedule, state: State, bytes_of: tuple[int, int]
+) -> list[Row]:
+    """Rows of bytes; a client whose work is lost has received its message, and sends none."""
+    out, (up, down) = [], bytes_of
     for task in (t for p in packs for t in p.tasks):
-        step = state.steps[task.client]
-        out += [Row(round, step, "federated", task.name, "train", n, float(size)) for n, size in sizes.items()]
+        step = state.steps.get(task.client, 0)
+        for name, size in (("bytes_up", up), ("bytes_down", down)):
+            out.append(Row(round, step, "federated", task.name, "train", name, float(size)))
+    for client in sorted(turnout.lost):
+        row = Row(round, state.steps.get(client, 0), "federated", schedule.name(client), "train", "bytes_down", down)
+        out.append(row)
     return out
 
 
@@ -371,7 +522,7 @@ def _score_merged(
     copy_best: Callable[[int | None, int], None],
 ) -> list[Row]:
     scores = executor.score([Scoring("validation", generate=generate, sites=True)])[0][0]
-    step = max(state.steps.values())
+    step = max(state.steps.values(), default=0)
     value = scores.values[choice.metric][0]
     if choice.better(value, state.best):
         state.best = Chosen(value, round, step)
@@ -384,7 +535,7 @@ def _choose_by_site(
 ) -> None:
     scored = {(r.client, r.step): r.value for r in rows if r.split == "validation" and r.name == choice.metric}
     for task in (t for p in packs for t in p.tasks if t.evaluate):
-        name, step = None if task.client == CENTRAL else task.name, state.steps[task.client]
+        name, step = None if task.client == CENTRAL else task.name, state.steps.get(task.client)
         value = scored.get((name, step))
         if value is not None and choice.better(value, state.site_best.get(task.client)):
             state.site_best[task.client] = Chosen(value, task.round, step)
@@ -398,11 +549,13 @@ def _keep_best(state: State, client: int, record: int | None, copy_best: Callabl
 
 
 def state_tensors(state: State, layout: Layout, merges: bool) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: `params.NAME` and `server.NAME`. Where nothing is merged, all that changes lies in the
-    clients' records."""
+    """The tensors of a checkpoint: `params.NAME`, `server.NAME` and, of late clients, `late.NAME`. Where nothing is merged, all
+    that changes lies in the clients' records."""
     out = {f"server.{n}": t for n, t in state.server.items()}
     if merges:
         out |= {f"params.{n}": t for n, t in layout.views(state.params).items()}
+    if state.late is not None:
+        out |= {f"late.{n}": t for n, t in layout.views(state.late.total).items()}
     return out
 
 
@@ -418,6 +571,11 @@ def state_info(state: State) -> dict[str, Any]:
         "steps": _lists(state.steps),
         "best": None if state.best is None else vars(state.best),
         "site_best": {str(c): vars(b) for c, b in state.site_best.items()},
+        "life": {
+            "late_weight": None if state.late is None else state.late.weight,
+            "owed": {str(c): s for c, s in state.owed.items()},
+            "clock": state.clock,
+        },
     }
 
 
@@ -444,5 +602,10 @@ def restore(state: State, layout: Layout, infos: list[dict[str, Any]], tensors: 
     state.site_best = {int(c): Chosen(**b) for c, b in info["site_best"].items()}
     into = {f"params.{n}": t for n, t in layout.views(state.params).items()}
     into |= {f"server.{n}": t for n, t in state.server.items()}
+    life = info.get("life") or {}  # checkpoints of before there was one have none
+    state.owed, state.clock = {int(c): s for c, s in life.get("owed", {}).items()}, life.get("clock", 0.0)
+    if life.get("late_weight") is not None:
+        state.late = Partial(torch.zeros_like(state.params), life["late_weight"])
+        into |= {f"late.{n}": t for n, t in layout.views(state.late.total).items()}
     for name, tensor in tensors:
         into[name].copy_(tensor)

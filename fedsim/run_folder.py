@@ -71,6 +71,17 @@ class RunFolder:
         lines = [json.dumps({**vars(row), "seconds": round(seconds, 3)}, ensure_ascii=False) + "\n" for row in rows]
         self._metrics.write("".join(lines).encode())
 
+    def rows(self, split: str) -> Iterator[dict[str, Any]]:
+        """The rows of a split that were logged so far, in order."""
+        self._metrics.flush()
+        mark = f'"split": "{split}"'
+        with (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                if mark in line:
+                    row = json.loads(line)
+                    if row["split"] == split:
+                        yield row
+
     def sync_metrics(self) -> int:
         """Wait until all rows are on the disk; returns the file's length in bytes."""
         self._metrics.flush()

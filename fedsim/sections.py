@@ -760,6 +760,62 @@ class Messages:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Faults:
+    """What becomes of a client whose training goes wrong: its loss or update is not finite, or its update is too large."""
+
+    policy: Literal["fail", "skip", "clip"] = "fail"
+    """fail = the run ends and says who; skip = the client's round counts for nothing, the mean is over the others; clip = an update beyond `max_norm` is scaled down to it, one that is not finite is skipped."""
+    max_norm: float | None = None
+    """Largest 2-norm of a client's update, over all that it trains; null = any. Only where clients are merged."""
+
+    def check(self, path: str) -> None:
+        norm = self.max_norm
+        fits = norm is None or (math.isfinite(norm) and norm > 0)
+        check_that(fits, f"{path}.max_norm", norm, "is not a positive number; null allows any")
+        way = f"needs {path}.max_norm, the norm to scale updates down to"
+        check_that(self.policy != "clip" or norm is not None, f"{path}.policy", self.policy, way)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """The life of the clients in federated rounds, drawn by the seed; see docs/simulation.md."""
+
+    availability: float | dict[str, list[int]] = 1.0
+    """How likely a client is there in a round; or {client: [1, 0, ...]}, one number a round, over and over. The cohort is drawn from those that are there, in all modes."""
+    drop: float = 0.0
+    """How likely a client fails in the middle of a round: its work is lost."""
+    speeds: float | list[float] | dict[str, float] | None = None
+    """Tokens a second: one number, [least, most] between which each client's is drawn log-uniformly, or {client: number}; null = no clock."""
+    deadline_s: float | None = None
+    """Simulated seconds that the server waits in a round; null = for all."""
+    late: Literal["drop", "next"] = "drop"
+    """Updates that come later: their work is lost, or they are added in the next round, which the client sits out."""
+
+    def check(self, path: str) -> None:
+        there = self.availability
+        if isinstance(there, dict):
+            for client, trace in there.items():
+                some = len(trace) > 0 and all(x in (0, 1) for x in trace)
+                check_that(some, f"{path}.availability.{client}", trace, "is no list of 0 and 1, one a round")
+        else:
+            check_that(0 < there <= 1, f"{path}.availability", there, "is outside (0, 1]; 1 = always there")
+        check_that(0 <= self.drop <= 1, f"{path}.drop", self.drop, "is outside [0, 1]; 0 = nobody fails")
+        given = self.speeds
+        speeds = given.values() if isinstance(given, dict) else given if isinstance(given, list) else [given]
+        positive = given is None or all(math.isfinite(x) and x > 0 for x in speeds)
+        check_that(positive, f"{path}.speeds", given, "is no positive number of tokens a second")
+        if isinstance(given, list):
+            two = len(given) == 2 and given[0] <= given[1]
+            check_that(two, f"{path}.speeds", given, "is not [least, most]")
+        if self.deadline_s is not None:
+            ok = math.isfinite(self.deadline_s) and self.deadline_s > 0
+            check_that(ok, f"{path}.deadline_s", self.deadline_s, "is not a positive number of seconds")
+            check_that(given is not None, f"{path}.deadline_s", self.deadline_s, f"needs {path}.speeds")
+        else:
+            check_that(self.late == "drop", f"{path}.late", self.late, f"needs {path}.deadline_s")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AutoExecutor:
     """Every CUDA device there is, one worker process each where there are several; without any, this process on the CPU."""
 

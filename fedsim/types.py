@@ -109,6 +109,24 @@ class Row:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What went wrong with a client's round.
+
+    Attributes:
+        client, name: whose.
+        action: failed | skipped | clipped.
+        of: loss | update | norm: what was not finite, or, for norm, too large.
+        value: the loss or the norm that was seen.
+    """
+
+    client: int
+    name: str
+    action: str
+    of: str
+    value: float
+
+
 @dataclass
 class Report:
     """What comes back from a pack beside its partial sum.
@@ -121,6 +139,7 @@ class Report:
         tokens: tokens trained on.
         computed: tokens that went through the base to train on those, pads and virtual tokens included.
         seconds: wall-clock of the pack.
+        faults: what went wrong with clients of the pack.
     """
 
     index: int
@@ -130,6 +149,7 @@ class Report:
     tokens: int = 0
     computed: int = 0
     seconds: float = 0.0
+    faults: list[Fault] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -366,7 +366,7 @@ WRONG = [
     ("aggregation.device=tpu", "aggregation.device", "'tpu'", "cpu"),
     ("checkpoint.shard_mb=0", "checkpoint.shard_mb", "0", "below 1"),
     ("training.packing=true", "training.packing", "True", "adapter.name=none"),
-    ("faults.retries=2", "faults", "{'retries': 2}", "takes"),
+    ("recovery.retries=2", "recovery", "{'retries': 2}", "takes"),
     ("results=3", "results", "3", "text"),
     ("local=3", "local", "3", "steps"),
     ("local.lr.x=3", "local.lr", "{'x': 3}", "a number"),
@@ -521,7 +521,7 @@ def test_every_field_of_every_section_has_a_sentence_under_it() -> None:
     # Inherited fields stand once in their base class; all the rest of the keys must have been seen.
     sections = [config.Experiment, config.Model, config.CohortKeys, config.LocalWork, config.Central, config.Best]
     sections += [config.Checkpoint, config.Evaluate, config.Training, config.Tracking]
-    sections += [config.Aggregation, config.Messages]
+    sections += [config.Aggregation, config.Messages, config.Faults, config.Simulation]
     sections += [c for s in ("adapter", "data", "partition", "algorithm", "executor") for c in components(s).values()]
     own = {(c.__name__, f) for s in sections for c in s.__mro__ for f in getattr(c, "__annotations__", {})}
     assert seen == len([1 for c, f in own if f != "name" or c == "Experiment"])

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,11 +32,11 @@ from fedsim.evaluation import score_rows, to_scores
 from fedsim.messages import codec
 from fedsim.models.forward import Net
 from fedsim.models.stacked import StackedNet, StreamNet
-from fedsim.params import Chunk, Layout, Params
+from fedsim.params import ALIGN, Chunk, Layout, Params
 from fedsim.seeding import stream, stream_seed
 from fedsim.store import Store
 from fedsim.training.optim import FlatOptimizer, LaneOptimizer, Optim
-from fedsim.types import Engine, Measured, Pack, Partial, Report, Row, Scores, Scoring, Share, Task, Turn
+from fedsim.types import Engine, Fault, Measured, Pack, Partial, Report, Row, Scores, Scoring, Share, Task, Turn
 
 _TRIM_EVERY_S = 2.0
 
@@ -57,6 +58,7 @@ class Recipe:
         error_feedback: whether what a codec lost is added to the client's next message.
         row_tokens: where rows lie end to end in one model: a pass holds as many as fit into `micro_batch` times so many
             tokens; None = `micro_batch` rows.
+        policy, max_norm: what becomes of updates that are not finite, or of a larger norm.
     """
 
     optim: Optim
@@ -74,6 +76,8 @@ class Recipe:
     down: str | None = None
     error_feedback: bool = False
     row_tokens: int | None = None
+    policy: str = "fail"
+    max_norm: float | None = None
 
 
 def stores_of(folder: Path, algorithms: dict[str, Algorithm], layout: Layout, recipe: Recipe) -> dict[str, Store]:
@@ -285,14 +289,19 @@ class Trainer:
                 for j, rows in zip(due, self._score_lanes(due, [lanes[j] for j in due], i + 1), strict=True):
                     inside.setdefault(j, []).extend(rows)
                 bound = 0
+        losses = loss.tolist()
         for part in parts:
-            self._finish(part, [lanes[j][1] for j in part.lanes], [len(batches[j]) for j in part.lanes])
-        ends = [j for j, (p, t) in enumerate(lanes) if t.evaluate or p.trainer._is_due(t, len(batches[j]))]
+            self._finish(part, [lanes[j][1] for j in part.lanes], [len(batches[j]) for j in part.lanes], losses)
+        counts = [task.client in part.report.steps for part, task in lanes]
+        due = [t.evaluate or p.trainer._is_due(t, len(b)) for (p, t), b in zip(lanes, batches, strict=True)]
+        ends = [j for j in range(k) if counts[j] and due[j]]
         scored = self._score_lanes(ends, [lanes[j] for j in ends], [len(batches[j]) for j in ends])
         final = dict(zip(ends, scored, strict=True))
-        losses = loss.tolist()
         for j in sorted(range(k), key=lambda j: order[j]):  # rows in the packs' order
             (part, task), steps = lanes[j], len(batches[j])
+            part.report.computed += int(computed[j])
+            if not counts[j]:
+                continue
             mode, report = part.pack.mode, part.report
             name, done = None if mode == "central" else task.name, task.steps_done + steps
             report.rows += inside.get(j, [])
@@ -301,7 +310,6 @@ class Trainer:
             report.rows += [Row(task.round, done, mode, name, "train", n, v, w) for n, (v, w) in train.items()]
             report.rows += final.get(j, [])
             report.tokens += int(useful[j])
-            report.computed += int(computed[j])
 
     def _rate(self, task: Task, steps: int) -> Callable[[int], float]:
         """Step of the round, from 0 -> learning rate."""
@@ -336,11 +344,8 @@ class Trainer:
     def _context(self, part: _Part, tasks: Sequence[Task], chunk: Chunk) -> Context:
         """What an algorithm may look at of a chunk: the parameters as they were received, and the clients' states."""
         store = part.trainer.stores[part.pack.mode]
-        flat = part.weights[chunk.span].to(self.net.device)
+        flat = self._received(part, chunk)
         weights = chunk.views(flat)
-        if part.algorithm.merges and part.trainer.recipe.down is not None:
-            sent = codec(part.trainer.recipe.down)
-            weights = {n: sent.round_trip(w.reshape(-1)).view(w.shape) for n, w in weights.items()}
         template = part.algorithm.init(weights)[1]
         layout = Layout.of(template) if template else None
         states = []
@@ -351,6 +356,14 @@ class Trainer:
             states.append(layout.views(store.read(task.read, chunk.start, chunk.start + layout.numel).to(flat)))
         client = {n: torch.stack([s[n] for s in states]) for n in template}
         return Context(tasks[0].round, weights, part.server, client)
+
+    def _received(self, part: _Part, chunk: Chunk) -> Tensor:
+        """A chunk of the global parameters, `[stop - start]`, as clients receive it."""
+        flat = part.weights[chunk.span].to(self.net.device)
+        if not part.algorithm.merges or part.trainer.recipe.down is None:
+            return flat
+        sent = codec(part.trainer.recipe.down)
+        return torch.cat([sent.round_trip(w.reshape(-1)) for w in chunk.views(flat).values()])
 
     def _start(self, part: _Part, tasks: Sequence[Task]) -> Context | None:
         """Fill a run's lanes with what its clients start from; what the algorithm may look at, if that is in one chunk."""
@@ -370,17 +383,27 @@ class Trainer:
                 view[own] = start[name].to(view.dtype)
         return ctx if len(chunks) == 1 else None
 
-    def _finish(self, part: _Part, tasks: Sequence[Task], steps: Sequence[int]) -> None:
-        """Add a run's updates to its sum, and keep what its clients keep."""
+    def _finish(self, part: _Part, tasks: Sequence[Task], steps: Sequence[int], losses: Sequence[float]) -> None:
+        """Add a run's updates to its sum, and keep what its clients keep; `losses` are summed over the steps, by lane.
+
+        A client whose update counts for nothing leaves no trace but a fault: no steps, no state.
+        """
         owner, mode, algorithm = part.trainer, part.pack.mode, part.algorithm
-        store, own, sums = owner.stores[mode], part.whole(len(tasks)), self.aggregator.layout.dtype
+        store, sums = owner.stores[mode], self.aggregator.layout.dtype
         keeps, (chunks, width) = owner.recipe.keep_state[mode], self._cut(part)
+        good, scales = self._judge(part, tasks, chunks, [losses[j] for j in part.lanes])
+        every = len(good) == len(tasks)
+        lanes, tasks, steps = ([x[i] for i in good] for x in (part.lanes, tasks, steps))
+        own = part.whole(len(tasks)) if every else lanes
         if algorithm.merges and not part.turn.wait():
             return  # the round is given up
-        for chunk in chunks:
-            ctx = part.ctx or self._context(part, tasks, chunk)
+        for chunk in chunks if good else ():
+            ctx = part.ctx if part.ctx is not None and every else self._context(part, tasks, chunk)
             update, state = algorithm.client_update(chunk.views(self.flat[:, chunk.span][own].to(sums)), ctx)
             if algorithm.merges:
+                if any(s != 1 for s in scales):
+                    by = torch.tensor(scales, dtype=sums, device=self.flat.device)
+                    update = {n: u * by.view(-1, *[1] * (u.dim() - 1)) for n, u in update.items()}
                 update = self._sent(part, tasks, chunk, update)
                 self.aggregator.add(part.partial, update, [t.weight for t in tasks], chunk)
             for i, task in enumerate(tasks if state else ()):
@@ -389,11 +412,53 @@ class Trainer:
                     store.write_at(task.write, chunk.start, flat)
         if algorithm.merges:
             part.turn.done()
-        for i, (lane, task) in enumerate(zip(part.lanes, tasks, strict=True)):
+        for i, (lane, task) in enumerate(zip(lanes, tasks, strict=True)):
             part.report.steps[task.client] = steps[i]
             if task.write >= 0 and keeps:
                 for j, moment in enumerate(self.optimizer.kept(lane)):
                     store.write_at(task.write, width + j * self.layout.numel, moment)
+
+    def _judge(
+        self, part: _Part, tasks: Sequence[Task], chunks: Sequence[Chunk], losses: Sequence[float]
+    ) -> tuple[list[int], list[float]]:
+        """Which of a run's clients count, as places in `tasks`, and what their updates are multiplied by."""
+        recipe = part.trainer.recipe
+        most = recipe.max_norm if part.algorithm.merges else None
+        norms = self._norms(part, chunks, most is not None)
+        good, scales = [], []
+        for i, (task, loss, norm) in enumerate(zip(tasks, losses, norms, strict=True)):
+            of = "loss" if not math.isfinite(loss) else "update" if not math.isfinite(norm) else "norm"
+            if of != "norm" or (most is not None and norm > most):
+                action = "clipped" if of == "norm" and recipe.policy == "clip" else "skipped"
+                action = "failed" if recipe.policy == "fail" else action
+                part.report.faults.append(Fault(task.client, task.name, action, of, loss if of == "loss" else norm))
+                if action != "clipped":
+                    continue
+            good.append(i)
+            scales.append(most / norm if most is not None and norm > most else 1.0)
+        return good, scales
+
+    def _norms(self, part: _Part, chunks: Sequence[Chunk], of_updates: bool) -> list[float]:
+        """2-norms of the updates of a run's clients; or, where no limit is set, of their parameters, which need no copy and tell as
+        well whether they are finite.
+
+        Squares are summed in blocks of `ALIGN` elements of a tensor and the blocks exactly, so a norm does not depend on the
+        chunks.
+        """
+        if not of_updates:
+            own = part.whole(len(part.lanes))
+            found = torch.stack([torch.linalg.vector_norm(self.flat[:, c.span][own], dim=1) for c in chunks])
+            return found.square_().sum(dim=0).sqrt_().tolist()
+        squares: list[list[float]] = [[] for _ in part.lanes]
+        for chunk in chunks:
+            start = chunk.views(self._received(part, chunk))
+            for name, local in chunk.views(self.flat[:, chunk.span]).items():
+                for i, lane in enumerate(part.lanes):
+                    moved = (local[lane].double() - start[name].double()).reshape(-1).square_()
+                    full = moved.numel() // ALIGN * ALIGN
+                    squares[i] += moved[:full].view(-1, ALIGN).sum(dim=1).tolist()
+                    squares[i].append(float(moved[full:].sum()))
+        return [math.sqrt(math.fsum(s)) for s in squares]
 
     def _sent(self, part: _Part, tasks: Sequence[Task], chunk: Chunk, update: Params) -> Params:
         """The updates as the server receives them.
