@@ -536,9 +536,19 @@ def peak_of(script: str, config: Path) -> int:
     return usage.ru_maxrss * 1024
 
 
+def own_peak_of(script: str, config: Path) -> int:
+    """The same of the process alone, without that of the workers it has waited for."""
+    say = "; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    env = {**os.environ, "PYTHONPATH": str(Path(fedsim.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script + say, str(config)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout.split()[-1]) * 1024
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the unit of ru_maxrss differs between systems")
 def test_a_round_of_three_whole_models_takes_little_more_memory_than_one(lab: Any) -> None:
-    """Beyond plain fine-tuning: the global copy, the running sum and a chunk, by a tenth and 100 MB at most."""
+    """Beyond plain fine-tuning: the global copy, the running sum and a chunk, by a tenth and 100 MB at most; in one process, and
+    in each of two workers, which share the copy and the sum. The process that they work for trains nothing."""
     config = AutoModelForCausalLM.from_pretrained(lab.base("llama")).config
     config.update({"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "num_attention_heads": 8})
     config.update({"num_key_value_heads": 8, "head_dim": 96})
@@ -562,8 +572,16 @@ def test_a_round_of_three_whole_models_takes_little_more_memory_than_one(lab: An
     file = lab.root / "exp.yaml"
     file.write_text(exp.to_yaml())
     plain, ours = peak_of(PLAIN, file), peak_of(OURS, file)
+    pool = dataclasses.replace(exp, name="pool", executor={"name": "pool", "devices": ["cpu"], "workers": 2})
+    file.write_text(pool.to_yaml())
+    main = own_peak_of(OURS, file)
+    (run,) = (lab.root / "results" / "pool").iterdir()
+    workers = json.loads((run / "memory.json").read_text())["measured_bytes"]
     allowed = 1.1 * (2 * size + (chunk << 20)) + 100e6
     assert ours - plain <= allowed, (
         f"{ours / 1e6:.0f} MB, plain {plain / 1e6:.0f} MB, allowed {allowed / 1e6:.0f} MB more"
     )
     assert plain > 4 * size, "weights, gradients and two moments"
+    assert len(workers) == 2
+    assert max(workers) - plain <= allowed, f"{[w / 1e6 for w in workers]} MB"
+    assert main <= plain, f"{main / 1e6:.0f} MB"
