@@ -36,7 +36,8 @@ from fedsim.runs import SCOPES, PathLike, find_runs, flatten_config, load_runs, 
 _NO_NUMBER = ("name", "results", "executor", "tracking", "checkpoint", "aggregation")
 # Which rows there are, not what is in them.
 _FREQUENCY = ("evaluate.every_steps", "evaluate.every_rounds", "evaluate.clients")
-_LAST_BITS = ("training.lanes", "training.checkpointing", "local.micro_batch")  # what the plan is made of
+# What the plan is made of, and how many rows are scored at once.
+_LAST_BITS = ("training.lanes", "training.checkpointing", "local.micro_batch", "evaluate.batch_size")
 _PATHS = ("model.path", "data.path", "data.validation", "data.test")  # the run's id goes by what lies there
 _PLAN = ("threads", "packed", "lanes", "micro_batch", "checkpointing", "halved")
 _GROUPS = ("packed", "lanes", "micro_batch", "halved")  # which rows go through the base together
@@ -212,11 +213,14 @@ def _plan(a: Path, b: Path) -> tuple[_Found, bool]:
     kinds = [sorted({str(d).split(":")[0] for d in place.get("devices") or []}) for place in places]
     pairs.append(("device", *("+".join(kind) or None for kind in kinds)))
     differ = [(key, x, y) for key, x, y in pairs if x != y and (key in _PLAN or None not in (x, y))]
+    promised = [place.get("deterministic") for place in places]
+    loose = any(isinstance(about, dict) and about.get("promised") is False for about in promised)
+    said = "; nobody promises the last bits on this device: see environment.json" if loose else ""
     if differ:
         text = "; ".join(f"{key} {_short(x)} / {_short(y)}" for key, x, y in differ) + ": the last bits may differ"
-        return _Found(True, text), any(key in _GROUPS for key, _, _ in differ)
+        return _Found(True, text + said), any(key in _GROUPS for key, _, _ in differ)
     known = [f"{key} {x}" for key, x, _ in pairs if key in ("threads", "lanes", "micro_batch")]
-    return _Found(True, ", ".join(known)), False
+    return _Found(True, ", ".join(known) + said), False
 
 
 def _partition(a: Path, b: Path) -> _Found:
@@ -281,9 +285,9 @@ def _metrics(a: Path, b: Path, common: _Common) -> _Found:
         relative=np.where(differs["value"], relative["value"], relative["weight"])[apart],
     )
     lonely = both[~matched]
-    excused = pd.Series(common.sparse, index=lonely.index)
-    if common.rounds is not None:  # a run scores its last round, a client in its last cohort, and the model it chose
-        excused |= lonely["split"] != "train"
+    # Scored at other places: of another frequency; of another number of rounds the last one's, a client's in its last
+    # cohort, the model's that was chosen. What training says of itself both have.
+    excused = (lonely["split"] != "train") & (common.sparse or common.rounds is not None)
     alone = lonely[~excused]
     twice = [_repeated(folder, frame, torn, common) for folder, frame, torn in ((a, one, torn_a), (b, other, torn_b))]
     said = []

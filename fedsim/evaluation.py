@@ -6,6 +6,7 @@ largest wins; `exact_match` compares greedily generated text instead. Sums are c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ def score_rows(
     batch_size: int,
     tokenizer: Any = None,
     max_new_tokens: int = 32,
+    wanted: Sequence[int] | None = None,
 ) -> list[RowScores]:
     """Score every kept row of a split under the weights of each lane; batches hold rows of like length.
 
@@ -58,9 +60,11 @@ def score_rows(
         batch_size: rows of a pass, over all lanes.
         tokenizer: given, answers are generated and compared as well.
         max_new_tokens: longest generated answer.
+        wanted: the lanes whose scores are asked for; None = all. The others are computed all the same, but for what is
+            generated.
 
     Returns:
-        One record a lane.
+        One record a lane that is wanted.
     """
     net.train(False)
     rows = tokens.kept()
@@ -89,9 +93,10 @@ def score_rows(
     if scores is not None and not tokens.is_classes:
         _add_long_labels(net, tokens, rows, labels, scores, size)
     predicted = None if scores is None else scores.argmax(axis=2)
-    out = [RowScores(rows, nll[k], count, None if predicted is None else predicted[k]) for k in range(lanes)]
+    wanted = range(lanes) if wanted is None else wanted
+    out = [RowScores(rows, nll[k], count, None if predicted is None else predicted[k]) for k in wanted]
     if tokenizer is not None and not tokens.is_classes:
-        for k, each in enumerate(out):
+        for k, each in zip(wanted, out, strict=True):
             net.show(k)
             each.exact = _generate(net, tokens, rows, tokenizer, batch_size, max_new_tokens)
     return out

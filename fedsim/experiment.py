@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from fedsim.models import adapters, base
 from fedsim.models.flat import Unsuitable, has_fast_float32
 from fedsim.models.forward import Net, Recompute, layers_of
 from fedsim.models.stacked import StackedNet, StreamNet, probe, probe_stream
+from fedsim.numerics import kernels, settle_cpu, settled, threads, use_kernels
 from fedsim.params import Layout, Params, clone
 from fedsim.planner import Packs, Plan, choose_lanes, describe
 from fedsim.predictions import ByRow, by_row, load_by_row, save_by_row, write_predictions
@@ -115,6 +117,7 @@ class Bundle:
     tokenizer: Any
     masters: bool = True
     packing: bool = False
+    kernels: str = "off"
 
     def shared(self) -> list[Tensor]:
         """Tensors of row numbers that workers share; virtual clients have none, their rows are worked out anywhere."""
@@ -164,6 +167,8 @@ class Bundle:
             raise UserError(f"training.packing: true, but {why}; set it to false")
 
     def __call__(self, device: torch.device, engine: Engine) -> Trainer:
+        # In a worker, whose torch is as it comes: what the main process was told of kernels holds here too.
+        settle_cpu() if device.type == "cpu" else use_kernels(self.kernels)
         with base.quiet():
             return self.trainer(*self.attach(), device, engine)
 
@@ -336,6 +341,19 @@ def run(
     if isinstance(exp, dict):
         exp = Experiment.from_dict(exp)
     kind, devices = devices_of(exp)
+    # A fleet's runs take turns in one process: who starts the fleet settles it.
+    with settled(devices) if member is None else nullcontext():
+        return _run(exp, kind, devices, progress, shared, member)
+
+
+def _run(
+    exp: Experiment,
+    kind: str,
+    devices: list[str],
+    progress: bool | Progress,
+    shared: Shared | None,
+    member: Member | None,
+) -> Run:
     check_trackers(exp.tracking.with_)
     parts = prepare(exp, shared)
     exp = parts.exp
@@ -482,6 +500,7 @@ class _Session:
             tokenizer=parts.tokenizer,
             masters=exp.training.master_weights,
             packing=exp.training.packing,
+            kernels=kernels(),
         )
         home = "cpu" if exp.aggregation.device == "cpu" else None
         executor: SerialExecutor | PoolExecutor | FleetExecutor
@@ -495,7 +514,8 @@ class _Session:
             executor = PoolExecutor(self.bundle, self.devices, self.plan.threads, home)
         try:
             lent = base.memory_of(model)
-            self.model, own = self.bundle.attach()
+            with threads(self.plan.threads):
+                self.model, own = self.bundle.attach()
             if not whole:  # a head of the base that is trained; exports write into the trained parameters
                 base.own_memory(adapters.trained(self.model).values(), lent)
             if not self.planned and exp.training.lanes != 1:

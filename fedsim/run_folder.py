@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import UserError
+from fedsim.numerics import promise
 from fedsim.types import Row
 
 
@@ -60,7 +61,7 @@ class RunFolder:
     def read_json(self, name: str) -> Any:
         """A JSON file's content, or None where there is none."""
         file = self.path / name
-        return json.loads(file.read_text()) if file.is_file() else None
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file whole."""
@@ -241,7 +242,7 @@ def versions() -> dict[str, str | None]:
 
 
 def environment(devices: list[str], threads: int) -> dict[str, Any]:
-    """Where a run ran: commit, versions, devices; no host names and no paths."""
+    """Where a run ran: commit, versions, devices, and whether they give the same bits twice; no host names and no paths."""
     import platform
     import subprocess
 
@@ -265,6 +266,7 @@ def environment(devices: list[str], threads: int) -> dict[str, Any]:
         "devices": devices,
         "threads": threads,
         "versions": {name: found for name, found in versions().items() if found is not None},
+        "deterministic": promise(devices),
     }
 
 

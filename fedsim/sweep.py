@@ -33,6 +33,7 @@ from fedsim.errors import ClientError, UserError
 from fedsim.executors.fleet import Fleet, Member
 from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, without_interrupt
 from fedsim.experiment import devices_of, run, run_folder_of
+from fedsim.numerics import settled
 from fedsim.progress import Board, Progress
 from fedsim.run_folder import write_atomic
 from fedsim.schema import plain
@@ -302,6 +303,7 @@ def run_sweep(
 # ------------------------------------------------------------------------------------------------ running
 
 
+@settled()  # rows and bases are loaded here
 def run_jobs(
     jobs: list[Job],
     *,
@@ -416,7 +418,7 @@ def _places(devices: list[str] | str, workers: int | None, threads: int | None) 
 
 def _finished(path: Path, rounds: int) -> bool:
     try:
-        status = json.loads((path / "status.json").read_text())
+        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return status.get("state") == "finished" and status.get("rounds") == rounds and status.get("figures", True)
@@ -498,7 +500,8 @@ def _attempt(
     def body(i: int, exp: Experiment, path: Path | None, progress: Progress) -> Callable[[Member], None]:
         return lambda member: ended(i, _run_one(exp, path, shared, device, threads, progress, member))
 
-    Fleet(device, threads).run([body(*one) for one in work])
+    with settled([device]):
+        Fleet(device, threads).run([body(*one) for one in work])
 
 
 def _run_one(
@@ -530,7 +533,7 @@ def _run_one(
 
 def _json(file: Path) -> Any:
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     return None
 
 

@@ -21,6 +21,7 @@ MAY = {
     "types": set(),
     "params": set(),
     "store": set(),
+    "numerics": set(),
     "progress": {"types"},
     "schema": {"errors"},
     "messages": {"params", "errors"},
@@ -49,7 +50,7 @@ MAY = {
     },
     "rounds": {"algorithms", "aggregators", "errors", "params", "seeding", "store", "types"},
     "planner": {"errors", "types"},
-    "run_folder": {"errors", "types"},
+    "run_folder": {"errors", "types", "numerics"},
     "trackers": {"errors", "types"},
 }
 # Third-party packages; numerics do no input or output, and a notebook reads runs without torch.

@@ -323,13 +323,16 @@ def share_memory(model: nn.Module) -> None:
     tensors = [(t, kind) for kind in ("parameters", "buffers") for t in getattr(model, kind)() if not t.is_shared()]
     for wanted in {(t.dtype, kind) for t, kind in tensors}:
         dtype, group = wanted[0], [t for t, kind in tensors if (t.dtype, kind) == wanted]
-        block = torch.empty(sum(t.numel() for t in group), dtype=dtype).share_memory_()
+        # Each begins where torch would have it begin: the last bits of a product may depend on that.
+        step = 64 // dtype.itemsize
+        sizes = [-(-t.numel() // step) * step for t in group]
+        block = torch.empty(sum(sizes), dtype=dtype).share_memory_()
         start = 0
-        for tensor in group:
+        for tensor, size in zip(group, sizes, strict=True):
             view = block[start : start + tensor.numel()].view(tensor.shape)
             view.copy_(tensor.data)
             tensor.data = view
-            start += tensor.numel()
+            start += size
 
 
 def _first_line(error: Exception) -> str:

@@ -118,7 +118,7 @@ def load_bottleneck(model: nn.Module, folder: Path) -> nn.Module:
     """
     from safetensors.torch import load_file
 
-    settings = json.loads((folder / CONFIG).read_text())
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     state = load_file(folder / WEIGHTS)
     keys = ("bottleneck", "dropout", "activation", "target_modules")
     dtype = next(iter(state.values())).dtype

@@ -286,7 +286,7 @@ class Trainer:
                 j for j in range(active) if lanes[j][0].trainer._is_due(lanes[j][1], i + 1) and i + 1 < len(batches[j])
             ]
             if due:
-                for j, rows in zip(due, self._score_lanes(due, [lanes[j] for j in due], i + 1), strict=True):
+                for j, rows in zip(due, self._score_lanes(due, lanes, i + 1), strict=True):
                     inside.setdefault(j, []).extend(rows)
                 bound = 0
         losses = loss.tolist()
@@ -295,7 +295,7 @@ class Trainer:
         counts = [task.client in part.report.steps for part, task in lanes]
         due = [t.evaluate or p.trainer._is_due(t, len(b)) for (p, t), b in zip(lanes, batches, strict=True)]
         ends = [j for j in range(k) if counts[j] and due[j]]
-        scored = self._score_lanes(ends, [lanes[j] for j in ends], [len(batches[j]) for j in ends])
+        scored = self._score_lanes(ends, lanes, [len(batches[j]) for j in ends])
         final = dict(zip(ends, scored, strict=True))
         for j in sorted(range(k), key=lambda j: order[j]):  # rows in the packs' order
             (part, task), steps = lanes[j], len(batches[j])
@@ -530,17 +530,20 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- scoring
 
     def _score_lanes(
-        self, lanes: Sequence[int], whose: Sequence[tuple[_Part, Task]], steps: int | Sequence[int]
+        self, lanes: Sequence[int], every: Sequence[tuple[_Part, Task]], steps: int | Sequence[int]
     ) -> list[list[Row]]:
-        """Rows of these lanes' models as they are, on the shared validation rows and on each site's own."""
+        """Rows of these lanes' models as they are, on the shared validation rows and on each site's own.
+
+        The pass takes all of the pack's lanes (`every`), also where only some are due: how many go through a pass decides the
+        last bits, and with another evaluation frequency others are due.
+        """
         if not lanes:
             return []
         steps = [steps] * len(lanes) if isinstance(steps, int) else steps
-        whole = list(lanes) == list(range(len(lanes)))
+        whose = [every[j] for j in lanes]
         own = [{t.client: p.trainer.sites.own(t.client)} if t.client >= 0 else {} for p, t in whose]
-        weights = self.flat[: len(lanes)] if whole else self.flat[list(lanes)]
         out = []
-        scored = self._score(weights, "validation", self.recipe.generate, own)
+        scored = self._score(self.flat[: len(every)], "validation", self.recipe.generate, own, lanes=lanes)
         for (part, task), n, scores in zip(whose, steps, scored, strict=True):
             mode = part.pack.mode
             name, step = None if mode == "central" else task.name, task.steps_done + n
@@ -557,8 +560,9 @@ class Trainer:
         generate: bool,
         own: Sequence[dict[int, np.ndarray]],
         by_row: bool = False,
+        lanes: Sequence[int] | None = None,
     ) -> list[Scores]:
-        """Scores of each row of `weights`, `[K, N]`."""
+        """Scores of each row of `weights`, `[K, N]`, or of these rows."""
         tokens = self.tokens[split]
         self.net.bind(weights, None)
         rows = score_rows(
@@ -568,6 +572,7 @@ class Trainer:
             batch_size=self.recipe.eval_batch,
             tokenizer=self.tokenizer if generate else None,
             max_new_tokens=self.recipe.max_new_tokens,
+            wanted=lanes,
         )
         return [to_scores(r, tokens, o, by_row) for r, o in zip(rows, own, strict=True)]
 
