@@ -215,7 +215,7 @@ def _plan(a: Path, b: Path) -> tuple[_Found, bool]:
     differ = [(key, x, y) for key, x, y in pairs if x != y and (key in _PLAN or None not in (x, y))]
     promised = [place.get("deterministic") for place in places]
     loose = any(isinstance(about, dict) and about.get("promised") is False for about in promised)
-    said = "; nobody promises the last bits on this device: see environment.json" if loose else ""
+    said = "; a device does not promise the last bits: see environment.json" if loose else ""
     if differ:
         text = "; ".join(f"{key} {_short(x)} / {_short(y)}" for key, x, y in differ) + ": the last bits may differ"
         return _Found(True, text + said), any(key in _GROUPS for key, _, _ in differ)

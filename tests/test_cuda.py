@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +58,41 @@ def test_cuda_and_cpu_agree_in_float64(tmp_path: Path) -> None:
     cpu, gpu = (load_file(next((tmp_path / n).rglob("global/adapter_model.safetensors"))) for n in ("cpu", "gpu"))
     for key, tensor in cpu.items():
         assert (gpu[key] - tensor).norm() <= 1e-9 * tensor.norm()
+
+
+TWICE = """
+import sys, torch, fedsim
+torch.use_deterministic_algorithms(True)
+for executor in ({"name": "serial", "device": "cuda:0"}, {"name": "pool", "devices": ["cuda:0"], "workers": 2}):
+    exp = fedsim.Experiment(
+        name="twice", results=sys.argv[1] + executor["name"], rounds=2, modes=["local", "federated"],
+        model={"path": "tiny", "dtype": "bfloat16"}, adapter={"name": "lora", "dropout": 0.1}, training={"lanes": 2},
+        partition={"name": "iid", "num_clients": 4}, local={"steps": 3, "batch_size": 8}, executor={**executor, "threads": 1},
+    )
+    print(fedsim.run(exp, progress=False).path)
+"""
+
+
+def test_a_gpu_that_promises_the_same_bits_gives_them_twice(tmp_path: Path) -> None:
+    """As `environment.json` says what has to be done for it; in a process of its own, since cuBLAS is told at its start."""
+    root = Path(fedsim.__file__).parent.parent
+    env = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": str(root)}
+    runs = []
+    for which in ("first", "second"):
+        command = [sys.executable, "-c", TWICE, str(tmp_path / which)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200)
+        assert done.returncode == 0, done.stderr
+        runs += [Path(line) for line in done.stdout.split()]
+    assert len(runs) == 4
+    for run in runs:
+        about = json.loads((run / "environment.json").read_text())["deterministic"]
+        assert about["promised"] is True and about["deterministic_algorithms"] == "on"
+        found = fedsim.diff_runs(runs[0], run)
+        assert found.agree, str(found)
+
+
+def test_a_gpu_that_promises_nothing_says_why(tmp_path: Path) -> None:
+    _run(tmp_path, {"name": "serial", "device": "cuda:0", "threads": 1})
+    (file,) = tmp_path.rglob("environment.json")
+    about = json.loads(file.read_text())["deterministic"]
+    assert about["promised"] is False and about["because"] and about["deterministic_algorithms"] == "off"

@@ -234,6 +234,12 @@ def test_rows_that_both_have_are_compared_with_another_evaluation_frequency(writ
     assert "6 tensors of 3 models" in text(found, "models") and "chosen models" in text(found, "models")
     save_file(tensors(1.0), other / "local/site-10" / "adapter_model.safetensors")
     assert differing(diff_runs(one, other)) == ["models"]
+    # What training says of itself does not hang on where models are scored.
+    lost = [r for r in few if (r["round"], r["scope"], r["client"], r["name"]) != (2, "federated", "site-2", "loss")]
+    found = diff_runs(one, write("lost", config=sparse, rows=lost))
+    assert "1 only in a; 12 only in a, not compared" in text(found, "metrics")
+    key = {"round": 2, "scope": "federated", "client": "site-2", "split": "train", "name": "loss", "only": "a"}
+    assert key.items() <= found.first.items()
     few[0]["value"] += 1.0
     found = diff_runs(one, write("c", config=sparse, rows=few))
     assert differing(found) == ["metrics"] and (found.first["a"], found.first["b"]) == (0.25, 1.25)
@@ -264,6 +270,20 @@ def test_other_versions_and_kinds_of_device_are_said(pair: tuple[Path, Path]) ->
     found = diff_runs(*pair)
     assert differing(found) == []
     assert text(found, "plan") == "torch 2.1 / 2.2; device cpu / cuda: the last bits may differ"
+
+
+def test_a_device_that_promises_nothing_is_said(pair: tuple[Path, Path]) -> None:
+    (pair[0] / "environment.json").write_text(json.dumps({"deterministic": {"promised": True}}))
+    assert "promise" not in text(diff_runs(*pair), "plan")
+    (pair[1] / "environment.json").write_text(json.dumps({"deterministic": {"promised": False}}))
+    found = diff_runs(*pair)
+    assert differing(found) == [] and text(found, "plan").endswith("see environment.json")
+
+
+def test_rows_scored_at_once_are_said_and_are_no_difference_by_themselves(write: Callable[..., Path]) -> None:
+    one, other = write("a", config={"evaluate.batch_size": 64}), write("b", config={"evaluate.batch_size": 8})
+    found = diff_runs(one, other)
+    assert differing(found) == [] and text(found, "config") == "evaluate.batch_size 64 / 8"
 
 
 def test_long_lists_of_rows_are_cut_where_they_are_shown(write: Callable[..., Path]) -> None:
