@@ -98,7 +98,7 @@ def use_kernels(mode: str) -> None:
 
 def _flushes() -> bool:
     """Whether this thread takes numbers too small for a full mantissa for zero."""
-    return (torch.tensor(torch.finfo(torch.float64).tiny, dtype=torch.float64) / 2).item() == 0
+    return (torch.tensor(torch.finfo(torch.float64).tiny, dtype=torch.float64, device="cpu") / 2).item() == 0
 
 
 def promise(devices: Sequence[str]) -> dict[str, Any]:

@@ -209,7 +209,8 @@ def test_a_thread_of_a_process_whose_torch_is_set_otherwise(
             seed(11)
 
     def body() -> None:
-        torch.set_flush_denormal(True)  # of a thread, as are the next two
+        torch.set_flush_denormal(True)  # of a thread, as is what follows
+        torch.set_default_device("meta")
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
             reseed()
             before = state()
@@ -297,7 +298,7 @@ def test_rows_that_two_runs_have_are_the_same_at_any_evaluation_frequency(lab: A
     """Clients of unlike length, so that other lanes of a pack are due at other frequencies."""
     every = lab.run(name="every", **{**OFTEN, "evaluate": {"every_steps": 1}})
     sparse = {
-        "never inside": {},
+        "never": {},
         "second": {"every_steps": 2},
         "last": {"every_rounds": 3},
         "merged": {"every_steps": 3, "every_rounds": 2, "clients": False},
@@ -355,7 +356,7 @@ def test_rows_scored_at_once_decide_the_last_bits_alone(lab: Any, plain: Path) -
 @pytest.mark.parametrize(
     "keys",
     [
-        {"adapter": {"name": "p_tuning", "num_virtual_tokens": 3, "dropout": 0.1}},
+        {"adapter": {"name": "p_tuning", "num_virtual_tokens": 3}},
         {"adapter": {"name": "prefix", "num_virtual_tokens": 3}, "evaluate": {"generate": True, "max_new_tokens": 2}},
         {"adapter": {"name": "adapter", "bottleneck": 4}, "partition": {"name": "virtual", "num_clients": 40}},
         {"adapter": {"name": "none"}, "model": {"dtype": "float32", "base_dropout": True}, "modes": ["federated"]},
