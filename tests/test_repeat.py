@@ -37,6 +37,7 @@ UNEVEN: dict[str, Any] = {
     "rounds": 2,
     "model": {"dtype": "float32"},
     "adapter": {"name": "lora", "r": 3, "dropout": 0.2},
+    "data": {"columns": {"sentence": "sentence", "label": "label"}},
     "partition": {"name": "quantity", "num_clients": 5, "min_rows": 4},
     "cohort": {"size": 4},
     "local": {"steps": None, "epochs": 1, "batch_size": 4},
@@ -124,8 +125,7 @@ def backwards(tree: Any) -> Any:
 
 def test_the_command_line_in_another_place_time_zone_locale_and_order(lab: Any, plain: Path) -> None:
     """With its progress on, strings hashed otherwise, keys and columns in another order, paths relative to another folder."""
-    columns = {"sentence": "sentence", "label": "label"}
-    tree = lab.tree(name="typed", **{**UNEVEN, "data": {"columns": columns}})
+    tree = lab.tree(name="typed", **UNEVEN)
     tree["results"] = "elsewhere"
     for key in ("path", "validation", "test"):
         tree["data"][key] = os.path.relpath(tree["data"][key], lab.root)
