@@ -6,7 +6,7 @@ largest wins; `exact_match` compares greedily generated text instead. Sums are c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ def score_rows(
     tokenizer: Any = None,
     max_new_tokens: int = 32,
     wanted: Sequence[int] | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> list[RowScores]:
     """Score every kept row of a split under the weights of each lane; batches hold rows of like length.
 
@@ -62,6 +63,7 @@ def score_rows(
         max_new_tokens: longest generated answer.
         wanted: the lanes whose scores are asked for; None = all. The others are computed all the same, but for what is
             generated.
+        beat: called at each pass.
 
     Returns:
         One record a lane that is wanted.
@@ -73,6 +75,7 @@ def score_rows(
     labels = tokens.labels.numpy()[rows]
     scores, prompts = None, tokens.prompts.numpy()[rows]
     for chunk in _chunks(tokens.lengths[rows], size):
+        beat()
         sequences = [tokens.row(r) for r in rows[chunk]]
         logits, at, targets = net.logits(sequences, None if tokens.is_classes else prompts[chunk], tokens.pad_id)
         logp = torch.log_softmax(logits, dim=-1)  # [K, S, V]
@@ -91,14 +94,19 @@ def score_rows(
             scores = np.zeros((lanes, n, found.shape[2]))
         scores[:, chunk] = found
     if scores is not None and not tokens.is_classes:
-        _add_long_labels(net, tokens, rows, labels, scores, size)
+        _add_long_labels(net, tokens, rows, labels, scores, size, beat)
     predicted = None if scores is None else scores.argmax(axis=2)
     wanted = range(lanes) if wanted is None else wanted
     out = [RowScores(rows, nll[k], count, None if predicted is None else predicted[k]) for k in wanted]
     if tokenizer is not None and not tokens.is_classes:
-        for k, each in zip(wanted, out, strict=True):
-            net.show(k)
-            each.exact = _generate(net, tokens, rows, tokenizer, batch_size, max_new_tokens)
+        base = net.model.get_base_model() if hasattr(net.model, "get_base_model") else net.model
+        watched = base.register_forward_hook(lambda *_: beat())  # a pass each token
+        try:
+            for k, each in zip(wanted, out, strict=True):
+                net.show(k)
+                each.exact = _generate(net, tokens, rows, tokenizer, batch_size, max_new_tokens)
+        finally:
+            watched.remove()
     return out
 
 
@@ -168,7 +176,13 @@ def _single_token_scores(
 
 
 def _add_long_labels(
-    net: Net | StackedNet, tokens: Tokens, rows: np.ndarray, labels: np.ndarray, scores: np.ndarray, size: int
+    net: Net | StackedNet,
+    tokens: Tokens,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    size: int,
+    beat: Callable[[], None],
 ) -> None:
     """Fill in log p(label | prompt) of labels of several tokens that are not the row's own, by passes of their own."""
     prompts = tokens.prompts.numpy()[rows]
@@ -177,6 +191,7 @@ def _add_long_labels(
         if len(words) == 1 or len(others) == 0:
             continue
         for part in _chunks(prompts[others], size):
+            beat()
             chunk = others[part]
             sequences = [np.concatenate([tokens.row(rows[i])[: prompts[i]], words]) for i in chunk]
             logits, at, targets = net.logits(sequences, prompts[chunk], tokens.pad_id)

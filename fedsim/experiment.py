@@ -28,7 +28,7 @@ from fedsim.build import CENTRAL, Parts, Shared, draw_of, prepare
 from fedsim.config import Experiment
 from fedsim.data.partition import Partition, VirtualPartition
 from fedsim.data.tokens import Tokens
-from fedsim.errors import UserError
+from fedsim.errors import UserError, WorkerDied
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.executors.fleet import FleetExecutor, Member
 from fedsim.messages import codec
@@ -426,6 +426,8 @@ class _Session:
             stopped = not isinstance(error, Exception)  # Ctrl-C, or the end of a fleet
             reason = str(error).split("\n")[0][:300] or type(error).__name__
             self._status("stopped" if stopped else "failed", None if stopped else reason)
+            if isinstance(error, WorkerDied):
+                raise WorkerDied(f"{error}\n{self._goes_on()}") from None
             raise
         finally:
             if executor is not None:
@@ -438,6 +440,15 @@ class _Session:
         self._status("finished", figures=False)
         _draw(self.folder, self.show)
         self._status("finished")
+
+    def _goes_on(self) -> str:
+        """Where the next start takes the run up."""
+        for mode in ("central", "federated", "local"):
+            if infos := self.folder.checkpoints(mode):
+                return (
+                    f"the last checkpoint is of round {infos[-1]['round']} ({mode}); the same command goes on from it"
+                )
+        return "there is no checkpoint yet: the same command starts from the beginning"
 
     def _plan(self) -> Plan:
         """What is resolved at the first start and holds for every resume: threads and lanes decide the last bits."""
@@ -505,13 +516,19 @@ class _Session:
         home = "cpu" if exp.aggregation.device == "cpu" else None
         executor: SerialExecutor | PoolExecutor | FleetExecutor
         if self.kind == "pool":
-            base.share_memory(model)
+            # Workers are sent modules of their own, on which nothing is put here: one that follows a dead one starts late. A
+            # whole model's weights are those of the global parameters.
+            if not whole:
+                base.share_memory(model)
+            bare = base.blank(model) if whole else base.borrow(model)
+            base.share_memory(bare)  # its buffers
             for shared in self.bundle.shared():
                 shared.share_memory_()
             for tokens in parts.tokens.values():
                 tokens.share()
-            # Workers are sent the bare base: they start before the adapter is put on this process's copy.
-            executor = PoolExecutor(self.bundle, self.devices, self.plan.threads, home)
+            made = dataclasses.replace(self.bundle, model=bare)
+            watch = {"hang_s": exp.executor.hang_s, "note": self.show.note}
+            executor = PoolExecutor(made, self.devices, self.plan.threads, home, **watch)
         try:
             lent = base.memory_of(model)
             with threads(self.plan.threads):

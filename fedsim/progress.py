@@ -53,7 +53,7 @@ class Progress:
     def pack(self, round: int, report: Report) -> None:
         """A pack is done."""
         self._tokens += report.tokens
-        self._clients += len(report.steps)
+        self._clients = (self._clients if report.index else 0) + len(report.steps)  # a round may start again
         if self._live is not None:
             rate = self._tokens / max(1e-9, time.monotonic() - self._began)
             text = f"round {round}/{self.rounds}, {self._clients} clients done, {rate:,.0f} tokens/s{self._left()}"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedsim.aggregators import WeightedMean
 from fedsim.algorithms import Algorithm
-from fedsim.errors import ClientError, OutOfMemory
+from fedsim.errors import ClientError, OutOfMemory, SumLost
 from fedsim.params import Layout, Params
 from fedsim.seeding import stream
 from fedsim.simulation import Life, Turnout
@@ -361,8 +361,8 @@ def _train(
     on_pack: Callable[[int, Report], None],
     turnout: Turnout,
 ) -> tuple[list[Pack], list[Report], Partial | None, Partial | None]:
-    """Train a round's packs, whose updates are summed in `buffer`; from the start again with fewer lanes where memory was too
-    little.
+    """Train a round's packs, whose updates are summed in `buffer`; from the start again where the sum was lost with a
+    worker, and with fewer lanes where memory was too little.
 
     Returns:
         The packs, their reports, the sum of what is merged now, and that of the late clients, which is merged in the next round.
@@ -382,11 +382,13 @@ def _train(
                 aggregator.merge(total, state.late)
             reports += _pass(round, executor, now, total, on_pack)
             return [*after, *now], reports, total, late
-        except OutOfMemory:
-            for record in reversed([t.write for p in (*after, *now) for t in p.tasks if t.write >= 0]):
+        except (OutOfMemory, SumLost) as error:
+            short = isinstance(error, OutOfMemory)
+            for record in reversed([t.write for p in (*now, *after) for t in p.tasks if t.write >= 0]):
                 state.records.give_back(record)
         late = None
-        halve(round)  # outside the handler: what the error refers to is freed
+        if short:
+            halve(round)  # outside the handler: what the error refers to is freed
 
 
 def _pass(

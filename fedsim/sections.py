@@ -824,10 +824,13 @@ class AutoExecutor:
     """That many worker processes on the default devices; null = as described."""
     threads: int | None = None
     """CPU threads of a worker; null = the cores divided by the workers, fixed at the run's first start."""
+    hang_s: float | None = 600.0
+    """As the pool's; without worker processes it has no effect."""
 
     def check(self, path: str) -> None:
         check_that(self.workers is None or self.workers >= 1, f"{path}.workers", self.workers, "is below 1")
         check_that(self.threads is None or self.threads >= 1, f"{path}.threads", self.threads, "is below 1")
+        _check_hang(self.hang_s, f"{path}.hang_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -856,6 +859,8 @@ class Pool:
     """Worker processes, dealt over the devices in turn; null = one per device."""
     threads: int | None = None
     """CPU threads of a worker; null = the cores divided by the workers, fixed at the run's first start."""
+    hang_s: float | None = 600.0
+    """Seconds without a sign of life after which a worker that is at work is ended and replaced; null = wait for ever. Signs are: something new to do, each forward and backward pass, scoring batch, generated token, and chunk or record that is copied, added or kept. Not limited: loading the model, and waiting for a turn to add."""
 
     def check(self, path: str) -> None:
         if self.devices != "auto":
@@ -872,6 +877,12 @@ class Pool:
                 )
         check_that(self.workers is None or self.workers >= 1, f"{path}.workers", self.workers, "is below 1")
         check_that(self.threads is None or self.threads >= 1, f"{path}.threads", self.threads, "is below 1")
+        _check_hang(self.hang_s, f"{path}.hang_s")
+
+
+def _check_hang(seconds: float | None, path: str) -> None:
+    fine = seconds is None or (math.isfinite(seconds) and seconds > 0)
+    check_that(fine, path, seconds, "is not a positive number of seconds; null = wait for ever")
 
 
 def _check_device(device: str, path: str) -> None:

@@ -5,92 +5,194 @@ and are refilled in place: no parameter travels through a pipe. Small updates go
 need not wait for others; large ones straight into the one sum, when it is the pack's turn. What a pack computes does not
 depend on who computes it, and updates are added in pack order, so any number of workers gives the bits of the serial
 executor at the same threads per worker.
+
+A process that dies is replaced, and what it had to do is done again, from the same parameters and random streams, to the
+same bits: what it may have left half-done is cleared or overwritten. Only a process that dies while it adds to the one sum
+takes the round with it. A process that hangs is ended, and has died then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
+import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_sharer
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from fedsim.errors import OutOfMemory, is_out_of_memory
+from fedsim.errors import OutOfMemory, SumLost, WorkerDied, is_lost_context, is_out_of_memory
 from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, without_interrupt
-from fedsim.executors.serial import MakeTrainer, client_failed
+from fedsim.executors.serial import MakeTrainer, client_failed, clients
 from fedsim.params import LARGE, Layout, Params
 from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 
 _SLOTS_BELOW = LARGE  # bytes of an update that goes into partial sums, of which each worker has two
+_DEATHS = 3  # processes that may die of the same work before the run ends
+_LOOK_S = 0.5  # between two looks at the workers
+
+
+@dataclass
+class _Job:
+    """What a worker is told to do, and told again after a death.
+
+    Attributes:
+        message: as it is sent.
+        what: that is, in words.
+        again: what happens after a death, in words.
+        about: a pack, or the place of a scoring request.
+        tasks: a pack's.
+        deaths: how the processes that were at it have ended.
+    """
+
+    message: tuple[Any, ...]
+    what: str
+    again: str
+    about: Any = None
+    tasks: Sequence[Task] = ()
+    deaths: list[str] = field(default_factory=list)
+
+    @property
+    def during(self) -> str:
+        """When a process died that was at it."""
+        return f"in round {self.tasks[0].round} with {clients(self.tasks)}" if self.tasks else f"while {self.what}"
 
 
 @dataclass
 class _Worker:
-    process: Any
-    pipe: Connection
+    """A place for a process; processes may follow one another in it.
+
+    Attributes:
+        place: its number.
+        device: where it computes.
+        process, pipe: of the process that is there now.
+        weights, server: global parameters and server state that it reads.
+        slots: partial sums; none: it adds to the one sum itself.
+        free: slots that hold nothing.
+        job: what it is at.
+        loaded: whether it has its model.
+        turn: of a pack that adds to the one sum: "" | waits | adds | added.
+        loads: how processes have ended here before they had their model, since one last had.
+        beat, silent: its count when last looked at, and seconds for which it has not changed.
+        why: what its process was ended for, where that is known.
+        ended: how its process has ended, once that was told.
+    """
+
+    place: int
     device: str
+    process: Any = None
+    pipe: Connection | None = None
     weights: Tensor | None = None
     server: Tensor | None = None
-    slots: list[Tensor] = field(default_factory=list)  # none: it adds to the one sum itself
+    slots: list[Tensor] = field(default_factory=list)
     free: deque[int] = field(default_factory=deque)
-    busy: Pack | Scoring | None = None
-    waits: bool = False  # for its turn to add
+    job: _Job | None = None
+    loaded: bool = False
+    turn: str = ""
+    loads: list[str] = field(default_factory=list)
+    beat: int = 0
+    silent: float = 0.0
+    why: str | None = None
+    ended: str | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it can be told to do something."""
+        return self.loaded and self.job is None
+
+    @property
+    def where(self) -> str:
+        """Device and name."""
+        return f"{self.device} ({self.name})"
+
+    @property
+    def name(self) -> str:
+        """As its processes are called."""
+        return f"fedsim-worker-{self.place}"
 
 
 class PoolExecutor:
     """Runs packs on worker processes.
 
     Args:
-        make_trainer: (device, engine) -> trainer; must pickle. What it holds in shared memory is not copied.
+        make_trainer: (device, engine) -> trainer; must pickle, at any time: a process that follows a dead one gets it too.
+            What it holds in shared memory is not copied.
         devices: one per worker; a device may occur several times.
         threads: CPU threads of a worker.
         home: where the global parameters and the running sum lie; None = the parameters on each worker's device, the sum on the
             first one's.
+        hang_s: seconds without a beat after which a worker that is at work is ended; None = never. A trainer beats at each
+            pass, batch and piece, see `Trainer.beat`; loading the model and waiting for a turn are not limited.
+        note: called with a line when a worker has died, from any thread.
     """
 
     def __init__(
-        self, make_trainer: MakeTrainer, devices: Sequence[str], threads: int, home: str | None = None
+        self,
+        make_trainer: MakeTrainer,
+        devices: Sequence[str],
+        threads: int,
+        home: str | None = None,
+        *,
+        hang_s: float | None = None,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.workers, self.home = list(devices), home
         self.weights: Tensor | None = None
         self.total: Tensor | None = None
-        self._pool: list[_Worker] = []
-        context = mp.get_context("spawn")
+        self._make, self._threads, self._hang_s, self._note = make_trainer, threads, hang_s, note
+        self._beats = torch.zeros(len(devices), dtype=torch.int64).share_memory_()
+        self._deaths: dict[Any, list[str]] = {}  # by pack, while its round is under way
+        self._unread = False  # whether handles were sent to a process that may have died before it took them
+        self._pool = [_Worker(i, device) for i, device in enumerate(devices)]
+        # Held by whoever looks at processes or changes them: this thread, or the one that watches.
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="fedsim-watcher", daemon=True)
         try:
-            with main_not_imported(), without_interrupt():
-                for i, device in enumerate(devices):
-                    here, there = context.Pipe()
-                    process = context.Process(
-                        target=_work,
-                        args=(there, make_trainer, device, threads),
-                        name=f"fedsim-worker-{i}",
-                        daemon=True,
-                    )
-                    process.start()
-                    there.close()
-                    self._pool.append(_Worker(process, here, device))
+            for worker in self._pool:
+                self._spawn(worker)
+            self._watcher.start()
         except BaseException:
             self.close()
             raise
+
+    def _spawn(self, worker: _Worker) -> None:
+        """Start a process; it waits for what it shares."""
+        context = mp.get_context("spawn")
+        with main_not_imported(), without_interrupt():
+            here, there = context.Pipe()
+            beat = self._beats[worker.place : worker.place + 1]
+            process = context.Process(
+                target=_work,
+                args=(there, beat, self._make, worker.device, self._threads),
+                name=worker.name,
+                daemon=True,
+            )
+            process.start()
+            there.close()
+            worker.process, worker.pipe = process, here
+            worker.loaded, worker.job, worker.turn, worker.why, worker.ended = False, None, "", None, None
 
     def start(self, layout: Layout, server: Layout, engine: Engine, merges: bool) -> None:
         """Share the buffers with the workers and wait until their models are loaded; see `SerialExecutor.start`.
 
         Raises:
             ClientError: if a worker cannot load its model, with its traceback.
+            WorkerDied: if processes die of it.
         """
         self.total = _shared(layout, self.home or self._pool[0].device) if merges else None
         by_home: dict[str, Tensor] = {}
         by_device: dict[str, Tensor] = {}
         copies = 2 if merges and layout.nbytes < _SLOTS_BELOW else 0
+        self._layout, self._server_layout, self._engine = layout, server, engine
         for worker in self._pool:
             home = self.home or worker.device
             if home not in by_home:
@@ -100,12 +202,16 @@ class PoolExecutor:
             worker.weights, worker.server = by_home[home], by_device[worker.device]
             worker.slots = [_shared(layout, worker.device) for _ in range(copies)]
             worker.free = deque(range(copies))
-            total = None if copies else self.total
-            self._send(worker, ("share", layout, server, worker.weights, worker.server, worker.slots, total, engine))
+            self._load(worker)
         self.weights = self._pool[0].weights
-        self._server_layout = server
-        for worker in self._pool:
-            self._receive(worker)
+        while not all(worker.loaded for worker in self._pool):
+            self._next()
+
+    def _load(self, worker: _Worker) -> None:
+        """Tell a fresh process to load its model, and where the buffers are."""
+        buffers = (worker.weights, worker.server, worker.slots, None if worker.slots else self.total)
+        message = ("share", self._layout, self._server_layout, *buffers, self._engine)
+        self._send(worker, _Job(message, "loading the model", "it loads again", deaths=worker.loads))
 
     def broadcast(self, weights: Tensor, server: Params) -> None:
         """Refill the global parameters (flat `[N]`) and the server's state on every device, in place."""
@@ -124,42 +230,50 @@ class PoolExecutor:
         """Train packs on whichever worker is free; their updates are added to `total` in the order of `packs`, where there is one.
 
         A pack goes out in order, to a worker that has somewhere to put its update; so the pack that is waited for is always
-        under way.
+        under way. A pack whose worker died goes out again before all later ones.
 
         Raises:
-            ClientError: where a client's training raised, or a worker died.
+            ClientError: where a client's training raised.
+            WorkerDied: where processes died of the same pack again and again.
             OutOfMemory: where a pack did not fit; the others under way are waited for and dropped.
+            SumLost: where a process died while it added to `total`; likewise.
         """
-        waiting, ready, turn = deque(packs), {}, 0
+        slotted = total is not None and bool(self._pool[0].slots)
+        waiting, ready = deque(packs), {}
+        added: list[int] = []  # packs whose updates are in the one sum
         if total is not None and total.total.is_cuda:  # it was set to zero here, and other processes add to it
             torch.cuda.synchronize(total.total.device)
         for pack in packs:
             while pack.index not in ready:
                 for worker in self._pool:
-                    slotted = total is not None and bool(worker.slots)
-                    if waiting and worker.busy is None and (worker.free or not slotted):
-                        worker.busy = waiting.popleft()
-                        self._send(
-                            worker, ("train", worker.busy, worker.free[0] if slotted else None, total is not None)
-                        )
+                    if waiting and worker.idle and (worker.free or not slotted):
+                        next_one = waiting.popleft()
+                        place: int | str | None = None
+                        if total is not None:
+                            # What is in the sum is not added again: the pack is run for the rest that it leaves.
+                            done = next_one.index in added
+                            place = worker.free[0] if slotted else "nowhere" if done else "sum"
+                        self._send(worker, self._training(next_one, place))
                 for worker in self._pool:
-                    if worker.waits and worker.busy.index == packs[turn].index:
-                        worker.waits = False
-                        self._send(worker, ("go", True))
-                for worker in self._ready():
-                    kind, found = self._message(worker)
-                    if kind == "ready":
-                        worker.waits = True
-                    elif kind == "added":
-                        turn += 1
-                    elif found is None:
-                        worker.busy = None
-                        self._drop_all()
-                        raise OutOfMemory(worker.device)
-                    else:
-                        slotted = total is not None and bool(worker.slots)
-                        ready[found.index] = (found, worker, worker.free.popleft() if slotted else None)
-                        worker.busy = None
+                    if worker.turn == "waits" and worker.job.about.index == packs[len(added)].index:
+                        worker.turn = "adds"
+                        self._tell(worker, ("go", True))
+                worker, job, kind, found = self._next()
+                if kind == "ready":
+                    worker.turn = "waits"
+                elif kind == "added":
+                    worker.turn = "added"
+                    added.append(job.about.index)
+                elif kind == "lost" and found == "adds":
+                    self._drop_all()
+                    raise SumLost(worker.where)
+                elif kind == "lost" and job is not None:
+                    waiting = deque(sorted([job.about, *waiting], key=lambda p: p.index))
+                elif kind == "done" and found is None:
+                    self._drop_all()
+                    raise OutOfMemory(worker.device)
+                elif kind == "done":
+                    ready[found.index] = (found, worker, worker.free.popleft() if slotted else None)
             report, worker, slot = ready.pop(pack.index)
             if slot is not None:
                 total.total.add_(worker.slots[slot].to(total.total.device))
@@ -167,107 +281,231 @@ class PoolExecutor:
             if total is not None:
                 total.weight += report.weight
             yield report
+        self._deaths.clear()
+
+    def _training(self, pack: Pack, place: int | str | None) -> _Job:
+        """A pack as a job; what has died of it before, in this round, is remembered."""
+        key = (pack.mode, pack.tasks[0].round, tuple(t.client for t in pack.tasks))
+        deaths = self._deaths.setdefault(key, [])
+        return _Job(("train", pack, place), "training", "its pack starts again", pack, pack.tasks, deaths)
 
     def _drop_all(self) -> None:
         """Wait for what is under way and forget it; all buffers are free then."""
+        while any(worker.loaded and worker.job is not None for worker in self._pool):
+            for worker in self._pool:
+                if worker.turn == "waits":
+                    worker.turn = ""
+                    self._tell(worker, ("go", False))
+            worker, _, kind, _ = self._next()
+            if kind == "ready":
+                worker.turn = "waits"
         for worker in self._pool:
-            while worker.busy is not None:
-                if worker.waits:
-                    worker.waits = False
-                    self._send(worker, ("go", False))
-                kind, _ = self._message(worker)
-                worker.waits = kind == "ready"
-                if kind == "done":
-                    worker.busy = None
             worker.free = deque(range(len(worker.slots)))
 
     def measure(self, rows: Sequence[Any]) -> Measured | None:
         """What a pass over these rows (one array a lane) takes on the first worker; None if it does not fit."""
-        self._send(self._pool[0], ("measure", rows))
-        return self._receive(self._pool[0])
+        return self._ask(self._pool[0], "measuring a pass", "measure", rows)
 
     def configure(self, engine: Engine) -> None:
         """Train like this from now on, on all workers."""
+        self._engine = engine
         for worker in self._pool:
-            self._send(worker, ("configure", engine))
-            self._receive(worker)
+            self._ask(worker, "taking in how to train", "configure", engine)
 
     def peaks(self) -> list[int]:
         """Highest memory in use so far, in bytes, by worker."""
-        for worker in self._pool:
-            self._send(worker, ("peak",))
-        return [self._receive(worker) for worker in self._pool]
+        return [self._ask(worker, "telling its memory", "peak") for worker in self._pool]
 
     def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
         """Score each request on whichever worker is free; the answers are in the order of `requests`."""
-        out: list[list[Scores] | None] = [None] * len(requests)
-        waiting, places = deque(enumerate(requests)), {}
+        jobs = [_Job(("score", r), "a scoring pass", "which is made again", i) for i, r in enumerate(requests)]
+        out: list[list[Scores] | None] = [None] * len(jobs)
+        waiting = deque(jobs)
         while any(s is None for s in out):
             for worker in self._pool:
-                if waiting and worker.busy is None:
-                    places[id(worker)], worker.busy = waiting.popleft()
-                    self._send(worker, ("score", worker.busy))
-            for worker in self._ready():
-                out[places[id(worker)]] = self._receive(worker)
-                worker.busy = None
+                if waiting and worker.idle:
+                    self._send(worker, waiting.popleft())
+            _, job, kind, found = self._next()
+            if kind == "done":
+                out[job.about] = found
+            elif kind == "lost" and job is not None:
+                waiting.appendleft(job)
         return out
 
     def close(self) -> None:
         """End the workers and free what was shared; may be called twice."""
-        for worker in self._pool:
+        self._closing.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        pool = [worker for worker in self._pool if worker.process is not None]
+        for worker in pool:
             with contextlib.suppress(OSError):
                 worker.pipe.send(("stop",))
-        for worker in self._pool:
-            if worker.busy is None:
+        for worker in pool:
+            if worker.job is None:
                 worker.process.join(timeout=5)
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
             worker.pipe.close()
             worker.process.close()
+            self._unread |= worker.job is not None and not worker.loaded
+        if self._unread:  # handles that nobody will take would keep the buffers in memory
+            resource_sharer.stop(timeout=5)
+            self._unread = False
         self._pool = []
         self.weights = self.total = None
 
     # ------------------------------------------------------------------------------------------- messages
 
-    def _send(self, worker: _Worker, message: tuple[Any, ...]) -> None:
+    def _send(self, worker: _Worker, job: _Job) -> None:
+        """Give an idle worker, or a fresh process, something to do; one that has died is met in `_next`."""
+        worker.silent, worker.job = 0.0, job
         try:
-            worker.pipe.send(message)
+            worker.pipe.send(job.message)
         except OSError:
-            raise self._died(worker) from None
+            with self._lock:  # it had died before
+                worker.job = None
+                self._settle(worker)
+                worker.job = job
 
-    def _ready(self) -> list[_Worker]:
-        """Busy workers that have answered, after waiting for one; a worker that has died raises."""
-        busy = [w for w in self._pool if w.busy is not None]
-        answered = wait([w.pipe for w in busy] + [w.process.sentinel for w in self._pool])
-        ready = [w for w in busy if w.pipe in answered]
-        for worker in self._pool:
-            if worker.process.sentinel in answered and worker not in ready:
-                raise self._died(worker)
-        return ready
+    @staticmethod
+    def _tell(worker: _Worker, message: tuple[Any, ...]) -> None:
+        """Say something about the job that a worker is at."""
+        worker.silent = 0.0
+        with contextlib.suppress(OSError):  # it has died, which `_next` finds
+            worker.pipe.send(message)
 
-    def _receive(self, worker: _Worker) -> Any:
-        return self._message(worker)[1]
+    def _ask(self, worker: _Worker, what: str, *message: Any) -> Any:
+        """What a worker answers; asked again where its process dies."""
+        job = _Job(message, what, "which is asked again")
+        while True:
+            if worker.idle:
+                self._send(worker, job)
+            _, answered, kind, found = self._next()
+            if answered is job and kind == "done":
+                return found
 
-    def _message(self, worker: _Worker) -> tuple[str, Any]:
-        """What a worker says next: (done, its answer), or that it is ready to add, or that it has added."""
+    def _next(self) -> tuple[_Worker, _Job | None, str, Any]:
+        """What happens next, after waiting for it: the worker, what it was at, and
+
+        - `done`, its answer: it is idle now;
+        - `ready`, `added`: it waits for its turn to add to the one sum, or has added;
+        - `loaded`: it has its model now;
+        - `lost`, its turn: its process has died and another one is starting; what it was at has to be done again.
+
+        Raises:
+            ClientError: where it raised.
+            WorkerDied: where too many processes died of what it was at.
+        """
+        pipes = {w.pipe: w for w in self._pool if w.job is not None}
+        ends = {w.process.sentinel: w for w in self._pool}
+        answered = wait([*pipes, *ends])
+        worker = next((pipes[a] for a in answered if a in pipes), None)
+        if worker is None:
+            return self._replace(next(ends[a] for a in answered))
         try:
-            kind, *rest = worker.pipe.recv()
+            kind, found = worker.pipe.recv()
         except (EOFError, OSError):
-            raise self._died(worker) from None
+            return self._replace(worker)
+        if kind == "dies":
+            worker.why = found
+            return self._replace(worker)
+        job = worker.job
         if kind == "error":
-            raise client_failed(_tasks(worker), f"{worker.device} ({worker.process.name})", rest[0])
-        return kind, rest[0]
+            raise client_failed(job.tasks, worker.where, found, job.what)
+        if kind == "done":
+            worker.job, worker.turn = None, ""
+            if not worker.loaded:
+                worker.loaded, kind = True, "loaded"
+                worker.loads.clear()
+        return worker, job, kind, found
 
-    def _died(self, worker: _Worker) -> Exception:
-        how = died_of(worker.process)
-        return client_failed(
-            _tasks(worker), f"{worker.device} ({worker.process.name})", f"the worker process died: {how}"
-        )
+    # ---------------------------------------------------------------------------------------------- deaths
 
+    def _replace(self, worker: _Worker) -> tuple[_Worker, _Job | None, str, Any]:
+        """Start a process in the place of one that has ended, or is about to."""
+        with self._lock:
+            self._settle(worker)
+            job, turn, loaded = worker.job, worker.turn, worker.loaded
+            self._unread |= not loaded
+            deaths = worker.loads if not loaded else job.deaths if job is not None else []
+            if len(deaths) >= _DEATHS:
+                self._give_up(worker, deaths)
+            worker.pipe.close()
+            worker.process.close()
+            worker.process = None
+            self._spawn(worker)
+        self._load(worker)
+        return worker, job if loaded else None, "lost", turn
 
-def _tasks(worker: _Worker) -> Sequence[Task]:
-    return worker.busy.tasks if isinstance(worker.busy, Pack) else []
+    def _settle(self, worker: _Worker) -> None:
+        """Find out how a process has ended, count that, and say it; once."""
+        if worker.ended is not None:
+            return
+        worker.process.join(timeout=5)
+        if worker.process.is_alive():  # it has closed its pipe, or said that it ends
+            worker.process.kill()
+        worker.ended = worker.why or died_of(worker.process)
+        job = worker.job
+        deaths = worker.loads if not worker.loaded else job.deaths if job is not None else []
+        deaths.append(f"{worker.ended} on {worker.where}")
+        if not worker.loaded:
+            during, again = "while loading the model", ", which starts again"
+        elif job is None:
+            during, again = "while idle", ""
+        else:
+            during, again = job.during, f", {job.again}"
+        if worker.turn == "adds":
+            again = ", the round starts again: its update was half added"
+        if len(deaths) < _DEATHS:
+            with contextlib.suppress(OSError, ValueError):  # nobody may be listening; the run goes on
+                self._note(f"worker {worker.name} on {worker.device} died ({worker.ended}) {during}; replaced{again}")
+
+    def _give_up(self, worker: _Worker, deaths: list[str]) -> NoReturn:
+        job = worker.job
+        what = "loading the model" if not worker.loaded else job.what
+        if worker.loaded and job.tasks:
+            what = f"round {job.tasks[0].round}, {clients(job.tasks)}"
+        lines = [f"{what} failed: {len(deaths)} worker processes died of it, one after another: {'; '.join(deaths)}"]
+        if any(d.startswith("SIGKILL") for d in deaths):
+            lines.append(
+                "SIGKILL is most often the kernel's out-of-memory killer: fewer executor.workers or training.lanes, or a "
+                "lower local.micro_batch, evaluate.batch_size or data.max_length take less memory"
+            )
+        if any("executor.hang_s" in d for d in deaths):
+            lines.append("where one pass takes longer than that, set executor.hang_s to more seconds, or to null")
+        raise WorkerDied("\n".join(lines))
+
+    def _watch(self) -> None:
+        """End workers that hang, and say which have died while nobody waits for an answer; in a thread of its own.
+
+        Beats are counted, and time is what passes between two looks, so that a process group that was stopped and goes on
+        has not been silent meanwhile.
+        """
+        last = time.monotonic()
+        while not self._closing.wait(_LOOK_S):
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * _LOOK_S), now
+            with self._lock:
+                for worker in self._pool:
+                    if worker.process is not None:
+                        self._look_at(worker, passed)
+
+    def _look_at(self, worker: _Worker, passed: float) -> None:
+        beat, said = int(self._beats[worker.place]), wait([worker.process.sentinel, worker.pipe], timeout=0)
+        if worker.process.sentinel in said:
+            if worker.job is None or not worker.loaded:  # of others it is known sooner, in `_next`
+                self._settle(worker)
+            return
+        at_work = worker.job is not None and worker.loaded and worker.turn != "waits"
+        if not at_work or said or beat != worker.beat:
+            worker.beat, worker.silent = beat, 0.0
+            return
+        worker.silent += passed
+        if self._hang_s is not None and worker.silent >= self._hang_s and worker.why is None:
+            worker.why = f"no sign of life for {self._hang_s:g} s (executor.hang_s)"
+            worker.process.kill()
 
 
 def _shared(layout: Layout, device: str) -> Tensor:
@@ -280,12 +518,13 @@ def _shared(layout: Layout, device: str) -> Tensor:
 class _Turn(Turn):
     """A worker asks, and adds when the main process says so; it says when it has."""
 
-    def __init__(self, pipe: Connection, devices: set[torch.device]) -> None:
-        self._pipe, self._devices = pipe, [d for d in devices if d.type == "cuda"]
+    def __init__(self, pipe: Connection, devices: set[torch.device], beat: Callable[[], None]) -> None:
+        self._pipe, self._devices, self._beat = pipe, [d for d in devices if d.type == "cuda"], beat
 
     def wait(self) -> bool:
         self._pipe.send(("ready", None))
         _, go = self._pipe.recv()
+        self._beat()
         return go
 
     def done(self) -> None:
@@ -294,20 +533,35 @@ class _Turn(Turn):
         self._pipe.send(("added", None))
 
 
-def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads: int) -> None:
+def _work(pipe: Connection, beats: Tensor, make_trainer: MakeTrainer, device_name: str, threads: int) -> None:
     """A worker's life: load the model, then train and score what it is told to, until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process decides
     threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    device = torch.device(device_name)
+    try:
+        _serve(pipe, beats, make_trainer, torch.device(device_name))
+    except Exception as error:
+        if not is_lost_context(error):
+            raise
+        pipe.send(("dies", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"))
+        os._exit(1)  # cleaning up would need the context
+
+
+def _serve(pipe: Connection, beats: Tensor, make_trainer: MakeTrainer, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    counter = beats.numpy()
+
+    def beat() -> None:
+        counter[0] += 1
+
     trainer, weights, server, server_layout, slots, total, out = None, None, None, None, [], None, None
     while True:
         try:
             kind, *rest = pipe.recv()
         except (EOFError, OSError):
             return
+        beat()
         if kind == "stop":
             # Views into shared memory go before the process does, or CUDA reports leaked handles.
             del trainer, weights, server, slots, total, out
@@ -316,14 +570,18 @@ def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads
             if kind == "share":
                 layout, server_layout, weights, server, slots, total, engine = rest
                 trainer = make_trainer(device, engine)
+                trainer.beat = beat
                 assert trainer.layout.sums == layout, "the worker's parameters are not those the run was started with"
                 answer: Any = None
             elif kind == "train":
-                pack, slot, merges = rest
-                if slot is not None:
-                    slots[slot].zero_()
-                turn = _Turn(pipe, {device, total.device}) if merges and slot is None else None
-                out = slots[slot] if slot is not None else total if merges else None
+                pack, place = rest
+                out, turn = None, None
+                if isinstance(place, int):
+                    out = slots[place].zero_()
+                elif place == "sum":
+                    out, turn = total, _Turn(pipe, {device, total.device}, beat)
+                elif place == "nowhere":  # adding to it is no work and takes no memory
+                    out = torch.empty_like(total, device="meta")
                 answer = trainer.train(pack, weights, server_layout.views(server), out, turn)
             elif kind == "measure":
                 answer = trainer.measure(rest[0], weights)
@@ -338,6 +596,8 @@ def _work(pipe: Connection, make_trainer: MakeTrainer, device_name: str, threads
             pipe.send(("done", answer))
         except Exception as error:
             if not (is_out_of_memory(error) and kind in ("train", "measure")):
+                if is_lost_context(error):
+                    raise
                 pipe.send(("error", traceback.format_exc()))
                 continue
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -13,9 +14,16 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def die_with_parent() -> None:
-    """End at once when the main process is gone, even in the middle of a step."""
+    """End at once when the main process is gone, even in the middle of a step.
+
+    On Linux the kernel sees to it, which also ends a process that is stopped or hangs; elsewhere this thread does.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     wait([mp.parent_process().sentinel])
     os._exit(1)
 

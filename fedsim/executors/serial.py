@@ -18,6 +18,9 @@ class Trainer(Protocol):
     """What an executor is handed: see `fedsim.training`."""
 
     layout: Layout
+    beat: Callable[[], None]
+    """Called at each forward and backward pass, scoring batch and piece of what is copied, added or kept; whoever watches over
+    the process puts something else in its place."""
 
     def train(self, pack: Pack, weights: Tensor, server: Params, out: Tensor, turn: Turn | None = None) -> Report:
         """Train a pack and add its clients' updates to `out`, in its turn."""
@@ -47,13 +50,16 @@ class Trainer(Protocol):
 MakeTrainer = Callable[[torch.device, Engine], Trainer]
 
 
-def client_failed(tasks: Sequence[Task], device: str, trace: str) -> ClientError:
-    """The error of a pack: round and ids first, then its own traceback."""
-    who = "a scoring pass"
-    if tasks:
-        names = [t.name for t in tasks]
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        who = f"round {tasks[0].round}, client{'s' if len(names) > 1 else ''} {', '.join(names[:8])}{more}"
+def clients(tasks: Sequence[Task]) -> str:
+    """Whose tasks they are."""
+    names = [t.name for t in tasks]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"client{'s' if len(names) > 1 else ''} {', '.join(names[:8])}{more}"
+
+
+def client_failed(tasks: Sequence[Task], device: str, trace: str, what: str = "a scoring pass") -> ClientError:
+    """The error of a pack: round and ids first, then its own traceback; without tasks, of what else was done."""
+    who = f"round {tasks[0].round}, {clients(tasks)}" if tasks else what
     return ClientError(f"{who} failed on {device}; its traceback:\n{trace}")
 
 

@@ -302,6 +302,16 @@ def borrow(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def blank(model: nn.Module) -> nn.Module:
+    """A model of the same modules whose parameters have the shapes and types of its own, but all the same zero in
+    shared memory as values: for who has its own to put in their place."""
+    memo: dict[int, Any] = {}
+    zeros = {dtype: torch.zeros(1, dtype=dtype).share_memory_() for dtype in {p.dtype for p in model.parameters()}}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(zeros[parameter.dtype].expand(parameter.shape), parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
 def memory_of(model: nn.Module) -> set[int]:
     """Addresses of the memory blocks in which a model's parameters lie."""
     return {p.untyped_storage().data_ptr() for p in model.parameters()}

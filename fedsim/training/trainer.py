@@ -41,6 +41,10 @@ from fedsim.types import Engine, Fault, Measured, Pack, Partial, Report, Row, Sc
 _TRIM_EVERY_S = 2.0
 
 
+def _unwatched() -> None:
+    """The beat of a trainer that nobody watches over."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a client trains and is scored; see the config's keys of the same names.
@@ -156,6 +160,10 @@ class Trainer:
         seed: the experiment's.
         state: folder of the files that hold client state.
         tokenizer: for generation.
+
+    Attributes:
+        beat: called at each pass, scoring batch, and piece of what is copied, added or kept; whoever watches over this process
+            puts something else in its place.
     """
 
     def __init__(
@@ -176,6 +184,7 @@ class Trainer:
         self.stores = stores_of(state, algorithms, self.layout, recipe)
         self.cuts: dict[str, tuple[list[Chunk], int]] = {}  # by mode
         self._trimmed = 0.0
+        self.beat: Callable[[], None] = _unwatched
         self._allocate(1)
         if not isinstance(net, StackedNet) or isinstance(net, StreamNet):
             net.adopt(self.flat)
@@ -370,6 +379,7 @@ class Trainer:
         owner, mode = part.trainer, part.pack.mode
         keeps, (chunks, width) = owner.recipe.keep_state[mode], self._cut(part)
         for lane, task in zip(part.lanes, tasks, strict=True):
+            self.beat()
             moments = None
             if keeps and task.read >= 0:
                 record = functools.partial(owner.stores[mode].read, task.read)
@@ -377,6 +387,7 @@ class Trainer:
             self.optimizer.reset(lane, task.steps_done, moments)
         own = part.whole(len(tasks))
         for chunk in chunks:
+            self.beat()
             ctx = self._context(part, tasks, chunk)
             start = part.algorithm.start(ctx)
             for name, view in chunk.views(self.flat[:, chunk.span]).items():
@@ -398,6 +409,7 @@ class Trainer:
         if algorithm.merges and not part.turn.wait():
             return  # the round is given up
         for chunk in chunks if good else ():
+            self.beat()
             ctx = part.ctx if part.ctx is not None and every else self._context(part, tasks, chunk)
             update, state = algorithm.client_update(chunk.views(self.flat[:, chunk.span][own].to(sums)), ctx)
             if algorithm.merges:
@@ -416,6 +428,7 @@ class Trainer:
             part.report.steps[task.client] = steps[i]
             if task.write >= 0 and keeps:
                 for j, moment in enumerate(self.optimizer.kept(lane)):
+                    self.beat()
                     store.write_at(task.write, width + j * self.layout.numel, moment)
 
     def _judge(
@@ -451,6 +464,7 @@ class Trainer:
             return found.square_().sum(dim=0).sqrt_().tolist()
         squares: list[list[float]] = [[] for _ in part.lanes]
         for chunk in chunks:
+            self.beat()
             start = chunk.views(self._received(part, chunk))
             for name, local in chunk.views(self.flat[:, chunk.span]).items():
                 for i, lane in enumerate(part.lanes):
@@ -512,6 +526,7 @@ class Trainer:
         loss: Tensor | None = None
         computed = np.zeros(k, dtype=np.int64)
         for rows in self._passes(tokens, batches):
+            self.beat()
             part, sizes = self.net.backward(tokens, rows, over)
             loss = part if loss is None else loss + part
             computed += sizes
@@ -573,6 +588,7 @@ class Trainer:
             tokenizer=self.tokenizer if generate else None,
             max_new_tokens=self.recipe.max_new_tokens,
             wanted=lanes,
+            beat=self.beat,
         )
         return [to_scores(r, tokens, o, by_row) for r, o in zip(rows, own, strict=True)]
 
@@ -631,6 +647,7 @@ class Trainer:
         (i, record), (split, generate, by_row) = model, kind
         owner, request, flat = asked[i]
         for chunk in self.layout.chunks(self.recipe.chunk):
+            self.beat()
             if record is None:
                 piece = flat[chunk.span]
             else:
