@@ -100,7 +100,7 @@ def score_rows(
     out = [RowScores(rows, nll[k], count, None if predicted is None else predicted[k]) for k in wanted]
     if tokenizer is not None and not tokens.is_classes:
         base = net.model.get_base_model() if hasattr(net.model, "get_base_model") else net.model
-        watched = base.register_forward_hook(lambda *_: beat())  # a pass each token
+        watched = base.register_forward_pre_hook(lambda *_: beat())  # a pass each token
         try:
             for k, each in zip(wanted, out, strict=True):
                 net.show(k)

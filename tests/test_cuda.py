@@ -39,6 +39,27 @@ def test_two_workers_on_one_gpu_give_the_bits_of_the_serial_executor(tmp_path: P
     assert serial == pool
 
 
+def test_workers_on_a_gpu_that_die_are_replaced_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is killed in a step, in another a kernel fails."""
+    from frail import arm, armed
+    from test_faults import FrailBundle
+
+    import fedsim.experiment
+
+    one = {"training": {"lanes": 1}}
+    serial = _run(tmp_path / "serial", {"name": "serial", "device": "cuda:0", "threads": 1}, **one)
+    points = tmp_path / "points"
+    points.mkdir()
+    arm(points, "federated-1-site-2-step", "kill")
+    arm(points, "federated-2-site-1-step", "assert")
+    monkeypatch.setenv("FEDSIM_TEST_POINTS", str(points))
+    monkeypatch.setattr(fedsim.experiment, "Bundle", FrailBundle)
+    pool = _run(tmp_path / "pool", {"name": "pool", "devices": ["cuda:0"], "workers": 2, "threads": 1}, **one)
+    assert armed(points) == [] and pool == serial
+
+
 def test_default_executor_uses_every_device(tmp_path: Path) -> None:
     from fedsim.experiment import devices_of
 

@@ -346,9 +346,10 @@ class PoolExecutor:
                 worker.process.join(timeout=5)
             if worker.process.is_alive():
                 worker.process.kill()
-                worker.process.join()
+                worker.process.join(timeout=30)
             worker.pipe.close()
-            worker.process.close()
+            if not worker.process.is_alive():
+                worker.process.close()
             self._unread |= worker.job is not None and not worker.loaded
         if self._unread:  # handles that nobody will take would keep the buffers in memory
             resource_sharer.stop(timeout=5)
@@ -432,6 +433,11 @@ class PoolExecutor:
             deaths = worker.loads if not loaded else job.deaths if job is not None else []
             if len(deaths) >= _DEATHS:
                 self._give_up(worker, deaths)
+            if worker.process.is_alive():
+                raise WorkerDied(
+                    f"worker {worker.name} on {worker.device}: {worker.ended}, and its process {worker.process.pid} does not "
+                    "end, not even by SIGKILL: its device or its driver hangs"
+                )
             worker.pipe.close()
             worker.process.close()
             worker.process = None
@@ -446,6 +452,7 @@ class PoolExecutor:
         worker.process.join(timeout=5)
         if worker.process.is_alive():  # it has closed its pipe, or said that it ends
             worker.process.kill()
+            worker.process.join(timeout=30)
         worker.ended = worker.why or died_of(worker.process)
         job = worker.job
         deaths = worker.loads if not worker.loaded else job.deaths if job is not None else []
