@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedsim.errors import ClientError, UserError
+from fedsim.errors import ClientError, UserError, visible
 
 _INTERRUPTED = 130  # what the parser makes of Ctrl-C
 
@@ -116,9 +116,10 @@ def sweep(
     if failed:
         print(f"\n{len(failed)} of {len(jobs)} run(s) failed:", file=sys.stderr)
         for job in failed:
-            print(f"  {said(job.settings)}: {job.reason}", file=sys.stderr)
+            print(visible(f"  {said(job.settings)}: {job.reason}"), file=sys.stderr)
     if done.problem is not None:
-        print(f"fedsim: {len(finished)} run(s) are finished, but there are no tables: {done.problem}", file=sys.stderr)
+        problem = f"{len(finished)} run(s) are finished, but there are no tables: {done.problem}"
+        print(visible(f"fedsim: {problem}"), file=sys.stderr)
         raise typer.Exit(2)
     if failed:
         raise typer.Exit(1)
@@ -167,7 +168,7 @@ def reproduce(
         failed = [job for job in plan.jobs if job.state == "failed"]
         print(f"{len(failed)} of {len(plan.jobs)} run(s) failed, so there is no report:", file=sys.stderr)
         for job in failed:
-            print(f"  {said(job.settings)}: {job.reason}", file=sys.stderr)
+            print(visible(f"  {said(job.settings)}: {job.reason}"), file=sys.stderr)
         raise typer.Exit(1)
     text = report.read_text(encoding="utf-8")
     for line in text.splitlines():
@@ -192,11 +193,11 @@ def partition(
 
     from fedsim import plots
     from fedsim.build import prepare
-    from fedsim.config import Experiment
+    from fedsim.config import Experiment, results_of
 
     exp = Experiment.load(file, overrides or [])
     report = prepare(exp).report
-    place = out or Path(exp.results).expanduser() / exp.name / "partition"
+    place = out or results_of(exp) / exp.name / "partition"
     place.mkdir(parents=True, exist_ok=True)
     (place / "partition.json").write_text(json.dumps(report, indent=2) + "\n")
     figure = Figure(layout="constrained")
@@ -280,7 +281,7 @@ def diff(
     for side, path in (("a", a), ("b", b)):
         folder = find_runs(path)[0]
         print(f"{side}  {folder} ({read_state(folder)})")
-    print(f"\n{found}\n")
+    print(visible(f"\n{found}\n", lines=True))
     print("the runs agree" if found.agree else "the runs differ")
     if not found.agree:
         raise typer.Exit(1)
@@ -465,9 +466,9 @@ def _partition_table(report: dict[str, Any]) -> None:
     )
     notes = [f"{k.replace('_', ' ')}: {v}" for k, v in report["notes"].items() if v]
     if notes:
-        print("; ".join(notes))
+        print(visible("; ".join(notes)))
     if report["empty_clients"]:
-        print(f"without a row, left out of cohorts: {', '.join(report['empty_clients'])}")
+        print(visible(f"without a row, left out of cohorts: {', '.join(report['empty_clients'])}"))
 
 
 def _table(frame: Any, title: str) -> None:
@@ -477,15 +478,15 @@ def _table(frame: Any, title: str) -> None:
     def cell(value: Any) -> str:
         if value is None or value is pd.NA or (isinstance(value, float) and pd.isna(value)):
             return "-"
-        return f"{value:.4f}" if isinstance(value, float) else str(value)
+        return f"{value:.4f}" if isinstance(value, float) else visible(str(value))
 
-    columns = [str(c) for c in frame.columns]
+    columns = [visible(str(c)) for c in frame.columns]
     rows = [[cell(v) for v in row] for row in frame.itertuples(index=False)]
     numeric = [
         all(r[i] == "-" or r[i].replace(".", "", 1).lstrip("-").isdigit() for r in rows) for i in range(len(columns))
     ]
     widths = [max(len(c), *(len(r[i]) for r in rows)) if rows else len(c) for i, c in enumerate(columns)]
-    print(f"\n{title}")
+    print(f"\n{visible(title)}")
     for line in [columns, ["-" * w for w in widths], *rows]:
         print(
             "  ".join(v.rjust(w) if n else v.ljust(w) for v, w, n in zip(line, widths, numeric, strict=True)).rstrip()
@@ -504,22 +505,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = app(args=None if argv is None else list(argv), prog_name="fedsim", standalone_mode=False)
     except UserError as error:
-        print(f"fedsim: {error}", file=sys.stderr)
+        print(visible(f"fedsim: {error}"), file=sys.stderr)
         return 2
     except ClientError as error:
-        print(f"fedsim: {error}", file=sys.stderr)
+        print(visible(f"fedsim: {error}", lines=True), file=sys.stderr)
         return 1
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"fedsim: {error.filename}: {error.strerror}; give another folder or file", file=sys.stderr)
+        print(visible(f"fedsim: {error.filename}: {error.strerror}; give another folder or file"), file=sys.stderr)
         return 2
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)
             return 2
         if hasattr(error, "format_message"):  # the command line parser's own usage errors
-            print(f"fedsim: {error.format_message()}; see fedsim --help", file=sys.stderr)
+            print(visible(f"fedsim: {error.format_message()}; see fedsim --help"), file=sys.stderr)
             return 2
         raise
     if code == _INTERRUPTED:

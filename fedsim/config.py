@@ -103,6 +103,7 @@ __all__ = [
     "components",
     "expand_path",
     "keys_of",
+    "results_of",
 ]
 
 _NOT_IN_ID = ("rounds", "results", "executor", "tracking", "checkpoint", "aggregation")
@@ -183,8 +184,13 @@ class Experiment:
             self.name,
             "is not a folder's name: use letters, digits, . _ + -",
         )
+        check_that(
+            len(self.name) <= 200, "name", self.name, "is longer than a folder's name can be; give a shorter one"
+        )
         check_that(self.seed >= 0, "seed", self.seed, "is negative")
         check_that(self.rounds >= 1, "rounds", self.rounds, "is below 1")
+        check_that(self.rounds <= 10**7, "rounds", self.rounds, "is above 10000000, which no run comes to the end of")
+        check_that(bool(self.results), "results", self.results, "is empty; give a folder, or . for this one")
         check_that(len(self.modes) > 0, "modes", self.modes, "is empty; name some of local, federated, central")
         check_that(len(set(self.modes)) == len(self.modes), "modes", self.modes, "names a mode twice")
         for f in dataclasses.fields(self):
@@ -243,7 +249,7 @@ class Experiment:
         # Whole sections first, then names: neither drops a key that stands beside it on the command line.
         for path, value in sorted(map(_parse_override, overrides), key=_rank):
             _override(tree, path, value)
-        for path, value in sorted(((k.split("."), v) for k, v in (settings or {}).items()), key=_rank):
+        for path, value in sorted(((str(k).split("."), v) for k, v in (settings or {}).items()), key=_rank):
             _override(tree, path, copy.deepcopy(value))
         tree = _interpolate(tree)
         _absolute_paths(tree, folder)
@@ -303,10 +309,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: for a missing file, or one that is no YAML mapping in UTF-8.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; give the YAML file of an experiment, e.g. experiments/lora_sentiment/tiny.yaml"
+            f"{path}: {'a folder, no file' if path.is_dir() else 'no such file'}; give the YAML file of an experiment, e.g. experiments/lora_sentiment/tiny.yaml"
         )
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -314,11 +321,35 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save the YAML file as UTF-8"
         ) from None
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep to be read; an experiment has sections of keys and lists") from None
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as YAML: {_problem(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds {type(tree).__name__}, not sections with keys; see experiments/ for examples")
     return tree
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a YAML file, where, and what to do."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem is not None:
+        mark = error.problem_mark or error.context_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        text = " ".join(error.problem.split()).rstrip(".")
+        way = "mend that line"
+        if "'\\t'" in text or "cannot start any token" in text:
+            way = "indent with spaces, not tabs, and quote text that begins with a special character"
+        elif "python/" in text or "constructor for the tag" in text:
+            way = "tags are not followed and no code is run; write plain text, numbers, lists and sections"
+        elif "duplicate key" in text:
+            way = "leave one of them out"
+        return f"{at}{text}; {way}"
+    text = (
+        str(error).split("\n")[0].rstrip(".") if not isinstance(error, yaml.YAMLError) else " ".join(str(error).split())
+    )
+    if "Incompatible key type" in text:
+        text = "a key is null or a list, not text"
+    return f"{text}; mend it, see experiments/ for examples"
 
 
 class _Dumper(yaml.SafeDumper):
@@ -404,9 +435,13 @@ def _interpolate(tree: dict[str, Any]) -> dict[str, Any]:
             _set(tree, path, "")
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except RecursionError:
+        raise UserError("config: nested too deep; an experiment has sections of keys and lists") from None
     except OmegaConfBaseException as error:
-        message = str(error).split("\n")[0]
-        raise UserError(f"{getattr(error, 'full_key', None) or 'config'}: {message}") from None
+        way = "interpolations are ${oc.env:NAME} and ${section.key}; write \\${ for plain text"
+        raise UserError(
+            f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}; {way}"
+        ) from None
     for path, text in kept.items():
         _set(resolved, path, text)
     return resolved
@@ -465,7 +500,21 @@ def expand_path(text: str, key: str) -> str:
                 f"set {name[1]} to the folder that holds it, or give {key}=PATH" if name else str(error).split("\n")[0]
             )
             raise UserError(f"{key}: {text!r} cannot be resolved; {way}") from None
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise UserError(f"{key}: {text!r} is of a user who is not known here; give the whole path") from None
+
+
+def results_of(exp: Experiment) -> Path:
+    """The root of an experiment's run folders.
+
+    Raises:
+        UserError: if a variable in it is not set.
+    """
+    return Path(expand_path(exp.results, "results"))
 
 
 def _absolute_paths(tree: dict[str, Any], folder: Path) -> None:
@@ -474,7 +523,14 @@ def _absolute_paths(tree: dict[str, Any], folder: Path) -> None:
         text = _get(tree, path) if path != ("results",) else None
         if not isinstance(text, str) or not text or "${" in text or text == "tiny" or text.startswith("package:"):
             continue
-        for candidate in (Path(text).expanduser(), folder / text):
-            if candidate.exists():
+        for candidate in (Path(expand_path(text, _key(path))), folder / text):
+            if _exists(candidate):
                 _set(tree, path, str(candidate.resolve()))
                 break
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or no path at all: an error where it is read
+        return False

@@ -1,8 +1,36 @@
 """Errors that a user can put right: one clear line each, exit code 2 on the command line."""
 
+import difflib
+import re
+from collections.abc import Iterable
+
+# Control characters, marks that turn the direction of writing, line and paragraph separators, halves of characters.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_UNSEEN_BUT_LINES = re.compile(_UNSEEN.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
+
 
 class UserError(ValueError):
     """Something the user wrote cannot work: names the thing, the value and the way out, in one line."""
+
+
+def visible(text: str, lines: bool = False) -> str:
+    """Text that may be of a user's data, fit for a terminal: what is not seen, or steers it, as an escape such as `\\x1b`.
+
+    Args:
+        text: anything.
+        lines: leave line ends and tabs as they are.
+    """
+    pattern = _UNSEEN_BUT_LINES if lines else _UNSEEN
+    return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def nearest_first(name: str, known: Iterable[str], most: int = 30) -> str:
+    """Names to choose from as text, those that look like `name` first; of more than `most` the rest as a number."""
+    names = [str(k) for k in known]
+    near = difflib.get_close_matches(name, names, n=3)
+    ordered = [*near, *(n for n in dict.fromkeys(names) if n not in near)]
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return (", ".join(ordered[:most]) or "nothing") + more
 
 
 class ClientError(RuntimeError):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fedsim.algorithms import ALGORITHMS, Algorithm
 from fedsim.build import CENTRAL, Parts, Shared, draw_of, prepare
-from fedsim.config import Experiment
+from fedsim.config import Experiment, results_of
 from fedsim.data.partition import Partition, VirtualPartition
 from fedsim.data.tokens import Tokens
 from fedsim.errors import UserError, WorkerDied
@@ -313,7 +313,7 @@ def devices_of(exp: Experiment) -> tuple[str, list[str]]:
 
 def run_folder_of(exp: Experiment, run_id: str) -> Path:
     """Where an experiment's run lies."""
-    return Path(exp.results).expanduser() / exp.name / run_id
+    return results_of(exp) / exp.name / run_id
 
 
 def run(
@@ -373,6 +373,9 @@ def _run(
                 folder.write_json("status.json", {k: v for k, v in status.items() if k != "figures"})
         else:
             _Session(exp, parts, folder, show, kind, devices, status, shared or Shared(), member).run()
+    except UserError:
+        folder.discard_new()
+        raise
     finally:
         show.end()
         folder.close()

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from fedsim.errors import visible
 from fedsim.types import Report
 
 
@@ -85,6 +86,7 @@ class Progress:
         return f", {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
 
     def _print(self, text: str) -> None:
+        text = visible(text)  # clients' ids and label words come from the user's data
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         else:
@@ -100,7 +102,7 @@ class Board:
     """
 
     def __init__(self, show: bool, names: list[str]) -> None:
-        self.show, self.names = show, names
+        self.show, self.names = show, [visible(name) for name in names]
         self.states, self.texts = ["waiting"] * len(names), [""] * len(names)
         self._began, self._live = time.monotonic(), None
         if show and sys.stderr.isatty():
@@ -112,7 +114,7 @@ class Board:
 
     def update(self, run: int, state: str, text: str) -> None:
         """A run has another state, or more to say."""
-        before, self.states[run], self.texts[run] = self.states[run], state, text
+        before, self.states[run], self.texts[run] = self.states[run], state, visible(text)
         if self.show and self._live is None and state != before:
             place = f"{run + 1}/{len(self.names)}"
             print(f"{place:>9s}  {state:8s}  {self.names[run]}  {text}".rstrip(), file=sys.stderr, flush=True)

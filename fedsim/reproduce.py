@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fedsim.config import Experiment, read_yaml
+from fedsim.config import Experiment, read_yaml, results_of
 from fedsim.errors import UserError
 from fedsim.report import check as check_report
 from fedsim.report import zero_shot_file
@@ -92,7 +92,7 @@ class Reproduction:
         name = "report" if budget in (None, *list(budgets)[-1:]) else f"report-{budget}"
         if overrides:  # other runs than those that were published have a report of their own
             name += "-" + hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:6]
-        path = Path(jobs[0].exp.results).expanduser() / jobs[0].exp.name / name
+        path = results_of(jobs[0].exp) / jobs[0].exp.name / name
         return cls(spec, labels, titles, jobs, size, budget, path)
 
 

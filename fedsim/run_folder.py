@@ -6,6 +6,7 @@ the bytes of `metrics.jsonl` that belong to it and the hash of its tensors. Noth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,6 +35,17 @@ def write_atomic(path: Path, data: bytes) -> None:
     beside.replace(path)
 
 
+def _missing(path: Path) -> list[Path]:
+    """Which folders there are to make, the innermost first."""
+    return [p for p in (path, *path.parents) if not p.exists()]
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not made after all, or somebody else has put something into it
+            folder.rmdir()
+
+
 class RunFolder:
     """One run's folder, `results/<experiment>/<run id>/`.
 
@@ -46,10 +58,12 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._made = _missing(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._metrics = (path / "metrics.jsonl").open("ab")
         except OSError as error:
+            _remove_empty(self._made)
             raise UserError(
                 f"results: {str(path)!r} cannot be written to ({error.strerror}); give results=FOLDER"
             ) from None
@@ -61,7 +75,13 @@ class RunFolder:
     def read_json(self, name: str) -> Any:
         """A JSON file's content, or None where there is none."""
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            way = "put it back, or delete the run folder to start anew"
+            raise UserError(f"{file}: damaged, not JSON ({error}); {way}") from None
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file whole."""
@@ -114,6 +134,13 @@ class RunFolder:
         """Close the metrics file."""
         self._metrics.close()
 
+    def discard_new(self) -> None:
+        """Remove the folder, with those around it that were made for it, if it is new and no metrics row is in it."""
+        self._metrics.flush()
+        if self.path in self._made and (self.path / "metrics.jsonl").stat().st_size == 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            _remove_empty(self._made)
+
     # ---------------------------------------------------------------------------------------- checkpoints
 
     def save_checkpoint(
@@ -155,9 +182,12 @@ class RunFolder:
         for file in sorted((self.path / "checkpoints" / mode).glob("round-*.json")):
             try:
                 info = json.loads(file.read_text())
+                _check_inside(file, info["files"])
                 whole = all(_sha256(file.with_name(name)) == found for name, found in info["files"].items())
                 whole = whole and info["metrics_bytes"] <= rows
-            except (OSError, ValueError, KeyError, AttributeError):
+            except UserError:
+                raise
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 whole = False
             if whole:
                 out.append(info)
@@ -171,6 +201,19 @@ class RunFolder:
             with safe_open(self.path / "checkpoints" / mode / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - no mapping
                     yield key, file.get_tensor(key)
+
+
+def _check_inside(file: Path, names: Iterable[str]) -> None:
+    """Refuse a checkpoint whose files do not lie beside it.
+
+    Raises:
+        UserError: for a name that is a path, or a link that leads elsewhere.
+    """
+    for name in names:
+        inside = name == Path(name).name and (file.parent / name).resolve().parent == file.parent.resolve()
+        if not inside:
+            way = "it was not written by fedsim; delete it to go on from the checkpoint before"
+            raise UserError(f"{file}: {name!r} is no file of its own folder; {way}")
 
 
 def _shards(tensors: dict[str, Tensor], most: int) -> list[list[str]]:

@@ -163,12 +163,30 @@ def _try_leaf(annotation: Any, value: Any, path: str) -> Any:
     if annotation in (None, type(None)):
         return None if value is None else _MISMATCH
     if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
     if annotation is int and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return int(value) if math.isfinite(value) and float(value).is_integer() else _MISMATCH
+        if isinstance(value, float) and not value.is_integer():  # NaN and infinity are none either
+            return _MISMATCH
+        if abs(value) >= 2**63:
+            raise UserError(f"{path}: {value!r} is larger than a number can be; give one below 2^63")
+        return int(value)
+    if annotation is str and isinstance(value, str):
+        return _sound(value, path)
     if annotation in (str, bool):
         return value if isinstance(value, annotation) else _MISMATCH
     return _MISMATCH
+
+
+def _sound(text: str, path: str) -> str:
+    """Refuse what no file name, label or YAML file can hold."""
+    odd = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+    if odd is not None:
+        kind = "a zero byte" if odd == "\0" else "half of a character (a surrogate), or bytes that are not UTF-8"
+        raise UserError(f"{path}: {text!r} holds {kind}; take it out")
+    return text
 
 
 def _describe(annotation: Any) -> str:

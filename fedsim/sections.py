@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fedsim.errors import UserError
 
+_MOST = 1024  # workers, or threads of one
 _NAME_LAYERS = "is empty; name layers of the base, or use auto"
 
 
@@ -121,6 +122,8 @@ class Prompt:
     """Start from the embeddings of this text; null starts from randomly drawn ones."""
 
     def check(self, path: str) -> None:
+        said = self.init_text is None or bool(self.init_text.strip())
+        check_that(said, f"{path}.init_text", self.init_text, "is empty; give some words, or null")
         check_that(self.num_virtual_tokens >= 1, f"{path}.num_virtual_tokens", self.num_virtual_tokens, "is below 1")
 
 
@@ -188,6 +191,8 @@ class _DataKeys:
         if self.labels is not None:
             check_that(len(self.labels) >= 2, f"{path}.labels", self.labels, "has fewer than two labels")
             check_that(len(set(self.labels)) == len(self.labels), f"{path}.labels", self.labels, "names a label twice")
+            bare = all(word.strip() == word != "" for word in self.labels)
+            check_that(bare, f"{path}.labels", self.labels, "has an empty label, or one with white space around it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -596,6 +601,9 @@ class LocalWork:
         if self.epochs is not None:
             check_that(self.epochs >= 1, f"{path}.epochs", self.epochs, "is below 1")
         check_that(self.batch_size >= 1, f"{path}.batch_size", self.batch_size, "is below 1")
+        if self.steps is not None:
+            way = f"x batch_size={self.batch_size} are more rows a round than 2^31; lower one of them"
+            check_that(self.steps * self.batch_size < 2**31, f"{path}.steps", self.steps, way)
         if self.micro_batch is not None:
             fits = 1 <= self.micro_batch <= self.batch_size
             check_that(fits, f"{path}.micro_batch", self.micro_batch, f"is outside 1 to batch_size={self.batch_size}")
@@ -612,7 +620,10 @@ class LocalWork:
         if self.optimizer == "adamw":
             check_that(self.momentum == 0, f"{path}.momentum", self.momentum, "is a key of sgd; adamw takes betas")
         check_that(
-            self.clip is None or self.clip > 0, f"{path}.clip", self.clip, "is not positive; null turns clipping off"
+            self.clip is None or 0 < self.clip < math.inf,
+            f"{path}.clip",
+            self.clip,
+            "is not positive and finite; null turns clipping off",
         )
         check_that(self.warmup >= 0, f"{path}.warmup", self.warmup, "is negative")
         if self.horizon is not None:
@@ -828,8 +839,8 @@ class AutoExecutor:
     """As the pool's; without worker processes it has no effect."""
 
     def check(self, path: str) -> None:
-        check_that(self.workers is None or self.workers >= 1, f"{path}.workers", self.workers, "is below 1")
-        check_that(self.threads is None or self.threads >= 1, f"{path}.threads", self.threads, "is below 1")
+        _check_number(self.workers, f"{path}.workers")
+        _check_number(self.threads, f"{path}.threads")
         _check_hang(self.hang_s, f"{path}.hang_s")
 
 
@@ -845,7 +856,7 @@ class Serial:
 
     def check(self, path: str) -> None:
         _check_device(self.device, f"{path}.device")
-        check_that(self.threads is None or self.threads >= 1, f"{path}.threads", self.threads, "is below 1")
+        _check_number(self.threads, f"{path}.threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -875,14 +886,20 @@ class Pool:
                     self.workers,
                     f"leaves some of the {len(self.devices)} devices without work",
                 )
-        check_that(self.workers is None or self.workers >= 1, f"{path}.workers", self.workers, "is below 1")
-        check_that(self.threads is None or self.threads >= 1, f"{path}.threads", self.threads, "is below 1")
+        _check_number(self.workers, f"{path}.workers")
+        _check_number(self.threads, f"{path}.threads")
         _check_hang(self.hang_s, f"{path}.hang_s")
 
 
 def _check_hang(seconds: float | None, path: str) -> None:
     fine = seconds is None or (math.isfinite(seconds) and seconds > 0)
     check_that(fine, path, seconds, "is not a positive number of seconds; null = wait for ever")
+
+
+def _check_number(count: int | None, path: str) -> None:
+    """Of workers or threads: what no machine has is a slip, and starting them would take it down."""
+    check_that(count is None or count >= 1, path, count, "is below 1")
+    check_that(count is None or count <= _MOST, path, count, f"is above {_MOST}; a core has use for one")
 
 
 def _check_device(device: str, path: str) -> None:

@@ -28,7 +28,7 @@ import torch
 import torch.multiprocessing as mp
 
 from fedsim.build import Parts, Shared, prepare
-from fedsim.config import Experiment, read_yaml
+from fedsim.config import Experiment, read_yaml, results_of
 from fedsim.errors import ClientError, UserError
 from fedsim.executors.fleet import Fleet, Member
 from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, without_interrupt
@@ -101,7 +101,7 @@ class Sweep:
     @property
     def path(self) -> Path:
         """The sweep's folder."""
-        return Path(self.experiments[0].results).expanduser() / self.name
+        return results_of(self.experiments[0]) / self.name
 
     @classmethod
     def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
