@@ -23,9 +23,9 @@ from fedsim.data.partition import (
     site_rows,
     site_rows_by_column,
 )
-from fedsim.data.sources import Source
+from fedsim.data.sources import Source, Split
 from fedsim.data.tokens import Template, Tokens, encode, encode_chats
-from fedsim.errors import UserError
+from fedsim.errors import UserError, nearest_first
 from fedsim.models import base
 from fedsim.schema import plain
 from fedsim.seeding import stream
@@ -308,9 +308,10 @@ def load_rows(exp: Experiment) -> Rows:
     fields = Template.parse(template).fields
     # The rows of instructions have the same names whatever those of the file.
     renamed = {} if exp.data.name == "instructions" else exp.data.columns
-    texts = {name: split.texts(fields, renamed, source.labels) for name, split in source.splits.items()}
-    tokenizer = base.load_tokenizer(model)
     heads = exp.model.task == "sequence_classification"
+    asked = [f for f in (fields if heads else fields[:-1]) if f != "label"]
+    texts = {name: split.texts(fields, renamed, source.labels, name, asked) for name, split in source.splits.items()}
+    tokenizer = base.load_tokenizer(model)
     tokens = {
         name: encode(
             texts[name],
@@ -322,6 +323,7 @@ def load_rows(exp: Experiment) -> Rows:
             max_length=exp.data.max_length,
             too_long=exp.data.too_long,
             split=name,
+            place=split.place,
         )
         for name, split in source.splits.items()
     }
@@ -341,6 +343,7 @@ def _load_chats(exp: Experiment, model: base.Source, source: Source) -> Rows:
             max_length=exp.data.max_length,
             too_long=exp.data.too_long,
             split=name,
+            place=split.place,
         )
         for name, split in source.splits.items()
     }
@@ -415,7 +418,7 @@ def _classes(exp: Experiment, source: Source) -> tuple[dict[str, np.ndarray], li
         by = "source"  # nothing is divided by it: skew is measured by it, and validation rows are dealt by it
     if by is not None:
         if by not in train.columns:
-            raise UserError(f"partition.by: {by!r} is no column; the data has: {', '.join(train.columns)}")
+            raise UserError(f"partition.by: {by!r} is no column; the data has: {nearest_first(by, train.columns)}")
         names = sorted({str(v) for v in train.columns[by]})
         index = {n: i for i, n in enumerate(names)}
         return {
@@ -447,8 +450,12 @@ def _partition(
         column = keys.pop("column")
         columns = source.splits["train"].columns
         if column not in columns:
-            raise UserError(f"partition.column: {column!r} is no column; the data has: {', '.join(columns)}")
+            raise UserError(
+                f"partition.column: {column!r} is no column; the data has: {nearest_first(column, columns)}"
+            )
+        _check_ids(source.splits["train"], column)
         keys["values"] = [columns[column][r] for r in kept["train"]]
+        _check_emptied(exp, columns[column], kept["train"])
     if name == "class_counts":
         _check_counts(keys["counts"], names)
     partition = PARTITIONERS[name](train, rng, **keys)
@@ -467,6 +474,30 @@ def _partition(
         )
     mapped = Partition(partition.offsets, kept["train"][partition.indices], partition.names, partition.notes)
     return mapped, Partition(own.offsets, held_kept[own.indices], partition.names), report
+
+
+def _check_ids(split: Split, column: str) -> None:
+    """Whether a column names clients."""
+    for row, value in enumerate(split.columns[column]):
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        named = isinstance(value, str) and value.strip() and not value.endswith("\0") and sources.sound(value)
+        if not whole and not named:
+            shown = "nothing" if sources.missing(value) else repr(value)[:60]
+            way = "every row needs an id, text that is not blank or a whole number"
+            raise UserError(f"partition.column: {split.place(row, 'train')} has {shown} in {column!r}; {way}")
+
+
+def _check_emptied(exp: Experiment, ids: list[Any], kept: np.ndarray) -> None:
+    """Whether each client still has a row after those that cannot be trained on were left out."""
+    held = {str(ids[r]) for r in kept}
+    gone = sorted({str(v) for v in ids} - held)
+    if gone:
+        rows = sum(str(v) == gone[0] for v in ids)
+        others = f" ({len(gone)} such clients)" if len(gone) > 1 else ""
+        way = f"none fits data.max_length={exp.data.max_length} with data.too_long={exp.data.too_long} and has text and an answer"
+        raise UserError(
+            f"partition.column: client {gone[0]!r} is left without a row{others}: of its {rows} {way}; change these keys, or take its rows out"
+        )
 
 
 def _check_counts(counts: list[list[int]], names: list[str]) -> None:
@@ -496,13 +527,28 @@ def _check(parts: Parts) -> None:
                 f"local.drop_last: true leaves {name} ({rows} rows, {len(small)} such client(s)) without a step at local.batch_size={work.batch_size}; "
                 f"set drop_last=false, batch_size={int(sizes[clients].min())} or less, or local.steps"
             )
+    _check_vocabulary(parts)
     positions = base.max_positions(base.load_config(parts.model))
     extra = getattr(exp.adapter, "num_virtual_tokens", 0)
     longest = max(int(t.lengths.max(initial=0)) for t in parts.tokens.values())
     if positions is not None and longest + extra > positions:
         virtual = f" and {extra} virtual tokens" if extra else ""
         raise UserError(
-            f"data.max_length: {exp.data.max_length} lets rows of {longest} tokens{virtual} through, the base takes {positions}; give at most {positions - extra}"
+            f"data.max_length: {exp.data.max_length} lets rows of {longest} tokens{virtual} through, the base takes {positions}; give {f'at most {positions - extra}' if positions - extra > 1 else 'fewer virtual tokens'}"
+        )
+
+
+def _check_vocabulary(parts: Parts) -> None:
+    """Whether the base has an embedding for each token: a tokenizer of another model may number more."""
+    size = getattr(base.load_config(parts.model).get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
+        return
+    largest = max((int(t.ids.max()) for t in parts.tokens.values() if len(t.ids)), default=0)
+    largest = max(largest, parts.tokenizer.pad_token_id)
+    if largest >= size:
+        word = parts.tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"model.path: the tokenizer of {parts.model.name!r} has token {largest} ({word!r}), but the base has embeddings for {size}; give the folder the tokenizer that the base was trained with"
         )
 
 

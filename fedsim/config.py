@@ -313,7 +313,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise UserError(
-            f"{path}: {'a folder, no file' if path.is_dir() else 'no such file'}; give the YAML file of an experiment, e.g. experiments/lora_sentiment/tiny.yaml"
+            f"{path}: no such file; give the YAML file of an experiment, e.g. experiments/lora_sentiment/tiny.yaml"
         )
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)

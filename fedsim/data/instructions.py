@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.data.sources import SPLITS, Source, Split, load_hub, looks_like_hub_id, missing, read_table
+from fedsim.data.sources import SPLITS, Source, Split, load_hub, looks_like_hub_id, missing, read_table, sound
 from fedsim.errors import UserError
 from fedsim.seeding import stream
 
@@ -198,6 +198,7 @@ def _examples(
             raise UserError(
                 f"{at}: {path!r} has no column {lacking[0]!r}, which format {kind} needs; it has: {', '.join(there)}; {way}"
             )
+        _check_cells(rows, [c for role, c in names.items() if role != "messages"], place, path)
         records += rows
     examples = read(records, names, turns, at, notes)
     if not examples:
@@ -229,6 +230,18 @@ def _records(
         there = list(rows.column_names)
         records += (rows if wanted is None else rows.select_columns([c for c in there if c in wanted])).to_list()
     return there, records
+
+
+def _check_cells(records: list[dict[str, Any]], columns: list[str], place: str, path: str) -> None:
+    """Whether cells hold text, a number or nothing; no list or object, and whole characters."""
+    for column in columns:
+        for row, record in enumerate(records, 1):
+            value = record.get(column)
+            if isinstance(value, (dict, list, bytes)) or (isinstance(value, str) and not sound(value)):
+                shown = str(value)[:60]
+                raise UserError(
+                    f"{place}: row {row} of {path!r} has {shown!r} in the column {column!r}, which is no text; write text in whole characters"
+                )
 
 
 def _text(record: dict[str, Any], column: str) -> str:
@@ -316,7 +329,7 @@ def _chats(
 
 def _turns(value: Any, row: int, at: str) -> list[dict[str, str]]:
     """A chat as `{role, content}` turns; in CSV it is JSON in a cell."""
-    wanted = f"{at}: row {row} of the messages is not a list of {{role, content}} turns"
+    wanted = f"{at}: row {row + 1} of the messages is not a list of {{role, content}} turns"
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -330,7 +343,7 @@ def _turns(value: Any, row: int, at: str) -> list[dict[str, str]]:
     for turn in value:
         role = turn.get("role") if isinstance(turn, dict) else None
         content = turn.get("content", "") if isinstance(turn, dict) else None
-        if not isinstance(role, str) or not (content is None or isinstance(content, str)):
+        if not isinstance(role, str) or not (content is None or (isinstance(content, str) and sound(content))):
             raise UserError(f"{wanted}: it has {str(turn)[:60]!r}")
         out.append({"role": role, "content": content or ""})
     return out

@@ -6,6 +6,7 @@ data has a file of its own, `instructions.py`.
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.errors import UserError
+from fedsim.errors import UserError, nearest_first
 
 SPLITS = ("train", "validation", "test")
 _SENTIMENT = ["negative", "neutral", "positive"]
@@ -30,21 +31,46 @@ class Split:
     Attributes:
         columns: name -> n values, as the file gives them.
         labels: class of each row, int64 `[n]`, or None.
+        file: where the rows come from, for messages; "" = not a file.
+        places: number of each row in the file, from 1, the header not counted; None = the rows are all of the file's.
     """
 
     columns: dict[str, list[Any]]
     labels: np.ndarray | None
+    file: str = ""
+    places: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
 
-    def texts(self, fields: Sequence[str], rename: dict[str, str], words: list[str] | None) -> list[dict[str, str]]:
-        """The template's fields of each row as text; the label as its word.
+    def place(self, row: int, split: str) -> str:
+        """A row by its number, for messages: in the user's file where it is from one, else in the split."""
+        if not self.file:
+            return f"row {row + 1} of {split}"
+        return f"row {row + 1 if self.places is None else int(self.places[row])} of {self.file!r}"
+
+    def texts(
+        self,
+        fields: Sequence[str],
+        rename: dict[str, str],
+        words: list[str] | None,
+        split: str = "the data",
+        asked: Sequence[str] = (),
+    ) -> list[dict[str, str]]:
+        """The template's fields of each row as text, whatever it holds; the label as its word.
+
+        Args:
+            fields: their names.
+            rename: field -> column, where their names differ.
+            words: label words.
+            split: its name, for messages.
+            asked: fields of which a row of the user's file must have one that is not blank.
 
         Raises:
-            UserError: if a field is no column.
+            UserError: if a field is no column, or a cell is no text: a list or an object, or half of a character. Also for
+                a row without any text in front of the answer.
         """
-        values = {}
+        values: dict[str, list[str]] = {}
         for name in fields:
             if name == "label" and words is not None and self.labels is not None:
                 values[name] = [words[c] for c in self.labels]
@@ -52,10 +78,40 @@ class Split:
             column = rename.get(name, name)
             if column not in self.columns:
                 raise UserError(
-                    f"data.template: {{{name}}} is no column; the data has: {', '.join(self.columns)} (map names by data.columns={{{name}: COLUMN}})"
+                    f"data.template: {{{name}}} is no column; the data has: {nearest_first(name, self.columns)} (map names by data.columns={{{name}: COLUMN}})"
                 )
-            values[name] = ["" if missing(v) else str(v) for v in self.columns[column]]
+            values[name] = [self._text(v, column, row, split) for row, v in enumerate(self.columns[column])]
+        if self.file and asked:
+            for row, cells in enumerate(zip(*(values[name] for name in asked), strict=True)):
+                if not any(cell.strip() for cell in cells):
+                    raise UserError(
+                        f"data.template: {self.place(row, split)} has no text in {' or '.join(rename.get(n, n) for n in asked)}; fill it in, or take the row out"
+                    )
         return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+
+    def _text(self, value: Any, column: str, row: int, split: str) -> str:
+        if isinstance(value, str):
+            text = value
+        elif isinstance(value, (dict, list, tuple, set, bytes, np.ndarray)):
+            problem = f"{self.place(row, split)} has {str(value)[:60]!r} in the column {column!r}, which is no text"
+            raise UserError(f"data.template: {problem}; write its parts as columns of their own")
+        else:
+            text = "" if missing(value) else str(value)
+        if not sound(text):
+            problem = f"{self.place(row, split)} has half of a character (a surrogate) in the column {column!r}"
+            raise UserError(f"data.template: {problem}; save the file as UTF-8 with whole characters")
+        return text
+
+
+def sound(text: str) -> bool:
+    """Whether text can be written as UTF-8: JSON can hold halves of characters, which no tokenizer or file takes."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass
@@ -141,14 +197,13 @@ def table(
     Raises:
         UserError: for a missing or unreadable file, an unknown label, or splits left empty.
     """
-    frames = {"train": read_table(path, "data.path")}
-    fractions = {}
+    frames, files, fractions = {"train": read_table(path, "data.path")}, {"train": path}, {}
     for name, value in (("validation", validation), ("test", test)):
         if isinstance(value, str):
-            frames[name] = read_table(value, f"data.{name}")
+            frames[name], files[name] = read_table(value, f"data.{name}"), value
         else:
-            fractions[name] = value
-    return _from_frames(frames, fractions, split_seed, labels, columns, needs_labels, path)
+            fractions[name], files[name] = value, path
+    return _from_frames(frames, fractions, split_seed, labels, columns, needs_labels, path, files)
 
 
 def hub(
@@ -277,8 +332,11 @@ def read_table(path: str, key: str) -> Any:
 
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"{key}: {path!r} does not exist; give a .csv, .tsv, .json, .jsonl or .parquet file")
+        problem = "is a folder" if file.is_dir() else "does not exist"
+        raise UserError(f"{key}: {path!r} {problem}; give a .csv, .tsv, .json, .jsonl or .parquet file")
     kind = file.suffix.lower()
+    if kind in (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet") and file.stat().st_size == 0:
+        raise UserError(f"{key}: {path!r} is empty; give a file with rows")
     try:
         if kind in (".csv", ".tsv"):
             separator = "," if kind == ".csv" else "\t"
@@ -287,12 +345,12 @@ def read_table(path: str, key: str) -> Any:
                 raise UserError(
                     f"{key}: {path!r} has rows with more fields than its header; quote text that holds {separator!r}"
                 )
-            _no_repeated_columns(file, separator, key)
+            _check_delimited(file, separator, key, frame)
         elif kind in (".jsonl", ".ndjson"):
             lines = file.read_text(encoding="utf-8-sig").split("\n")
-            frame = _frame([json.loads(line) for line in lines if line.strip()])
+            frame = _frame([_json_line(text, i) for i, text in enumerate(lines, 1) if text.strip()])
         elif kind == ".json":
-            frame = _frame(json.loads(file.read_text(encoding="utf-8-sig")))
+            frame = _frame(json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_object))
         elif kind == ".parquet":
             import pyarrow.parquet
 
@@ -304,15 +362,49 @@ def read_table(path: str, key: str) -> Any:
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {path!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except (ValueError, OSError, KeyError) as error:  # pandas' and Arrow's parse errors are ValueErrors
-        raise UserError(
-            f"{key}: {path!r} could not be read as {kind[1:]} ({' '.join(str(error).split())[:160]})"
-        ) from None
+        line = _line_of(file, error.start)
+        raise UserError(f"{key}: {path!r} is not UTF-8 (byte {error.start}{line}); save it as UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{key}: {path!r} is nested too deep; give a list of objects, one a row") from None
+    except (ValueError, OSError, KeyError, csv.Error) as error:  # pandas' and Arrow's parse errors are ValueErrors
+        why = " ".join(str(error).replace("Error tokenizing data. C error: ", "").split())[:200]
+        way = "quote cells that hold separators or line ends" if kind in (".csv", ".tsv") else "write the file anew"
+        raise UserError(f"{key}: {path!r} could not be read as {kind[1:]} ({why}); {way}") from None
     if len(frame) == 0:
-        raise UserError(f"{key}: {path!r} has no rows")
+        raise UserError(f"{key}: {path!r} has no rows; give a file with rows")
     frame.columns = [str(c) for c in frame.columns]
     return frame
+
+
+def _line_of(file: Path, byte: int) -> str:
+    """In which line a byte lies; where pandas reads in pieces, it counts from the piece's start."""
+    raw = file.read_bytes()
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.start
+    return f", line {raw.count(10, 0, byte) + 1}"
+
+
+def _json_line(text: str, number: int) -> dict[str, Any]:
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError(f"line {number} is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"line {number} holds {text.strip()[:40]!r}, no object {{column: value}}")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that is there twice no reader can tell which value is meant."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is there twice in one object")
+    return out
 
 
 def _read_delimited(file: Path, separator: str) -> Any:
@@ -321,8 +413,6 @@ def _read_delimited(file: Path, separator: str) -> Any:
     Many TSV files do not quote: a lone quotation mark is text in them, and reading it as an opening quote would swallow
     the rows up to the next one. Where a file read without quoting has more rows, and each is complete, it was such a file.
     """
-    import csv
-
     import pandas as pd
 
     def read(quoting: int) -> Any:
@@ -348,19 +438,34 @@ def _frame(records: Any) -> Any:
     """Records as a DataFrame of the values as they are: a missing value turns no whole number into a float."""
     import pandas as pd
 
-    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+    if not isinstance(records, list):
         raise ValueError("expected a list of objects, one a row")
+    odd = next((i for i, r in enumerate(records, 1) if not isinstance(r, dict)), None)
+    if odd is not None:
+        raise ValueError(f"expected a list of objects, one a row, but row {odd} is {str(records[odd - 1])[:40]!r}")
     return pd.DataFrame(records, dtype=object)
 
 
-def _no_repeated_columns(file: Path, separator: str, key: str) -> None:
-    import csv
-
+def _check_delimited(file: Path, separator: str, key: str, frame: Any) -> None:
+    """Refuse what pandas mends without a word: a column's name that is there twice, rows with fewer cells than the header."""
+    raw = file.read_bytes()
+    if (at := raw.find(0)) >= 0:  # where pandas would end the cell
+        line = raw.count(10, 0, at) + 1
+        raise UserError(f"{key}: {str(file)!r} has a zero byte in line {line}, so it is no text file; save it as UTF-8")
+    del raw
     with file.open(encoding="utf-8-sig", newline="") as handle:
-        names = next(csv.reader(handle, delimiter=separator), [])
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if repeated:
-        raise UserError(f"{key}: {str(file)!r} has the column {repeated[0]!r} twice; rename one")
+        reader = csv.reader(handle, delimiter=separator)
+        names = next((row for row in reader if row), [])
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        if repeated:
+            raise UserError(f"{key}: {str(file)!r} has the column {repeated[0]!r} twice; rename one")
+        # Only where a row's last cell is empty can it be short; the file is then read a second time to find the line.
+        if separator != "," or len(names) < 2 or not bool(frame.iloc[:, -1].isna().any()):
+            return
+        for row in reader:
+            if 0 < len(row) < len(names) and any(cell.strip() for cell in row):
+                problem = f"line {reader.line_num} has {len(row)} cell(s), the header has {len(names)}"
+                raise UserError(f"{key}: {str(file)!r}: {problem}; add the missing separators, or quote the text")
 
 
 def missing(value: Any) -> bool:
@@ -376,23 +481,26 @@ def _from_frames(
     columns: dict[str, str],
     needs_labels: bool | None,
     path: str,
+    files: dict[str, str] | None = None,
 ) -> Source:
+    """Splits of the frames; `files` says of which file each is, where there are any."""
+    files = files or {}
     column = columns.get("label", "label")
     for role, name in columns.items():
         if name not in frames["train"].columns:
             raise UserError(
-                f"data.columns.{role}: {name!r} is no column of {path!r}, which has: {', '.join(frames['train'].columns)}"
+                f"data.columns.{role}: {name!r} is no column of {path!r}, which has: {nearest_first(name, frames['train'].columns)}"
             )
     has_labels = column in frames["train"].columns and (needs_labels is not False or labels is not None)
     if needs_labels and not has_labels:
         raise UserError(
-            f"data.columns.label: {column!r} is no column of {path!r}, which has: {', '.join(frames['train'].columns)}"
+            f"data.columns.label: {column!r} is no column of {path!r}, which has: {nearest_first(column, frames['train'].columns)}; give the label's as data.columns={{label: COLUMN}}"
         )
     words = None
     classes: dict[str, np.ndarray] = {}
     if has_labels:
         words = labels if labels is not None else _words(frames["train"][column], path)
-        classes = {name: _classes(frame, column, words, name) for name, frame in frames.items()}
+        classes = {name: _classes(frame, column, words, name, files.get(name, "")) for name, frame in frames.items()}
     picked = {name: np.arange(len(frame)) for name, frame in frames.items()}
     if fractions:
         cut = _hold_out(len(frames["train"]), classes.get("train"), fractions, seed)
@@ -405,10 +513,11 @@ def _from_frames(
         rows = picked[name]
         if len(rows) == 0 and name != "test":
             raise UserError(
-                f"data.{name if name != 'train' else 'path'}: the {name} split of {path!r} is left without a row; it has {len(frames['train'])} in all"
+                f"data.{name if name != 'train' else 'path'}: the {name} split of {path!r} is left without a row; it has {len(frames['train'])} in all; add rows, or hold out fewer"
             )
         part = frames[name].iloc[rows]
-        splits[name] = Split({c: part[c].tolist() for c in part.columns}, classes[name][rows] if has_labels else None)
+        held = classes[name][rows] if has_labels else None
+        splits[name] = Split({c: part[c].tolist() for c in part.columns}, held, files.get(name, ""), rows + 1)
     names = set(frames["train"].columns) | set(columns)
     template = text = None
     if {"text", "label"} <= names:
@@ -421,10 +530,10 @@ def _from_frames(
 
 
 def _words(values: Any, path: str) -> list[str]:
-    words = sorted({_word(v) for v in values.tolist() if not missing(v)})
+    words = sorted({_word(v, row, path) for row, v in enumerate(values.tolist()) if not missing(v)} - {""})
     if len(words) < 2:
         raise UserError(
-            f"data.columns.label: the label column of {path!r} holds {len(words)} different value(s); classification needs two or more"
+            f"data.columns.label: the label column of {path!r} holds {len(words)} different value(s){f', {words[0]!r}' if words else ''}; classification needs two or more: name the right column, or list data.labels"
         )
     if len(words) > 1000:
         raise UserError(
@@ -433,19 +542,25 @@ def _words(values: Any, path: str) -> list[str]:
     return words
 
 
-def _word(value: Any) -> str:
+def _word(value: Any, row: int, of: str) -> str:
+    if isinstance(value, (dict, list, tuple, bytes, np.ndarray)) or (isinstance(value, str) and not sound(value)):
+        problem = f"row {row + 1} of {of!r} has {str(value)[:60]!r}, which is no label"
+        raise UserError(f"data.columns.label: {problem}; write a word or a whole number")
     # A column of whole numbers with a gap in it comes back as floats: 1.0 means 1.
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
-def _classes(frame: Any, column: str, words: list[str], split: str) -> np.ndarray:
+def _classes(frame: Any, column: str, words: list[str], split: str, file: str) -> np.ndarray:
+    of = repr(file) if file else split
     if column not in frame.columns:
         raise UserError(
-            f"data.columns.label: {column!r} is no column of the {split} file, which has: {', '.join(frame.columns)}"
+            f"data.columns.label: {column!r} is no column of {of}, which has: {nearest_first(column, frame.columns)}; the {split} rows need it too"
         )
     index = {w: i for i, w in enumerate(words)}
-    values = [None if missing(v) else _word(v) for v in frame[column].tolist()]
-    by_number = not any(v in index for v in values) and all(v is not None and v.isdigit() for v in values)
+    values = [None if missing(v) else _word(v, i, file or split) or None for i, v in enumerate(frame[column].tolist())]
+    by_number = not any(v in index for v in values) and all(
+        v is not None and v.isdecimal() and len(v) < 10 for v in values
+    )
     out = np.empty(len(values), dtype=np.int64)
     for i, value in enumerate(values):
         if by_number and int(value) < len(words):
@@ -453,7 +568,7 @@ def _classes(frame: Any, column: str, words: list[str], split: str) -> np.ndarra
         elif value not in index:
             shown = "empty" if value is None else repr(value)
             raise UserError(
-                f"data.columns.label: row {i} of {split} has the label {shown}; data.labels has: {', '.join(words)}"
+                f"data.columns.label: row {i + 1} of {of} has the label {shown}; data.labels has: {nearest_first(value or '', words)}; put the row right, or list all labels"
             )
         else:
             out[i] = index[value]

@@ -7,7 +7,7 @@ White space between the two belongs to the answer, as subword tokenizers want it
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +150,7 @@ def encode(
     max_length: int,
     too_long: str,
     split: str,
+    place: Callable[[int, str], str] | None = None,
 ) -> Tokens:
     """Tokenise a split.
 
@@ -163,6 +164,7 @@ def encode(
         max_length: most tokens of a row, answer and end-of-text included.
         too_long: truncate | drop | error.
         split: its name, for messages.
+        place: (row, split) -> the row as messages name it.
 
     Raises:
         UserError: for a row that is too long where `too_long` is error, or a template that ends in no answer.
@@ -204,6 +206,7 @@ def encode(
         max_length=max_length,
         too_long=too_long,
         split=split,
+        place=place or _place,
         words=list(label_words or []),
         candidates=candidates,
         texts=answer_texts,
@@ -217,6 +220,7 @@ def encode_chats(
     max_length: int,
     too_long: str,
     split: str,
+    place: Callable[[int, str], str] | None = None,
 ) -> Tokens:
     """Tokenise a split through the tokenizer's chat template, for a causal LM.
 
@@ -227,7 +231,7 @@ def encode_chats(
     Args:
         chats: (turns `{role, content}` before the answer, answer) of each row, n of them.
         tokenizer: the base's; it has a chat template.
-        max_length, too_long, split: as for `encode`.
+        max_length, too_long, split, place: as for `encode`.
 
     Raises:
         UserError: for a row that is too long where `too_long` is error, or turns that the template refuses.
@@ -237,7 +241,8 @@ def encode_chats(
         said = any(turn["content"].strip() for turn in turns)
         empty.append("empty answer" if not answer.strip() else None if said else "empty text")
     pairs = [
-        ("", "") if empty[i] else _render(turns, answer, tokenizer, i, split) for i, (turns, answer) in enumerate(chats)
+        ("", "") if empty[i] else _render(turns, answer, tokenizer, (place or _place)(i, split))
+        for i, (turns, answer) in enumerate(chats)
     ]
     anchor = next((p[-8:] for p, _ in pairs if p), "")
     encoded = _encode_answers(tokenizer, sorted({a for _, a in pairs}), anchor)
@@ -256,13 +261,18 @@ def encode_chats(
         max_length=max_length,
         too_long=too_long,
         split=split,
+        place=place or _place,
         words=[],
         candidates=None,
         texts=[answer for _, answer in chats],
     )
 
 
-def _render(turns: list[dict[str, str]], answer: str, tokenizer: Any, row: int, split: str) -> tuple[str, str]:
+def _place(row: int, split: str) -> str:
+    return f"row {row + 1} of {split}"
+
+
+def _render(turns: list[dict[str, str]], answer: str, tokenizer: Any, row: str) -> tuple[str, str]:
     """(prompt, answer) of a chat as the template writes them."""
     try:
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -270,11 +280,11 @@ def _render(turns: list[dict[str, str]], answer: str, tokenizer: Any, row: int, 
     except Exception as error:  # templates are programs; they refuse roles and orders in words of their own
         why = " ".join(str(error).split())[:160]
         raise UserError(
-            f"data.chat_template: row {row} of {split} is refused by the tokenizer's template ({why}); change its turns, or set chat_template=false"
+            f"data.chat_template: {row} is refused by the tokenizer's template ({why}); change its turns, or set chat_template=false"
         ) from None
     if not whole.startswith(prompt):
         raise UserError(
-            f"data.chat_template: the tokenizer's template writes row {row} of {split} with its answer otherwise than without; set chat_template=false"
+            f"data.chat_template: the tokenizer's template writes {row} with its answer otherwise than without; set chat_template=false"
         )
     return prompt, whole[len(prompt) :].rstrip()
 
@@ -290,6 +300,7 @@ def _lay_out(
     max_length: int,
     too_long: str,
     split: str,
+    place: Callable[[int, str], str],
     words: list[str],
     candidates: list[list[int]] | None,
     texts: list[str],
@@ -307,7 +318,7 @@ def _lay_out(
             if too_long == "error":
                 length = len(prompt) + len(answer)
                 raise UserError(
-                    f"data.max_length: {max_length}, but row {i} of {split} has {length} tokens; raise it, or set data.too_long to truncate or drop"
+                    f"data.max_length: {max_length}, but {place(i, split)} has {length} tokens; raise it, or set data.too_long to truncate or drop"
                 )
             if too_long == "drop":
                 left_out.setdefault("too long", []).append(i)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim.errors import UserError
+from fedsim.errors import UserError, is_out_of_memory, nearest_first
 from fedsim.models import bottleneck
 from fedsim.models.base import quiet
 from fedsim.params import Params
@@ -53,6 +53,28 @@ def attach(
     if name == "none" and not masters:
         dtype = next(base.parameters()).dtype
     of_base = set(map(id, base.modules()))
+    try:
+        model = _attach(base, name, settings, task=task, seed=seed, dtype=dtype)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = ", ".join(f"{k}={v}" for k, v in settings.items() if isinstance(v, int) and not isinstance(v, bool))
+        raise UserError(f"adapter: {name} with {size} needs more memory than there is; give smaller numbers") from None
+    if not trained(model):
+        raise UserError(
+            f"adapter.name: {name!r} finds nothing to train on this base ({base.config.model_type}); name layers by adapter.target_modules, or use lora"
+        )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    own = [m for n, m in model.named_modules() if id(m) not in of_base and "modules_to_save" not in n]
+    return model, own
+
+
+def _attach(
+    base: nn.Module, name: str, settings: dict[str, Any], *, task: str, seed: int, dtype: torch.dtype
+) -> nn.Module:
+    """The model with its adapter; see `attach`."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(stream_seed(seed, "init", "adapter"))
         if name == "none":
@@ -66,11 +88,7 @@ def attach(
             model = base
         else:
             model = _attach_peft(base, name, settings, task)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    own = [m for n, m in model.named_modules() if id(m) not in of_base and "modules_to_save" not in n]
-    return model, own
+    return model
 
 
 def trained(model: nn.Module) -> Params:
@@ -88,10 +106,14 @@ def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str
         model = peft.get_peft_model(base, config)
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError, RuntimeError) as error:
+    except Exception as error:  # PEFT's methods refuse bases and settings in many ways
+        if is_out_of_memory(error):
+            raise
         text = " ".join(str(error).split())[:240]
         kind = base.config.model_type
-        raise UserError(f"adapter.name: {name!r} cannot be put on this base ({kind}): {text}") from None
+        raise UserError(
+            f"adapter.name: {name!r} cannot be put on this base ({kind}): {text or type(error).__name__}; change its keys, or use another method"
+        ) from None
     if name == "lora" and settings["init"] == "xavier":
         for full, parameter in model.named_parameters():
             if ".lora_A." in full:
@@ -205,7 +227,7 @@ def _check_targets(base: nn.Module, targets: Any) -> None:
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise UserError(
-                f"adapter.target_modules: {target!r} does not exist in this base; it has: {', '.join(leaves)}"
+                f"adapter.target_modules: {target!r} does not exist in this base; it has: {nearest_first(target, leaves)}"
             )
 
 
@@ -340,9 +362,21 @@ def load_adapter(base: nn.Module, folder: str | Path, *, trainable: bool = False
     Raises:
         UserError: if the folder holds no adapter, or one that does not fit the base.
     """
+    folder = Path(folder)
+    try:
+        return _load(base, folder, trainable)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file, or an adapter of another base: of many kinds, each means the same
+        text = " ".join(str(error).split())[:200]
+        way = "give a folder that was written whole, and the base it was trained on"
+        raise UserError(f"{folder}: its adapter could not be loaded ({type(error).__name__}: {text}); {way}") from None
+
+
+def _load(base: nn.Module, folder: Path, trainable: bool) -> nn.Module:
+    """See `load_adapter`."""
     import peft
 
-    folder = Path(folder)
     if (folder / bottleneck.CONFIG).is_file():
         model = bottleneck.load_bottleneck(base.requires_grad_(False), folder)
         for name in _tensor_names(folder / bottleneck.WEIGHTS):
@@ -355,6 +389,14 @@ def load_adapter(base: nn.Module, folder: str | Path, *, trainable: bool = False
             else "give global/, best/ or init/ of a run"
         )
         raise UserError(f"{folder}: holds no adapter; {way}")
+    if not (folder / "adapter_model.safetensors").is_file():  # PEFT would take a pickle instead, or ask the hub
+        pickled = (folder / "adapter_model.bin").is_file()
+        why = (
+            "only pickled weights (adapter_model.bin), which can run code"
+            if pickled
+            else "no adapter_model.safetensors"
+        )
+        raise UserError(f"{folder}: holds {why}; save the adapter anew with save_pretrained")
     if not (trainable and (folder / STATE).is_file()):
         with quiet():
             model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import json
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fedsim.errors import UserError
+from fedsim.errors import UserError, is_out_of_memory
 from fedsim.seeding import stream_seed
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 HEADS = {"classifier", "score", "classification_head", "pooler", "pre_classifier"}  # may start anew
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_CONVERT = "convert them where they are trusted: load them there, then save_pretrained(FOLDER) writes safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ def find(path: str) -> Source:
     if path.startswith("package:"):
         place = _in_package(path)
     if place.is_file():
+        if place.suffix in _PICKLES:
+            raise UserError(
+                f"model.path: {path!r} is a file of pickled weights, which can run code and are not loaded; {_CONVERT}"
+            )
         if place.suffix != ".gguf":
             raise UserError(
                 f"model.path: {path!r} is a file but not GGUF; give the transformers folder that holds it, or a .gguf file"
@@ -100,14 +107,52 @@ def _in_package(path: str) -> Path:
 def _check_folder(folder: Path, path: str) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path: {path!r} has no config.json; give a folder that save_pretrained wrote")
+    _refuse_code(folder, path)
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         why = (
-            f"only pickled weights ({pickled[0]}), which are not loaded; convert them to safetensors"
+            f"only pickled weights ({pickled[0]}), which can run code and are not loaded; {_CONVERT}"
             if pickled
-            else "no .safetensors weights"
+            else "no .safetensors weights; give a folder that save_pretrained wrote"
         )
         raise UserError(f"model.path: {path!r} holds {why}")
+    _refuse_links(folder, path)
+
+
+def _refuse_code(folder: Path, path: str) -> None:
+    """Code that lies in a model's folder is never run: what needs it is refused, what transformers knows itself is loaded by
+    its own classes."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            held = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # the loader says what is wrong with it
+        if not isinstance(held, dict) or "auto_map" not in held:
+            continue
+        if name == "config.json" and held.get("model_type") in CONFIG_MAPPING:
+            continue
+        if name != "config.json" and (folder / "tokenizer.json").is_file():
+            continue
+        raise UserError(
+            f"model.path: {path!r} needs code of its own (auto_map in {name}), which is never run; give a model whose type transformers knows"
+        )
+
+
+def _refuse_links(folder: Path, path: str) -> None:
+    """Files that the index of the weights names lie in the folder itself."""
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"model.path: {index.name} of {path!r} is damaged ({why}); write the folder anew") from None
+        for name in sorted(map(str, names)):
+            if name != Path(name).name:
+                raise UserError(f"model.path: {index.name} of {path!r} names {name!r}, outside the folder; refused")
+            if not (folder / name).is_file():
+                raise UserError(f"model.path: {path!r} lacks {name}, which {index.name} names; copy it there")
 
 
 def content_hash(source: Source) -> str:
@@ -143,7 +188,7 @@ def quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         # Some bars ask nobody; they write to whatever standard error is when they are made.
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -162,7 +207,7 @@ def load_tokenizer(source: Source) -> Any:
 
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.load_args())
+            tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.load_args())
     except Exception as error:  # a dozen kinds, by tokenizer and transport; each means the same to the user
         raise UserError(
             f"model.path: no tokenizer could be loaded from {source.name!r} ({_first_line(error)}); {_way_out(source)}"
@@ -186,7 +231,7 @@ def load_config(source: Source) -> Any:
 
     try:
         with quiet():
-            return AutoConfig.from_pretrained(source.location, **source.load_args())
+            return AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.load_args())
     except Exception as error:
         raise UserError(
             f"model.path: {source.name!r} could not be read ({_first_line(error)}); {_way_out(source)}"
@@ -206,6 +251,10 @@ def check_task(source: Source, task: str) -> None:
     if config.is_encoder_decoder:
         raise UserError(
             f"model.path: {source.name!r} is an encoder-decoder ({kind}); give a decoder, or an encoder with model.task=sequence_classification"
+        )
+    if task == "sequence_classification" and kind not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise UserError(
+            f"model.task: 'sequence_classification' cannot be done by {source.name!r}, for whose type ({kind}) transformers has no such head; use model.task=causal_lm, or another base"
         )
     encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if task == "causal_lm" and (encoder or kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
@@ -232,21 +281,31 @@ def load_base(
     """
     import transformers
 
-    args: dict[str, Any] = {"dtype": getattr(torch, dtype), **source.load_args()}
+    args: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False, **source.load_args()}
+    args["ignore_mismatched_sizes"] = True  # they are reported, and named below
     auto = transformers.AutoModelForCausalLM
     if task == "sequence_classification":
         auto = transformers.AutoModelForSequenceClassification
-        args |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
-    if not source.is_hub and not source.gguf:
-        args["use_safetensors"] = True
+        args["num_labels"] = num_labels
+    if not source.gguf:
+        args["use_safetensors"] = True  # pickled weights can run code
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "init", "head"))
             model, report = auto.from_pretrained(source.location, output_loading_info=True, **args)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # weights and configs can be wrong in any way; each means the same to the user
+        if is_out_of_memory(error):
+            way = "give a smaller base, or model.dtype=bfloat16"
+            raise UserError(f"model.path: {source.name!r} needs more memory than there is; {way}") from None
         raise UserError(
             f"model.path: {source.name!r} could not be loaded ({_first_line(error)}); {_way_out(source)}"
         ) from None
+    other = sorted(k for k in report["mismatched_keys"] if not set(k[0].split(".")) & HEADS)
+    if other:
+        name, held, wanted = other[0]
+        raise UserError(
+            f"model.path: the weights of {source.name!r} hold {name} as {list(held)}, its config makes it {list(wanted)} ({len(other)} such); give the config that belongs to them"
+        )
     missing = sorted(k for k in report["missing_keys"] if not set(k.split(".")) & HEADS)
     if missing:
         raise UserError(

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedsim.errors import UserError
+from fedsim.errors import UserError, nearest_first
 
 CONFIG, WEIGHTS = "fedsim_adapter.json", "fedsim_adapter.safetensors"
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
@@ -88,12 +88,14 @@ def attach_bottleneck(
         chosen = [name for name in layers if any(name == t or name.endswith(f".{t}") for t in target_modules)]
     leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
     if not chosen:
-        asked = "auto" if target_modules == "auto" else ", ".join(target_modules)
-        raise UserError(f"adapter.target_modules: {asked} fits no layer of this base; it has: {', '.join(leaves)}")
+        asked = "auto" if target_modules == "auto" else target_modules[0]
+        raise UserError(
+            f"adapter.target_modules: {asked!r} fits no layer of this base; it has: {nearest_first(asked, leaves)}"
+        )
     for target in [] if target_modules == "auto" else target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UserError(
-                f"adapter.target_modules: {target!r} does not exist in this base; it has: {', '.join(leaves)}"
+                f"adapter.target_modules: {target!r} does not exist in this base; it has: {nearest_first(target, leaves)}"
             )
     for name in chosen:
         parent, _, leaf = name.rpartition(".")
