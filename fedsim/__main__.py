@@ -84,7 +84,7 @@ def sweep(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Runs at once; default: one a CUDA device, on the CPU one a core.", min=1, show_default=False
+            help="Runs at once; default: one a CUDA device, on the CPU one a core.", min=1, max=1024, show_default=False
         ),
     ] = None,
     metric: Annotated[
@@ -141,7 +141,7 @@ def reproduce(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Runs at once; default: one a CUDA device, on the CPU one a core.", min=1, show_default=False
+            help="Runs at once; default: one a CUDA device, on the CPU one a core.", min=1, max=1024, show_default=False
         ),
     ] = None,
     quiet: Annotated[

@@ -305,7 +305,37 @@ def devices_of(exp: Experiment) -> tuple[str, list[str]]:
     for device in devices:
         if device.startswith("cuda") and device not in cuda:
             raise UserError(f"executor: {device!r} is not on this machine, which has: {', '.join(['cpu', *cuda])}")
+        if device in cuda and exp.model.dtype == "bfloat16" and torch.cuda.get_device_capability(device)[0] < 8:
+            name = torch.cuda.get_device_name(device)
+            raise UserError(
+                f"model.dtype: 'bfloat16', which {device} ({name}) does not compute in; use float32 or float16"
+            )
     return kind, devices
+
+
+WORKER_BYTES = 300 << 20  # of memory of its own: Python with its libraries, measured on the CPU
+
+
+def check_memory(devices: list[str], base_bytes: int, whole: bool) -> None:
+    """Whether a machine holds these workers, before they are started; an estimate from below.
+
+    Args:
+        devices: of each worker.
+        base_bytes: of the base. CPU workers share it, a GPU holds it once a worker; where the whole model is trained each
+            worker has weights, gradient and two moments of its own.
+        whole: whether the whole model is trained.
+
+    Raises:
+        UserError: where they need more than is free.
+    """
+    for device in dict.fromkeys(devices):
+        count, free = devices.count(device), free_memory(device)
+        each = WORKER_BYTES + (4 * base_bytes if whole else base_bytes if device.startswith("cuda") else 0)
+        if count > 1 and free is not None and count * each > free:
+            fit = max(1, free // each)
+            raise UserError(
+                f"executor.workers: {count} on {device} need at least {count * each / 2**30:.1f} GiB ({each / 2**30:.1f} each), {free / 2**30:.1f} are free; give at most {fit}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -362,6 +392,7 @@ def _run(
     show = Progress(progress, exp.rounds) if isinstance(progress, bool) else progress
     try:
         status = folder.read_json("status.json") or {}
+        status = status if isinstance(status, dict) else {}
         if status.get("rounds", exp.rounds) != exp.rounds:
             raise UserError(
                 f"rounds: {exp.rounds}, but {folder.path} was started with {status['rounds']}; use another name or results folder"
@@ -459,6 +490,10 @@ class _Session:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads, micro = self.exp.executor.threads, self.exp.local.micro_batch or self.exp.local.batch_size
         self.planned = known is not None
+        fields = {f.name for f in dataclasses.fields(Plan)}
+        if known is not None and not (isinstance(known, dict) and "threads" in known and fields.issuperset(known)):
+            way = "put it back, or delete the run folder to start anew"
+            raise UserError(f"{self.folder.path / 'plan.json'}: holds no plan of this version; {way}")
         if known is None:
             return Plan(threads or max(1, cores // len(self.devices)), micro_batch=micro)
         if threads is not None and threads != known["threads"]:
@@ -519,6 +554,7 @@ class _Session:
         home = "cpu" if exp.aggregation.device == "cpu" else None
         executor: SerialExecutor | PoolExecutor | FleetExecutor
         if self.kind == "pool":
+            check_memory(self.devices, sum(p.nbytes for p in model.parameters()), whole)
             # Workers are sent modules of their own, on which nothing is put here: one that follows a dead one starts late. A
             # whole model's weights are those of the global parameters.
             if not whole:

@@ -106,12 +106,33 @@ def _check(spec: dict[str, Any], file: Path) -> None:
             raise UserError(f"{file}: sizes.{size}: {about!r} names no file; write {{file: EXPERIMENT.yaml}}")
         if not isinstance(about.get("budgets") or {}, dict):
             raise UserError(f"{file}: sizes.{size}.budgets: {about['budgets']!r} is no mapping of names to settings")
+        for name, settings in (about.get("budgets") or {}).items():
+            if not isinstance(settings or {}, dict):
+                raise UserError(f"{file}: sizes.{size}.budgets.{name}: {settings!r} is no mapping of keys to values")
     if not isinstance(runs, list) or not runs or not all(isinstance(one, dict) for one in runs):
         raise UserError(f"{file}: runs: {runs!r} is no list of runs, each with label and title")
     for one in runs:
         for key in ("label", "title"):
             if not isinstance(one.get(key), str):
                 raise UserError(f"{file}: runs: {one!r} has no {key}")
+        for key, kind, what in (
+            ("sizes", list, "list of sizes"),
+            ("budgets", list, "list of budgets"),
+            ("set", dict, "mapping of keys to values"),
+            ("set_for", dict, "mapping of sizes to settings"),
+            ("seeds", dict, "mapping of sizes to lists of seeds"),
+        ):
+            inside = one.get(key)
+            nested = {"set_for": dict, "seeds": list}.get(key)
+            sound = isinstance(inside, kind) and (
+                nested is None or all(isinstance(v, nested) for v in inside.values() if v is not None)
+            )
+            if inside is not None and not sound:
+                raise UserError(f"{file}: runs: {one['label']}: {key}: {inside!r} is no {what}")
+    for key in ("published", "verdicts"):
+        lines = spec.get(key) or []
+        if not isinstance(lines, list):
+            raise UserError(f"{file}: {key}: {lines!r} is no list of lines")
     check_report(_only(spec, {one["label"] for one in runs}, every=True), {one["label"] for one in runs})
 
 

@@ -136,9 +136,12 @@ def load_partition(run: PathLike) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"no partition report {str(file)!r}; give the folder of a run that has built its partition")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error}); run the experiment again to write it anew") from None
+    if not isinstance(report, dict):
+        raise UserError(f"{file}: holds {type(report).__name__}, no report; run the experiment again to write it anew")
+    return report
 
 
 def summary(df: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
@@ -350,8 +353,8 @@ def _metrics(file: Path) -> pd.DataFrame:
     lines = file.read_bytes().decode("utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
-    if lines and _problem(lines[-1]):
-        warnings.warn(f"{file}: the last line ({len(lines)}) is torn and left out", stacklevel=3)
+    torn = len(lines) if lines and _problem(lines[-1]) else 0
+    if torn:
         lines.pop()
     try:
         rows = json.loads(f"[{','.join(lines)}]")  # one call for all lines: several times faster than one a line
@@ -362,26 +365,34 @@ def _metrics(file: Path) -> pd.DataFrame:
             | {key: np.array(data[key], dtype=np.float64) for key in ("value", "weight", "seconds")}
         )[list(COLUMNS)]
         sound = len(rows) == len(lines) and frame[["round", "scope", "split", "name"]].notna().all(axis=None)
-    except (ValueError, TypeError, AttributeError):
+        sound = sound and set(map(type, data["client"])) <= {str, type(None)}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         sound = False
     if not sound:
         for number, text in enumerate(lines, start=1):
             if problem := _problem(text):
                 raise UserError(f"{file}, line {number}: {problem}; mend or delete this line")
         raise UserError(f"{file}: not a metrics file; every line must be one JSON object with {', '.join(COLUMNS)}")
+    if torn:
+        warnings.warn(f"{file}: the last line ({torn}) is torn and left out", stacklevel=3)
     return frame.drop_duplicates(["round", "step", "scope", "client", "split", "name"], keep="last", ignore_index=True)
 
 
 def _problem(text: str) -> str | None:
     try:
         row = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "not JSON"
     if not isinstance(row, dict):
         return "not a JSON object"
     for key in ("scope", "split", "name"):
         if not isinstance(row.get(key), str):
             return f"{key} is {row.get(key)!r}, not a string"
+    if not isinstance(row.get("client"), (str, type(None))):
+        return f"client is {row.get('client')!r}, not a string"
+    for key in ("round", "step"):
+        if isinstance(row.get(key), int) and abs(row[key]) >= 2**63:
+            return f"{key} is {row[key]!r}, not a number of the kind"
     for key in ("round", "step", "value", "weight", "seconds"):
         kinds = (int,) if key in ("round", "step") else (int, float)
         if not isinstance(row.get(key), kinds) and (key == "round" or row.get(key) is not None):
@@ -393,13 +404,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A run folder's `config.yaml` as a nested dict; a UserError where it cannot be read."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"{folder / 'config.yaml'}: not YAML ({why}); restore the file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{folder / 'config.yaml'}: not UTF-8 (byte {error.start}); restore the file") from None
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.yaml'}: holds no sections; restore the file")
+    for key in ("model", "best", "data", "partition"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(f"{folder / 'config.yaml'}: {key}: {config[key]!r} is no section; restore the file")
+    if not isinstance(config.get("modes") or [], list):
+        raise UserError(f"{folder / 'config.yaml'}: modes: {config['modes']!r} is no list; restore the file")
     return config
 
 

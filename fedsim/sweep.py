@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import itertools
 import json
+import math
 import os
 import signal
 import threading
@@ -48,6 +49,7 @@ _NOT_SWEPT = {
     "checkpoint": "no number depends on it; set it in the experiment",
     "aggregation": "no number depends on it; set it in the experiment",
 }
+_MOST = 20_000  # runs of a grid; more is a slip, and takes minutes to be read
 _KEYS = ("name", "experiment", "grid", "list", "devices", "workers", "threads", "together")
 
 
@@ -149,8 +151,10 @@ class Sweep:
                 raise UserError(f"{path}, run with {said(one) or 'no setting'}: {error}") from None
         devices, workers, threads, together = (tree.get(k) for k in ("devices", "workers", "threads", "together"))
         for key, value in (("workers", workers), ("threads", threads), ("together", together)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise UserError(f"{path}: {key}: {value!r} is no whole number; give 1 or more, or leave it out")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024):
+                raise UserError(
+                    f"{path}: {key}: {value!r} is no whole number from 1 to 1024; give one, or leave it out"
+                )
         if devices not in (None, "auto") and not (
             isinstance(devices, list) and all(isinstance(d, str) for d in devices)
         ):
@@ -182,6 +186,10 @@ def _settings(path: Path, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for key, values in grid.items():
             if not isinstance(values, list) or not values:
                 raise UserError(f"{path}: grid.{key}: {values!r} is no list of values; write [{values}]")
+        if (count := math.prod(map(len, grid.values()))) > _MOST:
+            raise UserError(
+                f"{path}: grid: {count} combinations are more than {_MOST} runs; divide it into several sweeps"
+            )
         for values in itertools.product(*grid.values()):
             yield dict(zip(grid, values, strict=True))
     for one in single:
@@ -265,7 +273,6 @@ def run_sweep(
         plan = Sweep.from_dict(plan) if isinstance(plan, dict) else Sweep.load(plan)
     jobs = [Job(settings, exp) for settings, exp in zip(plan.settings, plan.experiments, strict=True)]
     path = plan.path
-    path.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
         runs = [
