@@ -41,7 +41,7 @@ def save_by_row(folder: RunFolder, mode: str, found: dict[str, ByRow]) -> None:
 def load_by_row(folder: RunFolder, mode: str) -> dict[str, ByRow]:
     """What `save_by_row` kept."""
     out: dict[str, ByRow] = {}
-    with np.load(folder.path / "checkpoints" / mode / "by_row.npz") as arrays:
+    with np.load(folder.path / "checkpoints" / mode / "by_row.npz", allow_pickle=False) as arrays:
         for name in arrays.files:
             key, _, label = name.partition("/")
             out.setdefault(label, {})[key] = arrays[name]

@@ -1,0 +1,599 @@
+"""Wrong things that a user can write, in one table: each is one line that names the place, the value and the way out, ends
+with exit code 2, and leaves nothing behind. All go through the command line's entry function, some through real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Lab
+from fuzz_input import fuzz
+
+from fedsim.__main__ import main
+from fedsim.errors import UserError, nearest_first, visible
+
+YAML = """
+name: wrong
+rounds: 1
+modes: [federated]
+data: {name: table, path: rows.csv, columns: {sentence: text, label: label}, template: "{sentence} label: {label}", validation: 0.25, test: 0.25}
+partition: {name: iid, num_clients: 2}
+local: {steps: 1, batch_size: 2}
+training: {lanes: 1}
+executor: {name: serial, device: cpu, threads: 1}
+"""
+ROWS = "".join(f"some text {i},{'ab'[i % 2]},u{i % 3}\n" for i in range(40))
+CSV = "text,label,user\n" + ROWS
+RECORDS = [{"text": f"some text {i}", "label": "ab"[i % 2], "user": f"u{i % 3}"} for i in range(40)]
+Build = Callable[[Path, Lab], None]
+
+
+def put(name: str, content: str | bytes) -> Build:
+    """A file with this content."""
+
+    def build(here: Path, lab: Lab) -> None:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return build
+
+
+def table(content: str | bytes) -> Build:
+    return put("rows.csv", content)
+
+
+def config(text: str | bytes) -> Build:
+    return put("e.yaml", text)
+
+
+def lines(row: int, text: str) -> Build:
+    """The rows as JSON lines, one of them written otherwise."""
+    texts = [json.dumps(r) for r in RECORDS]
+    texts[row - 1] = text
+    return put("rows.jsonl", "\n".join(texts) + "\n")
+
+
+def folder(name: str) -> Build:
+    return lambda here, lab: (here / name).mkdir()
+
+
+def every(*builds: Build) -> Build:
+    def build(here: Path, lab: Lab) -> None:
+        for one in builds:
+            one(here, lab)
+
+    return build
+
+
+def source(kind: str, rows: list[Any], **keys: Any) -> Build:
+    """An experiment on instruction data, and its file."""
+    data = {"name": "instructions", "sources": [{"format": kind, "path": "d.jsonl", **keys}]}
+    text = re.sub(r"data: .*\n", f"data: {json.dumps(data)}\n", YAML)
+    return every(config(text), put("d.jsonl", "\n".join(json.dumps(r) for r in rows) + "\n"))
+
+
+def base(kind: str = "llama", change: Callable[[Path], None] = lambda m: None) -> Build:
+    """A small base in the folder m, changed."""
+
+    def build(here: Path, lab: Lab) -> None:
+        shutil.copytree(lab.base(kind), here / "m")
+        change(here / "m")
+
+    return build
+
+
+def keys(file: str, **values: Any) -> Callable[[Path], None]:
+    """Other values in a JSON file; None takes a key out."""
+
+    def change(m: Path) -> None:
+        held = {**json.loads((m / file).read_text()), **values}
+        (m / file).write_text(json.dumps({k: v for k, v in held.items() if v is not None}))
+
+    return change
+
+
+def without(*patterns: str) -> Callable[[Path], None]:
+    def change(m: Path) -> None:
+        for file in [f for p in patterns for f in m.glob(p)]:
+            file.unlink()
+
+    return change
+
+
+def written(name: str, content: str | bytes) -> Callable[[Path], None]:
+    return lambda m: put(name, content)(m, None)  # type: ignore[arg-type]
+
+
+def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
+    def change(m: Path) -> None:
+        for one in changes:
+            one(m)
+
+    return change
+
+
+def half(m: Path) -> None:
+    raw = (m / "model.safetensors").read_bytes()
+    (m / "model.safetensors").write_bytes(raw[: len(raw) // 2])
+
+
+def other_shape(m: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(m / "model.safetensors")
+    name = next(n for n in held if "q_proj" in n)
+    save_file({**held, name: held[name][:10].contiguous()}, m / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickled(m: Path) -> None:
+    without("*.safetensors")(m)
+    (m / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n(S'touch PWNED'\ntR.")
+
+
+def parquet(here: Path, lab: Lab) -> None:
+    import pandas as pd
+
+    pd.DataFrame({"text": [{"x": 1}] * 40, "label": ["a", "b"] * 20}).to_parquet(here / "rows.parquet")
+
+
+RUN = ["run", "e.yaml", "-q"]
+JSONL, JSON, M = "data.path=rows.jsonl", "data.path=rows.json", "model.path=m"
+LORA = "adapter.name=lora"
+BY_USER = "partition={name: by_column, column: user}"
+BAD = "is no column of '.*rows.csv', which has"
+SWEEP = "experiment: e.yaml\ngrid: {seed: [0]}\n"
+
+Case = tuple[str, Build | None, list[str], str]
+CASES: list[Case] = [
+    # ---- the config
+    ("tab", config("name:\n\t- a\n"), [], r"e\.yaml: .*line 2, column 1: .*spaces, not tabs"),
+    ("duplicate key", config("seed: 1\nseed: 2\n"), [], r"line 2.*duplicate key seed; leave one of them out"),
+    ("cycle", config("local: &a {x: *a}\n"), [], r"line 1.*recursive"),
+    ("python tag", config("name: !!python/object/apply:os.system ['touch PWNED']\n"), [], "no code is run"),
+    ("other tag", config("name: !x y\n"), [], "constructor for the tag '!x'; tags are not followed"),
+    ("huge number", config("seed: " + "9" * 5000 + "\n"), [], "not readable as YAML: .*4300 digits"),
+    ("large number", None, ["seed=99999999999999999999"], "seed: 99999999999999999999 is larger .* below 2\\^63"),
+    ("rounds without end", None, ["rounds=10000000000"], "rounds: 10000000000 is above"),
+    ("steps without end", None, ["local.steps=2000000000"], "local.steps: 2000000000 x batch_size=2"),
+    ("not a number", None, ["local.lr=.nan"], "local.lr: nan is not a positive number"),
+    ("infinity", None, ["local.clip=.inf"], "local.clip: inf .* null turns clipping off"),
+    ("boolean for a number", None, ["rounds=true"], "rounds: True is not a whole number"),
+    ("list for a section", None, ["local=[1]"], r"local: \[1\] is not a section; its keys are steps"),
+    ("null key", config("null: 4\n"), [], "a key is null or a list, not text; mend it"),
+    ("number key", config("1: 2\n"), [], "1: 2 is for no known key; the top level takes: name, seed"),
+    ("too deep", config("name: " + "[" * 3000 + "]" * 3000), [], r"e\.yaml: nested too deep"),
+    ("deep", config("name: " + "{a: " * 400 + "1" + "}" * 400), [], "nested too deep"),
+    ("interpolation cycle", config("name: ${seed}\nseed: ${name}\n"), [], "name: .*[Rr]ecursive.*; interpolations are"),
+    ("broken interpolation", config("name: ${\n"), [], r"e\.yaml: not readable as YAML: .*mend it"),
+    ("broken path", None, ["model.path='${data'"], "model.path: '.*data' cannot be resolved|data.*not readable"),
+    ("no such variable", None, ["data.path='${oc.env:FEDSIM_NO}/x.csv'"], "data.path: .* set FEDSIM_NO to the folder"),
+    ("binary", config(bytes(range(256))), [], r"e\.yaml: not UTF-8 text .*save the YAML file as UTF-8"),
+    ("UTF-16", config(YAML.encode("utf-16")), [], r"e\.yaml: not UTF-8 text"),
+    ("two documents", config("name: a\n---\nname: b\n"), [], "line 2.*mend that line"),
+    ("escape in a key", config('"a\\e[31m\\nb": 1\n'), [], r"a\\x1b\[31m\\nb: 1 is for no known key"),
+    ("escape in a value", config('local: {optimizer: "\\e[31m"}\n'), [], r"local.optimizer: '\\x1b\[31m' is not one of adamw"),
+    ("zero byte", config('results: "a\\0b"\n'), [], r"results: 'a\\x00b' holds a zero byte; take it out"),
+    ("empty results", None, ["results=''"], "results: '' is empty; give a folder"),
+    ("nobody's home", None, ["results=~nobody-here/x"], "results: '~nobody-here/x' .* give the whole path"),
+    ("results in a file", None, ["results=rows.csv"], "results: 'rows.csv/.*' cannot be written to .*results=FOLDER"),
+    ("long name", None, ["name=" + "x" * 300], "name: 'x+' is longer"),
+    ("name of a path", None, ["name=../x"], "name: '../x' is not a folder's name: use letters"),
+    ("unknown key", None, ["local.lrr=1"], "local.lrr: 1 is for no known key; did you mean lr\\?"),
+    ("deep override", None, ["modes.0=local"], "modes: .* is no section, so modes.0 cannot be set"),
+    ("no such file", None, ["run", "nowhere.yaml"], "nowhere.yaml: no such file; give the YAML file"),
+    ("a folder for a file", folder("d.yaml"), ["run", "d.yaml"], "d.yaml: no such file; give the YAML file"),
+    ("escape in an argument", None, ["run", "a\x1b[31m\nb"], r"a\\x1b\[31m\\nb: no such file"),
+    ("impossible together", None, ["adapter={name: none}", "model.dtype=float16"], "model.dtype: 'float16' .* bfloat16"),
+    # ---- tables
+    ("no such column", table(CSV.replace("text,", "txt,", 1)), [], f"data.columns.sentence: 'text' {BAD}: txt, label"),
+    ("no label column", table(CSV.replace("label", "lable", 1)), [], f"data.columns.label: 'label' {BAD}: lable, text"),
+    ("no such field", None, ["data.template='{titel} {label}'"], "data.template: {titel} is no column; the data has: text"),
+    ("unknown label", None, ["data.labels=[a, c]"], r"row 2 of '.*rows.csv' has the label 'b'; data.labels has: a, c"),
+    ("escape in a label", table(CSV.replace("5,b", "5,b\x1b[31m")), ["data.labels=[a, b]"], r"row 6 .* 'b\\x1b\[31m'"),
+    ("no label", table(CSV.replace("5,b", "5,")), [], "row 6 of .* has the label empty; data.labels has: a, b"),
+    ("no text", table(CSV.replace("some text 5,", " ,")), [], "row 6 of '.*rows.csv' has no text in text; fill it in"),
+    ("not UTF-8", table(CSV.encode().replace(b"text 5", b"text \xff")), [], "not UTF-8 .byte .*, line 7.; save it as UTF-8"),
+    ("column twice", table(CSV.replace("user", "text", 1)), [], "has the column 'text' twice; rename one"),
+    ("empty file", table(""), [], "data.path: '.*rows.csv' is empty; give a file with rows"),
+    ("only line ends", table("\n\n\n"), [], "data.path: '.*rows.csv' could not be read as csv"),
+    ("header alone", table("text,label\n"), [], "data.path: '.*rows.csv' has no rows"),
+    ("long row", table(CSV.replace("5,b,", "5,b,c,d,")), [], "Expected 3 fields in line 7, saw 5.; quote cells"),
+    ("long rows", table("text,label\n" + ROWS), [], "more fields than its header; quote text that holds ','"),
+    ("short row", table(CSV.replace("5,b,u2", "5,b")), [], "line 7 has 2 cell.s., the header has 3; add"),
+    ("open quote", table(CSV.replace("some text 5", '"some text 5')), [], "could not be read as csv .*row 6.; quote cells"),
+    ("zero bytes", table(CSV.replace("text 5", "text \0")), [], "has a zero byte in line 7, so it is no text file"),
+    ("one label", table("text,label\n" + "x,a\n" * 40), [], "holds 1 different value.s., 'a'; .*data.labels"),
+    ("label with a blank", None, ["data.labels=[a, 'b ']"], "data.labels: .*white space around it"),
+    ("label twice", None, ["data.labels=[a, a]"], "data.labels: .*names a label twice"),
+    ("too few rows", table("text,label\nx,a\ny,b\n"), [], "left without a row; it has 2 in all; add rows"),
+    ("validation without rows", put("v.csv", "text,label\n"), ["data.validation=v.csv"], "data.validation: .*no rows"),
+    ("validation's label", put("v.csv", "text,label\nx,c\n"), ["data.validation=v.csv"], "row 1 of '.*v.csv' has the label 'c'"),
+    ("validation's column", put("v.csv", "text,lbl\nx,a\n"), ["data.validation=v.csv"], "'label' is no column of '.*v.csv'"),
+    ("no such data", None, ["data.path=row.csv"], "data.path: 'row.csv' does not exist; give a .csv"),
+    ("folder for data", folder("d.csv"), ["data.path=d.csv"], "data.path: '.*d.csv' is a folder; give a .csv"),
+    ("other ending", put("x.xlsx", "PK"), ["data.path=x.xlsx"], "ends in .xlsx; give a .csv"),
+    ("row too long", None, ["data.max_length=4", "data.too_long=error"], "data.max_length: 4, but row 2 of '.*rows.csv' has"),
+    ("all rows too long", None, ["data.max_length=4", "data.too_long=drop"], "no row of the train split is left .20 too long"),
+    # ---- JSON and Parquet
+    ("line is no JSON", lines(6, '{"text": x}'), [JSONL], "could not be read as jsonl .line 6: Expecting value"),
+    ("line is a list", lines(6, "[1, 2]"), [JSONL], r"line 6 holds '\[1, 2\]', no object"),
+    ("key twice", lines(6, '{"text": "x", "text": "y", "label": "a"}'), [JSONL], "line 6: the key 'text' is there twice"),
+    ("line too deep", lines(6, "[" * 99999), [JSONL], "line 6 is nested too deep"),
+    ("nested text", lines(6, '{"text": {"x": 1}, "label": "b"}'), [JSONL], "row 6 of '.*' has .*in the column 'text', which is no text"),
+    ("null text", lines(6, '{"text": null, "label": "b"}'), [JSONL], "row 6 of .* has no text in text"),
+    ("half a character", lines(6, '{"text": "\\ud800", "label": "b"}'), [JSONL], "row 6 .* half of a character"),
+    ("nested label", lines(6, '{"text": "x", "label": ["b"]}'), [JSONL], "row 6 .*which is no label; write a word"),
+    ("JSON is an object", put("rows.json", '{"text": []}'), [JSON], "expected a list of objects, one a row"),
+    ("JSON holds a number", put("rows.json", '[{"text": "x"}, 3]'), [JSON], "but row 2 is '3'"),
+    ("JSON too deep", put("rows.json", "[" * 99999), [JSON], "nested too deep; give a list of objects"),
+    ("no Parquet", put("rows.parquet", "x" * 50), ["data.path=rows.parquet"], "could not be read as parquet .*write the file anew"),
+    ("nested Parquet", parquet, ["data.path=rows.parquet"], "row 2 of '.*rows.parquet' has .*which is no text"),
+    # ---- partitions
+    ("more clients than rows", None, ["partition.num_clients=400"], "partition.num_clients: 400 .* give at most 20"),
+    ("class too small", None, ["partition={name: class_counts, counts: [[50, 1]]}"], "class 0 is asked for 50 rows.* is 10"),
+    ("no client column", None, ["partition={name: by_column, column: usr}"], "partition.column: 'usr' is no column; the data has: user"),
+    ("row without client", table(CSV.replace("5,b,u2", "5,b,")), [BY_USER], "row 6 of '.*' has nothing in 'user'; every row needs"),
+    ("client of a list", lines(2, '{"text": "x", "label": "b", "user": [1]}'), [JSONL, BY_USER], r"has \[1\] in 'user'"),
+    ("client of long rows", table(re.sub(r"some text (\d+),(.),u1", r"a \1 b c d e f g h i j k l m n o p,\2,u1", CSV)),
+     [BY_USER, "data.max_length=14", "data.too_long=drop"], "client 'u1' is left without a row: .*data.too_long=drop"),
+    ("no client with rows", None, ["partition={name: class_counts, counts: [[0, 0]]}"], "no client holds a row; raise the counts"),
+    # ---- templates
+    ("open brace", None, ["data.template='{sentence {label}'"], "data.template: .*double a brace that is meant as text"),
+    ("positional", None, ["data.template='{} {label}'"], "has the field {}; a field is one plain column name"),
+    ("numbered", None, ["data.template='{0} {label}'"], "has the field .0.; a field is one plain column name"),
+    ("attribute", None, ["data.template='{sentence} {label.__class__}'"], "has the field {label.__class__}"),
+    ("index", None, ["data.template='{sentence} {label[0]}'"], r"has the field {label\[0\]}"),
+    ("format", None, ["data.template='{sentence:>9} {label}'"], "a field is one plain column name in braces"),
+    ("conversion", None, ["data.template='{sentence!r} {label}'"], "a field is one plain column name in braces"),
+    # ---- instructions
+    ("alpaca without output", source("alpaca", [{"instruction": "x"}] * 30), [], "no column 'output', which format alpaca needs"),
+    ("dolly without response", source("dolly", [{"instruction": "x"}] * 30), [], "no column 'response', which format dolly needs"),
+    ("oasst1 without roles", source("oasst1", [{"text": "x"}] * 30), [], "no column 'message_id', which format oasst1 needs"),
+    ("pairs without response", source("prompt_response", [{"prompt": "x"}] * 30), [], "name its columns by data.columns"),
+    ("chats without chats", source("messages", [{"chat": []}] * 30), [], "no column 'messages'"),
+    ("turn without role", source("messages", [{"messages": [{"content": "x"}]}] * 30), [], "row 1 of the messages is not a list of"),
+    ("chat of text", source("messages", [{"messages": "hello"}] * 30), [], "row 1 .*'hello' is no JSON"),
+    ("nested instruction", source("alpaca", [{"instruction": [1], "output": "y"}] * 30), [], r"row 1 of '.*' has '\[1\]' in the column"),
+    ("no answers", source("alpaca", [{"instruction": "x", "output": " "}] * 30), [], "no row of the train split is left .24 empty answer"),
+    ("unknown format", source("alpacca", [{}] * 3), [], r"data.sources\[0\].format: 'alpacca' is not known; one of alpaca"),
+    ("no such source", source("alpaca", [{}], path="no.jsonl"), [], "path: 'no.jsonl' does not exist"),
+    # ---- bases
+    ("no weights", base(change=without("*.safetensors")), [M], "model.path: '.*m' holds no .safetensors weights; give"),
+    ("no config", base(change=without("config.json")), [M], "has no config.json; give a folder that save_pretrained wrote"),
+    ("config is no JSON", base(change=written("config.json", "{")), [M], "could not be read .*not a valid JSON"),
+    ("unknown type", base(change=keys("config.json", model_type="nope")), [M], "model type `nope`"),
+    ("weights of another shape", base(change=other_shape), [M, LORA], r"q_proj.weight as \[10, 32\], its config makes it \[32, 32\]"),
+    ("config of another shape", base(change=keys("config.json", hidden_size=64)), [M], r"its config makes it \[1536, 64\]"),
+    ("weights that lack a layer", base(change=keys("config.json", num_hidden_layers=3)), [M], "lack model.layers.2"),
+    ("half the weights", base(change=half), [M], "could not be loaded .SafetensorError.*check that the folder is complete"),
+    ("index of another folder", base(change=both(without("*.safetensors"), written("model.safetensors.index.json",
+     '{"weight_map": {"a": "../x.safetensors"}}'))), [M], "names '../x.safetensors', outside the folder"),
+    ("pickled weights", base(change=pickled), [M], "pickled weights .pytorch_model.bin., which can run code .*convert them"),
+    ("file of pickled weights", base(change=pickled), ["model.path=m/pytorch_model.bin"], "pickled weights, which can run code"),
+    ("code in the folder", base(change=both(keys("config.json", model_type="odd", auto_map={"AutoConfig": "odd.C"}),
+     written("odd.py", "open('PWNED', 'w')"))), [M], "auto_map in config.json., which is never run"),
+    ("no tokenizer", base(change=without("tok*", "special*")), [M], "no tokenizer could be loaded from '.*m'"),
+    ("no pad token", base(change=keys("tokenizer_config.json", pad_token=None, eos_token=None)), [M], "neither a pad nor an end-of-text token; add"),
+    ("token without embedding", base(change=keys("config.json", vocab_size=900)), [M], "embeddings for 900; give the folder the tokenizer"),
+    ("no GGUF", put("m.gguf", "nonsense"), ["model.path=m.gguf"], "m.gguf' could not be read"),
+    ("half a GGUF", put("m.gguf", b"GGUF\3\0\0\0" + bytes(16)), ["model.path=m.gguf"], "m.gguf' could not be read"),
+    ("hub without a network", None, ["model.path=org/none"], "'org/none' could not be read .*check the id, the network, or give a local"),
+    ("no such package", None, ["model.path=package:no_such/x"], "needs the package no_such; install it with"),
+    ("encoder that is to write", base("bert"), [M], "'causal_lm' cannot be done by .* use model.task=sequence_classification"),
+    ("base without a head", base("mamba"), [M, "model.task=sequence_classification"], "transformers has no such head"),
+    ("too many virtual tokens", base(), [M, "adapter={name: prompt, num_virtual_tokens: 250}"], "250 virtual tokens through, the base takes 256"),
+    # ---- adapters
+    ("no such layer", base(), [M, LORA, "adapter.target_modules=[qproj]"], "'qproj' does not exist in this base; it has: q_proj, "),
+    ("no layer for a bottleneck", base(), [M, "adapter={name: adapter, target_modules: [qproj]}"], "'qproj' .*it has: q_proj, "),
+    ("nothing for lora", base("mamba"), [M, LORA], "'auto' finds no attention input projection .*name some of dt_proj"),
+    ("prefix without heads", base("mamba"), [M, "adapter={name: prefix}"], "'prefix' cannot be put on this base .mamba."),
+    ("method that trains nothing", base("gpt2"), [M, "adapter={name: osf}"], "'osf' finds nothing to train on this base .gpt2."),
+    ("key of another kind", base(), [M, "adapter={name: loha, r: x}"], "'loha' cannot be put on this base"),
+    ("method unknown", None, ["adapter={name: loora}"], "adapter.name: 'loora' is not known; did you mean lora"),
+    ("adapter without end", base(), [M, LORA, "adapter.r=1000000000000"], "r=1000000000000 needs more memory than there is"),
+    ("empty start", None, ["adapter={name: prompt, init_text: ' '}"], "adapter.init_text: ' ' is empty"),
+    # ---- devices
+    ("no such device", None, ["executor={name: serial, device: 'cuda:9'}"], "'cuda:9' is not on this machine, which has: cpu"),
+    ("no device", None, ["executor={name: serial, device: gpu}"], "executor.device: 'gpu' is not a device; use cpu"),
+    ("a million workers", None, ["executor={name: pool, workers: 1000000}"], "executor.workers: 1000000 is above 1024"),
+    ("a million threads", None, ["executor={name: serial, threads: 1000000}"], "executor.threads: 1000000 is above 1024"),
+    # ---- the other commands
+    ("sweep's key", put("s.yaml", SWEEP + "grids: 1\n"), ["sweep", "s.yaml"], "'grids' is no key of a sweep; did you mean grid"),
+    ("sweep of a number", put("s.yaml", "experiment: e.yaml\ngrid: {3: [1]}\n"), ["sweep", "s.yaml"], "3: 1 is for no known key"),
+    ("sweep's device", put("s.yaml", SWEEP + "devices: ['cuda:9']\n"), ["sweep", "s.yaml"], "'cuda:9' is not on this machine"),
+    ("sweep without end", put("s.yaml", f"experiment: e.yaml\ngrid: {{seed: {list(range(300))}, local.steps: {list(range(1, 300))}}}\n"),
+     ["sweep", "s.yaml"], "grid: 89700 combinations are more than 20000"),
+    ("reproduction's seeds", put("r/reproduce.yaml", "sizes: {tiny: {file: ../e.yaml}}\nruns: [{label: a, title: b, seeds: 3}]\n"),
+     ["reproduce", "r"], "runs: a: seeds: 3 is no mapping"),
+    ("nothing to plot", None, ["plot", "."], "no run in '.'"),
+    ("nothing to list", None, ["list", "nowhere"], "no folder 'nowhere'"),
+    ("config of a run", every(put("r/config.yaml", "best: 3\n"), put("r/metrics.jsonl", "")), ["list", "r"], "config.yaml: best: 3 is no section"),
+    ("metrics of a run", every(put("r/config.yaml", "name: x\n"), put("r/metrics.jsonl", "x\ny\n")), ["list", "r"], "metrics.jsonl, line 1: not JSON; mend"),
+    ("nothing to compare", None, ["diff", "nowhere", "."], "no folder 'nowhere'"),
+    ("no model to score", folder("x"), ["eval", "x"], "x: holds neither a run nor a model"),
+    ("partition of nothing", table(""), ["partition", "e.yaml"], "rows.csv' is empty; give a file with rows"),
+    ("no such option", None, ["run", "e.yaml", "--fast"], "No such option"),
+]  # fmt: skip
+PROCESSES = (
+    "python tag",
+    "escape in a key",
+    "unknown label",
+    "line is a list",
+    "client of long rows",
+    "pickled weights",
+    "code in the folder",
+    "no such layer",
+)
+
+
+@pytest.fixture
+def here(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with an experiment and its data."""
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("FEDSIM_NO", raising=False)
+    (place / "e.yaml").write_text(YAML)
+    (place / "rows.csv").write_text(CSV)
+    return place
+
+
+def arguments(given: list[str]) -> list[str]:
+    return given if given and "=" not in given[0] else [*RUN, *given]
+
+
+def everything(place: Path) -> set[str]:
+    return {str(p.relative_to(place)) for p in place.rglob("*")}
+
+
+def check(code: int, out: str, err: str, why: str) -> None:
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("fedsim: ") and err.endswith("\n") and err.count("\n") == 1 and "Traceback" not in err, err
+    assert err[:-1].isprintable(), repr(err)
+    assert re.search(why, err), err
+
+
+@pytest.mark.parametrize(("build", "given", "why"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_a_wrong_thing_is_one_line_and_leaves_nothing(
+    build: Build | None, given: list[str], why: str, here: Path, lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if build is not None:
+        build(here, lab)
+    before = everything(here)
+    capsys.readouterr()  # what building a base says
+    code = main(arguments(given))
+    out, err = capsys.readouterr()
+    check(code, out, err, why)
+    assert everything(here) == before
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_same_in_a_real_process(name: str, here: Path, lab: Lab) -> None:
+    ((build, given, why),) = [c[1:] for c in CASES if c[0] == name]
+    if build is not None:
+        build(here, lab)
+    before = everything(here)
+    command = [sys.executable, "-m", "fedsim", *arguments(given)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=300)
+    check(done.returncode, done.stdout, done.stderr, why)
+    assert everything(here) == before
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(CASES) >= 80 and len({c[0] for c in CASES}) == len(CASES)
+    assert len(PROCESSES) == 8 and {c[0] for c in CASES} >= set(PROCESSES)
+
+
+# ------------------------------------------------------------------------------------------------ what is taken
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xef\xbb\xbf" + CSV.encode(), CSV.replace("\n", "\r\n").encode()], ids=["BOM", "CRLF"]
+)
+def test_marks_and_line_ends_of_other_systems_are_taken(raw: bytes, here: Path) -> None:
+    from fedsim.build import prepare
+    from fedsim.config import Experiment
+
+    (here / "other.csv").write_bytes(raw)
+    text = YAML.replace("rows.csv", "other.csv").replace("\n", "\r\n")
+    (here / "other.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    plain, other = (prepare(Experiment.load(f)) for f in ("e.yaml", "other.yaml"))
+    assert plain.run_id() == other.run_id()
+
+
+def test_rows_without_an_answer_are_left_out_and_counted(here: Path, lab: Lab) -> None:
+    from fedsim.build import prepare
+    from fedsim.config import Experiment
+
+    rows = [{"instruction": f"say {i}", "output": " " if i % 10 == 0 else "yes"} for i in range(40)]
+    source("alpaca", rows)(here, lab)
+    report = prepare(Experiment.load("e.yaml")).report
+    assert sum(why.get("empty answer", 0) for why in report["left_out"].values()) == 4
+
+
+WILD = [
+    "{label} {0} {} {label.__class__}", "%s %(label)s %n", "a\\nb \\x1b", "line\nline\ttab\rend", "\x1b[31mred\x1b[0m \x9b1m",
+    "\u202eright to left\u2066", "[red]markup[/red] [link=x]", "zero \0 byte", "emoji 👩‍👩‍👧 é ß 漢字", "<|endoftext|> </s>", "${oc.env:HOME}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WILD)
+def test_text_of_the_data_is_its_own_text_and_no_more(text: str) -> None:
+    from fedsim.data.sources import Split
+    from fedsim.data.tokens import Template
+
+    split = Split({"text": [text], "label": ["yes"]}, None, "f.csv", np.array([1]))
+    (row,) = split.texts(["text", "label"], {}, None, "train", ["text"])
+    template = Template.parse("A {text} B {{x}} {label}")
+    assert template.split(row) == (f"A {text} B {{x}}", " yes")
+    assert template.text(row) == f"A {text} B {{x}} yes"
+
+
+@pytest.mark.parametrize("text", [*WILD, "\ud800 half", "\x7f\x85\u2028"])
+def test_nothing_steers_a_terminal(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import pandas as pd
+
+    from fedsim.__main__ import _table
+    from fedsim.progress import Board, Progress
+
+    shown = visible(text)
+    assert shown.replace("\u200d", "").isprintable()  # what joins an emoji stays
+    assert visible(shown) == shown
+    _table(pd.DataFrame({"client": [text], text: [1]}), text)
+    show = Progress(True, 1)
+    show.note(f"left out, no rows: {text}")
+    show.round(1, text)
+    board = Board(True, [text])
+    board.update(0, "failed", text)
+    board.end()
+    captured = capsys.readouterr()
+    for line in (captured.out + captured.err).split("\n"):
+        assert line.replace("\u200d", "").isprintable(), repr(line)
+    assert captured.err.count("\n") == 3 and shown in captured.out
+
+
+def test_clients_with_wild_names_are_shown_with_escapes_and_have_folders_of_their_own(
+    here: Path, lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["../../x", "\x1b[31mred", "[red]a[/red]", "a/b"]
+    rows = [{**r, "user": names[i % 4]} for i, r in enumerate(RECORDS)]
+    put("rows.jsonl", "\n".join(map(json.dumps, rows)) + "\n")(here, lab)
+    assert main(["partition", "e.yaml", JSONL, BY_USER]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\\x1b[31mred" in out and "[red]a[/red]" in out
+    assert main(["run", "e.yaml", JSONL, BY_USER, "modes=[local]"]) == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    (run,) = [p for p in (here / "results" / "wrong").iterdir() if p.name != "partition"]
+    assert len(list((run / "local").iterdir())) == 4
+    assert {p.name for p in here.iterdir()} == {"e.yaml", "rows.csv", "rows.jsonl", "results"}
+
+
+# ------------------------------------------------------------------------------------------------ nothing unsafe
+
+
+def test_a_checkpoint_that_names_files_elsewhere_is_refused(lab: Lab, tmp_path: Path) -> None:
+    from fedsim.run_folder import RunFolder
+
+    run = lab.run()
+    (info,) = (run / "checkpoints" / "federated").glob("round-*.json")
+    held = json.loads(info.read_text())
+    ((name, digest),) = held["files"].items()
+    outside = tmp_path / "x.safetensors"
+    shutil.copy(info.with_name(name), outside)
+    info.with_name("link.safetensors").symlink_to(outside)
+    for wrong in (str(outside), f"../../../../../{outside.name}", "link.safetensors", "sub/x"):
+        info.write_text(json.dumps({**held, "files": {wrong: digest}}))
+        folder = RunFolder(run)
+        with pytest.raises(UserError, match="is no file of its own folder; .*delete it") as caught:
+            folder.checkpoints("federated")
+        folder.close()
+        assert wrong in str(caught.value) and str(info) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"adapter_model.bin": b"\x80\x04."}, "pickled weights .adapter_model.bin., which can run code; save"),
+        ({}, "holds no adapter_model.safetensors; save"),
+        ({"adapter_model.safetensors": b"nonsense"}, "its adapter could not be loaded"),
+        ({"adapter_config.json": b"{", "adapter_model.safetensors": b""}, "its adapter could not be loaded"),
+    ],
+    ids=["pickle", "nothing", "damaged", "config"],
+)
+def test_adapters_that_are_no_safetensors_are_refused(files: dict[str, bytes], why: str, lab: Lab) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from fedsim.models.adapters import load_adapter
+
+    place = lab.root / "a"
+    place.mkdir()
+    (place / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
+    for name, content in files.items():
+        (place / name).write_bytes(content)
+    with pytest.raises(UserError, match=why) as caught:
+        load_adapter(AutoModelForCausalLM.from_pretrained(lab.base("llama")), place)
+    assert str(place) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
+
+def test_more_workers_than_memory_holds_are_refused_before_they_start(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **keys: Any) -> Any:
+        raise AssertionError("workers were started")
+
+    monkeypatch.setattr("fedsim.experiment.PoolExecutor", never)
+    monkeypatch.setattr("fedsim.experiment.free_memory", lambda device: 3 << 30)
+    before = everything(here)
+    assert main([*RUN, "executor={name: pool, devices: [cpu], workers: 40}"]) == 2
+    out, err = capsys.readouterr()
+    check(2, out, err, "executor.workers: 40 on cpu need at least 11.7 GiB .*3.0 are free; give at most 10")
+    assert everything(here) == before
+    with pytest.raises(AssertionError, match="workers were started"):
+        main([*RUN, "executor={name: pool, devices: [cpu], workers: 10}"])
+
+
+def test_bfloat16_where_a_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from fedsim import Experiment
+    from fedsim.experiment import devices_of
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    exp = Experiment(model={"dtype": "bfloat16"}, executor={"name": "serial", "device": "cuda"})
+    with pytest.raises(UserError, match=r"model.dtype: 'bfloat16', which cuda:0 .Old GPU. .*use float32 or float16"):
+        devices_of(exp)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert devices_of(exp) == ("serial", ["cuda:0"])
+
+
+# ------------------------------------------------------------------------------------------------ the rest
+
+
+def test_names_to_choose_from_come_nearest_first() -> None:
+    assert nearest_first("qproj", ["a", "b", "q_proj"]) == "q_proj, a, b"
+    assert nearest_first("x", []) == "nothing"
+    assert nearest_first("x", [f"c{i}" for i in range(50)]).endswith("c29 and 20 more")
+
+
+def test_an_error_once_rows_are_logged_keeps_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **keys: Any) -> Any:
+        raise UserError("out of something in round 1")
+
+    monkeypatch.setattr("fedsim.experiment.run_rounds", fail)
+    assert main(RUN) == 2
+    (run,) = (here / "results" / "wrong").iterdir()
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+
+
+def test_an_error_at_a_later_start_keeps_the_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(RUN) == 0
+    (run,) = (here / "results" / "wrong").iterdir()
+    (run / "status.json").write_text(json.dumps({"state": "running", "rounds": 1}))
+    (run / "plan.json").write_text("{")
+    before = everything(here)
+    capsys.readouterr()
+    assert main(RUN) == 2
+    check(2, *capsys.readouterr(), "plan.json: damaged, not JSON")
+    assert everything(here) == before
+
+
+def test_random_damage_is_refused_or_harmless(lab: Lab) -> None:
+    counts = fuzz(30, seed=1)
+    assert counts["refused"] >= 10 and sum(counts.values()) == 30, counts
