@@ -5,6 +5,7 @@ A user's mistake is one line on standard error and exit code 2; a failing client
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from fedsim.errors import ClientError, UserError, visible
+from fedsim.signals import ended_by_signals
 
 _INTERRUPTED = 130  # what the parser makes of Ctrl-C
+_STOPPED = "stopped; the same command goes on from the last complete round"
 
 app = typer.Typer(
     add_completion=False,
@@ -53,6 +56,14 @@ def run(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress; only the table and the paths at the end.")
     ] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Go on with exactly this run (its folder, or its id under results); rounds may be raised.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run an experiment, or go on with it where it was stopped.
 
@@ -61,12 +72,15 @@ def run(
     the models (global/, best/, local/SITE/, central/) and figures/. The id depends on everything that changes the numbers, so
     the same command finds its run again: finished, it shows it; stopped, it goes on from the last complete round.
 
+    --resume RUN refuses keys that would change the numbers of that run. With it, rounds may be raised where no learning rate
+    hangs on them: local.schedule=constant, an explicit local.horizon, or local.schedule_over=round.
+
     Changing a section's name (adapter.name=p_tuning) drops the file's other keys of that section.
     """
     from fedsim.config import Experiment
     from fedsim.experiment import run as run_experiment
 
-    done = run_experiment(Experiment.load(file, overrides or []), progress=not quiet)
+    done = run_experiment(Experiment.load(file, overrides or []), progress=not quiet, resume=resume)
     from fedsim.runs import load_runs, summary
 
     metrics = load_runs(done.path)
@@ -500,8 +514,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None = those of the process.
 
     Returns:
-        The exit code: 0, 1 for a failing client or a bug, 2 for a user's mistake, 130 after Ctrl-C.
+        The exit code: 0, 1 for a failing client or a bug, 2 for a user's mistake or a disk that cannot be written to, 130 after
+        Ctrl-C (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
+    with ended_by_signals() as came:
+        try:
+            code = _main(argv)
+            return 128 + came[0] if came and code else code
+        except BaseException as error:
+            if not came:
+                raise
+            # What else went wrong on the way out (a terminal that is gone, say) is no news.
+            given = sys.argv[1:] if argv is None else argv
+            said = _STOPPED if {"run", "sweep", "reproduce"}.intersection(given[:1]) else "stopped"
+            with contextlib.suppress(OSError):
+                print(f"fedsim: {getattr(error, '__notes__', [said])[0]}", file=sys.stderr)
+            return 128 + came[0]
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         code = app(args=None if argv is None else list(argv), prog_name="fedsim", standalone_mode=False)
     except UserError as error:
@@ -524,7 +555,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         raise
     if code == _INTERRUPTED:
-        print("fedsim: stopped; the same command goes on from the last complete round", file=sys.stderr)
+        print(f"fedsim: {_STOPPED}", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

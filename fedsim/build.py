@@ -121,19 +121,26 @@ class Parts:
 
     def run_id(self) -> str:
         """Hash of all that the numbers depend on: the config, with content hashes in place of data and model paths."""
-        identity = self.exp.identity()
+        identity = identity_of(self.exp)
         identity["model"]["path"] = self.rows.model_hash
-        for key in ("path", "validation", "test"):
-            if isinstance(identity["data"].get(key), str):
-                identity["data"][key] = None
-        for key in ("sources", "columns") if self.exp.data.name == "instructions" else ():
-            identity["data"].pop(key, None)  # what comes of them, data sets' names too, is in the rows
         digest = hashlib.sha256(repr(_sorted(identity)).encode())
         if self.rows.template is None:
             digest.update(repr(self.tokenizer.chat_template).encode())
         for name in sources.SPLITS:
             digest.update(repr(sorted(self.source.splits[name].columns.items())).encode())
         return digest.hexdigest()[:12]
+
+
+def identity_of(exp: Experiment) -> dict[str, Any]:
+    """The part of the config that the numbers depend on, without paths: their content stands for them."""
+    identity = exp.identity()
+    identity["model"]["path"] = None
+    for key in ("path", "validation", "test"):
+        if isinstance(identity["data"].get(key), str):
+            identity["data"][key] = None
+    for key in ("sources", "columns") if exp.data.name == "instructions" else ():
+        identity["data"].pop(key, None)  # what comes of them, data sets' names too, is in the rows
+    return identity
 
 
 def _sorted(value: Any) -> Any:

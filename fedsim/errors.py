@@ -49,6 +49,13 @@ class OutOfMemory(RuntimeError):
     """Clients trained side by side needed more memory than the device has; fewer of them may fit."""
 
 
+class Ended(SystemExit):
+    """A signal asked the process to end: raised where it was, with the exit code 128 + the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was not enough memory, on a GPU or on the CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here

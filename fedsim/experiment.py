@@ -6,14 +6,17 @@ it ends, and the same call goes on from the last complete round of a run folder 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import hashlib
+import json
 import os
 import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.algorithms import ALGORITHMS, Algorithm
-from fedsim.build import CENTRAL, Parts, Shared, draw_of, prepare
+from fedsim.build import CENTRAL, Parts, Shared, draw_of, identity_of, prepare
 from fedsim.config import Experiment, results_of
 from fedsim.data.partition import Partition, VirtualPartition
 from fedsim.data.tokens import Tokens
@@ -55,7 +58,15 @@ from fedsim.rounds import (
     state_info,
     state_tensors,
 )
-from fedsim.run_folder import RunFolder, environment, save_arrays
+from fedsim.run_folder import (
+    RunFolder,
+    disk_error,
+    environment,
+    read_checked,
+    replace_folder,
+    save_arrays,
+    write_checked,
+)
 from fedsim.sections import Simulation
 from fedsim.seeding import stream
 from fedsim.simulation import Life, by_number
@@ -352,6 +363,7 @@ def run(
     progress: bool | Progress = True,
     shared: Shared | None = None,
     member: Member | None = None,
+    resume: str | Path | None = None,
 ) -> Run:
     """Run an experiment, or go on with it from the last complete round of its run folder.
 
@@ -360,6 +372,8 @@ def run(
         progress: show what goes on, on standard error; or where to show it.
         shared: rows and base that other runs in this process have in common with this one.
         member: of a fleet of runs whose packs share passes.
+        resume: go on with exactly this run: its folder, or its id under `exp.results`. Keys that the numbers depend on must be
+            its own; `rounds` may be raised where no learning rate depends on them.
 
     Returns:
         The run: its folder holds `config.yaml`, `metrics.jsonl`, the partition, the models and the figures.
@@ -373,7 +387,7 @@ def run(
     kind, devices = devices_of(exp)
     # A fleet's runs take turns in one process: who starts the fleet settles it.
     with settled(devices) if member is None else nullcontext():
-        return _run(exp, kind, devices, progress, shared, member)
+        return _run(exp, kind, devices, progress, shared, member, resume)
 
 
 def _run(
@@ -383,21 +397,35 @@ def _run(
     progress: bool | Progress,
     shared: Shared | None,
     member: Member | None,
+    resume: str | Path | None,
 ) -> Run:
     check_trackers(exp.tracking.with_)
+    place = None if resume is None else _find_run(resume, exp)
     parts = prepare(exp, shared)
+    if place is not None:
+        parts = _as_before(place, parts)
     exp = parts.exp
-    run_id = parts.run_id()
-    folder = RunFolder(run_folder_of(exp, run_id))
+    run_id = parts.run_id() if place is None else place.resolve().name
+    folder = RunFolder(place or run_folder_of(exp, run_id))
     show = Progress(progress, exp.rounds) if isinstance(progress, bool) else progress
     try:
-        status = folder.read_json("status.json") or {}
-        status = status if isinstance(status, dict) else {}
-        if status.get("rounds", exp.rounds) != exp.rounds:
-            raise UserError(
-                f"rounds: {exp.rounds}, but {folder.path} was started with {status['rounds']}; use another name or results folder"
-            )
-        if status.get("state") == "finished":
+        unlocked = folder.lock()
+        if unlocked is not None:
+            show.note(unlocked)
+        status = folder.read_json("status.json")
+        if not isinstance(status, dict):
+            if (folder.path / "status.json").is_file():
+                show.note(f"{folder.path / 'status.json'}: damaged, and written anew")
+            status = {}
+        rounds = _rounds_of(folder, status)
+        if rounds is not None and rounds != exp.rounds:
+            _check_rounds(exp, folder.path, rounds, resume is not None)
+        finished = status.get("state") == "finished" and rounds == exp.rounds
+        damaged = folder.damaged(_kept(folder), content=False) if finished else []
+        if damaged:
+            way = "put back, or made anew by --resume" if resume is None else "made anew"
+            show.note(f"{folder.path}: finished, but damaged or missing since: {', '.join(damaged)}; to be {way}")
+        if finished and not (damaged and resume is not None):
             show.note(f"already finished: {folder.path}")
             if not status.get("figures", True) or not (folder.path / "figures").is_dir():
                 _draw(folder, show)
@@ -407,10 +435,109 @@ def _run(
     except UserError:
         folder.discard_new()
         raise
+    except Exception as error:
+        told = disk_error(error, folder.path)
+        if told is None:
+            raise
+        raise told from error
     finally:
         show.end()
         folder.close()
     return Run(folder.path, run_id)
+
+
+def _find_run(name: str | Path, exp: Experiment) -> Path:
+    """The folder of a run, from its path or its id.
+
+    Raises:
+        UserError: if there is none, or several.
+    """
+    path = Path(name).expanduser()
+    if (path / "config.yaml").is_file():
+        return path
+    root = results_of(exp)
+    found = [path] if path.is_dir() else []
+    if not found and len(path.parts) == 1 and root.is_dir():
+        found = sorted(p / path for p in root.iterdir() if (p / path / "config.yaml").is_file())
+    if len(found) > 1:
+        raise UserError(
+            f"--resume: {str(name)!r} is the id of several runs: {', '.join(map(str, found))}; give a folder"
+        )
+    if not found or not (found[0] / "config.yaml").is_file():
+        raise UserError(
+            f"--resume: {str(name)!r} is neither a run's folder nor the id of a run under {str(root)!r}; see fedsim list"
+        )
+    return found[0]
+
+
+def _as_before(place: Path, parts: Parts) -> Parts:
+    """The parts under the name of the run that goes on.
+
+    Raises:
+        UserError: if a key that the numbers depend on is not what it was, or the content of data or model is not.
+    """
+    from fedsim.runs import flatten_config
+
+    before = Experiment.load(place / "config.yaml")
+    parts = dataclasses.replace(parts, exp=dataclasses.replace(parts.exp, name=before.name))
+    old, new = (flatten_config(identity_of(exp)) for exp in (before, parts.exp))
+    unlike = [key for key in {**old, **new} if repr(old.get(key)) != repr(new.get(key))]
+    if unlike:
+        both = [f"{key}: {_value(parts.exp, key)} (the run has {_value(before, key)})" for key in unlike]
+        way = "take them back, or leave --resume out for a run of its own"
+        raise UserError(f"--resume: {place} cannot go on with other numbers: {'; '.join(both)}; {way}")
+    run_id = place.resolve().name
+    if re.fullmatch(r"[0-9a-f]{12}", run_id) and parts.run_id() != run_id:
+        way = "put the files back, or leave --resume out for a run of its own"
+        raise UserError(
+            f"--resume: {place} was made with other content of data or model files than is there now; {way}"
+        )
+    return parts
+
+
+def _value(exp: Experiment, key: str) -> Any:
+    """A config's value by its dotted key; "no such key" where the component has none."""
+    value: Any = exp.to_dict()
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return "no such key"
+        value = value[part]
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _rounds_of(folder: RunFolder, status: dict[str, Any]) -> int | None:
+    """The rounds a run was last started with; None where nothing tells."""
+    found = status.get("rounds")
+    if found is None and (folder.path / "config.yaml").is_file():
+        from fedsim.runs import read_config
+
+        with contextlib.suppress(UserError, OSError):
+            found = read_config(folder.path).get("rounds")
+    return found if isinstance(found, int) else None
+
+
+def _check_rounds(exp: Experiment, path: Path, before: int, resume: bool) -> None:
+    """Whether a run may go on to another number of rounds.
+
+    Raises:
+        UserError: if not.
+    """
+    work = exp.local
+    if not resume:
+        raise UserError(
+            f"rounds: {exp.rounds}, but {path} was started with {before}; use another name or results folder, or --resume to raise them"
+        )
+    if exp.rounds < before:
+        raise UserError(f"rounds: {exp.rounds}, but {path} was started with {before}; they can be raised, not lowered")
+    if work.schedule != "constant" and work.horizon is None and work.schedule_over == "run":
+        why = f"its learning rates reach local.min_lr after {before} rounds (local.schedule={work.schedule} without local.horizon)"
+        way = "use another name, and set local.horizon or local.schedule=constant in runs that may grow"
+        raise UserError(f"rounds: {exp.rounds}, but {path} was started with {before}, and {why}; {way}")
+
+
+def _kept(folder: RunFolder) -> dict[str, list[int]]:
+    """Files that a finished run holds, with sizes, where that was written down."""
+    return read_checked(folder.path / "checkpoints" / "files.json") or {}
 
 
 class _Session:
@@ -435,6 +562,9 @@ class _Session:
         self.choice = Choice(exp.best.metric, exp.best.mode)
         self.initial: list[Row] | None = None
         self.by_row: dict[str, ByRow] = {}
+        self.at: tuple[str, int] | None = None  # the mode at work and its last committed round
+        self.costs: list[tuple[Row, float]] = []  # what checkpoints took, not logged yet
+        self.exported: list[str] = []
 
     # ------------------------------------------------------------------------------------------ start to end
 
@@ -447,30 +577,33 @@ class _Session:
         executor = None
         try:
             executor = self._build()
-            for mode in [m for m in ("local", "federated", "central") if m in exp.modes]:
-                done = folder.read_json(f"checkpoints/{mode}/done.json")
-                if done is not None:
-                    self.by_row |= load_by_row(folder, mode)
-                    continue
-                self._run_mode(mode, executor)
+            end = 0
+            for mode in self._modes():
+                end = self._mode(mode, end, executor)
+            folder.cut_metrics(end)
             parts = self.parts
             write_predictions(folder, parts.source, parts.tokens, exp.data.columns, self.by_row)
             self._compare_memory(executor)
         except BaseException as error:
-            stopped = not isinstance(error, Exception)  # Ctrl-C, or the end of a fleet
-            reason = str(error).split("\n")[0][:300] or type(error).__name__
-            self._status("stopped" if stopped else "failed", None if stopped else reason)
+            stopped = not isinstance(error, Exception)  # Ctrl-C, a signal, or the end of a fleet
+            reason = str(disk_error(error, folder.path) or error).split("\n")[0][:300] or type(error).__name__
+            if stopped:
+                error.add_note(self._stopped_at())
+            with contextlib.suppress(OSError):  # the disk may be full
+                self._status("stopped" if stopped else "failed", None if stopped else reason)
             if isinstance(error, WorkerDied):
                 raise WorkerDied(f"{error}\n{self._goes_on()}") from None
             raise
         finally:
+            with contextlib.suppress(OSError):
+                (folder.path / "checkpoints" / "start.bin").unlink(missing_ok=True)
             if executor is not None:
                 executor.close()
             self.trackers.close()
             # The base need not lie in memory while figures are drawn.
             executor = self.executor = self.model = self.bundle = None
         gc.collect()
-        (folder.path / "checkpoints" / "start.bin").unlink(missing_ok=True)
+        self._note_files()
         self._status("finished", figures=False)
         _draw(self.folder, self.show)
         self._status("finished")
@@ -478,15 +611,13 @@ class _Session:
     def _goes_on(self) -> str:
         """Where the next start takes the run up."""
         for mode in ("central", "federated", "local"):
-            if infos := self.folder.checkpoints(mode):
-                return (
-                    f"the last checkpoint is of round {infos[-1]['round']} ({mode}); the same command goes on from it"
-                )
+            if rounds := [r for r, info in self.folder.checkpoints(mode) if info is not None]:
+                return f"the last checkpoint is of round {rounds[-1]} ({mode}); the same command goes on from it"
         return "there is no checkpoint yet: the same command starts from the beginning"
 
     def _plan(self) -> Plan:
         """What is resolved at the first start and holds for every resume: threads and lanes decide the last bits."""
-        known = self.folder.read_json("plan.json")
+        known = self._known_plan()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads, micro = self.exp.executor.threads, self.exp.local.micro_batch or self.exp.local.batch_size
         self.planned = known is not None
@@ -501,6 +632,24 @@ class _Session:
             raise UserError(f"executor.threads: {threads}, but {self.folder.path.name} has {known['threads']}: {way}")
         return Plan(**{"micro_batch": micro, **known})
 
+    def _known_plan(self) -> dict[str, Any] | None:
+        """The plan that rounds were trained by, as their checkpoints hold it too; lanes halved since then count as well."""
+        folder, names = self.folder, {f.name for f in dataclasses.fields(Plan)}
+        found = folder.read_json("plan.json")
+        whole = isinstance(found, dict) and isinstance(found.get("threads"), int) and names.issuperset(found)
+        kept = None
+        for mode in reversed(self._modes()):
+            infos = [folder.done(mode), *reversed([info for _, info in folder.checkpoints(mode)])]
+            kept = kept or next((info["plan"] for info in infos if info and "plan" in info), None)
+        if kept is None:
+            return found if whole else None
+        alike = whole and {**found, "halved": None} == {**kept, "halved": None}
+        if alike and found["halved"][: len(kept["halved"])] == kept["halved"]:
+            return found
+        self.show.note("plan.json: damaged or missing, and taken from the last checkpoint")
+        folder.write_json("plan.json", kept)
+        return kept
+
     def _save_plan(self) -> None:
         self.folder.write_json("plan.json", dataclasses.asdict(self.plan))
 
@@ -509,10 +658,48 @@ class _Session:
         folder.write_text("config.yaml", self.exp.to_yaml())
         kernels = "oneDNN" if has_fast_float32() else "torch"
         about = {**environment(self.devices, self.plan.threads), "frozen_float32_on_cpu": kernels}
+        self._compare_environment(about)
         folder.write_json("environment.json", about)
         save_arrays(folder, "partition.npz", parts.partition.to_arrays())
         folder.write_json("partition.json", parts.report)
         self._status("running")
+
+    def _compare_environment(self, now: dict[str, Any]) -> None:
+        """Say where rounds that are done were computed otherwise than those to come."""
+        before = self.folder.read_json("environment.json")
+        if not isinstance(before, dict) or not any(self.folder.checkpoints(mode) for mode in self._modes()):
+            return
+
+        def of(about: dict[str, Any]) -> dict[str, Any]:
+            kinds = sorted({str(d).split(":")[0] for d in about.get("devices") or []})
+            cuda = {"GPU": ", ".join(sorted(set(about.get("gpus") or [])))} if "cuda" in kinds else {}
+            cpu = {"kernels": about.get("frozen_float32_on_cpu"), "CPU": about.get("cpu")} if "cpu" in kinds else {}
+            found = about.get("versions") or {}
+            return {"device": ", ".join(kinds), **cuda, **cpu} | {
+                n: found.get(n) for n in ("torch", "transformers", "peft")
+            }
+
+        old, new = of(before), of(now)
+        unlike = [f"{k} {old[k]} then, {new[k]} now" for k in old if k in new and old[k] != new[k]]
+        if unlike:
+            self.show.note(f"goes on elsewhere, so the last bits may differ from those of one go: {'; '.join(unlike)}")
+
+    def _modes(self) -> list[str]:
+        return [m for m in ("local", "federated", "central") if m in self.exp.modes]
+
+    def _stopped_at(self) -> str:
+        mode, round = self.at or ("", 0)
+        where = (
+            f"after round {round} of {mode}" if round else f"before round 1 of {mode}" if mode else "before training"
+        )
+        return f"stopped {where}; the same command goes on from there"
+
+    def _note_files(self) -> None:
+        """Write down what a finished run holds, so that what is lost later can be told."""
+        files = self.folder.files(["metrics.jsonl", "scores.npz", "predictions.csv", "comparison.json"])
+        for mode in self._modes():
+            files |= (self.folder.done(mode) or {}).get("files", {})
+        write_checked(self.folder.path / "checkpoints" / "files.json", files)
 
     def _status(self, state: str, reason: str | None = None, figures: bool = True) -> None:
         value = {"state": state, "rounds": self.exp.rounds, "seconds": round(self._seconds(), 3)}
@@ -622,8 +809,10 @@ class _Session:
         for parameter in adapters.trained(self.model).values():
             self.first.write_at(0, start, parameter.data.reshape(-1))
             start += parameter.numel()
-        if not (self.folder.path / "init").exists():
+        kept = read_checked(self.folder.path / "checkpoints" / "init.json")
+        if kept is None or self.folder.damaged(kept) or not (self.folder.path / "init").is_dir():
             self._save_model(None, self.folder.path / "init")
+            write_checked(self.folder.path / "checkpoints" / "init.json", self.folder.files(["init"]))
 
     def _read(self, store: Store, record: int, into: Tensor) -> None:
         """Copy parameters from a record into a flat vector, a chunk at a time."""
@@ -663,7 +852,7 @@ class _Session:
             records = {m: most * (1 if m == "central" else len(self.parts.clients)) for m in kept}
             each = ", ".join(f"{m} {b / 1e6:,.1f} MB a client" for m, b in kept.items() if b)
             total = sum(b * records[m] for m, b in kept.items()) / 1e6
-            self.show.note(f"kept from round to round in memory-mapped files: {each}; {total:,.1f} MB at most in all")
+            self.show.note(f"kept from round to round in files: {each}; {total:,.1f} MB at most in all")
         report = self.parts.report
         skew = f"mean JS divergence {report['js_mean']:.3f} bits, size Gini {report['size_gini']:.2f}"
         self.show.note(
@@ -777,21 +966,123 @@ class _Session:
 
     # ------------------------------------------------------------------------------------------- a mode
 
-    def _run_mode(self, mode: str, executor: SerialExecutor | PoolExecutor) -> None:
+    def _mode(self, mode: str, begin: int, executor: SerialExecutor | PoolExecutor) -> int:
+        """Run a mode, or go on with it, or take it as it is where it came to its end.
+
+        Args:
+            mode: which.
+            begin: where its rows begin in the metrics file, in bytes.
+            executor: where it runs.
+
+        Returns:
+            Where they end.
+        """
+        exp, folder = self.exp, self.folder
+        done, damaged = folder.done(mode), []
+        if done is None and (folder.path / "checkpoints" / mode / "done.json").is_file():
+            self.show.note(f"{mode}: done.json is damaged; its end is done again")
+        if done is not None and done.get("rounds", exp.rounds) != exp.rounds:
+            done = None
+        if done is not None and folder.where_rows(mode, done, begin) is None:
+            self.show.note(f"{mode}: its rows in metrics.jsonl are damaged or missing")
+            done = None
+        if done is not None:
+            scores = f"checkpoints/{mode}/by_row.npz"
+            damaged = folder.damaged(done.get("files", {}))
+            if "files" not in done and not (folder.path / scores).is_file():
+                damaged = [scores]
+        if done is None or damaged:
+            if damaged:
+                self.show.note(f"{mode}: damaged or missing, and made anew: {', '.join(damaged)}")
+            return self._run_mode(mode, begin, executor, done)
+        if folder.where_rows(mode, done, begin) == "aside":
+            self._begin_rows(mode, begin, done)
+            done |= folder.stretch()
+            folder.end_mode(mode, done)
+        self.by_row |= load_by_row(folder, mode)
+        self._track(done["metrics_bytes"])
+        return done["metrics_bytes"]
+
+    def _begin_rows(self, mode: str, begin: int, info: dict[str, Any] | None) -> None:
+        """Let the metrics file end with these rows of the mode; those of later modes are kept apart."""
+        for later in self._modes()[self._modes().index(mode) + 1 :]:
+            self.folder.put_aside(later)
+        torn = self.folder.begin_mode(mode, begin, info)
+        if torn is not None:
+            self.show.note(torn)
+
+    def _restore(
+        self, mode: str, begin: int, schedule: Schedule, algorithm: Algorithm
+    ) -> tuple[State, dict[str, Any] | None]:
+        """The state of the newest checkpoint that is whole, and what it says of itself; where there is none, a fresh one."""
+        folder = self.folder
+        kept = folder.checkpoints(mode)
+        for at in reversed(range(len(kept))):
+            round, info = kept[at]
+            why = "damaged" if info is None else self._why_not(mode, info, begin, schedule)
+            if why is None:
+                try:
+                    state = self._state(mode, algorithm)
+                    infos = [i for _, i in kept[: at + 1] if i is not None]
+                    restore(state, self.layout, infos, folder.load_tensors(mode, info))
+                    if "records" in info and self._records(mode, state)[0] != info["records"]:
+                        why = "records of client state are damaged or missing"
+                except OSError:
+                    why = "records of client state are damaged or missing"
+                except (KeyError, TypeError, ValueError):
+                    why = "of another version"
+            if why is None:
+                if at + 1 < len(kept):
+                    folder.drop_checkpoints(mode, round)
+                return state, info
+            self.show.note(f"{mode}: the checkpoint of round {round} is not used: {why}")
+        if kept:
+            self.show.note(f"{mode}: no checkpoint can be used; starts afresh")
+        folder.drop_checkpoints(mode, 0)
+        for name in (mode, f"best-{mode}"):
+            self.stores[name].path.unlink(missing_ok=True)
+        return self._state(mode, algorithm), None
+
+    def _why_not(self, mode: str, info: dict[str, Any], begin: int, schedule: Schedule) -> str | None:
+        """Why a checkpoint cannot be gone on from, as far as files tell; None where it can."""
+        if not schedule.scores_as(info.get("rounds", schedule.rounds), info["round"]):
+            return f"a run of {info['rounds']} rounds scores models after other rounds"
+        if self.folder.where_rows(mode, info, begin) is None:
+            return "its rows in metrics.jsonl are damaged or missing"
+        return None if self.folder.has_tensors(mode, info) else "its tensors are damaged or missing"
+
+    def _records(self, mode: str, state: State) -> tuple[list[str], int]:
+        """Hashes of the records that a state refers to; bytes that were read for them."""
+        found = [
+            records.digest(self.stores[name])
+            for name, records in ((mode, state.records), (f"best-{mode}", state.best_records))
+        ]
+        return [digest for digest, _ in found], sum(size for _, size in found)
+
+    def _run_mode(
+        self, mode: str, begin: int, executor: SerialExecutor | PoolExecutor, done: dict[str, Any] | None
+    ) -> int:
+        """Run a mode's remaining rounds and its end; `done` where only its end has to be made again, its rows being whole."""
         exp, folder = self.exp, self.folder
         algorithm = self.bundle.algorithms[mode]
         schedule = schedule_of(self.parts, mode)
-        state = self._state(mode, algorithm)
-        infos = folder.checkpoints(mode)
-        if lost := len(list((folder.path / "checkpoints" / mode).glob("round-*.json"))) - len(infos):
-            self.show.note(f"{mode}: {lost} checkpoint(s) damaged or of another version, not used")
-        if infos:
-            restore(state, self.layout, infos, folder.load_tensors(mode, infos[-1]))
-            folder.cut_metrics(infos[-1]["metrics_bytes"])
+        state, info = self._restore(mode, begin, schedule, algorithm)
+        self.at, self.costs, self.exported = (mode, state.round), [], []
+        if done is not None and (info is None or state.round < exp.rounds):
+            done = None
+        if done is None or folder.where_rows(mode, done, begin) == "aside":
+            self._begin_rows(mode, begin, done or info)
+        if done is not None:
+            self._track(done["metrics_bytes"])
+        elif info is not None:
+            if self.trackers:
+                self._track(folder.sync_metrics())
+            self._note_cost(mode, state, info)
             self.show.note(f"{mode}: going on after round {state.round}")
+            former = dataclasses.replace(schedule, rounds=info.get("rounds", exp.rounds))
+            if mode == "local" and former.rounds != exp.rounds:  # clients that a longer run comes to
+                self._log(self._initial_rows(mode, schedule, executor, state, former.last_rounds))
         else:
-            before = folder.read_json("checkpoints/modes.json") or {}
-            folder.cut_metrics(before.get("metrics_bytes", 0))
             self._log(self._initial_rows(mode, schedule, executor, state))
         self.show.begin(mode, state.round)
         self.useful = self.computed = 0
@@ -802,6 +1093,7 @@ class _Session:
             self.show.pack(round, report)
 
         def on_round(round: int, rows: list[Row]) -> None:
+            self._log_costs()
             self._log(rows)
             if round % exp.checkpoint.every == 0 or round == exp.rounds:
                 self._checkpoint(mode, state, algorithm)
@@ -827,15 +1119,24 @@ class _Session:
             self.show.note(
                 f"{mode}: {self.useful:,} useful of {self.computed:,} computed tokens ({self.useful / self.computed:.1%})"
             )
-        for line in describe_faults(mode, folder.rows("fault")):
+        for line in describe_faults(mode, folder.rows_of("fault")):
             self.show.note(line)
-        found = self._finish_mode(mode, state, executor)
+        found, rows = self._finish_mode(mode, state, executor)
         self.by_row |= found
         save_by_row(folder, mode, found)
-        length = folder.sync_metrics()
-        folder.write_json("checkpoints/modes.json", {"metrics_bytes": length})
-        folder.write_json(f"checkpoints/{mode}/done.json", {"models": len(found)})
+        if done is None:
+            self._log_costs()
+            self._log(rows)
+            done = folder.stretch()
+        elif done["metrics_begin"] != begin:
+            done = folder.stretch()
+        about = {"models": len(found), "rounds": exp.rounds, "plan": dataclasses.asdict(self.plan)}
+        about["files"] = folder.files([*self.exported, f"checkpoints/{mode}/by_row.npz"])
+        about |= {key: done[key] for key in ("metrics_begin", "metrics_bytes", "metrics_sha256")}
+        folder.end_mode(mode, about)
+        self._track(about["metrics_bytes"])
         self.show.end()
+        return about["metrics_bytes"]
 
     def _halve(self, mode: str, round: int) -> None:
         """Go on with half the lanes, and remember from which round on."""
@@ -852,18 +1153,56 @@ class _Session:
 
     def _log(self, rows: list[Row]) -> None:
         self.folder.log(rows, self._seconds())
-        self.trackers.log(rows)
+
+    def _log_costs(self) -> None:
+        """Rows of what checkpoints took: known once they are there, so they go with the next round's, or the mode's last."""
+        for row, seconds in self.costs:
+            self.folder.log([row], seconds)
+        self.costs = []
+
+    def _note_cost(self, mode: str, state: State, info: dict[str, Any], seconds: float | None = None) -> None:
+        """What the state's checkpoint took, to be logged: a resume has it from the checkpoint, less its last file's part."""
+        if "seconds" not in info:  # of a version that did not measure it
+            return
+        step = max(state.steps.values(), default=0)
+        took = {"checkpoint_seconds": seconds or info["seconds"], "checkpoint_bytes": float(info["bytes"])}
+        now = self._seconds()
+        self.costs += [(Row(state.round, step, mode, None, "run", name, v), now) for name, v in took.items()]
+
+    def _track(self, end: int) -> None:
+        """Tell the trackers all committed rows that they have not been told of."""
+        if not self.trackers:
+            return
+        known = self.folder.read_json("checkpoints/tracked.json")
+        begin = known.get("metrics_bytes", 0) if isinstance(known, dict) else 0
+        lines = self.folder.rows(min(begin, end), end).splitlines()
+        rows = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+        self.trackers.log([Row(**row) for row in rows])
+        self.folder.write_json("checkpoints/tracked.json", {"metrics_bytes": end})
 
     def _checkpoint(self, mode: str, state: State, algorithm: Algorithm) -> None:
+        began = time.monotonic()
         for name in (mode, f"best-{mode}"):
             if name in self.stores:
                 self.stores[name].sync()
         keep = self.exp.checkpoint.keep
         tensors = state_tensors(state, self.layout, algorithm.merges)
         shard = self.exp.checkpoint.shard_mb << 20
-        self.folder.save_checkpoint(mode, state.round, tensors, state_info(state), keep, shard)
+        records, read = self._records(mode, state)
+        info = {
+            **state_info(state),
+            "records": records,
+            "rounds": self.exp.rounds,
+            "plan": dataclasses.asdict(self.plan),
+        }
+        info["bytes"] = read + sum(t.nbytes for t in tensors.values())
+        self.folder.save_checkpoint(mode, state.round, tensors, info, keep, shard, began)
+        self.at = (mode, state.round)
+        self._note_cost(mode, state, {**info, "seconds": 0.0}, time.monotonic() - began)
         state.records.commit(keep)
         state.best_records.commit(keep)
+        if self.trackers:
+            self._track(self.folder.sync_metrics())
         self._status("running")
 
     def _copy_best(self, mode: str, record: int | None, into: int) -> None:
@@ -874,23 +1213,31 @@ class _Session:
             self.stores[mode].copy(record, best, into, self.layout.numel)
 
     def _initial_rows(
-        self, mode: str, schedule: Schedule, executor: SerialExecutor | PoolExecutor, state: State
+        self,
+        mode: str,
+        schedule: Schedule,
+        executor: SerialExecutor | PoolExecutor,
+        state: State,
+        known: Collection[int] = (),
     ) -> list[Row]:
         """Scores before training, the start of every curve; all modes start from the same parameters.
 
-        A site that is in no cohort of the run never trains and has no curve.
+        A site that is in no cohort of the run never trains and has no curve. `known` sites have their rows.
         """
         if self.initial is None:
             executor.broadcast(state.params, state.server)
             scores = executor.score([Scoring("validation", generate=self.exp.evaluate.generate)])[0][0]
             self.initial = merged_rows(0, 0, scores, "", schedule.name)
-        names = [schedule.name(c) for c in sorted(schedule.last_rounds)] if mode == "local" else [None]
+        clients = sorted(set(schedule.last_rounds) - set(known)) if mode == "local" else []
+        names = [schedule.name(c) for c in clients] if mode == "local" else [None]
         return [dataclasses.replace(row, scope=mode, client=name) for name in names for row in self.initial]
 
     # ------------------------------------------------------------------------------------------- the end
 
-    def _finish_mode(self, mode: str, state: State, executor: SerialExecutor | PoolExecutor) -> dict[str, ByRow]:
-        """Export last and chosen models, score the chosen ones once on the test rows; each row's scores by model."""
+    def _finish_mode(
+        self, mode: str, state: State, executor: SerialExecutor | PoolExecutor
+    ) -> tuple[dict[str, ByRow], list[Row]]:
+        """Export last and chosen models, score the chosen ones once on the test rows: each row's scores by model, and the rows."""
         owners: list[tuple[str | None, Chosen, str]] = []
         if self.bundle.algorithms[mode].merges:
             self._export("global")
@@ -923,16 +1270,15 @@ class _Session:
             last = self._by_row("validation", labels[few], executor.score(self._packed(mode, mode, records[few])))
             requests = self._packed(mode, f"best-{mode}", best_records)
         if len(self.parts.tokens["test"].kept()) == 0:
-            return last
+            return last, []
         generate = self.exp.evaluate.generate
         asked = [dataclasses.replace(r, split="test", generate=generate, by_row=True) for r in requests]
         answers = executor.score(asked)
         rows = []
         for scores, (client, best, _) in zip((s for part in answers for s in part), owners, strict=True):
             rows += [Row(best.round, best.step, mode, client, "test", n, v, w) for n, (v, w) in scores.values.items()]
-        self._log(rows)
         chosen = self._by_row("test", [label for *_, label in owners], answers)
-        return {label: {**last.get(label, {}), **chosen.get(label, {})} for label in {**last, **chosen}}
+        return {label: {**last.get(label, {}), **chosen.get(label, {})} for label in {**last, **chosen}}, rows
 
     def _packed(self, mode: str, store: str, records: list[int]) -> list[Scoring]:
         """Requests to score these records on the validation rows, as many side by side as there are lanes."""
@@ -948,6 +1294,7 @@ class _Session:
     def _export(self, place: str) -> None:
         """Write a folder of the model with the executor's global parameters."""
         self._save_model(self.executor.weights, self.folder.path / place)
+        self.exported.append(place)
 
     def _save_model(self, flat: Tensor | None, place: Path) -> None:
         """Write a folder of the model with these parameters, `[N]`; None = as it is."""
@@ -962,21 +1309,22 @@ class _Session:
             for parameter in self.model.parameters():
                 parameter.data = torch.from_dlpack(parameter.data)
         beside = place.with_name(f".{place.name}.{os.getpid()}")
-        if place.is_dir():  # a chosen model may lie inside: only the files are replaced
-            beside = place
         exp = self.exp
         settings = self.bundle.settings
-        adapters.save(
-            self.model,
-            beside,
-            name=exp.adapter.name,
-            settings=settings,
-            base_name=exp.model.path,
-            tokenizer=self.parts.tokenizer,
-            shard_mb=exp.checkpoint.shard_mb,
-        )
-        if beside != place:
-            beside.rename(place)
+        try:
+            adapters.save(
+                self.model,
+                beside,
+                name=exp.adapter.name,
+                settings=settings,
+                base_name=exp.model.path,
+                tokenizer=self.parts.tokenizer,
+                shard_mb=exp.checkpoint.shard_mb,
+            )
+            replace_folder(beside, place)
+        except BaseException:  # a full disk gets its room back
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
 
 
 def free_memory(device: str) -> int | None:

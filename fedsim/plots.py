@@ -1033,7 +1033,7 @@ def _scale(df: pd.DataFrame, scope: str, x: str) -> tuple[np.ndarray, np.ndarray
         elif x == "step":
             ends.append(_site_steps(run))
         elif x == "seconds":
-            clock = rows[rows["split"] != "test"].groupby("round")["seconds"].max().dropna()
+            clock = rows[~rows["split"].isin(("test", "run"))].groupby("round")["seconds"].max().dropna()
             ends.append(clock - clock.get(0, rows["seconds"].min()))
         elif x == "simulated":
             clock = rows[(rows["split"] == "simulated") & (rows["name"] == "seconds") & rows["client"].isna()]

@@ -111,6 +111,21 @@ class Schedule:
         """Client number -> the last round that it trains in, for the clients that are in some cohort of the run."""
         return {int(c): r for r in range(1, self.rounds + 1) for c in self.cohort(r)}
 
+    def scores_as(self, rounds: int, until: int) -> bool:
+        """Whether models are scored after rounds 1 to `until` just as in a run of so many `rounds`, whose last is always scored."""
+        if self.every_rounds == 1 or rounds == self.rounds:
+            return True
+        other = dataclasses.replace(self, rounds=rounds)
+        for r in range(1, until + 1):
+            if self.evaluates(r) != other.evaluates(r):
+                return False
+            alone = self.mode == "local" and not self.evaluates(r)
+            if alone and any(
+                (self.last_rounds[c] == r) != (other.last_rounds[c] == r) for c in map(int, self.cohort(r))
+            ):
+                return False
+        return True
+
     @cached_property
     def central_total(self) -> int:
         """Rows the centralised client holds."""

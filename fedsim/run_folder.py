@@ -1,16 +1,25 @@
 """Writing a run folder: configs and reports written whole, metrics appended, checkpoints that are complete or absent.
 
 A file is written beside its place, synced and renamed; a checkpoint counts once its small JSON file is there, which names
-the bytes of `metrics.jsonl` that belong to it and the hash of its tensors. Nothing in a run folder is a pickle.
+its mode's rows in `metrics.jsonl`, with their hash, and the hashes of its tensors and of the records it refers to, and ends
+with its own. Nothing in a run folder is a pickle.
+
+Rows of a mode are one stretch of `metrics.jsonl`, those of the next mode follow. Where an earlier mode has to be done again
+(its files are damaged, or the run gets more rounds), the stretches behind it are put aside and come back in their turn.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,16 +32,24 @@ from fedsim.errors import UserError
 from fedsim.numerics import promise
 from fedsim.types import Row
 
+_CHECK = re.compile(rb', "check": "([0-9a-f]{64})"\}\s*\Z')
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(path)
+    except BaseException:  # a full disk gets its room back
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _missing(path: Path) -> list[Path]:
@@ -59,6 +76,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._made = _missing(path)
+        self._lock: int | None = None
+        self._begin, self._sum = 0, hashlib.sha256()  # where the rows of the mode begin, and the hash of those so far
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._metrics = (path / "metrics.jsonl").open("ab")
@@ -68,31 +87,66 @@ class RunFolder:
                 f"results: {str(path)!r} cannot be written to ({error.strerror}); give results=FOLDER"
             ) from None
 
+    def lock(self) -> str | None:
+        """Keep others from running this folder until `close`, or until this process is gone: the system frees the lock.
+
+        Returns:
+            None, or why there is no lock: some network file systems have none.
+
+        Raises:
+            UserError: if it is being run, by another process or in another thread of this one.
+        """
+        file = self.path / ".lock"
+        while True:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
+                os.close(handle)
+                if error.errno in _NO_LOCKS:
+                    return f"{self.path}: no locks on this file system ({error.strerror}); see that no other process runs this"
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                who = f"process {holder}" if holder.isdigit() else "another process"
+                raise UserError(f"{self.path} is being run by {who}; wait for it, or stop it") from None
+            try:  # who held it before may have removed the file since it was opened here
+                here = os.stat(file)
+            except FileNotFoundError:
+                here = None
+            if here is not None and os.path.samestat(here, os.fstat(handle)):
+                break
+            os.close(handle)
+        self._lock = handle
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        return None
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole."""
         write_atomic(self.path / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
     def read_json(self, name: str) -> Any:
-        """A JSON file's content, or None where there is none."""
-        file = self.path / name
-        if not file.is_file():
-            return None
+        """A JSON file's content, or None where there is none that can be read."""
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            way = "put it back, or delete the run folder to start anew"
-            raise UserError(f"{file}: damaged, not JSON ({error}); {way}") from None
+            return json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file whole."""
         write_atomic(self.path / name, text.encode())
 
+    # ---------------------------------------------------------------------------------------- metrics
+
     def log(self, rows: Iterable[Row], seconds: float) -> None:
         """Append metrics rows; they count once a checkpoint is committed after them."""
         lines = [json.dumps({**vars(row), "seconds": round(seconds, 3)}, ensure_ascii=False) + "\n" for row in rows]
-        self._metrics.write("".join(lines).encode())
+        data = "".join(lines).encode()
+        self._metrics.write(data)
+        self._sum.update(data)
 
-    def rows(self, split: str) -> Iterator[dict[str, Any]]:
+    def rows_of(self, split: str) -> Iterator[dict[str, Any]]:
         """The rows of a split that were logged so far, in order."""
         self._metrics.flush()
         mark = f'"split": "{split}"'
@@ -109,30 +163,124 @@ class RunFolder:
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
-    def cut_metrics(self, length: int) -> None:
-        """Drop rows after the last commit.
+    def stretch(self) -> dict[str, Any]:
+        """The mode's rows so far, all on the disk: where they begin and end, and their hash."""
+        end = self.sync_metrics()
+        return {"metrics_begin": self._begin, "metrics_bytes": end, "metrics_sha256": self._sum.hexdigest()}
 
-        Raises:
-            UserError: if committed rows are missing: no state fits what is left.
-        """
+    def rows(self, begin: int, end: int) -> bytes:
+        """A stretch of the metrics file."""
         self._metrics.flush()
-        size = (self.path / "metrics.jsonl").stat().st_size
-        if size < length:
-            way = "put the file back, or delete the run folder to start anew"
-            raise UserError(f"{self.path / 'metrics.jsonl'}: {size} bytes, but {length} were committed; {way}")
+        return _stretch(self.path / "metrics.jsonl", begin, end)
+
+    def where_rows(self, mode: str, info: dict[str, Any], begin: int) -> str | None:
+        """Where the rows of a checkpoint, or of a finished mode, are whole: here (in the metrics file, from `begin` on) | aside."""
+        rows = self._found(mode, info, begin)
+        if rows is None:
+            return None
+        return "here" if self.rows(begin, begin + len(rows)) == rows else "aside"
+
+    def begin_mode(self, mode: str, begin: int, info: dict[str, Any] | None) -> str | None:
+        """Let the metrics file end with the rows that `info` names, those from `begin` on; None = with none of this mode.
+
+        Returns:
+            A line on what was wrong with what is cut off, if anything was.
+        """
+        found = None if info is None else self._found(mode, info, begin)
+        assert info is None or found is not None, "rows that are not whole"
+        rows = found or b""
+        file = self.path / "metrics.jsonl"
+        here = self.rows(begin, begin + len(rows))
+        end = begin + (len(rows) if here == rows else 0)
+        self._metrics.flush()
+        tail = _stretch(file, max(end, file.stat().st_size - 1), file.stat().st_size)
+        os.truncate(file, end)
+        self._metrics.seek(end)
+        if here != rows:
+            self._metrics.write(rows)
+        self._begin, self._sum = begin, hashlib.sha256(rows)
+        return None if tail in (b"", b"\n") else "metrics.jsonl: its last line was torn, and is cut off"
+
+    def cut_metrics(self, length: int) -> None:
+        """Drop what is behind the last mode's rows."""
+        self._metrics.flush()
         os.truncate(self.path / "metrics.jsonl", length)
         self._metrics.seek(length)
+
+    def put_aside(self, mode: str) -> None:
+        """Keep a mode's whole rows apart, before rows that lie ahead of them change."""
+        for info in (*filter(None, [self.done(mode)]), *reversed([i for _, i in self.checkpoints(mode) if i])):
+            if "metrics_sha256" not in info:
+                continue
+            if self._aside(mode, info) is not None:
+                return
+            rows = self.rows(info["metrics_begin"], info["metrics_bytes"])
+            if hashlib.sha256(rows).hexdigest() == info["metrics_sha256"]:
+                write_atomic(self._place_aside(mode), rows)
+                return
+
+    def _found(self, mode: str, info: dict[str, Any], begin: int) -> bytes | None:
+        if "metrics_sha256" not in info:  # of a version that knew no hashes
+            rows = self.rows(begin, info["metrics_bytes"])
+            return rows if len(rows) == info["metrics_bytes"] - begin else None
+        if info["metrics_begin"] == begin:
+            rows = self.rows(begin, info["metrics_bytes"])
+            if hashlib.sha256(rows).hexdigest() == info["metrics_sha256"]:
+                return rows
+        return self._aside(mode, info)
+
+    def _place_aside(self, mode: str) -> Path:
+        return self.path / "checkpoints" / mode / "rows.jsonl"
+
+    def _aside(self, mode: str, info: dict[str, Any]) -> bytes | None:
+        file = self._place_aside(mode)
+        if not file.is_file():
+            return None
+        rows = _stretch(file, 0, info["metrics_bytes"] - info["metrics_begin"])
+        return rows if hashlib.sha256(rows).hexdigest() == info["metrics_sha256"] else None
+
+    # ---------------------------------------------------------------------------------------- begin and end
 
     def clear(self) -> None:
         """Remove what processes that are gone have left half-written."""
         for file in (*self.path.rglob(".*"),):
             pid = file.name.rpartition(".")[2]
-            if pid.isdigit() and not _alive(int(pid)):
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            if pid.isdigit() and (self._lock is not None or not _alive(int(pid))):
+                if file.is_dir():
+                    shutil.rmtree(file)
+                else:
+                    file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the metrics file."""
-        self._metrics.close()
+        """Close the metrics file and let others run the folder; may be called twice."""
+        with contextlib.suppress(OSError):  # rows that a full disk had no room for: no checkpoint refers to them
+            self._metrics.close()
+        if self._lock is not None:
+            (self.path / ".lock").unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+    def files(self, places: Iterable[str]) -> dict[str, list[int]]:
+        """Size and CRC-32 of these files, and of those in these folders; by path in the run folder."""
+        out = {}
+        for place in places:
+            found = self.path / place
+            for file in sorted(found.iterdir()) if found.is_dir() else [found]:
+                if file.is_file():
+                    out[str(file.relative_to(self.path))] = [file.stat().st_size, _crc32(file)]
+        return out
+
+    def damaged(self, files: dict[str, list[int]], content: bool = True) -> list[str]:
+        """Which of these files are missing or not what they were; by size alone unless `content`."""
+        out = []
+        for name, (size, crc) in files.items():
+            try:
+                whole = (self.path / name).stat().st_size == size and (not content or _crc32(self.path / name) == crc)
+            except OSError:
+                whole = False
+            if not whole:
+                out.append(name)
+        return out
 
     def discard_new(self) -> None:
         """Remove the folder, with those around it that were made for it, if it is new and no metrics row is in it."""
@@ -144,7 +292,14 @@ class RunFolder:
     # ---------------------------------------------------------------------------------------- checkpoints
 
     def save_checkpoint(
-        self, mode: str, round: int, tensors: dict[str, Tensor], info: dict[str, Any], keep: int, shard: int = 1 << 30
+        self,
+        mode: str,
+        round: int,
+        tensors: dict[str, Tensor],
+        info: dict[str, Any],
+        keep: int,
+        shard: int = 1 << 30,
+        began: float | None = None,
     ) -> None:
         """Commit a round: its tensors, then the JSON file that makes it count; those before the last `keep` go.
 
@@ -154,6 +309,7 @@ class RunFolder:
             info: JSON, kept beside them.
             keep: checkpoints of the mode that stay.
             shard: bytes of a file, at most, but for a tensor that is larger by itself.
+            began: when the work for it began (`time.monotonic`); the seconds since go into the file as `seconds`.
         """
         folder = self.path / "checkpoints" / mode
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,34 +320,51 @@ class RunFolder:
             files[f"{name}.safetensors"] = _write_shard(
                 folder / f"{name}.safetensors", {n: tensors[n].detach().cpu().contiguous() for n in names}
             )
-        info = {**info, "round": round, "files": files, "metrics_bytes": self.sync_metrics()}
-        write_atomic(folder / f"{stem}.json", json.dumps(info).encode())
-        for old in sorted(folder.glob("round-*.json"))[:-keep]:
+        info = {**info, "round": round, "files": files, **self.stretch()}
+        if began is not None:
+            info["seconds"] = time.monotonic() - began
+        write_checked(folder / f"{stem}.json", info)
+        for old in _by_round(folder.glob("round-*.json"))[:-keep]:
             old.unlink()
-        stems = {f.stem for f in folder.glob("round-*.json")}
+        stems = {_round_of(f) for f in folder.glob("round-*.json")}
         for file in folder.glob("round-*.safetensors"):
-            if file.name[: len(stem)] not in stems:
+            if _round_of(file) not in stems or (_round_of(file) == round and file.name not in files):
                 file.unlink()
 
-    def checkpoints(self, mode: str) -> list[dict[str, Any]]:
-        """What the mode's committed checkpoints say of themselves, oldest first; those that are damaged, or whose rows are
-        no longer all there, are left out."""
-        out = []
-        self._metrics.flush()
-        rows = (self.path / "metrics.jsonl").stat().st_size
-        for file in sorted((self.path / "checkpoints" / mode).glob("round-*.json")):
-            try:
-                info = json.loads(file.read_text())
-                _check_inside(file, info["files"])
-                whole = all(_sha256(file.with_name(name)) == found for name, found in info["files"].items())
-                whole = whole and info["metrics_bytes"] <= rows
-            except UserError:
-                raise
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                whole = False
-            if whole:
-                out.append(info)
-        return out
+    def checkpoints(self, mode: str) -> list[tuple[int, dict[str, Any] | None]]:
+        """(round, what the checkpoint says of itself, or None where that is damaged), oldest first."""
+        folder = self.path / "checkpoints" / mode
+        return [(_round_of(file), read_checked(file)) for file in _by_round(folder.glob("round-*.json"))]
+
+    def has_tensors(self, mode: str, info: dict[str, Any]) -> bool:
+        """Whether a checkpoint's tensors are what they were."""
+        folder = self.path / "checkpoints" / mode
+        _check_inside(folder / f"round-{info['round']:05d}.json", info["files"])
+        try:
+            return all(_sha256(folder / name) == found for name, found in info["files"].items())
+        except OSError:
+            return False
+
+    def drop_checkpoints(self, mode: str, after: int) -> None:
+        """Remove a mode's checkpoints of rounds after this one: they are damaged, or their rounds are done again."""
+        folder = self.path / "checkpoints" / mode
+        (folder / "done.json").unlink(missing_ok=True)
+        for kind in ("json", "safetensors"):  # what makes them count goes first
+            for file in _by_round(folder.glob(f"round-*.{kind}")):
+                if _round_of(file) > after:
+                    file.unlink()
+
+    def done(self, mode: str) -> dict[str, Any] | None:
+        """What was kept of a mode that came to its end; None where it did not, or the file is damaged."""
+        found = read_checked(self.path / "checkpoints" / mode / "done.json")
+        if found is not None and "metrics_bytes" not in found:  # of a version that kept the length elsewhere
+            found["metrics_bytes"] = (self.read_json("checkpoints/modes.json") or {}).get("metrics_bytes", 0)
+        return found
+
+    def end_mode(self, mode: str, info: dict[str, Any]) -> None:
+        """The mode came to its end: its rows, exports and scores are all there."""
+        write_checked(self.path / "checkpoints" / mode / "done.json", info)
+        self._place_aside(mode).unlink(missing_ok=True)
 
     def load_tensors(self, mode: str, info: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of a checkpoint by name, one at a time; `info` is what it says of itself."""
@@ -216,6 +389,92 @@ def _check_inside(file: Path, names: Iterable[str]) -> None:
             raise UserError(f"{file}: {name!r} is no file of its own folder; {way}")
 
 
+def write_checked(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object whole, ended by a hash of what stands before: one wrong digit is found."""
+    text = json.dumps(value).encode()
+    check = hashlib.sha256(text).hexdigest()
+    write_atomic(path, text[:-1] + f', "check": "{check}"}}'.encode())
+
+
+def read_checked(path: Path) -> dict[str, Any] | None:
+    """What `write_checked` wrote; None where it is missing or not what it was."""
+    try:
+        data = path.read_bytes()
+        value = json.loads(data)
+    except (OSError, ValueError, RecursionError):
+        return None
+    found = _CHECK.search(data)
+    if not isinstance(value, dict):
+        return None
+    if found is not None:
+        whole = hashlib.sha256(data[: found.start()] + b"}").hexdigest().encode() == found[1]
+        return {k: v for k, v in value.items() if k != "check"} if whole else None
+    return None if "metrics_sha256" in value else value  # a version that knew no hashes wrote neither
+
+
+def disk_error(error: BaseException, path: Path) -> UserError | None:
+    """What to tell the user where an error says that something under `path` could not be written; None for other errors.
+
+    Some come as text, from another process or another language.
+    """
+    text = str(error).strip().split("\n")[-1]
+    if isinstance(error, OSError) and error.errno is not None:
+        number, where = error.errno, error.filename
+        if where is not None and not Path(os.fsdecode(where)).absolute().is_relative_to(path.absolute()):
+            return None
+    else:
+        found = re.search(r"\[Errno (\d+)\] .*: '(.*)'|\(os error (\d+)\)", text)
+        if found is None:
+            return None
+        number = int(found[1] or found[3])
+        if found[2] and not Path(found[2]).absolute().is_relative_to(path.absolute()):
+            return None
+    if number not in _DISK:
+        return None
+    way = "the last complete round is kept: make room or let it be written, and the same command goes on"
+    return UserError(f"{path}: cannot be written to ({os.strerror(number)}); {way}")
+
+
+def replace_folder(beside: Path, place: Path) -> None:
+    """Files of a folder take the place of those in another, each at once; folders inside it stay."""
+    if not place.exists():
+        beside.rename(place)
+        return
+    names = set()
+    for file in sorted(beside.iterdir()):
+        names.add(file.name)
+        if file.is_dir() and (place / file.name).exists():
+            shutil.rmtree(place / file.name)
+        file.replace(place / file.name)
+    for old in place.iterdir():
+        if old.is_file() and old.name not in names:
+            old.unlink()
+    beside.rmdir()
+
+
+def _stretch(file: Path, begin: int, end: int) -> bytes:
+    with file.open("rb") as handle:
+        handle.seek(begin)
+        return handle.read(max(0, end - begin))
+
+
+def _round_of(file: Path) -> int:
+    found = re.match(r"round-(\d+)", file.name)
+    return int(found[1]) if found else -1
+
+
+def _by_round(files: Iterable[Path]) -> list[Path]:
+    return sorted(files, key=_round_of)
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb") as handle:
+        while data := handle.read(1 << 22):
+            found = zlib.crc32(data, found)
+    return found
+
+
 def _shards(tensors: dict[str, Tensor], most: int) -> list[list[str]]:
     """Names in files of at most `most` bytes."""
     out: list[list[str]] = []
@@ -234,11 +493,15 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
     from safetensors.torch import save_file
 
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, beside)
-    with beside.open("rb") as handle:
-        os.fsync(handle.fileno())
-    found = _sha256(beside)
-    beside.replace(path)
+    try:
+        save_file(tensors, beside)
+        with beside.open("rb") as handle:
+            os.fsync(handle.fileno())
+        found = _sha256(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     return found
 
 

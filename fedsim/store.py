@@ -1,15 +1,22 @@
-"""Client state that outlives a round, in one memory-mapped file of equal records.
+"""Client state that outlives a round, in one file of equal records.
 
 A record is a flat vector: the algorithm's client state, then the optimiser's moments. Only clients that have been seen
-have records, so a million clients cost nothing until they take part. Workers map the record they were told to read and
-the one they were told to write; parameters never travel through a pickle. A round writes into a record that no
-checkpoint refers to, so what a checkpoint refers to is never half-written.
+have records, so a million clients cost nothing until they take part. Workers read the record they were told to read and
+write the one they were told to write, in place; parameters never travel through a pickle. A round writes into a record that
+no checkpoint refers to, so what a checkpoint refers to is never half-written.
+
+Files are read and written, not mapped: what does not fit on a full disk is an error that can be told, where a mapped page
+would end the process with SIGBUS, and nothing of them counts as memory in use.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import zlib
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +24,9 @@ import torch
 from torch import Tensor
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
-_AT_ONCE = 1 << 22  # elements that are mapped at once
+_AT_ONCE = 1 << 22  # elements that are copied at once
+_PIECE = 1 << 24  # bytes that are summed at once
+_THREADS_FROM = 1 << 27  # bytes of which a checksum takes several threads
 
 
 class Store:
@@ -32,11 +41,20 @@ class Store:
         return self.width * self.dtype.itemsize
 
     def read(self, record: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """A copy of a record, or of a stretch of it, `[stop - start]`, on the CPU."""
+        """A copy of a record, or of a stretch of it, `[stop - start]`, on the CPU.
+
+        Raises:
+            OSError: if the file ends before.
+        """
         stop = self.width if stop is None else stop
-        if start == stop:  # nothing cannot be mapped
-            return torch.empty(0, dtype=self.dtype)
-        return torch.from_numpy(np.array(self._map(record, "r", start, stop)))
+        out = np.empty(stop - start, dtype=_NUMPY[self.dtype])
+        if out.size:
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                self._fill(handle, memoryview(out).cast("B"), self._offset(record, start))
+            finally:
+                os.close(handle)
+        return torch.from_numpy(out)
 
     def write(self, record: int, *parts: Tensor) -> None:
         """Fill a record with these vectors, end to end; the file grows as needed."""
@@ -47,19 +65,23 @@ class Store:
         assert start == self.width, f"a record has {self.width} elements, got {start}"
 
     def write_at(self, record: int, start: int, part: Tensor) -> None:
-        """Fill a stretch of a record, from element `start` on, with a vector of any device and floating type."""
-        end = (record + 1) * self.nbytes
-        if not self.path.exists() or self.path.stat().st_size < end:
-            # Its own last byte: another process may be making the file larger at the same time, and none makes it smaller.
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                os.pwrite(handle, b"\0", end - 1)
-            finally:
-                os.close(handle)
-        # Mapped pages count as this process's memory until they are unmapped.
-        for i in range(0, part.numel(), _AT_ONCE):
-            piece = part[i : i + _AT_ONCE].detach().to("cpu", self.dtype)
-            self._map(record, "r+", start + i, start + i + piece.numel())[:] = piece.numpy()
+        """Fill a stretch of a record, from element `start` on, with a vector of any device and floating type.
+
+        Raises:
+            OSError: if it cannot be written: the disk is full, say.
+        """
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            for i in range(0, part.numel(), _AT_ONCE):
+                piece = part[i : i + _AT_ONCE].detach().to("cpu", self.dtype).contiguous()
+                left, at = memoryview(piece.numpy()).cast("B"), self._offset(record, start + i)
+                while left:  # no writer makes the file smaller, so two that make it larger lose nothing
+                    done = os.pwrite(handle, left, at)
+                    left, at = left[done:], at + done
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        finally:
+            os.close(handle)
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
@@ -72,9 +94,44 @@ class Store:
         for i in range(0, stop, _AT_ONCE):
             into.write_at(other, i, self.read(record, i, min(stop, i + _AT_ONCE)))
 
-    def _map(self, record: int, mode: str, start: int, stop: int) -> np.memmap:
-        offset = record * self.nbytes + start * self.dtype.itemsize
-        return np.memmap(self.path, dtype=_NUMPY[self.dtype], mode=mode, offset=offset, shape=(stop - start,))
+    def checksums(self, records: list[int]) -> list[int]:
+        """CRC-32 of each record; a long one's is that of its pieces' together.
+
+        Raises:
+            OSError: if the file is not there, or ends before.
+        """
+        if not records or not self.width:
+            return [0] * len(records)
+        cuts = list(range(0, self.nbytes, _PIECE))
+        work = [(record, at) for record in records for at in cuts]
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+
+            def piece(one: tuple[int, int]) -> int:
+                record, at = one
+                out = bytearray(min(_PIECE, self.nbytes - at))
+                self._fill(handle, memoryview(out), record * self.nbytes + at)
+                return zlib.crc32(out)
+
+            if len(records) * self.nbytes < _THREADS_FROM:
+                found = [piece(one) for one in work]
+            else:
+                with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+                    found = list(threads.map(piece, work))
+        finally:
+            os.close(handle)
+        parts = [found[i : i + len(cuts)] for i in range(0, len(found), len(cuts))]
+        return [p[0] if len(p) == 1 else zlib.crc32(np.array(p, dtype=np.uint32).tobytes()) for p in parts]
+
+    def _offset(self, record: int, start: int) -> int:
+        return record * self.nbytes + start * self.dtype.itemsize
+
+    def _fill(self, handle: int, into: memoryview, at: int) -> None:
+        while into:
+            done = os.preadv(handle, [into], at)
+            if done == 0:
+                raise OSError(errno.EIO, "ends before the record that was asked for", str(self.path))
+            into, at = into[done:], at + done
 
 
 class Records:
@@ -89,6 +146,7 @@ class Records:
         used = set(self.table.values()).union(*self._kept)
         self._next = max(used, default=-1) + 1
         self._free = deque(sorted(set(range(self._next)) - used))
+        self._sums: dict[int, int] = {}  # record -> checksum, of those that were looked at since they were written
 
     def read(self, client: int) -> int:
         """The record of the client's newest state, or -1 where it has none."""
@@ -109,6 +167,7 @@ class Records:
         """The client's newest state is now in `record`; its former one is free unless a checkpoint refers to it."""
         former = self.table.get(client)
         self.table[client] = record
+        self._sums.pop(record, None)
         if former is not None and not any(former in kept for kept in self._kept):
             self._free.append(former)
 
@@ -120,3 +179,19 @@ class Records:
         alive = set(self.table.values()).union(*self._kept)
         gone = set().union(*dropped) - alive if dropped else set()
         self._free = deque(sorted(gone.union(self._free)))
+
+    def digest(self, store: Store) -> tuple[str, int]:
+        """What tells whether records are as they are now: (hash of who has which record and of what is in them, bytes looked at).
+
+        Only records that were written since the last call are read.
+
+        Raises:
+            OSError: if the store's file is not there, or too short.
+        """
+        new = [record for record in self.table.values() if record not in self._sums]
+        self._sums |= dict(zip(new, store.checksums(new), strict=True))
+        rows = [
+            np.fromiter(column, dtype=np.int64, count=len(self.table)) for column in (self.table, self.table.values())
+        ]
+        sums = np.fromiter((self._sums[r] for r in self.table.values()), dtype=np.int64, count=len(self.table))
+        return hashlib.sha256(np.stack([*rows, sums]).tobytes()).hexdigest(), len(new) * store.nbytes

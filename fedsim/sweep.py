@@ -38,6 +38,7 @@ from fedsim.numerics import settled
 from fedsim.progress import Board, Progress
 from fedsim.run_folder import write_atomic
 from fedsim.schema import plain
+from fedsim.signals import ended_by_signals
 
 Outcome = tuple[str, str, str]  # finished | failed, what to say, a traceback
 _NOT_SWEPT = {
@@ -645,6 +646,11 @@ class _Sender(Progress):
 def _work(pipe: Connection, shared: Shared, device: str, threads: int) -> None:
     """A worker's life: one run, or some side by side, after another, until its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process decides
+    with ended_by_signals():  # told to end, a run says in its folder that it was stopped
+        _work_on(pipe, shared, device, threads)
+
+
+def _work_on(pipe: Connection, shared: Shared, device: str, threads: int) -> None:
     threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     while True:

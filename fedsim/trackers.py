@@ -54,6 +54,9 @@ class Trackers:
             tracker.store_init_configuration(_flat(config))
             self._trackers.append(tracker)
 
+    def __bool__(self) -> bool:
+        return bool(self._trackers)
+
     def log(self, rows: Sequence[Row]) -> None:
         """One point a row: `scope/client/split/name` at the row's optimiser step."""
         for row in rows if self._trackers else ():

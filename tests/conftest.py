@@ -147,8 +147,9 @@ class Lab:
 
     @staticmethod
     def metrics(folder: Path) -> list[dict[str, Any]]:
-        """Metrics rows in order, less the seconds."""
+        """Metrics rows in order, less the seconds and what checkpoints took."""
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [row for row in rows if not row["name"].startswith("checkpoint_")]
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
     @staticmethod
