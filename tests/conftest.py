@@ -189,11 +189,18 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     import transformers  # noqa: F401
 
     import fedsim.experiment  # noqa: F401
-    from fedsim.data.headlines import generate
 
     gc.collect()
     gc.freeze()  # every run collects garbage at its end; looking through the libraries each time would be most of a test
-    folder, made, rows = tmp_path_factory.mktemp("lab"), generate(5), {}
+    folder = tmp_path_factory.mktemp("lab")
+    return folder, make_rows(folder)
+
+
+def make_rows(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """Write the laboratory's data files; split -> [(sentence, label)]."""
+    from fedsim.data.headlines import generate
+
+    made, rows = generate(5), {}
     for split, counts in COUNTS.items():
         by_length = sorted(made[split], key=lambda r: (len(r[0]), r[0]))
         group = {label: [r for r in by_length if r[1] == label] for label in LABELS}
@@ -202,7 +209,7 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
         rows[split] = sorted(r for group in taken.values() for r in group)
         lines = [json.dumps({"sentence": s, "label": label}) for s, label in rows[split]]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder, rows
+    return rows
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedsim
 from fedsim.errors import UserError
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder
+from fedsim.trackers import Trackers
 from fedsim.training.trainer import Trainer
 
 MODES = ["local", "federated", "central"]
@@ -186,3 +190,328 @@ def test_another_seed_or_model_is_another_run(lab: Any) -> None:
         lab.run(**{**short, "local": {**LONG["local"], "lr": 1e-4}}),
     }
     assert len(folders) == 4
+
+
+# ------------------------------------------------------------------------------------------- damage
+
+
+def stopped_run(lab: Any, monkeypatch: pytest.MonkeyPatch, mode: str, round: int, **keys: Any) -> Path:
+    with monkeypatch.context() as patch:
+        stop_after(patch, mode, round)
+        with pytest.raises(Stopped):
+            lab.run(**keys)
+    (folder,) = (lab.root / "results" / keys["name"]).iterdir()
+    return folder
+
+
+def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the user is told, from now on."""
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: said.append(text))
+    return said
+
+
+def change(file: Path, *places: int) -> None:
+    """Another byte at each of these places; from the end where they are negative."""
+    data = bytearray(file.read_bytes())
+    for at in places:
+        data[at] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def digit(file: Path, before: bytes) -> None:
+    """Another digit behind this text: JSON that can be read, and says something else."""
+    data = file.read_bytes()
+    at = data.index(before) + len(before)
+    other = b"1" if data[at : at + 1] != b"1" else b"2"
+    file.write_bytes(data[:at] + other + data[at + 1 :])
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+CENTRAL = "checkpoints/central/round-00002.json"
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "records": (lambda r: change(r / "checkpoints/central.bin", -5), "records of client state"),
+    "records are gone": (lambda r: (r / "checkpoints/central.bin").unlink(), "records of client state"),
+    "records end early": (lambda r: cut(r / "checkpoints/central.bin"), "records of client state"),
+    "best model": (
+        lambda r: change(r / "checkpoints/best-central.bin", *range(0, 9000, 64)),
+        "records of client state",
+    ),
+    "a digit of a checkpoint": (lambda r: digit(r / CENTRAL, b'"steps": [[-1], ['), "round 2 is not used: damaged"),
+    "the last rows": (lambda r: change(r / "metrics.jsonl", -30), "rows in metrics.jsonl"),
+    "the first rows": (lambda r: digit(r / "metrics.jsonl", b'"value": '), "local: its rows in metrics.jsonl"),
+    "no metrics": (lambda r: (r / "metrics.jsonl").unlink(), "local: its rows in metrics.jsonl"),
+    "a torn line": (lambda r: (r / "metrics.jsonl").open("a").write('{"round": 3, "st'), "last line was torn"),
+    "an export": (
+        lambda r: change(r / "global/adapter_model.safetensors", -1),
+        "federated: damaged or missing, and made",
+    ),
+    "an export is gone": (lambda r: shutil.rmtree(r / "local/site-2"), "local: damaged or missing, and made anew"),
+    "scores by row": (lambda r: cut(r / "checkpoints/local/by_row.npz"), "local: damaged or missing, and made anew"),
+    "the end of a mode": (lambda r: digit(r / "checkpoints/local/done.json", b'"models": '), "done.json is damaged"),
+    "the plan": (lambda r: digit(r / "plan.json", b'"lanes": '), "plan.json: damaged"),
+    "no plan": (lambda r: (r / "plan.json").unlink(), "plan.json: damaged or missing"),
+    "the status": (lambda r: cut(r / "status.json"), "status.json: damaged"),
+    "the start": (lambda r: change(r / "init/adapter_model.safetensors", -1), ""),
+    "all else": (
+        lambda r: [cut(r / n) for n in ("partition.npz", "environment.json", "config.yaml", "model.json")],
+        "",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def damaged_from(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"root": tmp_path_factory.mktemp("damaged")}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_what_is_damaged_is_found_and_made_again(
+    lab: Any, damaged_from: dict[str, Path], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Stopped in central round 2, the other modes at their ends; then one file is no longer what it was."""
+    keys = {**LONG, "rounds": 3, "partition": {"name": "iid", "num_clients": 3}}
+    lab.root = damaged_from["root"]
+    if "whole" not in damaged_from:
+        damaged_from["whole"] = lab.run(**{**keys, "name": "whole"})
+        damaged_from["stopped"] = stopped_run(lab, monkeypatch, "central", 2, **{**keys, "name": "stopped"})
+        shutil.copytree(damaged_from["stopped"], lab.root / "kept")
+    run = damaged_from["stopped"]
+    shutil.rmtree(run)
+    shutil.copytree(lab.root / "kept", run)
+    damage, line = DAMAGE[what]
+    damage(run)
+    said = notes(monkeypatch)
+    assert lab.run(**{**keys, "name": "stopped"}) == run
+    assert any(line in text for text in said), said
+    lab.same_bits(run, damaged_from["whole"])
+    assert not [f for f in run.rglob("*") if f.name in ("rows.jsonl", "start.bin") or f.name.startswith(".")]
+
+
+def test_a_finished_run_that_lost_a_file_says_so(lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {**LONG, "rounds": 2, "modes": ["federated"]}
+    run = lab.run(**keys)
+    (run / "best/adapter_model.safetensors").unlink()
+    said = notes(monkeypatch)
+    assert lab.run(**keys) == run
+    assert any("finished, but damaged or missing since: best/adapter_model.safetensors" in text for text in said)
+    assert not (run / "best/adapter_model.safetensors").exists()
+    assert fedsim.run(lab.exp(**keys), progress=False, resume=run).path == run, "asked for, it is made again"
+    lab.same_bits(run, whole(**{"rounds": 2, "modes": ["federated"]}))
+
+
+# ------------------------------------------------------------------------------------------- what it costs
+
+
+def test_rows_of_what_checkpoints_took_are_there_once(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped_run(lab, monkeypatch, "local", 3, **{**LONG, "name": "stopped"})
+    for mode, round in (("federated", 4), ("central", 2)):
+        stopped_run(lab, monkeypatch, mode, round, **{**LONG, "name": "stopped"})
+    lab.run(**{**LONG, "name": "stopped"})
+    found: dict[str, list[Any]] = {}
+    for folder in (run, lab.run(**{**LONG, "name": "whole"})):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        took = [r for r in rows if r["split"] == "run"]
+        assert sorted({(r["scope"], r["round"]) for r in took}) == sorted((m, n) for m in MODES for n in range(1, 5))
+        assert len(took) == 2 * 3 * 4 and all(r["value"] > 0 and r["client"] is None for r in took)
+        found[folder.parent.name] = [r["value"] for r in took if r["name"] == "checkpoint_bytes"]
+    assert found["stopped"] == found["whole"]
+    assert fedsim.diff_runs(run, folder).agree
+
+
+def test_trackers_get_every_committed_row_once(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round that was dropped reaches no tracker; what was committed right before the end reaches it at the next start."""
+    told: list[Any] = []
+
+    class Told(Trackers):
+        def __init__(self, *args: Any) -> None:
+            pass
+
+        def __bool__(self) -> bool:
+            return True
+
+        def log(self, rows: Any) -> None:
+            told.extend(rows)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("fedsim.experiment.Trackers", Told)
+    save, log = RunFolder.save_checkpoint, Told.log
+
+    def before(self: RunFolder, mode: str, round: int, *rest: Any) -> None:
+        if (mode, round) == ("federated", 3):
+            raise Stopped
+        save(self, mode, round, *rest)
+
+    def after(self: Told, rows: Any) -> None:
+        if any((r.scope, r.round) == ("central", 2) for r in rows):
+            raise Stopped
+        log(self, rows)
+
+    for name, patched in ((("run_folder.RunFolder.save_checkpoint"), before), ("", after)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fedsim.{name}", patched) if name else patch.setattr(Told, "log", patched)
+            with pytest.raises(Stopped):
+                lab.run(**LONG)
+    run = lab.run(**LONG)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [vars(r) for r in told] == [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------- --resume
+
+
+GROWS = {
+    "constant": {},
+    "every second round is scored": {"evaluate": {"every_rounds": 2}},
+    "a horizon": {"local": {**LONG["local"], "horizon": 12}},
+    "a cosine each round": {"local": {**LONG["local"], "schedule_over": "round"}},
+}
+
+
+@pytest.mark.parametrize("how", GROWS)
+def test_rounds_that_are_raised_give_the_run_of_so_many(lab: Any, how: str) -> None:
+    keys = {**LONG, "local": {**LONG["local"], "schedule": "constant"}, **GROWS[how]}
+    run = lab.run(**{**keys, "name": "raised", "rounds": 3})
+    more = lab.exp(**{**keys, "name": "raised", "rounds": 5})
+    assert fedsim.run(more, progress=False, resume=run.name).path == run
+    assert json.loads((run / "status.json").read_text())["rounds"] == 5
+    whole = lab.run(**{**keys, "name": "whole", "rounds": 5})
+    found = [sorted(lab.metrics(r), key=repr) for r in (run, whole)]  # a site's first row may come later
+    assert found[0] == found[1]
+    assert (run / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
+    assert fedsim.run(more, progress=False).path == run, "the same rounds need no option"
+    a, b = lab.tensors(run), lab.tensors(whole)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(t, b[f][n]) for f in a for n, t in a[f].items())
+
+
+def test_rounds_that_learning_rates_hang_on_cannot_be_raised(lab: Any) -> None:
+    keys = {**LONG, "modes": ["federated"], "rounds": 2}
+    run = lab.run(**keys)
+    for rounds, why in ((3, "learning rates reach"), (1, "can be raised, not lowered")):
+        with pytest.raises(UserError, match=rf"^rounds: {rounds}, but .* was started with 2.*{why}"):
+            fedsim.run(lab.exp(**{**keys, "rounds": rounds}), progress=False, resume=run)
+
+
+def test_keys_that_change_the_numbers_are_named(lab: Any) -> None:
+    keys = {**LONG, "modes": ["federated"], "rounds": 1}
+    run = lab.run(**keys)
+    other = {**keys, "seed": 4, "local": {**LONG["local"], "lr": 1e-4}, "adapter": {"name": "ia3"}}
+    with pytest.raises(UserError) as error:
+        fedsim.run(lab.exp(**other), progress=False, resume=run)
+    text = str(error.value)
+    assert "seed: 4 (the run has 3)" in text and "local.lr: 0.0001 (the run has 0.005)" in text
+    assert 'adapter.name: "ia3" (the run has "lora")' in text and "\n" not in text
+    with pytest.raises(UserError, match="other content of data or model files"):
+        fedsim.run(lab.exp(**{**keys, "model": {"path": lab.base("gpt2")}}), progress=False, resume=run)
+    with pytest.raises(UserError, match="neither a run's folder nor the id of a run"):
+        fedsim.run(lab.exp(**keys), progress=False, resume="0123456789ab")
+    free = {"name": "other", "checkpoint": {"keep": 1}, "executor": {"name": "serial"}, "aggregation": {"chunk_mb": 1}}
+    assert fedsim.run(lab.exp(**{**keys, **free}), progress=False, resume=run).path == run
+
+
+def test_a_resume_elsewhere_says_that_bits_may_differ(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {**LONG, "modes": ["federated"], "rounds": 2, "name": "stopped"}
+    run = stopped_run(lab, monkeypatch, "federated", 1, **keys)
+    about = json.loads((run / "environment.json").read_text())
+    about["devices"], about["versions"]["torch"] = ["cuda:0"], "1.0"
+    (run / "environment.json").write_text(json.dumps(about))
+    said = notes(monkeypatch)
+    lab.run(**keys)
+    (line,) = [text for text in said if "may differ" in text]
+    assert "device cuda then, cpu now" in line and "torch 1.0 then" in line
+
+
+# ------------------------------------------------------------------------------------------- one at a time
+
+
+def test_a_run_folder_is_run_once_at_a_time(lab: Any) -> None:
+    keys = {**LONG, "modes": ["federated"], "rounds": 1}
+    run = lab.run(**keys)
+    holder = RunFolder(run)
+    assert holder.lock() is None
+    with pytest.raises(UserError, match=rf"is being run by process {os.getpid()}; wait for it, or stop it$"):
+        lab.run(**keys)
+    assert len(fedsim.load_runs(run)) > 0, "reading is free"
+    holder.close()
+    assert lab.run(**keys) == run and not (run / ".lock").exists()
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, pathlib; from fedsim.run_folder import RunFolder\n"
+        "RunFolder(pathlib.Path(sys.argv[1])).lock(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(fedsim.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env, cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL and (tmp_path / ".lock").is_file()
+    folder = RunFolder(tmp_path)
+    assert folder.lock() is None
+    folder.close()
+
+
+def test_where_there_are_no_locks_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    folder = RunFolder(tmp_path)
+    assert "no locks on this file system" in str(folder.lock())
+    folder.close()
+
+
+# ------------------------------------------------------------------------------------------- a full disk
+
+
+@pytest.mark.parametrize("where", ["os.pwrite", "os.fsync", "safetensors", "the end"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+    lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    keys = {**LONG, "name": "stopped"}
+    stopped_run(lab, monkeypatch, "federated", 2, **keys)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fails(*args: Any, **more: Any) -> Any:
+        raise full if where != "safetensors" else RuntimeError("I/O error: No space left on device (os error 28)")
+
+    places = {"safetensors": "safetensors.torch.save_file", "the end": "fedsim.models.adapters.save"}
+    with monkeypatch.context() as patch:
+        patch.setattr(places.get(where, where), fails)
+        with pytest.raises(
+            UserError, match=r"cannot be written to \(No space left on device\); the last complete round"
+        ) as error:
+            lab.run(**keys)
+    assert "\n" not in str(error.value)
+    lab.same_bits(lab.run(**keys), whole())
+
+
+def test_a_file_that_may_not_grow_is_one_line(lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's own limit on the size of files, in the process that writes records and in its workers."""
+    keys = {**LONG, "modes": ["central"], "executor": {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}}
+    script = (
+        "import resource, sys, json, fedsim.__main__\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))\n"
+        "sys.exit(fedsim.__main__.main(['run', *sys.argv[1:]]))\n"
+    )
+    file = lab.root / "experiment.yaml"
+    file.write_text(json.dumps(lab.tree(**{**keys, "name": "limited"})))
+    env = {**os.environ, "PYTHONPATH": str(Path(fedsim.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(file)], capture_output=True, text=True, env=env, cwd=lab.root
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and "cannot be written to (File too large)" in done.stderr.splitlines()[-1]
+    (run,) = (lab.root / "results" / "limited").iterdir()
+    lab.run(**{**keys, "name": "limited"})
+    lab.same_bits(run, whole(modes=["central"]))
+
+
+def test_a_results_folder_that_cannot_be_is_refused(lab: Any) -> None:
+    (lab.root / "taken").write_text("a file")
+    with pytest.raises(UserError, match=r"^results: .*taken.* cannot be written to"):
+        lab.run(**{**LONG, "results": str(lab.root / "taken")})

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import wait
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -18,13 +20,16 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent() -> None:
-    """End at once when the main process is gone, even in the middle of a step.
+    """End at once when the main process is gone, even in the middle of a step; what it can no longer remove goes first.
 
-    On Linux the kernel sees to it, which also ends a process that is stopped or hangs; elsewhere this thread does.
+    On Linux a process that is stopped is woken for it by the kernel.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
     wait([mp.parent_process().sentinel])
+    left = mp.current_process()._config.get("tempdir")  # that of multiprocessing, which a process takes from its parent
+    if left is not None:
+        shutil.rmtree(left, ignore_errors=True)
     os._exit(1)
 
 
@@ -52,6 +57,7 @@ def main_not_imported() -> Iterator[None]:
 @contextlib.contextmanager
 def without_interrupt() -> Iterator[None]:
     """Start processes that ignore Ctrl-C from their first moment: it reaches the whole group, and the main process decides."""
+    get_temp_dir()  # made here, workers know it and remove it should this process be killed
     if threading.current_thread() is not threading.main_thread():  # only the main thread may say what signals do
         yield
         return
