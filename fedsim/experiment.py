@@ -1010,6 +1010,8 @@ class _Session:
         torn = self.folder.begin_mode(mode, begin, info)
         if torn is not None:
             self.show.note(torn)
+        if self.trackers and self._tracked() > (end := self.folder.sync_metrics()):
+            self.folder.write_json("checkpoints/tracked.json", {"metrics_bytes": end})
 
     def _restore(
         self, mode: str, begin: int, schedule: Schedule, algorithm: Algorithm
@@ -1171,14 +1173,17 @@ class _Session:
 
     def _track(self, end: int) -> None:
         """Tell the trackers all committed rows that they have not been told of."""
-        if not self.trackers:
-            return
+        begin = self._tracked() if self.trackers else end
+        if begin < end:
+            rows = [json.loads(line) for line in self.folder.rows(begin, end).splitlines()]
+            self.trackers.log([Row(**{k: v for k, v in row.items() if k != "seconds"}) for row in rows])
+            self.folder.write_json("checkpoints/tracked.json", {"metrics_bytes": end})
+
+    def _tracked(self) -> int:
+        """Bytes of the metrics file that trackers were told of."""
         known = self.folder.read_json("checkpoints/tracked.json")
-        begin = known.get("metrics_bytes", 0) if isinstance(known, dict) else 0
-        lines = self.folder.rows(min(begin, end), end).splitlines()
-        rows = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-        self.trackers.log([Row(**row) for row in rows])
-        self.folder.write_json("checkpoints/tracked.json", {"metrics_bytes": end})
+        found = known.get("metrics_bytes") if isinstance(known, dict) else None
+        return found if isinstance(found, int) else 0
 
     def _checkpoint(self, mode: str, state: State, algorithm: Algorithm) -> None:
         began = time.monotonic()

@@ -358,7 +358,8 @@ class RunFolder:
         """What was kept of a mode that came to its end; None where it did not, or the file is damaged."""
         found = read_checked(self.path / "checkpoints" / mode / "done.json")
         if found is not None and "metrics_bytes" not in found:  # of a version that kept the length elsewhere
-            found["metrics_bytes"] = (self.read_json("checkpoints/modes.json") or {}).get("metrics_bytes", 0)
+            before = self.read_json("checkpoints/modes.json")
+            return found | before if isinstance(before, dict) and "metrics_bytes" in before else None
         return found
 
     def end_mode(self, mode: str, info: dict[str, Any]) -> None:
