@@ -109,6 +109,7 @@ class Loop:
     calls: int
     seconds: float
     starts: int = field(default=0)
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @classmethod
     def make(cls, root: Path) -> Loop:
@@ -144,6 +145,7 @@ class Loop:
         before = _stamps(place)
         with open(place / "tmp.err", "w+") as errors:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=env, cwd=place)
+            self.running.append(process)
             while process.poll() is None and _stamps(place) == before:
                 time.sleep(0.01)
             began = time.monotonic()
@@ -313,8 +315,12 @@ def main() -> int:
             asked.log.parent.mkdir(parents=True, exist_ok=True)
             asked.log.write_text("\n".join(lines) + "\n")
 
-    with tempfile.TemporaryDirectory(prefix="kill-loop-") as folder:
+    sys.path.insert(0, str(HERE.parent))
+    from fedsim.signals import ended_by_signals
+
+    with ended_by_signals(), tempfile.TemporaryDirectory(prefix="kill-loop-") as folder, contextlib.ExitStack() as last:
         loop = Loop.make(Path(folder))
+        last.callback(lambda: [process.kill() for process in loop.running])
         say(f"python tests/kill_loop.py --n {asked.n} --seed {asked.seed} --workers {asked.workers}")
         say(f"undisturbed: {len(_rows(loop.whole))} metrics rows, {loop.calls} system calls on files")
         good = 0

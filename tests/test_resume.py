@@ -408,7 +408,9 @@ def test_keys_that_change_the_numbers_are_named(lab: Any) -> None:
     assert "seed: 4 (the run has 3)" in text and "local.lr: 0.0001 (the run has 0.005)" in text
     assert 'adapter.name: "ia3" (the run has "lora")' in text and "\n" not in text
     with pytest.raises(UserError, match="other content of data or model files"):
-        fedsim.run(lab.exp(**{**keys, "model": {"path": lab.base("gpt2")}}), progress=False, resume=run)
+        fedsim.run(
+            lab.exp(**{**keys, "model": {"path": lab.base("gpt2"), "dtype": "float32"}}), progress=False, resume=run
+        )
     with pytest.raises(UserError, match="neither a run's folder nor the id of a run"):
         fedsim.run(lab.exp(**keys), progress=False, resume="0123456789ab")
     free = {"name": "other", "checkpoint": {"keep": 1}, "executor": {"name": "serial"}, "aggregation": {"chunk_mb": 1}}
@@ -494,8 +496,13 @@ def test_a_file_that_may_not_grow_is_one_line(lab: Any, whole: Any, monkeypatch:
     """The system's own limit on the size of files, in the process that writes records and in its workers."""
     keys = {**LONG, "modes": ["central"], "executor": {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}}
     script = (
-        "import resource, sys, json, fedsim.__main__\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))\n"
+        "import multiprocessing, resource, sys, fedsim.__main__, fedsim.experiment as ex\n"
+        "begin = ex._Session._run_mode\n"
+        "def limited(self, *args):\n"  # workers are there by now, and what they share
+        "    for pid in (0, *(p.pid for p in multiprocessing.active_children())):\n"
+        "        resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+        "    return begin(self, *args)\n"
+        "ex._Session._run_mode = limited\n"
         "sys.exit(fedsim.__main__.main(['run', *sys.argv[1:]]))\n"
     )
     file = lab.root / "experiment.yaml"
