@@ -633,25 +633,25 @@ class _Session:
         return Plan(**{"micro_batch": micro, **known})
 
     def _known_plan(self) -> dict[str, Any] | None:
-        """The plan that rounds were trained by, as their checkpoints hold it too; lanes halved since then count as well."""
+        """The plan that rounds were trained by: `plan.json`, unless it is not what the checked copy or the checkpoints say."""
         folder, names = self.folder, {f.name for f in dataclasses.fields(Plan)}
         found = folder.read_json("plan.json")
-        whole = isinstance(found, dict) and isinstance(found.get("threads"), int) and names.issuperset(found)
-        kept = None
+        kept = read_checked(folder.path / "checkpoints" / "plan.json")
         for mode in reversed(self._modes()):
             infos = [folder.done(mode), *reversed([info for _, info in folder.checkpoints(mode)])]
             kept = kept or next((info["plan"] for info in infos if info and "plan" in info), None)
-        if kept is None:
+        if kept is None:  # of a version that kept no copy, or of a start that came to no plan
+            whole = isinstance(found, dict) and isinstance(found.get("threads"), int) and names.issuperset(found)
             return found if whole else None
-        alike = whole and {**found, "halved": None} == {**kept, "halved": None}
-        if alike and found["halved"][: len(kept["halved"])] == kept["halved"]:
-            return found
-        self.show.note("plan.json: damaged or missing, and taken from the last checkpoint")
-        folder.write_json("plan.json", kept)
+        if found != kept:
+            self.show.note("plan.json: damaged or missing, and taken from the last checkpoint")
+            folder.write_json("plan.json", kept)
         return kept
 
     def _save_plan(self) -> None:
-        self.folder.write_json("plan.json", dataclasses.asdict(self.plan))
+        value = dataclasses.asdict(self.plan)
+        write_checked(self.folder.path / "checkpoints" / "plan.json", value)
+        self.folder.write_json("plan.json", value)
 
     def _write_inputs(self) -> None:
         folder, parts = self.folder, self.parts
@@ -994,6 +994,10 @@ class _Session:
         if done is None or damaged:
             if damaged:
                 self.show.note(f"{mode}: damaged or missing, and made anew: {', '.join(damaged)}")
+            if damaged and "metrics_sha256" not in done:  # of a version whose later modes cannot tell rows that moved
+                done = None
+                for later in self._modes()[self._modes().index(mode) + 1 :]:
+                    folder.drop_checkpoints(later, 0)
             return self._run_mode(mode, begin, executor, done)
         if folder.where_rows(mode, done, begin) == "aside":
             self._begin_rows(mode, begin, done)

@@ -398,14 +398,16 @@ def test_plot_draws_a_sweeps_folder_again(
     assert "x='money' is not an axis" in capsys.readouterr().err
 
 
-def test_a_damaged_plan_costs_its_run_alone(write: Any) -> None:
+def test_a_damaged_plan_is_taken_from_its_copy(write: Any) -> None:
     file = write({"grid": {"seed": [0, 1]}, "workers": 1, "threads": 1})
     done = run_sweep(file, progress=False)
     for job in done.jobs:
         (job.path / "status.json").write_text('{"state": "running", "rounds": 1}')
     (done.jobs[0].path / "plan.json").write_text("{}")
+    before = json.loads((done.jobs[1].path / "plan.json").read_text())
     again = run_sweep(file, progress=False)
-    assert [j.state for j in again.jobs] == ["failed", "finished"] and "KeyError" in again.jobs[0].reason
+    assert [j.state for j in again.jobs] == ["finished", "finished"]
+    assert json.loads((done.jobs[0].path / "plan.json").read_text())["lanes"] == before["lanes"]
 
 
 def test_figures_that_failed_are_drawn_again(write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
