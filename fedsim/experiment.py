@@ -858,6 +858,9 @@ class _Session:
         self.show.note(
             f"{len(self.parts.clients)} clients, {report['rows']} rows, {skew}; {self.kind} on {', '.join(self.devices)}, {self.plan.threads} thread(s)"
         )
+        tokenizer = self.parts.tokenizer
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            self.show.note(f"rows are padded with the end-of-text token {tokenizer.eos_token!r}")
         if "overlap" in report["notes"]:
             self.show.note(f"virtual clients: {report['notes']['overlap']}")
         if report["empty_clients"]:

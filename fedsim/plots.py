@@ -28,7 +28,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import offset_copy
 
-from fedsim.errors import UserError
+from fedsim.errors import UserError, visible
 from fedsim.runs import (
     COLUMNS,
     SCOPES,
@@ -649,7 +649,7 @@ def _compare_panels(
     entries = _draw_settings(panels, groups, shown, metric, x)
     for panel in panels:
         panel.label_outer()
-    handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
+    handles, labels = [handle for handle, _ in entries], [_plain(label) for _, label in entries]
     columns = max(1, min(len(shown), int(14 * figure.get_figwidth() / max(map(len, labels)))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return panels
@@ -1090,7 +1090,13 @@ def _label_ends(ax: Axes, ends: dict[str, float], colors: dict[str, str] | None 
         at = to_axes.transform((ax.get_xlim()[1], value))[1]
         below = max(at, below + least)
         ax.text(
-            1.015, below, name, transform=ax.transAxes, va="center", fontsize=7.5, color=(colors or {}).get(name, LOCAL)
+            1.015,
+            below,
+            _plain(name),
+            transform=ax.transAxes,
+            va="center",
+            fontsize=7.5,
+            color=(colors or {}).get(name, LOCAL),
         )
 
 
@@ -1104,7 +1110,7 @@ def _legend_below(
     # in points below the axes, past tick labels and axis label: it holds for axes of any size
     drop = 1.2 * (ax.xaxis.label.get_size() + tick_lines * ax.xaxis.get_ticklabels()[0].get_size()) + 12
     place = offset_copy(ax.transAxes, ax.figure, y=-drop, units="points")
-    handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
+    handles, labels = [handle for handle, _ in entries], [_plain(label) for _, label in entries]
     look = {"frameon": False, "borderaxespad": 0.0, "columnspacing": 1.2, "handlelength": 2.4, "fontsize": 8}
     look["ncols"] = _legend_columns(ax, labels)
     ax.legend(
@@ -1134,11 +1140,18 @@ def _grow(ax: Axes, tick_lines: float = 1.0) -> None:
     ax.figure.set_figheight(ax.figure.get_figheight() + more)
 
 
+def _plain(text: Any) -> str:
+    """A name out of the user's data: no formula, whatever dollars it holds, and nothing that has no glyph."""
+    return visible(str(text), lines=True).replace("$", r"\$")
+
+
 def _name_ticks(axis: Axis, names: Sequence[str], most: int) -> None:
     """Names on the ticks 0, 1, ...; where there are more than `most`, on about eight of them."""
     count = len(names)
     at = np.arange(count) if count <= most else np.unique(np.linspace(0, count - 1, 8).astype(int))
-    short = [name if len(name) <= 18 else f"{name[:10]}\N{HORIZONTAL ELLIPSIS}{name[-7:]}" for name in map(str, names)]
+    short = [
+        name if len(name) <= 18 else f"{name[:10]}\N{HORIZONTAL ELLIPSIS}{name[-7:]}" for name in map(_plain, names)
+    ]
     axis.set_ticks(at, [short[place] for place in at])
     axis.set_tick_params(length=0 if count <= most else 3)
 

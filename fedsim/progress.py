@@ -117,7 +117,9 @@ class Board:
         before, self.states[run], self.texts[run] = self.states[run], state, visible(text)
         if self.show and self._live is None and state != before:
             place = f"{run + 1}/{len(self.names)}"
-            print(f"{place:>9s}  {state:8s}  {self.names[run]}  {text}".rstrip(), file=sys.stderr, flush=True)
+            print(
+                f"{place:>9s}  {state:8s}  {self.names[run]}  {self.texts[run]}".rstrip(), file=sys.stderr, flush=True
+            )
 
     def reporter(self, run: int) -> Progress:
         """Where a run in this process says what goes on."""

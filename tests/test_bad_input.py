@@ -450,7 +450,7 @@ def test_nothing_steers_a_terminal(text: str, capsys: pytest.CaptureFixture[str]
     shown = visible(text)
     assert shown.replace("\u200d", "").isprintable()  # what joins an emoji stays
     assert visible(shown) == shown
-    _table(pd.DataFrame({"client": [text], text: [1]}), text)
+    _table(pd.DataFrame({"client": pd.Series([text], dtype=object)}), text)
     show = Progress(True, 1)
     show.note(f"left out, no rows: {text}")
     show.round(1, text)
@@ -461,6 +461,20 @@ def test_nothing_steers_a_terminal(text: str, capsys: pytest.CaptureFixture[str]
     for line in (captured.out + captured.err).split("\n"):
         assert line.replace("\u200d", "").isprintable(), repr(line)
     assert captured.err.count("\n") == 3 and shown in captured.out
+
+
+def test_a_client_may_be_called_like_a_formula(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from fedsim import plots
+
+    names = ["$\\frac{$", "\x1b[31m", "a$b$c_{"]
+    report = {"class_counts": [[1, 2]] * 3, "class_names": ["a", "$b_$"], "sizes": [3] * 3, "client_names": names}
+    report |= {"num_clients": 3, "js_mean": 0.0, "size_gini": 0.0}
+    figure = Figure()
+    plots.partition(report, figure.subplots())
+    figure.savefig(tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 100
 
 
 def test_clients_with_wild_names_are_shown_with_escapes_and_have_folders_of_their_own(
