@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+JOBS ?= 2  # processes that tests run in
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test test-all lint format models clean
@@ -10,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fedsim run experiments/lora_sentiment/tiny.yaml
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 test-all: lint models
 	$(BIN)/python -m pytest

@@ -23,7 +23,7 @@ TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 HEADS = {"classifier", "score", "classification_head", "pooler", "pre_classifier"}  # may start anew
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_CONVERT = "convert them where they are trusted: load them there, then save_pretrained(FOLDER) writes safetensors"
+_CONVERT = "convert them to safetensors where they are trusted, by save_pretrained(FOLDER)"
 
 
 @dataclass(frozen=True)
