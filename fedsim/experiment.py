@@ -563,7 +563,7 @@ class _Session:
         self.initial: list[Row] | None = None
         self.by_row: dict[str, ByRow] = {}
         self.at: tuple[str, int] | None = None  # the mode at work and its last committed round
-        self.costs: list[tuple[Row, float]] = []  # what checkpoints took, not logged yet
+        self.costs: list[tuple[list[Row], float]] = []  # what checkpoints took, not logged yet
         self.exported: list[str] = []
 
     # ------------------------------------------------------------------------------------------ start to end
@@ -1165,8 +1165,8 @@ class _Session:
 
     def _log_costs(self) -> None:
         """Rows of what checkpoints took: known once they are there, so they go with the next round's, or the mode's last."""
-        for row, seconds in self.costs:
-            self.folder.log([row], seconds)
+        for rows, seconds in self.costs:
+            self.folder.log(rows, seconds)
         self.costs = []
 
     def _note_cost(self, mode: str, state: State, info: dict[str, Any], seconds: float | None = None) -> None:
@@ -1175,8 +1175,8 @@ class _Session:
             return
         step = max(state.steps.values(), default=0)
         took = {"checkpoint_seconds": seconds or info["seconds"], "checkpoint_bytes": float(info["bytes"])}
-        now = self._seconds()
-        self.costs += [(Row(state.round, step, mode, None, "run", name, v), now) for name, v in took.items()]
+        rows = [Row(state.round, step, mode, None, "run", name, v) for name, v in took.items()]
+        self.costs.append((rows, self._seconds()))
 
     def _track(self, end: int) -> None:
         """Tell the trackers all committed rows that they have not been told of."""

@@ -31,11 +31,9 @@ def test_a_run_killed_at_five_random_moments_ends_as_if_it_never_was(loop: Loop)
     """Serial and on workers, by time and right before system calls; `python tests/kill_loop.py` does it for hours."""
     rng, place = random.Random(7), loop.root / "killed"
     for i in range(5):
-        ending = (
-            Ending("time", rng.uniform(0, loop.seconds / 2))
-            if i % 2
-            else Ending("call", rng.randint(1, loop.calls // 3))
-        )
+        ending = Ending("call", rng.randint(loop.calls // 20, loop.calls // 6))
+        if i % 2:
+            ending = Ending("time", rng.uniform(0, loop.seconds / 6))
         code, errors, _ = loop.start(place, ["serial", "pool 2"][i == 3], ending)
         assert code in (0, -signal.SIGKILL), errors
         assert "Traceback" not in errors

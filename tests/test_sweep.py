@@ -258,7 +258,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(write: Any, lab: Any, monkeyp
 
     def stop(self: RunFolder, rows: list[Row], seconds: float) -> None:
         count[0] += 1
-        if count[0] == 7:  # in the second run, with a round of it behind
+        if count[0] == 12:  # in the second run, with a round of it and its checkpoint behind
             raise KeyboardInterrupt
         log(self, rows, seconds)
 
