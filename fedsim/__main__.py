@@ -561,8 +561,14 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def cli() -> None:
     """Console script."""
-    sys.exit(main())
+    import signal
+
+    code = main()
+    if code > 128:  # another Ctrl-C while the interpreter ends is no news either
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli()
