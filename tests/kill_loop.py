@@ -278,13 +278,21 @@ def _command(pid: int) -> bytes:
         return b""
 
 
+_BEFORE = set(Path("/dev/shm").glob("torch_*"))  # of others, and none of the loop's business
+
+
 def left_over(place: Path) -> list[str]:
-    """Processes, shared memory and temporary files that outlive a start; processes have ten seconds to go."""
-    until = time.monotonic() + 10
+    """Processes, shared memory and temporary files that outlive a start; processes have a minute to go: one that still loads
+    its libraries ends when it has."""
+    until = time.monotonic() + 60
     while (alive := _processes(place)) and time.monotonic() < until:
         time.sleep(0.1)
     out = [f"process left: {_command(pid)[:200]!r}" for pid in alive]
-    shared = [f.name for f in Path("/dev/shm").glob("torch_*") if not Path(f"/proc/{f.name.split('_')[1]}").exists()]
+    shared = [
+        f.name
+        for f in {*Path("/dev/shm").glob("torch_*")} - _BEFORE
+        if not Path(f"/proc/{f.name.split('_')[1]}").exists()
+    ]
     out += [f"shared memory left: {name}" for name in shared]
     return out + [f"temporary file left: {f.name}" for f in (place / "tmp").iterdir() if f.name.startswith("pymp-")]
 
@@ -304,6 +312,8 @@ def main() -> int:
     parser.add_argument("--workers", default="random", help="serial, 1, 2, 3, or random on every start")
     parser.add_argument("--log", type=Path, help="file for the lines, besides standard output")
     asked = parser.parse_args()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it that starts this in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     named = {"serial": ["serial"], **{str(n): [f"pool {n}"] for n in (1, 2, 3)}}
     executors = named.get(asked.workers, list(EXECUTORS))
     lines: list[str] = []

@@ -111,9 +111,9 @@ def lanes_of_passes(monkeypatch: pytest.MonkeyPatch, most: int = 99) -> tuple[li
             raise MemoryError
         return backward(self, batches)
 
-    def spy_score(self: Trainer, weights: torch.Tensor, *args: Any) -> Any:
+    def spy_score(self: Trainer, weights: torch.Tensor, *args: Any, **keys: Any) -> Any:
         scored.append(len(weights))
-        return score(self, weights, *args)
+        return score(self, weights, *args, **keys)
 
     monkeypatch.setattr(Trainer, "_backward", spy_backward)
     monkeypatch.setattr(Trainer, "_score", spy_score)

@@ -878,7 +878,6 @@ def test_a_lane_of_nans_touches_no_other(
     others = [c for c in range(4) if c != which]
     same_bits(usual, broken, others)
     assert [broken.losses[c] for c in others] == [usual.losses[c] for c in others]
-    assert all(t.isnan().any() for t in broken.params[which].values())
     assert all(math.isnan(x) for x in broken.losses[which])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -578,19 +579,22 @@ def reference() -> FinishedRun:
     return load_run(REFERENCE)
 
 
-def test_the_reference_run_without_row_scores(reference: FinishedRun) -> None:
+def test_the_reference_run(reference: FinishedRun, tmp_path: Path) -> None:
     runs = {"lora-1": [reference]}
     mean = judge({"check": "merged_beats_mean", "run": "lora-1"}, runs)
-    assert mean.passed is True and mean.seen == "merged 0.929, mean of 3 sites 0.861"
+    assert mean.passed is True and mean.seen == "merged 0.929, mean of 3 sites 0.858"
     site = judge(LACKING | {"run": "lora-1", "ceiling": 173 / 226}, runs)
-    assert site.passed is True and "positive 1;" in site.seen and "highest on the way 0.836, at 60 %" in site.seen
+    assert site.passed is True and "positive 1;" in site.seen and "highest on the way 0.814, at 60 %" in site.seen
     best = judge({"check": "merged_near_best_site", "run": "lora-1"}, runs)
-    assert best.passed is True and "site-3" in best.seen and "-0.004, standard error 0.021" in best.seen
+    assert best.passed is True and "site-3" in best.seen and "+0.018, standard error 0.022 (paired on" in best.seen
     lacking_sites = judge({"check": "merged_beats_lacking", "run": "lora-1"}, runs)
     assert lacking_sites.passed is True and lacking_sites.seen == "merged 0.929; site-2 (no positive) 0.770"
     tooth = judge({"check": "saw_tooth", "run": "lora-1"}, runs)
     assert tooth.passed is True and tooth.seen == "jump in 4 of 4 rounds, sag in 4 of 4 (rounds 2 to 5)"
-    assert judge(LACKING | {"run": "lora-1"}, runs).passed is None
+    assert judge(LACKING | {"run": "lora-1"}, runs).passed is True
+    bare = tmp_path / "without"
+    shutil.copytree(REFERENCE, bare, ignore=shutil.ignore_patterns("scores.npz"))
+    assert judge(LACKING | {"run": "lora-1"}, {"lora-1": [load_run(bare)]}).passed is None, "no scores by row"
 
 
 def test_every_check_has_its_keys_and_says_what_it_demands(reference: FinishedRun) -> None:

@@ -199,6 +199,9 @@ def _examples(
                 f"{at}: {path!r} has no column {lacking[0]!r}, which format {kind} needs; it has: {', '.join(there)}; {way}"
             )
         _check_cells(rows, [c for role, c in names.items() if role != "messages"], place, path)
+        if kind == "messages":
+            for i, r in enumerate(rows, 1):
+                r[names["messages"]] = _turns(r.get(names["messages"]), f"{place}: in {path!r} row {i}")
         records += rows
     examples = read(records, names, turns, at, notes)
     if not examples:
@@ -313,8 +316,8 @@ def _chats(
     records: list[dict[str, Any]], names: dict[str, str], turns: str, at: str, notes: dict[str, int]
 ) -> list[list[Row]]:
     out = []
-    for i, r in enumerate(records):
-        chat = _turns(r.get(names["messages"]), i, at)
+    for r in records:
+        chat = r[names["messages"]]
         answers = [k for k, turn in enumerate(chat) if turn["role"] == "assistant"] or [len(chat)]
         rows = []
         for k in answers if turns == "every" else answers[-1:]:
@@ -327,24 +330,25 @@ def _chats(
     return out
 
 
-def _turns(value: Any, row: int, at: str) -> list[dict[str, str]]:
-    """A chat as `{role, content}` turns; in CSV it is JSON in a cell."""
-    wanted = f"{at}: row {row + 1} of the messages is not a list of {{role, content}} turns"
+def _turns(value: Any, row: str) -> list[dict[str, str]]:
+    """A chat as `{role, content}` turns; in CSV it is JSON in a cell. `row` says which, for messages."""
+    wanted = f"{row} of the messages is not a list of {{role, content}} turns"
+    way = 'write each turn as {"role": "user", "content": "TEXT"}'
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError:
-            raise UserError(f"{wanted} ({value[:40]!r} is no JSON)") from None
+            raise UserError(f"{wanted} ({value[:40]!r} is no JSON); {way}") from None
     if missing(value):
         return []
     if not isinstance(value, list):
-        raise UserError(f"{wanted}, but {str(value)[:60]!r}")
+        raise UserError(f"{wanted}, but {str(value)[:60]!r}; {way}")
     out = []
     for turn in value:
         role = turn.get("role") if isinstance(turn, dict) else None
         content = turn.get("content", "") if isinstance(turn, dict) else None
         if not isinstance(role, str) or not (content is None or (isinstance(content, str) and sound(content))):
-            raise UserError(f"{wanted}: it has {str(turn)[:60]!r}")
+            raise UserError(f"{wanted}: it has {str(turn)[:60]!r}; {way}")
         out.append({"role": role, "content": content or ""})
     return out
 

@@ -26,6 +26,7 @@ from fedsim.models.base import TINY
 from fedsim.sections import _ROLES
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TURN = 'write each turn as {"role": "user", "content": "TEXT"}'
 ALPACA = [{"instruction": f"do {i}", "input": "", "output": f"done {i}"} for i in range(20)]
 
 
@@ -317,6 +318,16 @@ def test_a_chat_is_a_row_or_one_for_each_answer(tmp_path: Path, kind: str) -> No
     assert all_of(every, *columns) == [first, last, *singles]
 
 
+def test_a_bad_chat_is_named_by_its_row_in_its_own_file(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.jsonl", [{"chat": TURNS}] * 10)
+    bad = write(tmp_path / "bad.jsonl", [{"chat": TURNS}, {"chat": [{"role": "user", "text": "hi"}, "hi"]}])
+    source = {"format": "messages", "path": [good, bad], "columns": {"messages": "chat"}}
+    message = refusal(lambda: read(source))
+    assert (
+        message.startswith(f"data.sources[0].path[1]: in {bad!r} row 2 of the messages ") and "it has 'hi'" in message
+    )
+
+
 def test_all_rows_of_a_chat_are_in_one_split(tmp_path: Path) -> None:
     def chat(i: int) -> list[dict[str, str]]:
         return [{"role": r, "content": f"{i} {k} {r}"} for k in range(3) for r in ("user", "assistant")]
@@ -369,7 +380,7 @@ def test_end_of_text_follows_a_template_that_ends_in_another_mark(chatty: str) -
     assert "otherwise than without" in refusal(lambda: encode_chats(rows, **keys))
     tokenizer.chat_template = "{{ raise_exception('no\nsystem role') }}"
     message = refusal(lambda: encode_chats(rows, **keys))
-    assert message.startswith("data.chat_template: row 0 of train") and "no system role" in message
+    assert message.startswith("data.chat_template: row 1 of train is refused") and "no system role" in message
 
 
 def test_a_base_without_a_chat_template_is_refused(alpaca: dict[str, Any]) -> None:
@@ -419,7 +430,7 @@ def test_empty_and_very_long_rows(tmp_path: Path) -> None:
     assert dropped.tokens["train"].left_out == {"empty answer": [0, 1], "too long": [2, 3]}
     assert sorted(dropped.partition.all_rows().tolist()) == list(range(4, 24))
     message = refusal(lambda: prepare(config({"sources": [source], "too_long": "error"})))
-    assert message.startswith("data.max_length: 256, but row 2 of train")
+    assert message.startswith("data.max_length: 256, but row 3 of train has ")
 
 
 def test_max_length_is_what_the_base_takes_or_1024(alpaca: dict[str, Any], tmp_path: Path) -> None:
@@ -495,7 +506,7 @@ def test_users_of_a_natural_partition_and_rows_without_one(tmp_path: Path, union
         {u} & set(parts.source.splits["validation"].columns["user_id"]) for u in ("u0", "u1", "u2")
     ]
     message = refusal(lambda: prepare(config(union, partition=natural)))
-    assert message.startswith("partition.column: ") and "None" in message
+    assert message.startswith("partition.column: row 1 of train has nothing in 'user_id'") and "needs an id" in message
 
 
 # ------------------------------------------------------------------------------------------------ the run's id, paths
@@ -644,11 +655,21 @@ def test_an_impossible_config_names_the_key(data: dict[str, Any], start: str, pa
         ("dolly", "x.jsonl", b'{"instruction": "a", "output": "b"}', ["no column 'response'", "instruction, output"]),
         ("oasst1", "x.jsonl", b'{"text": "a"}', ["no column 'message_id'"]),
         ("prompt_response", "x.csv", b"q,a\n1,2\n", ["no column 'prompt'", "data.columns"]),
-        ("messages", "x.jsonl", b'{"messages": 3}', ["row 0", "{role, content}", "'3'"]),
-        ("messages", "x.jsonl", b'{"messages": ["hi"]}', ["row 0", "'hi'"]),
-        ("messages", "x.jsonl", b'{"messages": [{"from": "human", "value": "hi"}]}', ["row 0", "human"]),
-        ("messages", "x.jsonl", b'{"messages": [{"role": "user", "content": ["hi"]}]}', ["row 0", "user"]),
-        ("messages", "x.csv", b"messages\nhello\n", ["row 0", "no JSON"]),
+        ("messages", "x.jsonl", b'{"messages": 3}', ["in 'x.jsonl' row 1", "{role, content}", "'3'", TURN]),
+        ("messages", "x.jsonl", b'{"messages": ["hi"]}', ["in 'x.jsonl' row 1", "'hi'", TURN]),
+        (
+            "messages",
+            "x.jsonl",
+            b'{"messages": [{"from": "human", "value": "hi"}]}',
+            ["in 'x.jsonl' row 1", "human", TURN],
+        ),
+        (
+            "messages",
+            "x.jsonl",
+            b'{"messages": [{"role": "user", "content": ["hi"]}]}',
+            ["in 'x.jsonl' row 1", "['hi']", TURN],
+        ),
+        ("messages", "x.csv", b"messages\nhello\n", ["in 'x.csv' row 1", "'hello' is no JSON", TURN]),
         ("alpaca", "x.json", b"[]", ["data.sources[0].path: ", "no rows"]),
         ("alpaca", "x.json", b'{"a": 1}', ["data.sources[0].path: ", "could not be read as json"]),
         ("alpaca", "x.jsonl", '{"instruction": "é"}'.encode("latin-1"), ["data.sources[0].path: ", "not UTF-8"]),

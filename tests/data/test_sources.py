@@ -217,18 +217,18 @@ def test_labels_may_be_numbers_of_the_given_words(tmp_path: Path, kind: str) -> 
 def test_a_label_that_is_not_listed_is_named_with_its_row(tmp_path: Path) -> None:
     file = csv_of(tmp_path / "rows.csv", "text,label\nx,a\ny,b\nz,c\n" * 5)
     message = refusal(lambda: read(file, labels=["a", "b"]))
-    assert "row 2 of train" in message and "'c'" in message and "a, b" in message
+    assert f"row 3 of '{file}'" in message and "'c'" in message and "a, b" in message
     held = csv_of(tmp_path / "held.csv", "text,label\nx,a\ny,z\n")
     message = refusal(lambda: read(file, validation=str(held)))
-    assert "row 1 of validation" in message and "'z'" in message
+    assert f"row 2 of '{held}'" in message and "'z'" in message
     empty = csv_of(tmp_path / "empty.csv", "text,label\nx,a\ny,\n" * 5)
-    assert "row 1 of train has the label empty" in refusal(lambda: read(empty, labels=["a", "b"]))
+    assert f"row 2 of '{empty}' has the label empty" in refusal(lambda: read(empty, labels=["a", "b"]))
 
 
 def test_a_number_beyond_the_given_words_is_named_with_its_own_row(tmp_path: Path) -> None:
     file = csv_of(tmp_path / "rows.csv", "text,label\nx,0\ny,1\nz,2\nw,3\n")
     message = refusal(lambda: read(file, labels=SENTIMENT))
-    assert "'3'" in message and "row 3 of train" in message, message
+    assert "'3'" in message and f"row 4 of '{file}'" in message, message
 
 
 def test_a_missing_column_lists_those_there(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_missing_column_lists_those_there(tmp_path: Path) -> None:
     message = refusal(lambda: read(plain, needs_labels=True))
     assert "'label'" in message and "text, other" in message
     message = refusal(lambda: read(file, validation=str(plain)))
-    assert "validation file" in message and "text, other" in message
+    assert f"'label' is no column of '{plain}'" in message and "text, other" in message and "validation rows" in message
     split = Split({"text": ["x"]}, None)
     message = refusal(lambda: split.texts(["title"], {}, None))
     assert "{title}" in message and "text" in message and "data.columns" in message
@@ -251,7 +251,7 @@ def test_a_missing_column_lists_those_there(tmp_path: Path) -> None:
     ("name", "content", "why"),
     [
         ("r.csv", b"text,text,label\na,b,c\n", "'text' twice"),
-        ("r.csv", b"", "could not be read as csv"),
+        ("r.csv", b"", "is empty; give a file with rows"),
         ("r.csv", b"text,label\n", "no rows"),
         ("r.csv", "text,label\ncafé,a\n".encode("latin-1"), "not UTF-8"),
         ("r.csv", b"text,label\na,b\na,b,c\n", "line 3"),
@@ -276,7 +276,7 @@ def test_a_missing_file_is_named_with_its_key(tmp_path: Path) -> None:
     assert refusal(lambda: read(tmp_path / "no.csv")).startswith(f"data.path: '{tmp_path}/no.csv' does not exist")
     file = csv_of(tmp_path / "rows.csv", "text,label\nx,a\ny,b\n" * 5)
     assert refusal(lambda: read(file, test=str(tmp_path / "no.csv"))).startswith("data.test: ")
-    assert "does not exist" in refusal(lambda: read(tmp_path))
+    assert f"data.path: '{tmp_path}' is a folder; give a .csv" in refusal(lambda: read(tmp_path))
 
 
 def test_a_row_with_a_field_too_many_never_shifts_the_columns(tmp_path: Path) -> None:
@@ -341,7 +341,8 @@ def test_a_missing_value_is_never_a_word(tmp_path: Path, dtype: str) -> None:
     values = [0, 1] * 5 if dtype == "Int64" else ["a", "b"] * 5
     frame = pd.DataFrame({"text": [f"t{i}" for i in range(10)], "label": pd.array([*values[:9], None], dtype=dtype)})
     frame.to_parquet(tmp_path / "rows.parquet")
-    assert "row 9 of train has the label empty" in refusal(lambda: read(tmp_path / "rows.parquet"))
+    message = refusal(lambda: read(tmp_path / "rows.parquet"))
+    assert f"row 10 of '{tmp_path / 'rows.parquet'}' has the label empty" in message
     frame.rename(columns={"label": "response", "text": "instruction"}).to_parquet(tmp_path / "pairs.parquet")
     source = read(tmp_path / "pairs.parquet")
     texts = [t["response"] for s in source.splits.values() for t in s.texts(["response"], {}, None)]

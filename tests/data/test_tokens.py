@@ -269,7 +269,7 @@ def test_exactly_the_longest_length_fits(gpt2: Any) -> None:
     with pytest.raises(UserError) as caught:
         tokens_of(gpt2, max_length=longest - 1, too_long="error", split="validation")
     message = str(caught.value)
-    assert message.startswith(f"data.max_length: {longest - 1}, ") and "row 2 of validation" in message
+    assert message.startswith(f"data.max_length: {longest - 1}, ") and "row 3 of validation" in message
     assert f"{longest} tokens" in message and "truncate or drop" in message and "\n" not in message
 
 

@@ -350,7 +350,7 @@ def bandwidth_side(turn: Turn) -> None:
         trainer.flat.add_(0.5)  # what training did
         clocked("clearing", lambda: aggregator.zero(total))
         for _ in range(clients):
-            clocked("adding", lambda: trainer._finish(part, [task], [1]))
+            clocked("adding", lambda: trainer._finish(part, [task], [1], [0.0]))
         summed = Partial(total, part.partial.weight)
         here, info = rounds.State(weights, {}, Records(), keeps=False), {"round": 1, "clients": clients}
         clocked("server step", lambda: rounds._merge(algorithm, aggregator, summed, here, info, chunk))
