@@ -516,7 +516,7 @@ def save_sweep(path: PathLike, out: PathLike | None = None, metric: str | None =
 
         scored = table[table["last"].notna()]
         for key in swept_keys(table):
-            if scored[key].nunique() > 1:
+            if scored[key].nunique() > 1 and not _is_told(scored[scored["scope"] != "central"], key):
                 save(f"score_by_{key}", scores, table=table, x=key)
         if _skew_key(scored) and scored["js_mean"].nunique() > 1:
             save("score_by_skew", scores, table=table, x="js_mean")
@@ -697,7 +697,14 @@ def _varied(table: pd.DataFrame, keys: Sequence[str]) -> list[str]:
     """Those of the keys in which the models of sites (of all, where there are only centralised ones) differ."""
     trained = table[table["scope"] != "central"]
     rows = trained if len(trained) else table
-    return [key for key in keys if rows[key].nunique(dropna=False) > 1]
+    apart = [key for key in keys if rows[key].nunique(dropna=False) > 1]
+    return [key for key in apart if not _is_told(rows, key)]
+
+
+def _is_told(rows: pd.DataFrame, section: str) -> bool:
+    """Whether the text of a swept section says no more than its own swept keys do, as where only the centralised runs have another."""
+    keys = [key for key in swept_keys(rows) if key.startswith(f"{section}.")]
+    return bool(keys) and int(rows.groupby(keys, dropna=False)[section].nunique(dropna=False).max()) == 1
 
 
 def _number_settings(means: pd.DataFrame, levels: pd.DataFrame, keys: Sequence[str]) -> list[tuple[Any, ...]]:
