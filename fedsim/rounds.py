@@ -29,6 +29,7 @@ from fedsim.types import Fault, Pack, Partial, Report, Row, Scores, Scoring, Tas
 
 CENTRAL = -1
 MERGED = -2
+_WAYS = {"dropped": "lower simulation.drop or take another seed", "late": "raise simulation.deadline_s"}
 
 
 class Executor(Protocol):
@@ -466,7 +467,9 @@ def _faults(
     if failed and trained == len(skipped) and state.late is None:
         reasons = [f"{f.name}: {_seen(f)}" for f in skipped[:3]]
         reasons += [f"{n} {why}" for why, n in Counter(turnout.lost.values()).items()]
-        raise ClientError(f"round {round}: all {failed} clients failed: {'; '.join(reasons)}")
+        ways = ["lower local.lr or raise faults.max_norm"] if skipped else []
+        ways += [way for why, way in _WAYS.items() if why in turnout.lost.values()]
+        raise ClientError(f"round {round}: all {failed} clients failed: {'; '.join(reasons)}; {', '.join(ways)}")
     return out
 
 
