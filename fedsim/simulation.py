@@ -7,7 +7,6 @@ life. Nothing here measures time; simulated seconds are tokens divided by a clie
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.errors import UserError
+from fedsim.errors import UserError, nearest_first
 from fedsim.seeding import stream
 
 
@@ -140,10 +139,9 @@ def by_number(given: dict[str, Any], names: Sequence[str], needed: Sequence[int]
     number = {name: i for i, name in enumerate(names)}
     for name in given:
         if name not in number:
-            near = difflib.get_close_matches(name, names, n=1)
-            few = f"{', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"{key}.{name}: {given[name]!r} is for no client; {hint}clients are: {few}")
+            raise UserError(
+                f"{key}.{name}: {given[name]!r} is for no client; clients are: {nearest_first(name, names, 10)}"
+            )
     missing = [names[c] for c in needed if names[c] not in given]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
