@@ -32,7 +32,7 @@ from fedsim.build import Parts, Shared, prepare
 from fedsim.config import Experiment, read_yaml, results_of
 from fedsim.errors import ClientError, UserError
 from fedsim.executors.fleet import Fleet, Member
-from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, without_interrupt
+from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, remove_temp_dir, without_interrupt
 from fedsim.experiment import devices_of, run, run_folder_of
 from fedsim.numerics import settled
 from fedsim.progress import Board, Progress
@@ -619,6 +619,7 @@ def _run_apart(
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
+        remove_temp_dir()
 
 
 def _spawn(shared: Shared, device: str, threads: int) -> _Worker:

@@ -253,6 +253,39 @@ def test_nothing_outlives_a_main_process_that_is_stopped(points: Path, how: sign
         assert sorted(p.name for p in points.parent.iterdir()) == ["points"], "no temporary files"
 
 
+CLOSED = """
+import os, sys, tempfile
+from pathlib import Path
+from frail import *
+from fedsim.executors.pool import PoolExecutor
+from fedsim.types import Partial
+for time in range(2):
+    executor = PoolExecutor(Frail(Path(sys.argv[1])), ["cpu"] * 2, 1)
+    executor.start(LAYOUT, SERVER, ENGINE, True)
+    list(executor.run([pack(0, 1), pack(1, 2)], Partial(executor.total)))
+    print(len(os.listdir(tempfile.gettempdir())), flush=True)
+    executor.close()
+    print(len(os.listdir(tempfile.gettempdir())), flush=True)
+if sys.argv[2] == "killed":
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "killed"])
+def test_a_closed_pool_has_no_temporary_folder_that_a_kill_could_leave(points: Path, how: str) -> None:
+    """Such as while the figures are drawn; a second pool of the process gets one again."""
+    temporary = points.parent / "temporary"
+    temporary.mkdir()
+    paths = os.pathsep.join([str(Path(fedsim.__file__).parent.parent), str(Path(__file__).parent)])
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED, str(points), how], capture_output=True, text=True, env=env, timeout=240
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL if how == "killed" else 0, "")
+    assert done.stdout.split() == ["1", "0"] * 2
+    assert list(temporary.iterdir()) == []
+
+
 # ------------------------------------------------------------------------------------------------ whole runs
 
 

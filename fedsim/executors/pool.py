@@ -31,7 +31,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fedsim.errors import OutOfMemory, SumLost, WorkerDied, is_lost_context, is_out_of_memory
-from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, without_interrupt
+from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, remove_temp_dir, without_interrupt
 from fedsim.executors.serial import MakeTrainer, client_failed, clients
 from fedsim.params import LARGE, Layout, Params
 from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
@@ -355,6 +355,7 @@ class PoolExecutor:
             resource_sharer.stop(timeout=5)
             self._unread = False
         self._pool = []
+        remove_temp_dir()
         self.weights = self.total = None
 
     # ------------------------------------------------------------------------------------------- messages

@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_sharer, util
 from multiprocessing.connection import wait
-from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -57,7 +57,7 @@ def main_not_imported() -> Iterator[None]:
 @contextlib.contextmanager
 def without_interrupt() -> Iterator[None]:
     """Start processes that ignore Ctrl-C from their first moment: it reaches the whole group, and the main process decides."""
-    get_temp_dir()  # made here, workers know it and remove it should this process be killed
+    util.get_temp_dir()  # made here, workers know it and remove it should this process be killed
     if threading.current_thread() is not threading.main_thread():  # only the main thread may say what signals do
         yield
         return
@@ -66,6 +66,26 @@ def without_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def remove_temp_dir() -> None:
+    """Remove multiprocessing's temporary folder once the last worker has ended: a main process that is killed later, when
+    nobody is left to do it, leaves nothing. It is made again where it is needed again.
+
+    A folder that something else still uses, a process or a file in it, stays until the process ends.
+    """
+    made = mp.current_process()._config.get("tempdir")
+    if made is None or mp.active_children():
+        return
+    resource_sharer.stop(timeout=5)  # its socket lies there
+    try:
+        if os.listdir(made):
+            return
+    except OSError:
+        return
+    for finalizer in list(util._finalizer_registry.values()):  # removing it behind their back fails at the exit
+        if getattr(finalizer, "_callback", None) is util._remove_temp_dir:
+            finalizer()
 
 
 def died_of(process: Any) -> str:
