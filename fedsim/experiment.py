@@ -47,6 +47,7 @@ from fedsim.progress import Progress
 from fedsim.rounds import CENTRAL as CENTRAL_CLIENT
 from fedsim.rounds import (
     MERGED,
+    SIMULATED,
     Choice,
     Chosen,
     Schedule,
@@ -411,11 +412,11 @@ def _run(
     try:
         unlocked = folder.lock()
         if unlocked is not None:
-            show.note(unlocked)
+            show.warn(unlocked)
         status = folder.read_json("status.json")
         if not isinstance(status, dict):
             if (folder.path / "status.json").is_file():
-                show.note(f"{folder.path / 'status.json'}: damaged, and written anew")
+                show.warn(f"{folder.path / 'status.json'}: damaged, and written anew")
             status = {}
         rounds = _rounds_of(folder, status)
         if rounds is not None and rounds != exp.rounds:
@@ -424,7 +425,7 @@ def _run(
         damaged = folder.damaged(_kept(folder), content=False) if finished else []
         if damaged:
             way = "put back, or made anew by --resume" if resume is None else "made anew"
-            show.note(f"{folder.path}: finished, but damaged or missing since: {', '.join(damaged)}; to be {way}")
+            show.warn(f"{folder.path}: finished, but damaged or missing since: {', '.join(damaged)}; to be {way}")
         if finished and not (damaged and resume is not None):
             show.note(f"already finished: {folder.path}")
             if not status.get("figures", True) or not (folder.path / "figures").is_dir():
@@ -639,12 +640,12 @@ class _Session:
         kept = read_checked(folder.path / "checkpoints" / "plan.json")
         for mode in reversed(self._modes()):
             infos = [folder.done(mode), *reversed([info for _, info in folder.checkpoints(mode)])]
-            kept = kept or next((info["plan"] for info in infos if info and "plan" in info), None)
-        if kept is None:  # of a version that kept no copy, or of a start that came to no plan
+            kept = kept or next((info["plan"] for info in infos if info), None)
+        if kept is None:  # of a start that came to no plan
             whole = isinstance(found, dict) and isinstance(found.get("threads"), int) and names.issuperset(found)
             return found if whole else None
         if found != kept:
-            self.show.note("plan.json: damaged or missing, and taken from the last checkpoint")
+            self.show.warn("plan.json: damaged or missing, and taken from the last checkpoint")
             folder.write_json("plan.json", kept)
         return kept
 
@@ -682,7 +683,7 @@ class _Session:
         old, new = of(before), of(now)
         unlike = [f"{k} {old[k]} then, {new[k]} now" for k in old if k in new and old[k] != new[k]]
         if unlike:
-            self.show.note(f"goes on elsewhere, so the last bits may differ from those of one go: {'; '.join(unlike)}")
+            self.show.warn(f"goes on elsewhere, so the last bits may differ from those of one go: {'; '.join(unlike)}")
 
     def _modes(self) -> list[str]:
         return [m for m in ("local", "federated", "central") if m in self.exp.modes]
@@ -753,7 +754,7 @@ class _Session:
             for tokens in parts.tokens.values():
                 tokens.share()
             made = dataclasses.replace(self.bundle, model=bare)
-            watch = {"hang_s": exp.executor.hang_s, "note": self.show.note}
+            watch = {"hang_s": exp.executor.hang_s, "note": self.show.warn}
             executor = PoolExecutor(made, self.devices, self.plan.threads, home, **watch)
         try:
             lent = base.memory_of(model)
@@ -983,24 +984,17 @@ class _Session:
         exp, folder = self.exp, self.folder
         done, damaged = folder.done(mode), []
         if done is None and (folder.path / "checkpoints" / mode / "done.json").is_file():
-            self.show.note(f"{mode}: done.json is damaged; its end is done again")
-        if done is not None and done.get("rounds", exp.rounds) != exp.rounds:
+            self.show.warn(f"{mode}: done.json is damaged; its end is done again")
+        if done is not None and done["rounds"] != exp.rounds:
             done = None
         if done is not None and folder.where_rows(mode, done, begin) is None:
-            self.show.note(f"{mode}: its rows in metrics.jsonl are damaged or missing")
+            self.show.warn(f"{mode}: its rows in metrics.jsonl are damaged or missing")
             done = None
         if done is not None:
-            scores = f"checkpoints/{mode}/by_row.npz"
-            damaged = folder.damaged(done.get("files", {}))
-            if "files" not in done and not (folder.path / scores).is_file():
-                damaged = [scores]
+            damaged = folder.damaged(done["files"])
         if done is None or damaged:
             if damaged:
-                self.show.note(f"{mode}: damaged or missing, and made anew: {', '.join(damaged)}")
-            if damaged and "metrics_sha256" not in done:  # of a version whose later modes cannot tell rows that moved
-                done = None
-                for later in self._modes()[self._modes().index(mode) + 1 :]:
-                    folder.drop_checkpoints(later, 0)
+                self.show.warn(f"{mode}: damaged or missing, and made anew: {', '.join(damaged)}")
             return self._run_mode(mode, begin, executor, done)
         if folder.where_rows(mode, done, begin) == "aside":
             self._begin_rows(mode, begin, done)
@@ -1016,7 +1010,7 @@ class _Session:
             self.folder.put_aside(later)
         torn = self.folder.begin_mode(mode, begin, info)
         if torn is not None:
-            self.show.note(torn)
+            self.show.warn(torn)
         if self.trackers and self._tracked() > (end := self.folder.sync_metrics()):
             self.folder.write_json("checkpoints/tracked.json", {"metrics_bytes": end})
 
@@ -1028,25 +1022,28 @@ class _Session:
         kept = folder.checkpoints(mode)
         for at in reversed(range(len(kept))):
             round, info = kept[at]
-            why = "damaged" if info is None else self._why_not(mode, info, begin, schedule)
-            if why is None:
-                try:
+            why = "damaged" if info is None else None
+            try:
+                why = why or self._why_not(mode, info, begin, schedule)
+                if why is None:
                     state = self._state(mode, algorithm)
                     infos = [i for _, i in kept[: at + 1] if i is not None]
                     restore(state, self.layout, infos, folder.load_tensors(mode, info))
-                    if "records" in info and self._records(mode, state)[0] != info["records"]:
+                    if self._records(mode, state)[0] != info["records"]:
                         why = "records of client state are damaged or missing"
-                except OSError:
-                    why = "records of client state are damaged or missing"
-                except (KeyError, TypeError, ValueError):
-                    why = "of another version"
+            except OSError:
+                why = "records of client state are damaged or missing"
+            except UserError:
+                raise
+            except (KeyError, TypeError, ValueError):
+                why = "of another version"
             if why is None:
                 if at + 1 < len(kept):
                     folder.drop_checkpoints(mode, round)
                 return state, info
-            self.show.note(f"{mode}: the checkpoint of round {round} is not used: {why}")
+            self.show.warn(f"{mode}: the checkpoint of round {round} is not used: {why}")
         if kept:
-            self.show.note(f"{mode}: no checkpoint can be used; starts afresh")
+            self.show.warn(f"{mode}: no checkpoint can be used; starts afresh")
         folder.drop_checkpoints(mode, 0)
         for name in (mode, f"best-{mode}"):
             self.stores[name].path.unlink(missing_ok=True)
@@ -1054,7 +1051,7 @@ class _Session:
 
     def _why_not(self, mode: str, info: dict[str, Any], begin: int, schedule: Schedule) -> str | None:
         """Why a checkpoint cannot be gone on from, as far as files tell; None where it can."""
-        if not schedule.scores_as(info.get("rounds", schedule.rounds), info["round"]):
+        if not schedule.scores_as(info["rounds"], info["round"]):
             return f"a run of {info['rounds']} rounds scores models after other rounds"
         if self.folder.where_rows(mode, info, begin) is None:
             return "its rows in metrics.jsonl are damaged or missing"
@@ -1088,7 +1085,7 @@ class _Session:
                 self._track(folder.sync_metrics())
             self._note_cost(mode, state, info)
             self.show.note(f"{mode}: going on after round {state.round}")
-            former = dataclasses.replace(schedule, rounds=info.get("rounds", exp.rounds))
+            former = dataclasses.replace(schedule, rounds=info["rounds"])
             if mode == "local" and former.rounds != exp.rounds:  # clients that a longer run comes to
                 self._log(self._initial_rows(mode, schedule, executor, state, former.last_rounds))
         else:
@@ -1128,8 +1125,10 @@ class _Session:
             self.show.note(
                 f"{mode}: {self.useful:,} useful of {self.computed:,} computed tokens ({self.useful / self.computed:.1%})"
             )
-        for line in describe_faults(mode, folder.rows_of("fault")):
-            self.show.note(line)
+        faults = [row for row in folder.rows_of("fault") if row["scope"] == mode]
+        for line in describe_faults(mode, faults):
+            asked_for = all(row["name"] in SIMULATED for row in faults)
+            (self.show.note if asked_for else self.show.warn)(line)
         found, rows = self._finish_mode(mode, state, executor)
         self.by_row |= found
         save_by_row(folder, mode, found)
@@ -1151,7 +1150,7 @@ class _Session:
         """Go on with half the lanes, and remember from which round on."""
         lanes = self.plan.halve(mode, round)
         self._save_plan()
-        self.show.note(f"{mode}: out of memory in round {round}; it starts again with {lanes} lane(s)")
+        self.show.warn(f"{mode}: out of memory in round {round}; it starts again with {lanes} lane(s)")
 
     def _state(self, mode: str, algorithm: Algorithm) -> State:
         # Merging happens in the buffer that the first worker reads.
@@ -1171,8 +1170,6 @@ class _Session:
 
     def _note_cost(self, mode: str, state: State, info: dict[str, Any], seconds: float | None = None) -> None:
         """What the state's checkpoint took, to be logged: a resume has it from the checkpoint, less its last file's part."""
-        if "seconds" not in info:  # of a version that did not measure it
-            return
         step = max(state.steps.values(), default=0)
         took = {"checkpoint_seconds": seconds or info["seconds"], "checkpoint_bytes": float(info["bytes"])}
         rows = [Row(state.round, step, mode, None, "run", name, v) for name, v in took.items()]

@@ -14,7 +14,7 @@ class Progress:
     """Round, phase, clients done, tokens per second and time left.
 
     Args:
-        show: False is silent.
+        show: False shows warnings alone.
         rounds: rounds of each mode.
     """
 
@@ -29,6 +29,13 @@ class Progress:
     def note(self, text: str) -> None:
         """One line."""
         if self.show:
+            self._print(text)
+
+    def warn(self, text: str) -> None:
+        """One line on what went wrong or may come out otherwise: shown where progress is not, too."""
+        if self.show:
+            self.note(text)
+        else:
             self._print(text)
 
     def begin(self, mode: str, done: int) -> None:
@@ -97,7 +104,7 @@ class Board:
     """Many runs: a live table on a terminal, a line for each change elsewhere.
 
     Args:
-        show: False is silent.
+        show: False shows warnings alone.
         names: what each run is called.
     """
 
@@ -120,6 +127,14 @@ class Board:
             print(
                 f"{place:>9s}  {state:8s}  {self.names[run]}  {self.texts[run]}".rstrip(), file=sys.stderr, flush=True
             )
+
+    def warn(self, run: int, text: str) -> None:
+        """A line on what went wrong in a run; shown where the table is not, too."""
+        line = visible(f"{run + 1}/{len(self.names)}  {self.names[run]}  {text}")
+        if self._live is not None:
+            self._live.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def reporter(self, run: int) -> Progress:
         """Where a run in this process says what goes on."""
@@ -165,3 +180,7 @@ class _Reporter(Progress):
     def round(self, round: int, text: str) -> None:
         """A round is done."""
         self._board.update(self._run, "running", f"{self._mode} round {round}: {text}")
+
+    def warn(self, text: str) -> None:
+        """One line on what went wrong."""
+        self._board.warn(self._run, text)

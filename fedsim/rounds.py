@@ -29,6 +29,8 @@ from fedsim.types import Fault, Pack, Partial, Report, Row, Scores, Scoring, Tas
 
 CENTRAL = -1
 MERGED = -2
+# What `simulation` makes go wrong, as rows of the split `fault` name it, in words.
+SIMULATED = {"dropped": "dropped out", "late": "too late", "deferred": "too late, taken in the next round"}
 _WAYS = {"dropped": "lower simulation.drop or take another seed", "late": "raise simulation.deadline_s"}
 
 
@@ -475,12 +477,11 @@ def _faults(
 
 def describe_faults(mode: str, rows: Iterable[dict[str, Any]]) -> list[str]:
     """A mode's faults in one line, or none; from all rows of the split `fault`."""
-    words = {"dropped": "dropped out", "late": "too late", "deferred": "too late, taken in the next round"}
     by_kind: dict[str, list[str]] = {}
     for row in rows:
         if row["scope"] == mode:
             action, _, of = row["name"].partition("_")
-            kind = f"{action} for their {of}" if of else words[action]
+            kind = f"{action} for their {of}" if of else SIMULATED[action]
             by_kind.setdefault(kind, []).append(f"{row['client'] or mode} in round {row['round']}")
     parts = []
     for kind, whose in by_kind.items():
@@ -622,9 +623,9 @@ def restore(state: State, layout: Layout, infos: list[dict[str, Any]], tensors: 
     state.site_best = {int(c): Chosen(**b) for c, b in info["site_best"].items()}
     into = {f"params.{n}": t for n, t in layout.views(state.params).items()}
     into |= {f"server.{n}": t for n, t in state.server.items()}
-    life = info.get("life") or {}  # checkpoints of before there was one have none
-    state.owed, state.clock = {int(c): s for c, s in life.get("owed", {}).items()}, life.get("clock", 0.0)
-    if life.get("late_weight") is not None:
+    life = info["life"]
+    state.owed, state.clock = {int(c): s for c, s in life["owed"].items()}, life["clock"]
+    if life["late_weight"] is not None:
         state.late = Partial(torch.zeros_like(state.params), life["late_weight"])
         into |= {f"late.{n}": t for n, t in layout.views(state.late.total).items()}
     for name, tensor in tensors:

@@ -47,9 +47,20 @@ def write_atomic(path: Path, data: bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         beside.replace(path)
+        _sync_folder(path.parent)
     except BaseException:  # a full disk gets its room back
         beside.unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, so that a file that names another is never there without it."""
+    with contextlib.suppress(OSError):  # some file systems cannot
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _missing(path: Path) -> list[Path]:
@@ -210,8 +221,6 @@ class RunFolder:
     def put_aside(self, mode: str) -> None:
         """Keep a mode's whole rows apart, before rows that lie ahead of them change."""
         for info in (*filter(None, [self.done(mode)]), *reversed([i for _, i in self.checkpoints(mode) if i])):
-            if "metrics_sha256" not in info:
-                continue
             if self._aside(mode, info) is not None:
                 return
             rows = self.rows(info["metrics_begin"], info["metrics_bytes"])
@@ -220,9 +229,6 @@ class RunFolder:
                 return
 
     def _found(self, mode: str, info: dict[str, Any], begin: int) -> bytes | None:
-        if "metrics_sha256" not in info:  # of a version that knew no hashes
-            rows = self.rows(begin, info["metrics_bytes"])
-            return rows if len(rows) == info["metrics_bytes"] - begin else None
         if info["metrics_begin"] == begin:
             rows = self.rows(begin, info["metrics_bytes"])
             if hashlib.sha256(rows).hexdigest() == info["metrics_sha256"]:
@@ -356,11 +362,7 @@ class RunFolder:
 
     def done(self, mode: str) -> dict[str, Any] | None:
         """What was kept of a mode that came to its end; None where it did not, or the file is damaged."""
-        found = read_checked(self.path / "checkpoints" / mode / "done.json")
-        if found is not None and "metrics_bytes" not in found:  # of a version that kept the length elsewhere
-            before = self.read_json("checkpoints/modes.json")
-            return found | before if isinstance(before, dict) and "metrics_bytes" in before else None
-        return found
+        return read_checked(self.path / "checkpoints" / mode / "done.json")
 
     def end_mode(self, mode: str, info: dict[str, Any]) -> None:
         """The mode came to its end: its rows, exports and scores are all there."""
@@ -401,16 +403,13 @@ def read_checked(path: Path) -> dict[str, Any] | None:
     """What `write_checked` wrote; None where it is missing or not what it was."""
     try:
         data = path.read_bytes()
-        value = json.loads(data)
-    except (OSError, ValueError, RecursionError):
+    except OSError:
         return None
     found = _CHECK.search(data)
-    if not isinstance(value, dict):
+    if found is None:
         return None
-    if found is not None:
-        whole = hashlib.sha256(data[: found.start()] + b"}").hexdigest().encode() == found[1]
-        return {k: v for k, v in value.items() if k != "check"} if whole else None
-    return None if "metrics_sha256" in value else value  # a version that knew no hashes wrote neither
+    text = data[: found.start()] + b"}"
+    return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == found[1] else None
 
 
 def disk_error(error: BaseException, path: Path) -> UserError | None:
@@ -500,6 +499,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
             os.fsync(handle.fileno())
         found = _sha256(beside)
         beside.replace(path)
+        _sync_folder(path.parent)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

@@ -605,6 +605,8 @@ def _run_apart(
                     continue
                 if kind == "shows":
                     board.update(i, "running", rest[0])
+                elif kind == "warns":
+                    board.warn(i, rest[0])
                 else:
                     worker.crew.remove(i)
                     board.update(i, *_end(jobs[i], tuple(rest)))
@@ -642,6 +644,10 @@ class _Sender(Progress):
     def round(self, round: int, text: str) -> None:
         """A round is done."""
         self._pipe.send(("shows", self._run, f"{self._mode} round {round}: {text}"))
+
+    def warn(self, text: str) -> None:
+        """One line on what went wrong."""
+        self._pipe.send(("warns", self._run, text))
 
 
 def _work(pipe: Connection, shared: Shared, device: str, threads: int) -> None:

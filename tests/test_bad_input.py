@@ -134,6 +134,14 @@ def other_shape(m: Path) -> None:
     save_file({**held, name: held[name][:10].contiguous()}, m / "model.safetensors", metadata={"format": "pt"})
 
 
+def not_a_number(m: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(m / "model.safetensors")
+    held[next(n for n in held if "q_proj" in n)][3, 4] = float("nan")
+    save_file(held, m / "model.safetensors", metadata={"format": "pt"})
+
+
 def pickled(m: Path) -> None:
     without("*.safetensors")(m)
     (m / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n(S'touch PWNED'\ntR.")
@@ -143,6 +151,14 @@ def parquet(here: Path, lab: Lab) -> None:
     import pandas as pd
 
     pd.DataFrame({"text": [{"x": 1}] * 40, "label": ["a", "b"] * 20}).to_parquet(here / "rows.parquet")
+
+
+def parquet_twice(here: Path, lab: Lab) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    held = pa.Table.from_arrays([pa.array(["x"] * 40), pa.array(["a", "b"] * 20)], names=["text", "text"])
+    pyarrow.parquet.write_table(held, here / "rows.parquet")
 
 
 RUN = ["run", "e.yaml", "-q"]
@@ -236,6 +252,7 @@ CASES: list[Case] = [
     ("JSON holds a number", put("rows.json", '[{"text": "x"}, 3]'), [JSON], "but row 2 is '3'"),
     ("JSON too deep", put("rows.json", "[" * 99999), [JSON], "nested too deep; give a list of objects"),
     ("no Parquet", put("rows.parquet", "x" * 50), ["data.path=rows.parquet"], "could not be read as parquet .*write the file anew"),
+    ("Parquet column twice", parquet_twice, ["data.path=rows.parquet"], "has the column 'text' twice; rename one"),
     ("nested Parquet", parquet, ["data.path=rows.parquet"], "row 2 of '.*rows.parquet' has .*which is no text"),
     # ---- partitions
     ("more clients than rows", None, ["partition.num_clients=400"], "partition.num_clients: 400 .* give at most 20"),
@@ -274,6 +291,9 @@ CASES: list[Case] = [
     ("weights of another shape", base(change=other_shape), [M, LORA], r"q_proj.weight as \[10, 32\], its config makes it \[32, 32\]"),
     ("config of another shape", base(change=keys("config.json", hidden_size=64)), [M], r"its config makes it \[1536, 64\]"),
     ("weights that lack a layer", base(change=keys("config.json", num_hidden_layers=3)), [M], "lack model.layers.2"),
+    ("weights with a layer more", base(change=keys("config.json", num_hidden_layers=1)), [M], "hold model.layers.1.* no place .9 such.; give"),
+    ("weights that are no numbers", base(change=not_a_number), [M, LORA], "hold NaN or infinite values in .*q_proj.weight; check"),
+    ("adapter for a base", base(change=both(without("*"), written("adapter_config.json", "{}"))), [M], "holds an adapter, no base model; give the base"),
     ("half the weights", base(change=half), [M], "could not be loaded .SafetensorError.*check that the folder is complete"),
     ("index of another folder", base(change=both(without("*.safetensors"), written("model.safetensors.index.json",
      '{"weight_map": {"a": "../x.safetensors"}}'))), [M], "names '../x.safetensors', outside the folder"),

@@ -131,6 +131,35 @@ def test_the_end_of_a_mode_says_what_went_wrong(lab: Any, poisoned: Any, capsys:
     ]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_went_wrong_is_said_without_progress_too(
+    lab: Any, poisoned: Any, capfd: pytest.CaptureFixture[str], workers: int
+) -> None:
+    """By a run, and by the runs of a sweep, in this process and in others; what a user asked to go wrong is not."""
+    import yaml
+
+    from fedsim.__main__ import main
+
+    file, plan = lab.root / "bad.yaml", lab.root / "sweep.yaml"
+    asked = {"rounds": 1, "simulation": {"drop": 0.6}}
+    file.write_text(yaml.safe_dump(lab.tree(**{**poisoned(*EVERYONE), **asked}, faults={"policy": "skip"})))
+    plan.write_text(
+        yaml.safe_dump({"experiment": "bad.yaml", "list": [{"seed": 1}, {"seed": 2}], "workers": workers, "threads": 1})
+    )
+    line = "federated: clients' rounds that went wrong: "
+    capfd.readouterr()
+    assert main(["run", str(file), "-q", "simulation.drop=0"]) == 0
+    assert capfd.readouterr().err.splitlines() == [line + "1 skipped for their loss (bad in round 1)"]
+    sound = ["model.path=tiny", "partition={name: iid, num_clients: 6}", "simulation.drop=0.4"]
+    assert main(["run", str(file), "-q", "modes=[federated]", *sound]) == 0
+    assert capfd.readouterr().err == ""
+    dropped = [rows(folder, "fault", "dropped") for folder in (lab.root / "results" / "lab").iterdir()]
+    assert sum(map(bool, dropped)) == 1
+    assert main(["sweep", str(plan), "-q", "simulation.drop=0"]) == 0
+    said = sorted(capfd.readouterr().err.splitlines())
+    assert said == [f"{i}/2  seed={i}  {line}1 skipped for their loss (bad in round 1)" for i in (1, 2)]
+
+
 def test_alone_a_site_that_goes_wrong_stays_where_it_was_and_the_others_do_not_notice(lab: Any, poisoned: Any) -> None:
     keys = {"modes": ["local"], **ONE_LANE}
     found = lab.run(**poisoned(*EVERYONE), **keys, faults={"policy": "skip"})

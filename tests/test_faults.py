@@ -364,6 +364,8 @@ class Lines(Progress):
     def note(self, text: str) -> None:
         self.lines.append(text)
 
+    warn = note
+
     def round(self, round: int, text: str) -> None:
         super().round(round, text)
         self._on_round(self._mode, round)
@@ -497,5 +499,8 @@ def test_three_deaths_end_a_run_and_the_same_command_goes_on(
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed" and status["reason"].startswith("round 3, client site-1 failed: 3 worker")
     assert left_behind([]) == [] and armed(points) == []
+    arm(points, "federated-3-site-1-step", "kill")
     assert main(["run", str(file), "--quiet"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert " died (SIGKILL) in round 3 with client site-1; replaced, its pack starts again" in line
     lab.same_bits(folder, serial)

@@ -6,11 +6,12 @@ data has a file of its own, `instructions.py`.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -354,7 +355,9 @@ def read_table(path: str, key: str) -> Any:
         elif kind == ".parquet":
             import pyarrow.parquet
 
-            frame = _frame(pyarrow.parquet.read_table(file).to_pylist())
+            held = pyarrow.parquet.ParquetFile(file).read()
+            _refuse_twice(held.column_names, str(file), key)
+            frame = _frame(held.to_pylist())
         else:
             raise UserError(
                 f"{key}: {path!r} ends in {kind or 'nothing'}; give a .csv, .tsv, .json, .jsonl or .parquet file"
@@ -453,12 +456,10 @@ def _check_delimited(file: Path, separator: str, key: str, frame: Any) -> None:
         line = raw.count(10, 0, at) + 1
         raise UserError(f"{key}: {str(file)!r} has a zero byte in line {line}, so it is no text file; save it as UTF-8")
     del raw
-    with file.open(encoding="utf-8-sig", newline="") as handle:
+    with file.open(encoding="utf-8-sig", newline="") as handle, _long_cells():
         reader = csv.reader(handle, delimiter=separator)
         names = next((row for row in reader if row), [])
-        repeated = sorted({n for n in names if names.count(n) > 1})
-        if repeated:
-            raise UserError(f"{key}: {str(file)!r} has the column {repeated[0]!r} twice; rename one")
+        _refuse_twice(names, str(file), key)
         # Only where a row's last cell is empty can it be short; the file is then read a second time to find the line.
         if separator != "," or len(names) < 2 or not bool(frame.iloc[:, -1].isna().any()):
             return
@@ -466,6 +467,22 @@ def _check_delimited(file: Path, separator: str, key: str, frame: Any) -> None:
             if 0 < len(row) < len(names) and any(cell.strip() for cell in row):
                 problem = f"line {reader.line_num} has {len(row)} cell(s), the header has {len(names)}"
                 raise UserError(f"{key}: {str(file)!r}: {problem}; add the missing separators, or quote the text")
+
+
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    """Let Python's reader take cells as long as pandas does: whole documents."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _refuse_twice(names: list[str], file: str, key: str) -> None:
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise UserError(f"{key}: {file!r} has the column {repeated[0]!r} twice; rename one")
 
 
 def missing(value: Any) -> bool:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -105,6 +106,10 @@ def _in_package(path: str) -> Path:
 
 def _check_folder(folder: Path, path: str) -> None:
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"model.path: {path!r} holds an adapter, no base model; give the base that its adapter_config.json names"
+            )
         raise UserError(f"model.path: {path!r} has no config.json; give a folder that save_pretrained wrote")
     _refuse_code(folder, path)
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
@@ -164,7 +169,7 @@ def content_hash(source: Source) -> str:
     files = (
         [folder / source.gguf]
         if source.gguf
-        else sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".txt", ".model"))
+        else sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"))
     )
     for file in files:
         digest.update(file.name.encode())
@@ -310,6 +315,7 @@ def load_base(
         raise UserError(
             f"model.path: the weights of {source.name!r} lack {missing[0]} ({len(missing)} such); {_way_out(source)}"
         )
+    _check_whole(source, model, report["unexpected_keys"])
     if source.gguf:
         _forget_gguf(model)
     model.config.use_cache = False
@@ -317,6 +323,36 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def _check_whole(source: Source, model: nn.Module, unused: Iterable[str]) -> None:
+    """Refuse a config with fewer blocks than the weights have, and weights that are no numbers: both load without a word.
+
+    Raises:
+        UserError: for either.
+    """
+    blocks = {_in_block(name) for name in model.state_dict()} - {None}
+    spare = [name for name in sorted(unused) if _in_block(name) in blocks]
+    if spare:
+        raise UserError(
+            f"model.path: the weights of {source.name!r} hold {spare[0]}, for which its config has no place ({len(spare)} such); give the config that belongs to them"
+        )
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # no row may hold the token
+    for name, parameter in model.named_parameters():
+        if (
+            parameter.numel()
+            and id(parameter) not in tables
+            and not all(bool(edge.isfinite()) for edge in parameter.aminmax())
+        ):
+            raise UserError(
+                f"model.path: the weights of {source.name!r} hold NaN or infinite values in {name}; {_way_out(source)}"
+            )
+
+
+def _in_block(name: str) -> str | None:
+    """A weight's name behind its block's number, other numbers left out; None = in no block."""
+    _, number, inside = re.sub(r"\.\d+\.", ".N.", name).partition(".N.")
+    return inside if number else None
 
 
 def _forget_gguf(model: nn.Module) -> None:
@@ -385,8 +421,8 @@ def own_memory(parameters: Iterable[nn.Parameter], lent: set[int]) -> None:
 def share_memory(model: nn.Module) -> None:
     """Move all weights into one block of shared memory per dtype, in place; buffers into one of their own.
 
-    A whole model that is trained lets go of the weights' block and keeps its buffers. One block is one file handle for a worker to open, whatever the number of tensors, and on the CPU all workers then
-    read the same pages.
+    A whole model that is trained lets go of the weights' block and keeps its buffers. One block is one file handle for a
+    worker to open, whatever the number of tensors, and on the CPU all workers then read the same pages.
     """
     tensors = [(t, kind) for kind in ("parameters", "buffers") for t in getattr(model, kind)() if not t.is_shared()]
     for wanted in {(t.dtype, kind) for t, kind in tensors}:

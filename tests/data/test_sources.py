@@ -15,7 +15,7 @@ import pytest
 
 from fedsim.build import load_source, prepare
 from fedsim.config import Experiment
-from fedsim.data.sources import Source, Split, financial_phrasebank, headlines, hub, table
+from fedsim.data.sources import Source, Split, financial_phrasebank, headlines, hub, read_table, table
 from fedsim.errors import UserError
 
 SENTIMENT = ["negative", "neutral", "positive"]
@@ -285,6 +285,14 @@ def test_a_row_with_a_field_too_many_never_shifts_the_columns(tmp_path: Path) ->
         tmp_path / "rows.csv", "text,label\n" + "".join(f"t{i},{w},extra{i % 2}\n" for i, (_, w) in enumerate(PAIRS))
     )
     assert "rows.csv" in refusal(lambda: read(file))
+
+
+def test_a_cell_may_hold_a_document(tmp_path: Path) -> None:
+    """Longer than the 131,072 characters at which Python's own reader stops, also where another cell is empty."""
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "word " * 40_000 + ",a\nshort,b\nshort," + "\n")
+    frame = read_table(str(file), "data.path")
+    assert [len(t) for t in frame["text"]] == [200_000, 5, 5] and frame["label"].isna().tolist() == [False, False, True]
 
 
 def test_quotes_commas_newlines_and_marks_are_text(tmp_path: Path) -> None:
