@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from fedsim.build import Parts, Shared, prepare
 from fedsim.config import Experiment, read_yaml, results_of
@@ -36,8 +37,10 @@ from fedsim.executors.processes import die_with_parent, died_of, main_not_import
 from fedsim.experiment import devices_of, run, run_folder_of
 from fedsim.numerics import settled
 from fedsim.progress import Board, Progress
+from fedsim.pulse import Watch, pulses, silence, watched_by
 from fedsim.run_folder import write_atomic
 from fedsim.schema import plain
+from fedsim.sections import Pool
 from fedsim.signals import ended_by_signals
 
 Outcome = tuple[str, str, str]  # finished | failed, what to say, a traceback
@@ -557,12 +560,23 @@ def _result(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------ worker processes
 
 
+_DEATHS = 3  # processes that may die of a run before it is given up
+_LOOK_S = 0.5  # between two looks at the workers
+
+
 @dataclass
 class _Worker:
     process: Any
     pipe: Connection
     device: str
+    watch: Watch
     crew: list[int] = field(default_factory=list)  # runs it has not ended yet
+    why: str | None = None  # its process was ended
+    gone: bool = False
+
+    def ended(self) -> str:
+        """What ended its process."""
+        return self.why or died_of(self.process)
 
 
 def _run_apart(
@@ -574,34 +588,60 @@ def _run_apart(
     board: Board,
     changed: Callable[[int], None],
 ) -> None:
-    """Hand runs to worker processes, the next to whichever is free; a worker that dies is replaced."""
+    """Hand runs to worker processes, the next to whichever is free; a worker that dies or hangs is replaced, and its runs go
+    on from their last checkpoints."""
     shared.share()
     waiting, pool = deque(crews), []
+    deaths: dict[int, list[str]] = {}  # by run
+
+    def lost(worker: _Worker) -> None:
+        """Runs whose process has ended go on in another one, unless too many have."""
+        how, left = worker.ended(), []
+        for i in worker.crew:
+            deaths.setdefault(i, []).append(how)
+            if len(deaths[i]) < _DEATHS:
+                left.append(i)
+                board.warn(i, f"the process on {worker.device} died ({how}); replaced, the run goes on")
+                board.update(i, "waiting", "")
+            else:
+                why = (
+                    f"{_DEATHS} processes on {worker.device} died of it: {', '.join(deaths[i])}; start the sweep again"
+                )
+                board.update(i, *_end(jobs[i], ("failed", why, "")))
+                changed(i)
+        worker.crew, worker.gone = [], True
+        if left:
+            waiting.appendleft(left)
+
+    last = time.monotonic()
     try:
         for device in places[: len(crews)]:
             pool.append(_spawn(shared, device, threads))
         while waiting or any(w.crew for w in pool):
-            for worker in pool:
+            for place, worker in enumerate(pool):
                 if not worker.crew and waiting:
+                    if worker.gone:
+                        worker = pool[place] = _spawn(shared, worker.device, threads)
                     worker.crew = list(waiting.popleft())
                     _start(jobs, worker.crew, board)
                     with contextlib.suppress(OSError):  # it has died: its sentinel says so below
                         worker.pipe.send([(i, jobs[i].exp.to_dict(), jobs[i].path) for i in worker.crew])
             busy = [w for w in pool if w.crew]
-            ready = wait([w.pipe for w in busy] + [w.process.sentinel for w in busy])
+            ready = wait([w.pipe for w in busy] + [w.process.sentinel for w in busy], timeout=_LOOK_S)
+            now = time.monotonic()
+            passed, last = now - last, now
             for worker in busy:
+                limits = [getattr(jobs[i].exp.executor, "hang_s", Pool.hang_s) for i in worker.crew]
+                silent = worker.watch.look(passed)
+                if worker.why is None and None not in limits and silent >= max(limits):
+                    worker.why = silence(max(limits))
+                    worker.process.kill()
                 if worker.pipe not in ready and worker.process.sentinel not in ready:
                     continue
                 try:
                     kind, i, *rest = worker.pipe.recv()
                 except (EOFError, OSError):
-                    why = f"the process on {worker.device} died: {died_of(worker.process)}; start the sweep again"
-                    for i in worker.crew:
-                        board.update(i, *_end(jobs[i], ("failed", why, "")))
-                        changed(i)
-                    worker.crew = []
-                    if waiting:
-                        pool[pool.index(worker)] = _spawn(shared, worker.device, threads)
+                    lost(worker)
                     continue
                 if kind == "shows":
                     board.update(i, "running", rest[0])
@@ -627,11 +667,12 @@ def _run_apart(
 def _spawn(shared: Shared, device: str, threads: int) -> _Worker:
     context = mp.get_context("spawn")
     here, there = context.Pipe()
+    (pulse,) = pulses(1)
     with main_not_imported(), without_interrupt():
-        process = context.Process(target=_work, args=(there, shared, device, threads), daemon=True)
+        process = context.Process(target=_work, args=(there, pulse, shared, device, threads), daemon=True)
         process.start()
     there.close()
-    return _Worker(process, here, device)
+    return _Worker(process, here, device, Watch(pulse, _LOOK_S))
 
 
 class _Sender(Progress):
@@ -650,9 +691,10 @@ class _Sender(Progress):
         self._pipe.send(("warns", self._run, text))
 
 
-def _work(pipe: Connection, shared: Shared, device: str, threads: int) -> None:
+def _work(pipe: Connection, pulse: Tensor, shared: Shared, device: str, threads: int) -> None:
     """A worker's life: one run, or some side by side, after another, until its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process decides
+    watched_by(pulse)
     with ended_by_signals():  # told to end, a run says in its folder that it was stopped
         _work_on(pipe, shared, device, threads)
 

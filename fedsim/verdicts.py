@@ -637,7 +637,7 @@ def format_score(value: float, metric: str, sign: bool = False) -> str:
     """A score or a difference as text: three decimals for shares of rows, else three digits; "-" for NaN."""
     if not np.isfinite(value):
         return "-"
-    return f"{value:{'+' if sign else ''}{'.3f' if metric in PROPORTIONS else '#.3g'}}".rstrip(".")
+    return f"{value + 0.0:{'+' if sign else ''}{'.3f' if metric in PROPORTIONS else '#.3g'}}".rstrip(".")
 
 
 # ------------------------------------------------------------------------------------------------------- parts

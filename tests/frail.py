@@ -85,6 +85,21 @@ def pack(index: int, *clients: int) -> Pack:
     return Pack(index, "federated", tasks, 1)
 
 
+def sweep_worker(*args: Any) -> None:
+    """A sweep's worker that may come to grief where it trains: points train-SEED."""
+    from fedsim import sweep
+    from fedsim.training.trainer import Trainer
+
+    train = Trainer.train
+
+    def training(self: Trainer, *args: Any, **keys: Any) -> Report:
+        come_to(Path(os.environ["FEDSIM_TEST_POINTS"]), f"train-{self.seed}")
+        return train(self, *args, **keys)
+
+    Trainer.train = training
+    sweep._work(*args)
+
+
 @dataclass
 class Frail:
     """Adds client x weights + the server's state, client by client.

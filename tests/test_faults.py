@@ -395,7 +395,7 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
     noted(transformers.LlamaForCausalLM, "forward")
     noted(Trainer, "_context")  # of a chunk
     noted(WeightedMean, "add")
-    monkeypatch.setattr("fedsim.training.trainer._unwatched", lambda: events.append("beat"))
+    monkeypatch.setattr("fedsim.training.trainer.beat", lambda: events.append("beat"))
     original = fedsim.experiment.recipe_of
     cut = {"chunk": ALIGN} if adapter["name"] == "none" else {}
     monkeypatch.setattr(fedsim.experiment, "recipe_of", lambda exp: dataclasses.replace(original(exp), **cut))

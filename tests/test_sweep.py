@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import frail
 import pytest
 import torch
 import yaml
@@ -296,7 +297,9 @@ def test_two_workers_leave_the_bits_of_one(write: Any, lab: Any) -> None:
         lab.same_bits(a.path, b.path)
 
 
-def test_a_worker_that_dies_costs_its_run_alone(write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(
+    write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = write({"grid": {"seed": [0, 1, 2, 3]}, "workers": 2, "threads": 1}, rounds=30)
     spawn, killed = sweeps._spawn, []
     update = sweeps.Board.update
@@ -316,13 +319,41 @@ def test_a_worker_that_dies_costs_its_run_alone(write: Any, lab: Any, monkeypatc
     monkeypatch.setattr(sweeps, "_spawn", spawned)
     monkeypatch.setattr(sweeps.Board, "update", kill)
     jobs = run_sweep(file, progress=False).jobs
-    assert [j.state for j in jobs].count("finished") == 3
-    (job,) = [j for j in jobs if j.state == "failed"]
-    assert jobs.index(job) == killed[0] and "SIGKILL" in job.reason
-    again = run_sweep(file, progress=False).jobs
-    assert [j.state for j in again] == ["finished"] * 4 and [j.skipped for j in again].count(False) == 1
-    whole = lab.run(fedsim.Experiment.from_dict({**again[killed[0]].exp.to_dict(), "results": str(lab.root / "w")}))
-    lab.same_bits(whole, again[killed[0]].path)
+    assert [j.state for j in jobs] == ["finished"] * 4 and len(workers) == 3
+    said = [line for line in capsys.readouterr().err.splitlines() if "/4  seed=" in line]
+    assert (
+        said[0] == f"{killed[0] + 1}/4  seed={killed[0]}  the process on cpu died (SIGKILL); replaced, the run goes on"
+    )
+    assert said[1:] in (
+        [],
+        [f"{killed[0] + 1}/4  seed={killed[0]}  metrics.jsonl: its last line was torn, and is cut off"],
+    )
+    whole = lab.run(fedsim.Experiment.from_dict({**jobs[killed[0]].exp.to_dict(), "results": str(lab.root / "w")}))
+    lab.same_bits(whole, jobs[killed[0]].path)
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [("kill", "SIGKILL"), ("stop", "no sign of life for 2 s (executor.hang_s)"), ("exit", "exit code 3")],
+)
+def test_a_run_of_which_three_processes_end_is_given_up_and_the_others_are_not(
+    write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str, what: str
+) -> None:
+    """Killed, stopped by a signal in the middle of its training, so that it gives no more signs of life, or ended."""
+    points = lab.root / "points"
+    points.mkdir()
+    frail.arm(points, "train-1", how, 3)
+    monkeypatch.setenv("FEDSIM_TEST_POINTS", str(points))
+    monkeypatch.setattr(sweeps, "_work", frail.sweep_worker)
+    executor = {"name": "pool", "devices": ["cpu"], "hang_s": 2}
+    file = write({"grid": {"seed": [0, 1, 2]}, "workers": 2, "threads": 1}, executor=executor)
+    jobs = run_sweep(file, progress=False).jobs
+    assert [j.state for j in jobs] == ["finished", "failed", "finished"]
+    assert jobs[1].reason == f"3 processes on cpu died of it: {what}, {what}, {what}; start the sweep again"
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"2/3  seed=1  the process on cpu died ({what}); replaced, the run goes on"] * 2
+    assert frail.left_behind([]) == [] and frail.armed(points) == []
+    assert [j.state for j in run_sweep(file, progress=False).jobs] == ["finished"] * 3
 
 
 def test_a_run_that_was_started_with_other_threads_keeps_them(write: Any, lab: Any) -> None:

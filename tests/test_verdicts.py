@@ -184,6 +184,7 @@ def test_clients_inside_a_round_are_read_where_all_were_scored(tmp_path: Path) -
         (0.0141, "loss", False, "0.0141"),
         (-0.5, "loss", True, "-0.500"),
         (123.4, "loss", False, "123"),
+        (-0.0, "loss", False, "0.00"),
         (float("nan"), "loss", False, "-"),
     ],
 )

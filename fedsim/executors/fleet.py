@@ -20,6 +20,7 @@ from torch import Tensor
 from fedsim.errors import OutOfMemory, is_out_of_memory
 from fedsim.executors.serial import MakeTrainer, Trainer, client_failed
 from fedsim.params import Layout, Params
+from fedsim.pulse import at_work
 from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Share
 
 
@@ -110,7 +111,8 @@ class Fleet:
         for share in shares:
             share.out.zero_()
         try:
-            return list(self.host.train_together(shares))
+            with at_work():
+                return list(self.host.train_together(shares))
         except Exception as error:
             short = is_out_of_memory(error)
             if len(shares) == 1:
@@ -130,7 +132,8 @@ class Fleet:
         flat = [(m, request) for m in members for request in m.asked]
         found: list[list[Scores]] | None = None
         try:
-            found = self.host.score_together([(m.executor.trainer, r, m.executor.weights) for m, r in flat])
+            with at_work():
+                found = self.host.score_together([(m.executor.trainer, r, m.executor.weights) for m, r in flat])
         except Exception as error:
             short = is_out_of_memory(error)
             trace = traceback.format_exc()

@@ -34,6 +34,7 @@ from fedsim.errors import OutOfMemory, SumLost, WorkerDied, is_lost_context, is_
 from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, remove_temp_dir, without_interrupt
 from fedsim.executors.serial import MakeTrainer, client_failed, clients
 from fedsim.params import LARGE, Layout, Params
+from fedsim.pulse import Watch, at_work, beat, pulses, silence, watched_by
 from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 
 _SLOTS_BELOW = LARGE  # bytes of an update that goes into partial sums, of which each worker has two
@@ -82,7 +83,7 @@ class _Worker:
         loaded: whether it has its model.
         turn: of a pack that adds to the one sum: "" | waits | adds | added.
         loads: how processes have ended here before they had their model, since one last had.
-        beat, silent: its count when last looked at, and seconds for which it has not changed.
+        watch: over the signs of life of the process.
         why: what its process was ended for, where that is known.
         ended: how its process has ended, once that was told.
     """
@@ -99,8 +100,7 @@ class _Worker:
     loaded: bool = False
     turn: str = ""
     loads: list[str] = field(default_factory=list)
-    beat: int = 0
-    silent: float = 0.0
+    watch: Watch | None = None
     why: str | None = None
     ended: str | None = None
 
@@ -149,7 +149,7 @@ class PoolExecutor:
         self.weights: Tensor | None = None
         self.total: Tensor | None = None
         self._make, self._threads, self._hang_s, self._note = make_trainer, threads, hang_s, note
-        self._beats = torch.zeros(len(devices), dtype=torch.int64).share_memory_()
+        self._pulses = pulses(len(devices))
         self._deaths: dict[Any, list[str]] = {}  # by pack, while its round is under way
         self._unread = False  # whether handles were sent to a process that may have died before it took them
         self._pool = [_Worker(i, device) for i, device in enumerate(devices)]
@@ -169,16 +169,16 @@ class PoolExecutor:
         context = mp.get_context("spawn")
         with main_not_imported(), without_interrupt():
             here, there = context.Pipe()
-            beat = self._beats[worker.place : worker.place + 1]
+            pulse = self._pulses[worker.place].zero_()
             process = context.Process(
                 target=_work,
-                args=(there, beat, self._make, worker.device, self._threads),
+                args=(there, pulse, self._make, worker.device, self._threads),
                 name=worker.name,
                 daemon=True,
             )
             process.start()
             there.close()
-            worker.process, worker.pipe = process, here
+            worker.process, worker.pipe, worker.watch = process, here, Watch(pulse, _LOOK_S)
             worker.loaded, worker.job, worker.turn, worker.why, worker.ended = False, None, "", None, None
 
     def start(self, layout: Layout, server: Layout, engine: Engine, merges: bool) -> None:
@@ -362,7 +362,8 @@ class PoolExecutor:
 
     def _send(self, worker: _Worker, job: _Job) -> None:
         """Give an idle worker, or a fresh process, something to do; one that has died is met in `_next`."""
-        worker.silent, worker.job = 0.0, job
+        worker.watch.told()
+        worker.job = job
         try:
             worker.pipe.send(job.message)
         except OSError:
@@ -374,7 +375,7 @@ class PoolExecutor:
     @staticmethod
     def _tell(worker: _Worker, message: tuple[Any, ...]) -> None:
         """Say something about the job that a worker is at."""
-        worker.silent = 0.0
+        worker.watch.told()
         with contextlib.suppress(OSError):  # it has died, which `_next` finds
             worker.pipe.send(message)
 
@@ -486,33 +487,26 @@ class PoolExecutor:
         raise WorkerDied("\n".join(lines))
 
     def _watch(self) -> None:
-        """End workers that hang, and say which have died while nobody waits for an answer; in a thread of its own.
-
-        Beats are counted, and time is what passes between two looks, so that a process group that was stopped and goes on
-        has not been silent meanwhile.
-        """
+        """End workers that hang, and say which have died while nobody waits for an answer; in a thread of its own."""
         last = time.monotonic()
         while not self._closing.wait(_LOOK_S):
             now = time.monotonic()
-            passed, last = min(now - last, 2 * _LOOK_S), now
+            passed, last = now - last, now
             with self._lock:
                 for worker in self._pool:
                     if worker.process is not None:
                         self._look_at(worker, passed)
 
     def _look_at(self, worker: _Worker, passed: float) -> None:
-        beat, said = int(self._beats[worker.place]), wait([worker.process.sentinel, worker.pipe], timeout=0)
+        said = wait([worker.process.sentinel, worker.pipe], timeout=0)
         if worker.process.sentinel in said:
             if worker.job is None or not worker.loaded:  # of others it is known sooner, in `_next`
                 self._settle(worker)
             return
-        at_work = worker.job is not None and worker.loaded and worker.turn != "waits"
-        if not at_work or said or beat != worker.beat:
-            worker.beat, worker.silent = beat, 0.0
-            return
-        worker.silent += passed
-        if self._hang_s is not None and worker.silent >= self._hang_s and worker.why is None:
-            worker.why = f"no sign of life for {self._hang_s:g} s (executor.hang_s)"
+        expected = worker.job is not None and worker.loaded and worker.turn != "waits" and not said
+        silent = worker.watch.look(passed, expected)
+        if self._hang_s is not None and silent >= self._hang_s and worker.why is None:
+            worker.why = silence(self._hang_s)
             worker.process.kill()
 
 
@@ -541,13 +535,15 @@ class _Turn(Turn):
         self._pipe.send(("added", None))
 
 
-def _work(pipe: Connection, beats: Tensor, make_trainer: MakeTrainer, device_name: str, threads: int) -> None:
+def _work(pipe: Connection, pulse: Tensor, make_trainer: MakeTrainer, device_name: str, threads: int) -> None:
     """A worker's life: load the model, then train and score what it is told to, until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process decides
     threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    watched_by(pulse)
     try:
-        _serve(pipe, beats, make_trainer, torch.device(device_name))
+        with at_work():
+            _serve(pipe, make_trainer, torch.device(device_name))
     except Exception as error:
         if not is_lost_context(error):
             raise
@@ -555,14 +551,9 @@ def _work(pipe: Connection, beats: Tensor, make_trainer: MakeTrainer, device_nam
         os._exit(1)  # cleaning up would need the context
 
 
-def _serve(pipe: Connection, beats: Tensor, make_trainer: MakeTrainer, device: torch.device) -> None:
+def _serve(pipe: Connection, make_trainer: MakeTrainer, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    counter = beats.numpy()
-
-    def beat() -> None:
-        counter[0] += 1
-
     trainer, weights, server, server_layout, slots, total, out = None, None, None, None, [], None, None
     while True:
         try:

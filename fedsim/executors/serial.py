@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsim.errors import ClientError, OutOfMemory, is_out_of_memory
 from fedsim.params import Layout, Params
+from fedsim.pulse import at_work
 from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 
 
@@ -117,7 +118,8 @@ class SerialExecutor:
         out = None if total is None else total.total
         for pack in packs:
             try:
-                report = self._trainer.train(pack, self.weights, server, out)
+                with at_work():
+                    report = self._trainer.train(pack, self.weights, server, out)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise client_failed(pack.tasks, str(self.device), traceback.format_exc()) from error
@@ -132,7 +134,8 @@ class SerialExecutor:
     def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
         """Score each request, in order."""
         try:
-            return [self._trainer.score(request, self.weights) for request in requests]
+            with at_work():
+                return [self._trainer.score(request, self.weights) for request in requests]
         except Exception as error:
             raise client_failed([], str(self.device), traceback.format_exc()) from error
 

@@ -33,16 +33,13 @@ from fedsim.messages import codec
 from fedsim.models.forward import Net
 from fedsim.models.stacked import StackedNet, StreamNet
 from fedsim.params import ALIGN, Chunk, Layout, Params
+from fedsim.pulse import beat
 from fedsim.seeding import stream, stream_seed
 from fedsim.store import Store
 from fedsim.training.optim import FlatOptimizer, LaneOptimizer, Optim
 from fedsim.types import Engine, Fault, Measured, Pack, Partial, Report, Row, Scores, Scoring, Share, Task, Turn
 
 _TRIM_EVERY_S = 2.0
-
-
-def _unwatched() -> None:
-    """The beat of a trainer that nobody watches over."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ class Trainer:
         self.stores = stores_of(state, algorithms, self.layout, recipe)
         self.cuts: dict[str, tuple[list[Chunk], int]] = {}  # by mode
         self._trimmed = 0.0
-        self.beat: Callable[[], None] = _unwatched
+        self.beat: Callable[[], None] = beat
         self._allocate(1)
         if not isinstance(net, StackedNet) or isinstance(net, StreamNet):
             net.adopt(self.flat)
