@@ -573,7 +573,7 @@ def batches(exp: Experiment, client: str | int, round: int) -> list[np.ndarray]:
     Raises:
         UserError: for a client or a round that does not exist.
     """
-    from fedsim.experiment import schedule_of
+    from fedsim.resolve import schedule_of
 
     if not 1 <= round <= exp.rounds:
         raise UserError(f"round: {round} is outside 1 to rounds={exp.rounds}")

@@ -34,10 +34,11 @@ from fedsim.config import Experiment, read_yaml, results_of
 from fedsim.errors import ClientError, UserError
 from fedsim.executors.fleet import Fleet, Member
 from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, remove_temp_dir, without_interrupt
-from fedsim.experiment import devices_of, run, run_folder_of
+from fedsim.experiment import run, run_folder_of
 from fedsim.numerics import settled
 from fedsim.progress import Board, Progress
 from fedsim.pulse import Watch, pulses, silence, watched_by
+from fedsim.resolve import devices_of
 from fedsim.run_folder import write_atomic
 from fedsim.schema import plain
 from fedsim.sections import Pool

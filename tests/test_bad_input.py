@@ -571,8 +571,8 @@ def test_more_workers_than_memory_holds_are_refused_before_they_start(
     def never(*args: Any, **keys: Any) -> Any:
         raise AssertionError("workers were started")
 
-    monkeypatch.setattr("fedsim.experiment.PoolExecutor", never)
-    monkeypatch.setattr("fedsim.experiment.free_memory", lambda device: 3 << 30)
+    monkeypatch.setattr("fedsim.session.PoolExecutor", never)
+    monkeypatch.setattr("fedsim.resolve.free_memory", lambda device: 3 << 30)
     before = everything(here)
     assert main([*RUN, "executor={name: pool, devices: [cpu], workers: 40}"]) == 2
     out, err = capsys.readouterr()
@@ -586,7 +586,7 @@ def test_bfloat16_where_a_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from fedsim import Experiment
-    from fedsim.experiment import devices_of
+    from fedsim.resolve import devices_of
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
@@ -611,7 +611,7 @@ def test_an_error_once_rows_are_logged_keeps_the_run(here: Path, monkeypatch: py
     def fail(*args: Any, **keys: Any) -> Any:
         raise UserError("out of something in round 1")
 
-    monkeypatch.setattr("fedsim.experiment.run_rounds", fail)
+    monkeypatch.setattr("fedsim.session.run_rounds", fail)
     assert main(RUN) == 2
     (run,) = (here / "results" / "wrong").iterdir()
     assert json.loads((run / "status.json").read_text())["state"] == "failed"

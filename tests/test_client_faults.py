@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import fedsim.experiment
+import fedsim.session
 from fedsim.errors import ClientError, UserError
 
 WORDS = [
@@ -237,8 +237,8 @@ def test_scaling_is_the_same_in_chunks_in_lanes_and_in_workers(
     assert len(rows(plain, "fault", "clipped_norm")) == 6
     pool = {"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1}
     lab.same_bits(lab.run(**keys, name="pool", executor=pool), plain)
-    original = fedsim.experiment.recipe_of
-    monkeypatch.setattr(fedsim.experiment, "recipe_of", lambda e: dataclasses.replace(original(e), chunk=4096))
+    original = fedsim.session.recipe_of
+    monkeypatch.setattr(fedsim.session, "recipe_of", lambda e: dataclasses.replace(original(e), chunk=4096))
     lab.same_bits(lab.run(**keys, name="chunks"), plain)
     lora = {"faults": {"policy": "clip", "max_norm": 0.01}, "rounds": 2}
     one, three = (lab.run(**lora, training={"lanes": n}) for n in (1, 3))

@@ -46,7 +46,7 @@ def test_workers_on_a_gpu_that_die_are_replaced_to_the_same_bits(
     from frail import arm, armed
     from test_faults import FrailBundle
 
-    import fedsim.experiment
+    import fedsim.session
 
     one = {"training": {"lanes": 1}}
     serial = _run(tmp_path / "serial", {"name": "serial", "device": "cuda:0", "threads": 1}, **one)
@@ -55,13 +55,13 @@ def test_workers_on_a_gpu_that_die_are_replaced_to_the_same_bits(
     arm(points, "federated-1-site-2-step", "kill")
     arm(points, "federated-2-site-1-step", "assert")
     monkeypatch.setenv("FEDSIM_TEST_POINTS", str(points))
-    monkeypatch.setattr(fedsim.experiment, "Bundle", FrailBundle)
+    monkeypatch.setattr(fedsim.session, "Bundle", FrailBundle)
     pool = _run(tmp_path / "pool", {"name": "pool", "devices": ["cuda:0"], "workers": 2, "threads": 1}, **one)
     assert armed(points) == [] and pool == serial
 
 
 def test_default_executor_uses_every_device(tmp_path: Path) -> None:
-    from fedsim.experiment import devices_of
+    from fedsim.resolve import devices_of
 
     kind, devices = devices_of(fedsim.Experiment())
     assert devices == [f"cuda:{i}" for i in range(torch.cuda.device_count())]

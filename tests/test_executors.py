@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 import fedsim
-import fedsim.experiment
+import fedsim.session
+from fedsim.bundle import Bundle
 from fedsim.errors import ClientError, OutOfMemory, WorkerDied
 from fedsim.executors import PoolExecutor, SerialExecutor
-from fedsim.experiment import Bundle
 from fedsim.params import Layout, Params
 from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 
@@ -304,7 +304,7 @@ def test_a_run_that_fails_in_a_worker_names_the_client_and_goes_on_in_serial(
     federated = {**ALL, "modes": ["federated"], "name": "fails", "training": {"lanes": 1}}
     pool = {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(fedsim.experiment, "Bundle", Failing)
+        patch.setattr(fedsim.session, "Bundle", Failing)
         with pytest.raises(ClientError) as caught:
             lab.run(**{**federated, "executor": pool})
     text = str(caught.value)

@@ -23,15 +23,16 @@ import yaml
 from frail import ENGINE, LAYOUT, SERVER, WEIGHTS, Frail, alive, arm, armed, come_to, left_behind, pack
 
 import fedsim
-import fedsim.experiment
+import fedsim.session
 from fedsim.__main__ import main
 from fedsim.aggregators import WeightedMean
 from fedsim.build import prepare
+from fedsim.bundle import Bundle
 from fedsim.errors import ClientError, SumLost, WorkerDied, is_lost_context, is_out_of_memory
 from fedsim.executors import PoolExecutor
-from fedsim.experiment import Bundle, schedule_of
 from fedsim.params import ALIGN
 from fedsim.progress import Progress
+from fedsim.resolve import schedule_of
 from fedsim.rounds import State
 from fedsim.store import Records
 from fedsim.training.trainer import Trainer
@@ -396,9 +397,9 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
     noted(Trainer, "_context")  # of a chunk
     noted(WeightedMean, "add")
     monkeypatch.setattr("fedsim.training.trainer.beat", lambda: events.append("beat"))
-    original = fedsim.experiment.recipe_of
+    original = fedsim.session.recipe_of
     cut = {"chunk": ALIGN} if adapter["name"] == "none" else {}
-    monkeypatch.setattr(fedsim.experiment, "recipe_of", lambda exp: dataclasses.replace(original(exp), **cut))
+    monkeypatch.setattr(fedsim.session, "recipe_of", lambda exp: dataclasses.replace(original(exp), **cut))
     evaluate = {"generate": True, "max_new_tokens": 3, "batch_size": 8}
     keys = {"modes": ["federated"], "rounds": 2, "local": {"micro_batch": 2}}
     lab.run(**keys, adapter=adapter, evaluate=evaluate)
@@ -412,7 +413,7 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
 @pytest.fixture
 def frail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of runs come to grief where points are armed."""
-    monkeypatch.setattr(fedsim.experiment, "Bundle", FrailBundle)
+    monkeypatch.setattr(fedsim.session, "Bundle", FrailBundle)
 
 
 def kill_a_worker() -> None:

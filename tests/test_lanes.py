@@ -30,15 +30,16 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
 
 from fedsim.algorithms import ALGORITHMS
 from fedsim.build import prepare
+from fedsim.bundle import Bundle
 from fedsim.data.stream import Span, stream
 from fedsim.data.tokens import Tokens
 from fedsim.evaluation import score_rows
-from fedsim.experiment import Bundle, recipe_of
 from fedsim.models import adapters, flat
 from fedsim.models import base as bases
 from fedsim.models.dropout import Draws
 from fedsim.params import Params
 from fedsim.progress import Progress
+from fedsim.resolve import recipe_of
 from fedsim.rounds import Schedule, State
 from fedsim.seeding import stream as random_stream
 from fedsim.store import Records

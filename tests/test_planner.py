@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fedsim
+import fedsim.session
 from fedsim.errors import UserError
 from fedsim.models.stacked import StackedNet
 from fedsim.planner import Packs, Plan, choose_lanes, describe
@@ -199,14 +200,14 @@ def test_a_resume_keeps_the_plan_and_its_halvings(lab: Any, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         too_small(patch, most=2, after=1 + 2)
-        save = fedsim.experiment._Session._checkpoint
+        save = fedsim.session.Session._checkpoint
 
         def stop(self: Any, mode: str, state: Any, algorithm: Any) -> None:
             save(self, mode, state, algorithm)
             if state.round == 2:
                 raise Stopped
 
-        patch.setattr(fedsim.experiment._Session, "_checkpoint", stop)
+        patch.setattr(fedsim.session.Session, "_checkpoint", stop)
         with pytest.raises(Stopped):
             lab.run(**FOUR, name="stopped")
     with monkeypatch.context() as patch:
@@ -225,13 +226,13 @@ def test_auto_is_resolved_once(lab: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     """The second start measures nothing, whatever the first one chose, and reads the same number."""
     auto = {**FOUR, "training": {"lanes": "auto"}}
     with monkeypatch.context() as patch:
-        patch.setattr(fedsim.experiment._Session, "_run_mode", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(fedsim.session.Session, "_run_mode", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             lab.run(**auto)
     (folder,) = (lab.root / "results" / "lab").iterdir()
     before = plan_of(folder)
     assert before["packed"] and 1 <= before["lanes"] <= 4 and before["measured"]
-    monkeypatch.setattr(fedsim.experiment, "choose_lanes", lambda *args, **keys: pytest.fail("measured again"))
+    monkeypatch.setattr(fedsim.session, "choose_lanes", lambda *args, **keys: pytest.fail("measured again"))
     assert lab.run(**auto) == folder
     assert plan_of(folder) == before
     memory = json.loads((folder / "memory.json").read_text())

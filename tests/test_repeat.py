@@ -23,10 +23,12 @@ from conftest import Lab
 
 import fedsim
 import fedsim.experiment
+import fedsim.session
 from fedsim import numerics
 from fedsim.build import batches, prepare
+from fedsim.bundle import Bundle
 from fedsim.diff import diff_runs
-from fedsim.experiment import Bundle, schedule_of
+from fedsim.resolve import schedule_of
 from fedsim.run_folder import environment
 
 ROOT = Path(fedsim.__file__).parent.parent
@@ -104,14 +106,14 @@ class Late(Bundle):
 def test_any_number_of_workers_whoever_is_first(
     workers: int, lab: Any, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedsim.experiment, "Bundle", Late)
+    monkeypatch.setattr(fedsim.session, "Bundle", Late)
     pool = {"name": "pool", "devices": ["cpu"], "workers": workers, "threads": 1}
     agree(lab, plain, lab.run(name=f"pool-{workers}", **{**UNEVEN, "executor": pool, "training": {"lanes": 2}}))
 
 
 def test_large_updates_in_any_order(lab: Any, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that go straight into the one sum; every pack is of one client, the longest is the last to be ready."""
-    monkeypatch.setattr(fedsim.experiment, "Bundle", Late)
+    monkeypatch.setattr(fedsim.session, "Bundle", Late)
     monkeypatch.setattr("fedsim.executors.pool._SLOTS_BELOW", 0)
     pool = {"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1}
     alone = {**UNEVEN, "modes": ["federated"], "training": {"lanes": 1}, "evaluate": {"clients": False}}

@@ -339,7 +339,7 @@ def test_trackers_get_every_committed_row_once(lab: Any, monkeypatch: pytest.Mon
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr("fedsim.experiment.Trackers", Told)
+    monkeypatch.setattr("fedsim.session.Trackers", Told)
     save, log = RunFolder.save_checkpoint, Told.log
 
     def before(self: RunFolder, mode: str, round: int, *rest: Any) -> None:
@@ -496,13 +496,13 @@ def test_a_file_that_may_not_grow_is_one_line(lab: Any, whole: Any, monkeypatch:
     """The system's own limit on the size of files, in the process that writes records and in its workers."""
     keys = {**LONG, "modes": ["central"], "executor": {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}}
     script = (
-        "import multiprocessing, resource, sys, fedsim.__main__, fedsim.experiment as ex\n"
-        "begin = ex._Session._run_mode\n"
+        "import multiprocessing, resource, sys, fedsim.__main__, fedsim.session as session\n"
+        "begin = session.Session._run_mode\n"
         "def limited(self, *args):\n"  # workers are there by now, and what they share
         "    for pid in (0, *(p.pid for p in multiprocessing.active_children())):\n"
         "        resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         "    return begin(self, *args)\n"
-        "ex._Session._run_mode = limited\n"
+        "session.Session._run_mode = limited\n"
         "sys.exit(fedsim.__main__.main(['run', *sys.argv[1:]]))\n"
     )
     file = lab.root / "experiment.yaml"

@@ -14,7 +14,7 @@ import pytest
 import fedsim
 from fedsim.build import prepare
 from fedsim.config import Experiment
-from fedsim.experiment import folder_name
+from fedsim.session import folder_name
 
 
 def _exp(folder: Path, **keys: Any) -> Experiment:

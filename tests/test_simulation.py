@@ -15,8 +15,8 @@ import fedsim
 from fedsim.build import prepare
 from fedsim.config import Experiment
 from fedsim.errors import ClientError, UserError
-from fedsim.experiment import schedule_of
 from fedsim.progress import Progress
+from fedsim.resolve import schedule_of
 from fedsim.simulation import Life
 
 ONE_LANE = {"training": {"lanes": 1}, "evaluate": {"every_rounds": 100}}

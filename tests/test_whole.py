@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import fedsim
-import fedsim.experiment
+import fedsim.session
 from fedsim.build import prepare
 from fedsim.errors import UserError
 from fedsim.messages import codec
@@ -36,12 +36,12 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Call it with a number of elements: what follows works on so many at a time (a config's least is 1 MiB)."""
 
     def cut(elements: int | None) -> None:
-        original = fedsim.experiment.recipe_of
+        original = fedsim.session.recipe_of
 
         def recipe(exp: Any) -> Any:
             return dataclasses.replace(original(exp), chunk=elements)
 
-        monkeypatch.setattr(fedsim.experiment, "recipe_of", recipe)
+        monkeypatch.setattr(fedsim.session, "recipe_of", recipe)
 
     return cut
 

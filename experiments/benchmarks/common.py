@@ -423,15 +423,16 @@ class _Enough(Exception):
 def fedsim_side(turn: Turn) -> None:
     """`fedsim.run` as a user calls it, one run a cell; only its round loop waits for its turn."""
     import fedsim.experiment as experiment
+    import fedsim.session as session
     from fedsim.rounds import run_rounds
 
     while (message := turn.hear())["do"] != "stop":
         if message["do"] == "cell":
             exp = experiment.Experiment.load(message["config"], message["overrides"])
-            experiment.run_rounds = _Rounds(turn, run_rounds, Path(message["results"]))
+            session.run_rounds = _Rounds(turn, run_rounds, Path(message["results"]))
             with contextlib.suppress(_Enough):
                 experiment.run(exp, progress=False)
-            experiment.run_rounds = run_rounds  # ours holds on to the run
+            session.run_rounds = run_rounds  # ours holds on to the run
             release()
         turn.say()
 
@@ -624,7 +625,7 @@ def _make_cell(config: str, overrides: list[str], out: str, tokens: int | None) 
     """
     from fedsim import Experiment
     from fedsim.build import draw_of, load_source, prepare
-    from fedsim.experiment import schedule_of
+    from fedsim.resolve import schedule_of
     from fedsim.seeding import stream
 
     exp, folder = Experiment.load(config, overrides), Path(out)

@@ -42,6 +42,7 @@ def one_case(overrides: list[str], out: Path, turn: Callable[[], None]) -> None:
         turn: returns when the next round may begin.
     """
     import fedsim.experiment
+    import fedsim.session
     from fedsim.rounds import run_rounds
     from fedsim.run_folder import environment
 
@@ -72,7 +73,7 @@ def one_case(overrides: list[str], out: Path, turn: Callable[[], None]) -> None:
         value["rounds_mb"], value["seen"] = peak_mb(), len(state.steps)
         return state
 
-    fedsim.experiment.run_rounds = timed
+    fedsim.session.run_rounds = timed
     called = time.perf_counter()
     fedsim.experiment.run(exp, progress=False)
     value["process_mb"] = peak_mb()

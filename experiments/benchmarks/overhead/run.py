@@ -126,6 +126,7 @@ def fedsim_side(work: Path, turn: Turn, side: str) -> None:
     from safetensors.torch import save_file
 
     import fedsim.experiment
+    import fedsim.session
     from fedsim.rounds import run_rounds
 
     def in_turns(schedule: Any, algorithm: Any, layout: Any, *args: Any, on_round: Callable, **keys: Any) -> Any:
@@ -140,7 +141,7 @@ def fedsim_side(work: Path, turn: Turn, side: str) -> None:
         save_file({n: t.clone() for n, t in layout.views(state.params).items()}, work / f"{side}.safetensors")
         return state
 
-    fedsim.experiment.run_rounds = in_turns
+    fedsim.session.run_rounds = in_turns
     fedsim.experiment.run(fedsim.Experiment.load(work / f"{side}.yaml"))
 
 
@@ -148,7 +149,7 @@ def prepare_side(work: Path, turn: Turn) -> None:
     """Write what the plain loop is handed: rows, the batches of each client and round, shares, settings."""
     import fedsim
     from fedsim.build import prepare
-    from fedsim.experiment import schedule_of
+    from fedsim.resolve import schedule_of
     from fedsim.run_folder import environment
 
     parts = prepare(fedsim.Experiment.load(work / "auto.yaml"))

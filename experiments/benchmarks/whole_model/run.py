@@ -155,8 +155,8 @@ class Clock:
 
 def clock_engine(*clocks: Clock) -> None:
     """Have fedsim's round loop, in this process, tell the clocks what it does."""
-    import fedsim.experiment as experiment
     import fedsim.rounds as rounds
+    import fedsim.session as session
     from fedsim.aggregators import WeightedMean
     from fedsim.executors import SerialExecutor
     from fedsim.training.trainer import Trainer
@@ -170,8 +170,8 @@ def clock_engine(*clocks: Clock) -> None:
         (WeightedMean, "zero", "merging"),
         (rounds, "_merge", "merging"),
         (SerialExecutor, "broadcast", "merging"),
-        (experiment._Session, "_copy_best", "best model to disk"),
-        (experiment._Session, "_checkpoint", "checkpoint"),
+        (session.Session, "_copy_best", "best model to disk"),
+        (session.Session, "_checkpoint", "checkpoint"),
     ):
         for clock in clocks:
             setattr(owner, name, clock.timed(part, getattr(owner, name)))
@@ -194,7 +194,7 @@ def clock_engine(*clocks: Clock) -> None:
             clock.begin()
         return rounds.run_rounds(*args, on_pack=pack_done, on_round=round_done, **keys)
 
-    experiment.run_rounds = run_rounds
+    session.run_rounds = run_rounds
 
 
 def make_on_device(device: str) -> None:
@@ -204,7 +204,7 @@ def make_on_device(device: str) -> None:
     import transformers
 
     import fedsim.build
-    import fedsim.experiment
+    import fedsim.bundle
     from fedsim.models import base
 
     there = torch.device(device)
@@ -220,7 +220,7 @@ def make_on_device(device: str) -> None:
         model.requires_grad_(False)
         return model.eval()
 
-    tried = fedsim.experiment._tried
+    tried = fedsim.bundle._tried
 
     def tried_there(kind: Callable, *rest: Any) -> str | None:
         def make(model: Any, own: Any, *, task: str, device: Any) -> Any:
@@ -228,7 +228,7 @@ def make_on_device(device: str) -> None:
 
         return tried(make, *rest)
 
-    fedsim.build.load_base, fedsim.experiment._tried = load_base, tried_there
+    fedsim.build.load_base, fedsim.bundle._tried = load_base, tried_there
 
 
 def engine_side(turn: Turn) -> None:
@@ -307,8 +307,8 @@ def bandwidth_side(turn: Turn) -> None:
     from fedsim import Experiment, rounds
     from fedsim.aggregators import WeightedMean
     from fedsim.algorithms import ALGORITHMS
-    from fedsim.experiment import recipe_of
     from fedsim.params import Layout
+    from fedsim.resolve import recipe_of
     from fedsim.store import Records
     from fedsim.training.trainer import Trainer, _Part
     from fedsim.types import Pack, Partial, Share, Task
