@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.data.specials import Specials
 from fedsim.errors import UserError
 
 
@@ -170,6 +171,9 @@ def encode(
         UserError: for a row that is too long where `too_long` is error, or a template that ends in no answer.
     """
     parsed = Template.parse(template)
+    specials = Specials(tokenizer)
+    rows = [{name: specials.guard(text) for name, text in row.items()} for row in rows]
+    own = [specials.count(half) for half in parsed.split(dict.fromkeys(parsed.fields, ""))]  # the template's
     classes = np.full(len(rows), -1, dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
     if task == "sequence_classification":
         if "label" in parsed.fields[:-1]:
@@ -178,22 +182,25 @@ def encode(
             )
         cut = parsed.fields[-1] == "label"
         texts = [parsed.split(r)[0] if cut else parsed.text(r) for r in rows]
-        sequences = _ids(tokenizer, texts) if texts else []
+        sequences = specials.ids([specials.guard_seams(t, own[0] if cut else sum(own)) for t in texts])
         answers, candidates = [[] for _ in sequences], None
         answer_texts: list[str] = []
         empty = [None] * len(sequences)
     else:
-        pairs = [parsed.split(r) for r in rows]
-        anchor = pairs[0][0][-8:] if pairs else ""
-        encoded = _encode_answers(tokenizer, sorted({a for _, a in pairs}), anchor)
+        halves = [parsed.split(r) for r in rows]
+        pairs = [(specials.guard_seams(p, own[0]), specials.guard_seams(a, own[1])) for p, a in halves]
+        anchor = specials.plain(pairs[0][0])[-8:] if pairs else ""
+        encoded = _encode_answers(specials, sorted({a for _, a in pairs}), anchor)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        sequences = _without_end(tokenizer, _ids(tokenizer, [p for p, _ in pairs])) if pairs else []
+        sequences = _without_end(specials, specials.ids([p for p, _ in pairs]))
         answers = [encoded[a] + end for _, a in pairs]
-        answer_texts = [a for _, a in pairs]
+        answer_texts = [specials.plain(a) for _, a in pairs]
         candidates = None
         if label_words is not None:
-            spaced = [parsed.split({**dict.fromkeys(parsed.fields, "x"), parsed.fields[-1]: w})[1] for w in label_words]
-            words = _encode_answers(tokenizer, spaced, anchor)
+            said = [specials.guard(word) for word in label_words]
+            spaced = [parsed.split({**dict.fromkeys(parsed.fields, "x"), parsed.fields[-1]: w})[1] for w in said]
+            spaced = [specials.guard_seams(a, own[1]) for a in spaced]
+            words = _encode_answers(specials, spaced, anchor)
             candidates = [words[w] for w in spaced]
         empty = [None if a.strip() else "empty answer" for a in answer_texts]
     return _lay_out(
@@ -240,13 +247,14 @@ def encode_chats(
     for turns, answer in chats:
         said = any(turn["content"].strip() for turn in turns)
         empty.append("empty answer" if not answer.strip() else None if said else "empty text")
+    specials = Specials(tokenizer)
     pairs = [
-        ("", "") if empty[i] else _render(turns, answer, tokenizer, (place or _place)(i, split))
+        ("", "") if empty[i] else _render(turns, answer, tokenizer, specials, (place or _place)(i, split))
         for i, (turns, answer) in enumerate(chats)
     ]
-    anchor = next((p[-8:] for p, _ in pairs if p), "")
-    encoded = _encode_answers(tokenizer, sorted({a for _, a in pairs}), anchor)
-    sequences = _ids(tokenizer, [p for p, _ in pairs], add_special_tokens=False) if pairs else []
+    anchor = next((specials.plain(p)[-8:] for p, _ in pairs if p), "")
+    encoded = _encode_answers(specials, sorted({a for _, a in pairs}), anchor)
+    sequences = specials.ids([p for p, _ in pairs], wrapped=False)
     answers = [encoded[a] for _, a in pairs]
     end = tokenizer.eos_token_id
     if end is not None:
@@ -272,8 +280,10 @@ def _place(row: int, split: str) -> str:
     return f"row {row + 1} of {split}"
 
 
-def _render(turns: list[dict[str, str]], answer: str, tokenizer: Any, row: str) -> tuple[str, str]:
-    """(prompt, answer) of a chat as the template writes them."""
+def _render(turns: list[dict[str, str]], answer: str, tokenizer: Any, specials: Specials, row: str) -> tuple[str, str]:
+    """(prompt, answer) of a chat as the template writes them, what is the data's in them guarded."""
+    turns = [{name: specials.guard(text) for name, text in turn.items()} for turn in turns]
+    answer = specials.guard(answer)
     try:
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
@@ -344,31 +354,26 @@ def _lay_out(
     )
 
 
-def _ids(tokenizer: Any, text: Any, **keys: Any) -> Any:
-    """Token ids of a text or of several; without the tokenizer's own warning about long ones, which `max_length` settles."""
-    return tokenizer(text, verbose=False, **keys)["input_ids"]
-
-
-def _encode_answers(tokenizer: Any, answers: Sequence[str], anchor: str) -> dict[str, list[int]]:
+def _encode_answers(specials: Specials, answers: Sequence[str], anchor: str) -> dict[str, list[int]]:
     """Tokens of each answer as it continues a prompt: those that follow the anchor's own, where it keeps its own.
 
     Tokenised alone, an answer would get the word-start mark that sentence-piece tokenizers put before a text.
     """
     if not answers:
         return {}
-    head = _ids(tokenizer, anchor, add_special_tokens=False)
-    joint = _ids(tokenizer, [anchor + a for a in answers], add_special_tokens=False)
-    alone = _ids(tokenizer, list(answers), add_special_tokens=False)
+    (head,) = specials.ids([anchor], wrapped=False)
+    joint = specials.ids([anchor + a for a in answers], wrapped=False)
+    alone = specials.ids(answers, wrapped=False)
     out = {}
     for answer, both, single in zip(answers, joint, alone, strict=True):
         out[answer] = list(both[len(head) :]) if both[: len(head)] == head else list(single)
     return out
 
 
-def _without_end(tokenizer: Any, sequences: list[list[int]]) -> list[list[int]]:
-    """Prompts without the closing special token that some tokenizers add: the answer follows."""
-    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    return [s[:-1] if len(s) > 1 and s[-1] in closing else s for s in sequences]
+def _without_end(specials: Specials, sequences: list[list[int]]) -> list[list[int]]:
+    """Prompts without what some tokenizers put behind a text: the answer follows."""
+    _, end = specials.wrap()
+    return [s[: -len(end)] if end and len(s) > len(end) and s[-len(end) :] == end else s for s in sequences]
 
 
 def _truncate(prompt: list[int], answer: list[int], limit: int, task: str) -> tuple[list[int], list[int]]:
