@@ -123,10 +123,13 @@ def _run(
                 show.warn(f"{folder.path / 'status.json'}: damaged, and written anew")
             status = {}
         rounds = _rounds_of(folder, status)
+        if rounds is not None and status.get("rounds", rounds) != rounds:
+            said = status["rounds"]
+            show.warn(f"{folder.path / 'status.json'}: says {said} rounds, but the run was started with {rounds}")
         if rounds is not None and rounds != exp.rounds:
             _check_rounds(exp, folder.path, rounds, resume is not None)
         finished = status.get("state") == "finished" and rounds == exp.rounds
-        damaged = folder.damaged(_kept(folder), content=False) if finished else []
+        damaged = folder.damaged(_kept(folder), 1 << 24 if resume is None else None) if finished else []
         if damaged:
             way = "put back, or made anew by --resume" if resume is None else "made anew"
             show.warn(f"{folder.path}: finished, but damaged or missing since: {', '.join(damaged)}; to be {way}")
@@ -158,21 +161,25 @@ def _find_run(name: str | Path, exp: Experiment) -> Path:
         UserError: if there is none, or several.
     """
     path = Path(name).expanduser()
-    if (path / "config.yaml").is_file():
+    if _is_run(path):
         return path
     root = results_of(exp)
     found = [path] if path.is_dir() else []
     if not found and len(path.parts) == 1 and root.is_dir():
-        found = sorted(p / path for p in root.iterdir() if (p / path / "config.yaml").is_file())
+        found = sorted(p / path for p in root.iterdir() if _is_run(p / path))
     if len(found) > 1:
         raise UserError(
             f"--resume: {str(name)!r} is the id of several runs: {', '.join(map(str, found))}; give a folder"
         )
-    if not found or not (found[0] / "config.yaml").is_file():
+    if not found or not _is_run(found[0]):
         raise UserError(
             f"--resume: {str(name)!r} is neither a run's folder nor the id of a run under {str(root)!r}; see fedsim list"
         )
     return found[0]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
 
 
 def _as_before(place: Path, parts: Parts) -> Parts:
@@ -183,7 +190,17 @@ def _as_before(place: Path, parts: Parts) -> Parts:
     """
     from fedsim.runs import flatten_config
 
-    before = Experiment.load(place / "config.yaml")
+    run_id = place.resolve().name
+    is_id = re.fullmatch(r"[0-9a-f]{12}", run_id) is not None
+    try:
+        before = Experiment.load(place / "config.yaml")
+    except UserError as error:
+        if is_id and parts.run_id() == run_id:
+            return parts
+        file = place / "config.yaml"
+        raise UserError(f"--resume: {file} does not tell what the run was ({error}); put the file back") from None
+    if is_id and parts.run_id() == run_id:  # whatever its config.yaml says by now
+        return dataclasses.replace(parts, exp=dataclasses.replace(parts.exp, name=before.name))
     parts = dataclasses.replace(parts, exp=dataclasses.replace(parts.exp, name=before.name))
     old, new = (flatten_config(identity_of(exp)) for exp in (before, parts.exp))
     unlike = [key for key in {**old, **new} if repr(old.get(key)) != repr(new.get(key))]
@@ -191,8 +208,7 @@ def _as_before(place: Path, parts: Parts) -> Parts:
         both = [f"{key}: {_value(parts.exp, key)} (the run has {_value(before, key)})" for key in unlike]
         way = "take them back, or leave --resume out for a run of its own"
         raise UserError(f"--resume: {place} cannot go on with other numbers: {'; '.join(both)}; {way}")
-    run_id = place.resolve().name
-    if re.fullmatch(r"[0-9a-f]{12}", run_id) and parts.run_id() != run_id:
+    if is_id and parts.run_id() != run_id:
         way = "put the files back, or leave --resume out for a run of its own"
         raise UserError(
             f"--resume: {place} was made with other content of data or model files than is there now; {way}"
@@ -211,7 +227,14 @@ def _value(exp: Experiment, key: str) -> Any:
 
 
 def _rounds_of(folder: RunFolder, status: dict[str, Any]) -> int | None:
-    """The rounds a run was last started with; None where nothing tells."""
+    """The rounds a run was last started with; None where nothing tells. What is under a hash is asked first."""
+    kept = read_checked(folder.path / "checkpoints" / "rounds.json")
+    if kept is not None:
+        return kept["rounds"]
+    for mode in ("central", "federated", "local"):
+        infos = [folder.done(mode), *reversed([info for _, info in folder.checkpoints(mode)])]
+        if told := [info["rounds"] for info in infos if info]:
+            return told[0]
     found = status.get("rounds")
     if found is None and (folder.path / "config.yaml").is_file():
         from fedsim.runs import read_config

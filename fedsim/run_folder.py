@@ -88,6 +88,7 @@ class RunFolder:
         self.path = path
         self._made = _missing(path)
         self._lock: int | None = None
+        self._ours = False  # whether nobody else may run it now
         self._begin, self._sum = 0, hashlib.sha256()  # where the rows of the mode begin, and the hash of those so far
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -116,6 +117,7 @@ class RunFolder:
                 holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
                 os.close(handle)
                 if error.errno in _NO_LOCKS:
+                    self._ours = True
                     return f"{self.path}: no locks on this file system ({error.strerror}); see that no other process runs this"
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise
@@ -128,7 +130,7 @@ class RunFolder:
             if here is not None and os.path.samestat(here, os.fstat(handle)):
                 break
             os.close(handle)
-        self._lock = handle
+        self._lock, self._ours = handle, True
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         return None
@@ -276,12 +278,13 @@ class RunFolder:
                     out[str(file.relative_to(self.path))] = [file.stat().st_size, _crc32(file)]
         return out
 
-    def damaged(self, files: dict[str, list[int]], content: bool = True) -> list[str]:
-        """Which of these files are missing or not what they were; by size alone unless `content`."""
+    def damaged(self, files: dict[str, list[int]], most: int | None = None) -> list[str]:
+        """Which of these files are missing or not what they were; those of more than `most` bytes by size alone."""
         out = []
         for name, (size, crc) in files.items():
+            large = most is not None and size > most
             try:
-                whole = (self.path / name).stat().st_size == size and (not content or _crc32(self.path / name) == crc)
+                whole = (self.path / name).stat().st_size == size and (large or _crc32(self.path / name) == crc)
             except OSError:
                 whole = False
             if not whole:
@@ -289,7 +292,10 @@ class RunFolder:
         return out
 
     def discard_new(self) -> None:
-        """Remove the folder, with those around it that were made for it, if it is new and no metrics row is in it."""
+        """Remove the folder, with those around it that were made for it, if it is new, no metrics row is in it, and nobody else
+        runs it."""
+        if not self._ours:
+            return
         self._metrics.flush()
         if self.path in self._made and (self.path / "metrics.jsonl").stat().st_size == 0:
             shutil.rmtree(self.path, ignore_errors=True)

@@ -91,7 +91,8 @@ class Session:
         self.exp, self.parts, self.folder, self.show = exp, parts, folder, show
         self.shared, self.member = shared, member
         self.kind, self.devices, self.status = kind, devices, status
-        self.before, self.began = float(status.get("seconds", 0.0)), time.monotonic()
+        before = status.get("seconds")
+        self.before, self.began = before if isinstance(before, (int, float)) else 0.0, time.monotonic()
         self.choice = Choice(exp.best.metric, exp.best.mode)
         self.initial: list[Row] | None = None
         self.by_row: dict[str, ByRow] = {}
@@ -195,6 +196,7 @@ class Session:
         folder.write_json("environment.json", about)
         save_arrays(folder, "partition.npz", parts.partition.to_arrays())
         folder.write_json("partition.json", parts.report)
+        write_checked(folder.path / "checkpoints" / "rounds.json", {"rounds": self.exp.rounds})
         self._status("running")
 
     def _compare_environment(self, now: dict[str, Any]) -> None:
@@ -212,7 +214,11 @@ class Session:
                 n: found.get(n) for n in ("torch", "transformers", "peft")
             }
 
-        old, new = of(before), of(now)
+        try:
+            old, new = of(before), of(now)
+        except (TypeError, AttributeError):
+            self.show.warn("environment.json: damaged, so what the rounds before were computed with cannot be told")
+            return
         unlike = [f"{k} {old[k]} then, {new[k]} now" for k in old if k in new and old[k] != new[k]]
         if unlike:
             self.show.warn(f"goes on elsewhere, so the last bits may differ from those of one go: {'; '.join(unlike)}")
@@ -533,6 +539,11 @@ class Session:
             done |= folder.stretch()
             folder.end_mode(mode, done)
         self.by_row |= load_by_row(folder, mode)
+        for round, info in folder.checkpoints(mode)[-1:]:
+            if info is None or not folder.has_tensors(mode, info):
+                self.show.warn(
+                    f"{mode}: done, but its checkpoint of round {round} is damaged: more rounds would start afresh"
+                )
         self._track(done["metrics_bytes"])
         return done["metrics_bytes"]
 
@@ -544,7 +555,7 @@ class Session:
         if torn is not None:
             self.show.warn(torn)
         if self.trackers and self._tracked() > (end := self.folder.sync_metrics()):
-            self.folder.write_json("checkpoints/tracked.json", {"metrics_bytes": end})
+            self._note_tracked(end)
 
     def _restore(
         self, mode: str, begin: int, schedule: Schedule, algorithm: Algorithm
@@ -713,13 +724,15 @@ class Session:
         if begin < end:
             rows = [json.loads(line) for line in self.folder.rows(begin, end).splitlines()]
             self.trackers.log([Row(**{k: v for k, v in row.items() if k != "seconds"}) for row in rows])
-            self.folder.write_json("checkpoints/tracked.json", {"metrics_bytes": end})
+            self._note_tracked(end)
+
+    def _note_tracked(self, end: int) -> None:
+        write_checked(self.folder.path / "checkpoints" / "tracked.json", {"metrics_bytes": end})
 
     def _tracked(self) -> int:
         """Bytes of the metrics file that trackers were told of."""
-        known = self.folder.read_json("checkpoints/tracked.json")
-        found = known.get("metrics_bytes") if isinstance(known, dict) else None
-        return found if isinstance(found, int) else 0
+        known = read_checked(self.folder.path / "checkpoints" / "tracked.json")
+        return 0 if known is None else known["metrics_bytes"]
 
     def _checkpoint(self, mode: str, state: State, algorithm: Algorithm) -> None:
         began = time.monotonic()

@@ -22,6 +22,7 @@ MAY = {
     "params": set(),
     "store": set(),
     "numerics": set(),
+    "pulse": set(),
     "simulation": {"errors", "seeding"},
     "signals": {"errors"},
     "progress": {"errors", "types"},
@@ -41,14 +42,15 @@ MAY = {
     "data.headlines": {"seeding"},
     "data.sources": {"errors", "seeding", "data.headlines"},
     "data.instructions": {"errors", "seeding", "data.sources"},
-    "data.tokens": {"errors"},
+    "data.specials": set(),
+    "data.tokens": {"errors", "data.specials"},
     "data.batches": {"data.tokens", "errors"},
     "data.stream": {"data.tokens"},
-    "executors": {"types", "params", "errors", "executors"},
+    "executors": {"types", "params", "errors", "pulse", "executors"},
     "models": {"params", "types", "seeding", "errors", "data.batches", "data.tokens", "data.stream", "models"},
     "training": {
         *("algorithms", "aggregators", "models", "data.batches", "data.tokens", "evaluation", "messages", "params"),
-        *("store", "seeding", "types", "errors", "training"),
+        *("store", "seeding", "types", "errors", "pulse", "training"),
     },
     "rounds": {"algorithms", "aggregators", "errors", "params", "seeding", "simulation", "store", "types"},
     "planner": {"errors", "types"},
@@ -69,7 +71,7 @@ FILES_AND_PROCESSES = {
     *("io", "os", "pathlib", "json", "pickle", "csv", "shutil", "tempfile", "socket", "subprocess"),
     *("multiprocessing", "threading", "concurrent"),
 }
-CONFIG_READERS = {"config", "build", "experiment", "sweep", "reproduce", "__main__", "__init__"}
+CONFIG_READERS = {"config", "build", "resolve", "session", "experiment", "sweep", "reproduce", "__main__", "__init__"}
 
 
 def module_name(path: Path) -> str:

@@ -207,7 +207,8 @@ def stopped_run(lab: Any, monkeypatch: pytest.MonkeyPatch, mode: str, round: int
 def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the user is told, from now on."""
     said: list[str] = []
-    monkeypatch.setattr(Progress, "note", lambda self, text: said.append(text))
+    for kind in ("note", "warn"):
+        monkeypatch.setattr(Progress, kind, lambda self, text: said.append(text))
     return said
 
 
@@ -229,6 +230,11 @@ def digit(file: Path, before: bytes) -> None:
 
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def put(file: Path, **values: Any) -> None:
+    """Other values in a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 CENTRAL = "checkpoints/central/round-00002.json"
@@ -255,6 +261,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "the plan": (lambda r: digit(r / "plan.json", b'"lanes": '), "plan.json: damaged"),
     "no plan": (lambda r: (r / "plan.json").unlink(), "plan.json: damaged or missing"),
     "the status": (lambda r: cut(r / "status.json"), "status.json: damaged"),
+    "another number of rounds": (lambda r: digit(r / "status.json", b'"rounds": '), "the run was started with 3"),
+    "a status of text": (lambda r: put(r / "status.json", seconds="x"), ""),
+    "an environment of numbers": (lambda r: put(r / "environment.json", devices=3, versions=[1]), "cannot be told"),
+    "a checkpoint of a mode that is done": (
+        lambda r: cut(r / "checkpoints/federated/round-00003.safetensors"),
+        "federated: done, but its checkpoint of round 3 is damaged",
+    ),
     "the start": (lambda r: change(r / "init/adapter_model.safetensors", -1), ""),
     "all else": (
         lambda r: [cut(r / n) for n in ("partition.npz", "environment.json", "config.yaml", "model.json")],
@@ -287,6 +300,9 @@ def test_what_is_damaged_is_found_and_made_again(
     said = notes(monkeypatch)
     assert lab.run(**{**keys, "name": "stopped"}) == run
     assert any(line in text for text in said), said
+    if what == "a checkpoint of a mode that is done":  # which nothing rests on by now
+        whole = next((lab.root / "results" / "whole").iterdir())
+        shutil.copy(whole / "checkpoints/federated/round-00003.safetensors", run / "checkpoints/federated")
     lab.same_bits(run, damaged_from["whole"])
     assert not [f for f in run.rglob("*") if f.name in ("rows.jsonl", "start.bin") or f.name.startswith(".")]
 
@@ -301,6 +317,46 @@ def test_a_finished_run_that_lost_a_file_says_so(lab: Any, whole: Any, monkeypat
     assert not (run / "best/adapter_model.safetensors").exists()
     assert fedsim.run(lab.exp(**keys), progress=False, resume=run).path == run, "asked for, it is made again"
     lab.same_bits(run, whole(**{"rounds": 2, "modes": ["federated"]}))
+
+
+def test_a_finished_run_that_says_something_else_is_not_believed(
+    lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size, one digit or one bit from what it was."""
+    keys = {**LONG, "rounds": 2, "modes": ["federated"]}
+    run = lab.run(**keys)
+    digit(run / "metrics.jsonl", b'"value": ')
+    change(run / "global/adapter_model.safetensors", -2)
+    said = notes(monkeypatch)
+    assert lab.run(**keys) == run
+    (line,) = [text for text in said if "damaged or missing since" in text]
+    assert "metrics.jsonl, global/adapter_model.safetensors" in line
+    assert fedsim.run(lab.exp(**keys), progress=False, resume=run).path == run
+    lab.same_bits(run, whole(**{"rounds": 2, "modes": ["federated"]}))
+
+
+@pytest.mark.parametrize("damage", ["none", "digit", "name", "gone"])
+def test_a_resumed_run_is_told_by_its_id_whatever_its_config_says(
+    lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    keys = {**LONG, "rounds": 3, "modes": ["federated"]}
+    run = stopped_run(lab, monkeypatch, "federated", 2, **{**keys, "name": "stopped"})
+    config = run / "config.yaml"
+    text = config.read_text()
+    other = {
+        "none": text,
+        "digit": text.replace("batch_size: 4", "batch_size: 5"),
+        "name": text.replace("name: stopped", "name: [1]"),
+    }
+    config.unlink() if damage == "gone" else config.write_text(other[damage])
+    assert damage in ("none", "gone") or config.read_text() != text
+    assert fedsim.run(lab.exp(**keys, name="stopped"), progress=False, resume=run).path == run
+    lab.same_bits(run, whole(rounds=3, modes=["federated"]))
+    with pytest.raises(UserError, match="cannot go on with other numbers: seed: 77"):
+        fedsim.run(lab.exp(**keys, seed=77), progress=False, resume=run)
+    config.write_text("name: [1]\n")
+    with pytest.raises(UserError, match=r"config\.yaml does not tell what the run was \(.*name.*; put the file back"):
+        fedsim.run(lab.exp(**keys, seed=77), progress=False, resume=run)
 
 
 # ------------------------------------------------------------------------------------------- what it costs
@@ -322,8 +378,10 @@ def test_rows_of_what_checkpoints_took_are_there_once(lab: Any, monkeypatch: pyt
     assert fedsim.diff_runs(run, folder).agree
 
 
-def test_trackers_get_every_committed_row_once(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A round that was dropped reaches no tracker; what was committed right before the end reaches it at the next start."""
+@pytest.mark.parametrize("damaged", [False, True])
+def test_trackers_get_every_committed_row_once(lab: Any, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
+    """A round that was dropped reaches no tracker; what was committed right before the end reaches it at the next start.
+    Where the note on what they were told is damaged, they are told all of it again."""
     told: list[Any] = []
 
     class Told(Trackers):
@@ -357,7 +415,11 @@ def test_trackers_get_every_committed_row_once(lab: Any, monkeypatch: pytest.Mon
             patch.setattr(f"fedsim.{name}", patched) if name else patch.setattr(Told, "log", patched)
             with pytest.raises(Stopped):
                 lab.run(**LONG)
-    run = lab.run(**LONG)
+    (run,) = (lab.root / "results" / "lab").iterdir()
+    if damaged:
+        digit(run / "checkpoints/tracked.json", b'"metrics_bytes": ')
+        told.clear()
+    assert lab.run(**LONG) == run
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [vars(r) for r in told] == [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
@@ -442,6 +504,24 @@ def test_a_run_folder_is_run_once_at_a_time(lab: Any) -> None:
     assert len(fedsim.load_runs(run)) > 0, "reading is free"
     holder.close()
     assert lab.run(**keys) == run and not (run / ".lock").exists()
+
+
+def test_who_is_refused_removes_nothing_of_the_holders(tmp_path: Path) -> None:
+    """Two first starts at once: both saw no folder, one of them has the lock."""
+    place = tmp_path / "results" / "name" / "id"
+    refused = RunFolder(place)
+    refused._made = [place, place.parent, place.parent.parent]
+    holder = RunFolder(place)
+    holder._made = list(refused._made)
+    assert holder.lock() is None
+    with pytest.raises(UserError, match="is being run by process"):
+        refused.lock()
+    refused.discard_new()
+    refused.close()
+    assert (place / ".lock").is_file() and (place / "metrics.jsonl").is_file()
+    holder.discard_new()
+    holder.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
