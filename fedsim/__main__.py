@@ -210,6 +210,7 @@ def partition(
     from fedsim.config import Experiment, results_of
 
     exp = Experiment.load(file, overrides or [])
+    out = _place(out, "--out")
     report = prepare(exp).report
     place = out or results_of(exp) / exp.name / "partition"
     place.mkdir(parents=True, exist_ok=True)
@@ -239,6 +240,7 @@ def plot(
     from fedsim.runs import find_runs
     from fedsim.tables import write_tables
 
+    runs, out = [_place(run, "RUNS") for run in runs], _place(out, "--out")
     if len(runs) == 1 and (runs[0] / "sweep.json").is_file():
         if x != "step":
             raise UserError(f"--x: {x!r} has no use for a sweep's folder, which has no curves; name some of its runs")
@@ -269,6 +271,7 @@ def list_(
         return
     from fedsim.runs import list_runs
 
+    path = _place(path, "PATH")
     frame = list_runs(path)
     _table(frame, f"{len(frame)} run(s) in {path}")
 
@@ -291,6 +294,7 @@ def diff(
     from fedsim.diff import diff_runs
     from fedsim.runs import find_runs, read_state
 
+    a, b = _place(a, "RUN"), _place(b, "RUN")
     found = diff_runs(a, b, rtol, atol)
     for side, path in (("a", a), ("b", b)):
         folder = find_runs(path)[0]
@@ -365,6 +369,9 @@ def eval_(
     """
     from fedsim.zero_shot import evaluate_zero_shot
 
+    runs = [_expanded(run, "RUN") for run in runs]
+    data, base_path = _expanded(data, "--data"), _expanded(base_path, "--base-path")
+    task_files, out = _place(task_files, "--task-files"), _place(out, "--out")
     done = evaluate_zero_shot(
         runs,
         tasks,
@@ -483,6 +490,18 @@ def _partition_table(report: dict[str, Any]) -> None:
         print(visible("; ".join(notes)))
     if report["empty_clients"]:
         print(visible(f"without a row, left out of cohorts: {', '.join(report['empty_clients'])}"))
+
+
+def _expanded(text: str | None, key: str) -> str | None:
+    """A path of the command line as the config's own are read: `~` is a home folder; `key` is named in errors."""
+    from fedsim.config import expand_path
+
+    return None if text is None else expand_path(text, key)
+
+
+def _place(path: Path | None, key: str) -> Path | None:
+    """The same of a `Path`."""
+    return None if path is None else Path(_expanded(str(path), key))
 
 
 def _table(frame: Any, title: str) -> None:

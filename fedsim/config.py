@@ -233,7 +233,7 @@ class Experiment:
         Raises:
             UserError: for a missing file, bad YAML, an unknown key, a wrong type or an impossible value.
         """
-        path = Path(file)
+        path = Path(expand_path(str(file), "FILE"))
         return cls.from_tree(read_yaml(path), path.resolve().parent, overrides, settings)
 
     @classmethod
@@ -486,12 +486,12 @@ def expand_path(text: str, key: str) -> str:
     """Put environment variables (`${oc.env:NAME}`) and `~` into a path.
 
     Raises:
-        UserError: if a variable is not set.
+        UserError: if a variable is not set, or the user of `~user` is not known.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     if "${" in text:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
         try:
             text = str(OmegaConf.create({"value": text}).value)
         except OmegaConfBaseException as error:

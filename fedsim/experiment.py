@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.build import Parts, Shared, identity_of, prepare
-from fedsim.config import Experiment, results_of
+from fedsim.config import Experiment, expand_path, results_of
 from fedsim.errors import UserError
 from fedsim.executors.fleet import Member
 from fedsim.numerics import settled
@@ -160,7 +160,7 @@ def _find_run(name: str | Path, exp: Experiment) -> Path:
     Raises:
         UserError: if there is none, or several.
     """
-    path = Path(name).expanduser()
+    path = Path(expand_path(str(name), "--resume"))
     if _is_run(path):
         return path
     root = results_of(exp)

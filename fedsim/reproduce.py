@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fedsim.config import Experiment, read_yaml, results_of
+from fedsim.config import Experiment, expand_path, read_yaml, results_of
 from fedsim.errors import UserError
 from fedsim.report import check as check_report
 from fedsim.report import zero_shot_file
@@ -148,7 +148,7 @@ def _refuse(overrides: Sequence[str], settings: dict[str, Any]) -> None:
 
 def _folder(experiment: str | Path) -> Path:
     roots = [Path("experiments"), Path(__file__).resolve().parents[1] / "experiments"]
-    for folder in (Path(experiment), *(root / experiment for root in roots)):
+    for folder in (Path(expand_path(str(experiment), "EXPERIMENT")), *(root / experiment for root in roots)):
         if (folder / "reproduce.yaml").is_file():
             return folder
     found = sorted({f.parent.name for root in roots for f in root.glob("*/reproduce.yaml")})

@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fedsim.build import Parts, Shared, prepare
-from fedsim.config import Experiment, read_yaml, results_of
+from fedsim.config import Experiment, expand_path, read_yaml, results_of
 from fedsim.errors import ClientError, UserError
 from fedsim.executors.fleet import Fleet, Member
 from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, remove_temp_dir, without_interrupt
@@ -125,7 +125,8 @@ class Sweep:
         Raises:
             UserError: for anything in it that cannot be, with the settings of the run that is concerned.
         """
-        return cls.from_dict(read_yaml(Path(file)), file, overrides)
+        path = Path(expand_path(str(file), "FILE"))
+        return cls.from_dict(read_yaml(path), path, overrides)
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], file: str | Path = "sweep", overrides: Sequence[str] = ()) -> Sweep:
@@ -138,7 +139,11 @@ class Sweep:
                 raise UserError(f"{path}: {key!r} is no key of a sweep; {hint}it takes: {', '.join(_KEYS)}")
         found = tree.get("experiment")
         if isinstance(found, str):
-            at = path.parent / found if (path.parent / found).is_file() else Path(found)
+            at = (
+                path.parent / found
+                if (path.parent / found).is_file()
+                else Path(expand_path(found, f"{path}: experiment"))
+            )
             base, folder = read_yaml(at), at.resolve().parent
         elif isinstance(found, dict):
             base, folder = found, path.resolve().parent

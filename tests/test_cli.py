@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -191,6 +192,23 @@ def test_plot_draws_the_figures_again(finished: Finished, tmp_path: Path, capsys
     assert main(["plot", str(finished.results), "--out", str(tmp_path / "g"), "--metric", "loss"]) == 0
     assert {p.name for p in (tmp_path / "g").iterdir()} >= {"loss.png"}
     assert not (tmp_path / "g" / "accuracy.png").exists()
+
+
+def test_home_is_meant_by_every_path(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished.path, tmp_path / "runs/r")
+    shutil.copy(tmp_path / "runs/r/config.yaml", tmp_path / "e.yaml")
+    capsys.readouterr()
+    assert main(["plot", "~/runs/r", "--out", "~/drawn"]) == 0
+    assert main(["partition", "~/e.yaml", "--out", "~/dealt"]) == 0
+    assert main(["list", "~/runs"]) == 0
+    assert main(["diff", "~/runs/r", "~/runs"]) == 0
+    capsys.readouterr()
+    assert (tmp_path / "drawn/loss.png").is_file() and (tmp_path / "dealt/partition.png").is_file()
+    assert not list(tmp_path.glob("~*"))
 
 
 def test_list_shows_the_runs_with_state_and_scores(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
