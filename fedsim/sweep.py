@@ -169,6 +169,8 @@ class Sweep:
             isinstance(devices, list) and all(isinstance(d, str) for d in devices)
         ):
             raise UserError(f"{path}: devices: {devices!r} is no list of devices, e.g. [cuda:0, cuda:1]; or auto")
+        if devices == []:
+            raise UserError(f"{path}: devices: [] is empty; give [cpu] or [cuda:0, ...]")
         keys = list(dict.fromkeys(key for one in settings for key in one))
         for section, why in _NOT_SWEPT.items():
             if len({repr(plain(getattr(exp, section))) for exp in experiments}) > 1:
@@ -194,7 +196,9 @@ def _settings(path: Path, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if not isinstance(grid, dict):
             raise UserError(f"{path}: grid: {grid!r} is no mapping of keys to lists of values")
         for key, values in grid.items():
-            if not isinstance(values, list) or not values:
+            if values == []:
+                raise UserError(f"{path}: grid.{key}: [] is empty; give one value or more, or leave the key out")
+            if not isinstance(values, list):
                 raise UserError(f"{path}: grid.{key}: {values!r} is no list of values; write [{values}]")
         if (count := math.prod(map(len, grid.values()))) > _MOST:
             raise UserError(

@@ -328,6 +328,8 @@ CASES: list[Case] = [
     ("a million threads", None, ["executor={name: serial, threads: 1000000}"], "executor.threads: 1000000 is above 1024"),
     # ---- the other commands
     ("sweep's key", put("s.yaml", SWEEP + "grids: 1\n"), ["sweep", "s.yaml"], "'grids' is no key of a sweep; did you mean grid"),
+    ("sweep over nothing", put("s.yaml", "experiment: e.yaml\ngrid: {seed: []}\n"), ["sweep", "s.yaml"], r"s.yaml: grid.seed: \[\] is empty; give one value"),
+    ("sweep on nothing", put("s.yaml", SWEEP + "devices: []\n"), ["sweep", "s.yaml"], r"s.yaml: devices: \[\] is empty; give \[cpu\]"),
     ("sweep of a number", put("s.yaml", "experiment: e.yaml\ngrid: {3: [1]}\n"), ["sweep", "s.yaml"], "3: 1 is for no known key"),
     ("sweep's device", put("s.yaml", SWEEP + "devices: ['cuda:9']\n"), ["sweep", "s.yaml"], "'cuda:9' is not on this machine"),
     ("sweep without end", put("s.yaml", f"experiment: e.yaml\ngrid: {{seed: {list(range(300))}, local.steps: {list(range(1, 300))}}}\n"),
