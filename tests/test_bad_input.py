@@ -248,6 +248,8 @@ CASES: list[Case] = [
     ("null text", lines(6, '{"text": null, "label": "b"}'), [JSONL], "row 6 of .* has no text in text"),
     ("half a character", lines(6, '{"text": "\\ud800", "label": "b"}'), [JSONL], "row 6 .* half of a character"),
     ("nested label", lines(6, '{"text": "x", "label": ["b"]}'), [JSONL], "row 6 .*which is no label; write a word"),
+    ("label with a zero byte", lines(6, '{"text": "x", "label": "a\\u0000"}'), [JSONL], r"row 6 of '.*rows.jsonl' has 'a\\x00', which is no label"),
+    ("label with a zero byte, known", lines(6, '{"text": "x", "label": "a\\u0000"}'), [JSONL, "data.labels=[a, b]"], "row 6 of '.*rows.jsonl' has"),
     ("JSON is an object", put("rows.json", '{"text": []}'), [JSON], "expected a list of objects, one a row"),
     ("JSON holds a number", put("rows.json", '[{"text": "x"}, 3]'), [JSON], "but row 2 is '3'"),
     ("JSON too deep", put("rows.json", "[" * 99999), [JSON], "nested too deep; give a list of objects"),

@@ -560,7 +560,9 @@ def _words(values: Any, path: str) -> list[str]:
 
 
 def _word(value: Any, row: int, of: str) -> str:
-    if isinstance(value, (dict, list, tuple, bytes, np.ndarray)) or (isinstance(value, str) and not sound(value)):
+    if isinstance(value, (dict, list, tuple, bytes, np.ndarray)) or (
+        isinstance(value, str) and ("\0" in value or not sound(value))
+    ):
         problem = f"row {row + 1} of {of!r} has {str(value)[:60]!r}, which is no label"
         raise UserError(f"data.columns.label: {problem}; write a word or a whole number")
     # A column of whole numbers with a gap in it comes back as floats: 1.0 means 1.
