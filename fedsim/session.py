@@ -228,6 +228,8 @@ class Session:
 
     def _stopped_at(self) -> str:
         mode, round = self.at or ("", 0)
+        if mode:  # a signal may come between a checkpoint and the note of it: the folder knows
+            round = max((r for r, info in self.folder.checkpoints(mode) if info is not None), default=round)
         where = (
             f"after round {round} of {mode}" if round else f"before round 1 of {mode}" if mode else "before training"
         )
