@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from fedsim.errors import ClientError, UserError, visible
+from fedsim.inductor import without_folder
 from fedsim.signals import ended_by_signals
 
 _INTERRUPTED = 130  # what the parser makes of Ctrl-C
@@ -536,7 +537,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a failing client or a bug, 2 for a user's mistake or a disk that cannot be written to, 130 after
         Ctrl-C (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
-    with ended_by_signals() as came:
+    with without_folder(), ended_by_signals() as came:
         try:
             code = _main(argv)
             return 128 + came[0] if came and code else code

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from fedsim.errors import UserError
+from fedsim.inductor import without_folder
 from fedsim.schema import check_keys, components_of, convert, hints_of, keys_of, plain
 from fedsim.sections import (
     Adapter,
@@ -256,6 +257,7 @@ class Experiment:
         return cls.from_dict(tree)
 
     @classmethod
+    @without_folder()  # PEFT is asked for the keys of its methods
     def from_dict(cls, tree: dict[str, Any]) -> Experiment:
         """The experiment of a nested dict, as YAML gives it."""
         check_keys(cls, tree, "")

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fedsim.inductor import without_folder
+
 # Operations of the models that are trained here whose CUDA kernels add up in any order: torch's documentation of
 # `use_deterministic_algorithms` and of `scaled_dot_product_attention`, against what fedsim/models and transformers call.
 # Not among them, though their kernels add atomically: gradients of `index_select` and `index_copy` in fedsim/models, whose
@@ -42,6 +44,7 @@ def settled(devices: Sequence[str] = ()) -> Iterator[None]:
         devices: where the run trains.
     """
     with ExitStack() as stack:
+        stack.enter_context(without_folder())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):

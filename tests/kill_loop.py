@@ -169,6 +169,8 @@ class Loop:
         """Of a start in `place`: what it leaves behind can be told from other processes' doing."""
         path = f"{HERE.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        # Set by whoever imported torch's compiler: the start would not make the folder that it might leave.
+        env.pop("TORCHINDUCTOR_CACHE_DIR", None)
         return env | {"TMPDIR": str(place / "tmp"), TOKEN: str(place)}
 
     def trial(self, number: int, rng: random.Random, executors: list[str], most: int = 3) -> tuple[str, bool]:
@@ -294,7 +296,8 @@ def left_over(place: Path) -> list[str]:
         if not Path(f"/proc/{f.name.split('_')[1]}").exists()
     ]
     out += [f"shared memory left: {name}" for name in shared]
-    return out + [f"temporary file left: {f.name}" for f in (place / "tmp").iterdir() if f.name.startswith("pymp-")]
+    kinds = ("pymp-", "torchinductor")
+    return out + [f"temporary file left: {f.name}" for f in (place / "tmp").iterdir() if f.name.startswith(kinds)]
 
 
 def _left_files(place: Path, run: Path) -> list[str]:

@@ -55,7 +55,10 @@ class Finished:
         (root / "small.yaml").write_text(YAML)
         self.results = root / "results"
         command = [sys.executable, "-m", "fedsim", "run", "small.yaml"]
+        (root / "tmp").mkdir()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "60"}
+        environment["TMPDIR"] = str(root / "tmp")
+        environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # as where torch's compiler makes a folder on being imported
         self.done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
     @property
@@ -105,6 +108,10 @@ def test_run_makes_a_run_folder_and_prints_the_table_and_the_figures(finished: F
     last = [r["value"] for r in merged if r["name"] == "accuracy"][-1]
     (line,) = [x for x in done.stdout.partition("loss of")[0].splitlines() if x.startswith("federated")]
     assert line.split()[1] == f"{last:.4f}", "the table shows the metrics file's number"
+
+
+def test_a_run_leaves_no_temporary_file(finished: Finished) -> None:
+    assert finished.done.returncode == 0 and list((finished.root / "tmp").iterdir()) == []
 
 
 def test_progress_goes_to_standard_error_in_plain_lines_where_there_is_no_terminal(finished: Finished) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fedsim.errors import UserError, is_out_of_memory
+from fedsim.inductor import without_folder
 from fedsim.models import base as bases
 from fedsim.models.adapters import load_adapter
 from fedsim.run_folder import versions
@@ -32,6 +33,7 @@ EVERY = 60.0  # seconds between two lines
 _DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 
+@without_folder()
 def evaluate_zero_shot(
     models: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     tasks: str | Sequence[str] = TASKS,
