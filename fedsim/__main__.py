@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fedsim.errors import ClientError, UserError, visible
+from fedsim.errors import ClientError, Notice, UserError, visible
 from fedsim.inductor import without_folder
 from fedsim.signals import ended_by_signals
 
@@ -552,9 +553,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + came[0]
 
 
+@contextlib.contextmanager
+def _plain_notices() -> Iterator[None]:
+    """Notices are lines as all others are: a warning's source line says nothing to who types commands."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *about: Any, **more: Any) -> None:
+            if issubclass(category, Notice):
+                print(visible(f"fedsim: {message}"), file=sys.stderr)
+            else:
+                usual(message, category, *about, **more)
+
+        warnings.showwarning = show
+        yield
+
+
 def _main(argv: Sequence[str] | None) -> int:
     try:
-        code = app(args=None if argv is None else list(argv), prog_name="fedsim", standalone_mode=False)
+        with _plain_notices():
+            code = app(args=None if argv is None else list(argv), prog_name="fedsim", standalone_mode=False)
     except UserError as error:
         print(visible(f"fedsim: {error}"), file=sys.stderr)
         return 2

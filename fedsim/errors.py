@@ -13,6 +13,10 @@ class UserError(ValueError):
     """Something the user wrote cannot work: names the thing, the value and the way out, in one line."""
 
 
+class Notice(UserWarning):
+    """Something a user should know that stops nothing: a warning in Python, a plain line on standard error on the command line."""
+
+
 def visible(text: str, lines: bool = False) -> str:
     """Text that may be of a user's data, fit for a terminal: what is not seen, or steers it, as an escape such as `\\x1b`.
 

@@ -28,7 +28,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import offset_copy
 
-from fedsim.errors import UserError, visible
+from fedsim.errors import Notice, UserError, visible
 from fedsim.runs import (
     COLUMNS,
     SCOPES,
@@ -112,7 +112,9 @@ def curves(
     if len(groups := settings(df)) > 1:
         labels = "; ".join(label for label, _ in groups[:4])
         warnings.warn(
-            f"curves draws one mean over {len(groups)} settings ({labels}); filter first or use compare", stacklevel=2
+            f"curves draws one mean over {len(groups)} settings ({labels}); filter first or use compare",
+            Notice,
+            stacklevel=2,
         )
     with _style(ax):
         ax = ax or _new_axes(3.4)

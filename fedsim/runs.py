@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from fedsim.errors import UserError
+from fedsim.errors import Notice, UserError
 
 COLUMNS = ("round", "step", "scope", "client", "split", "name", "value", "weight", "seconds")
 SCOPES = ("local", "federated", "central")
@@ -374,7 +374,7 @@ def _metrics(file: Path) -> pd.DataFrame:
                 raise UserError(f"{file}, line {number}: {problem}; mend or delete this line")
         raise UserError(f"{file}: not a metrics file; every line must be one JSON object with {', '.join(COLUMNS)}")
     if torn:
-        warnings.warn(f"{file}: the last line ({torn}) is torn and left out", stacklevel=3)
+        warnings.warn(f"{file}: the last line ({torn}) is torn and left out", Notice, stacklevel=3)
     return frame.drop_duplicates(["round", "step", "scope", "client", "split", "name"], keep="last", ignore_index=True)
 
 

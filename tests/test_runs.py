@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedsim.errors import UserError
+from fedsim.__main__ import main
+from fedsim.errors import Notice, UserError
 from fedsim.runs import (
     find_runs,
     list_runs,
@@ -210,6 +212,17 @@ def test_torn_last_line_is_left_out(run: Path) -> None:
         file.write('{"round": 6, "scope": "zürich'.encode()[:-4])  # torn inside a character
     with pytest.warns(UserWarning, match=r"metrics.jsonl: the last line \(\d+\) is torn"):
         assert load_runs(run).equals(whole)
+
+
+def test_torn_last_line_is_a_plain_line_of_a_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"round": 6, "sco')
+    for command in (["list", str(run)], ["plot", str(run), "--out", str(run / "f"), "--metric", "loss"]):
+        assert main(command) == 0
+        err = capsys.readouterr().err
+        assert re.fullmatch(r"fedsim: \S+metrics.jsonl: the last line \(\d+\) is torn and left out\n", err), err
+    with pytest.warns(Notice):  # in Python it is a warning as ever
+        load_runs(run)
 
 
 @pytest.mark.parametrize(
