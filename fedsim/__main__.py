@@ -370,10 +370,16 @@ def eval_(
     harness's. Models answer the same items and are compared item by item: `~` marks a difference inside the noise.
     """
     from fedsim.zero_shot import evaluate_zero_shot
+    from fedsim.zero_shot.models import find_models
+    from fedsim.zero_shot.scores import check_writable, homes
 
     runs = [_expanded(run, "RUN") for run in runs]
     data, base_path = _expanded(data, "--data"), _expanded(base_path, "--base-path")
     task_files, out = _place(task_files, "--task-files"), _place(out, "--out")
+    patterns = None if only is None else only.split(",")
+    # Scoring takes hours: a place that cannot be written to is found out before.
+    places = homes(find_models(runs, which=which, only=patterns, base=base, base_path=base_path), out)
+    check_writable(places, "--out")
     done = evaluate_zero_shot(
         runs,
         tasks,
@@ -383,7 +389,7 @@ def eval_(
         device=device,
         dtype=dtype,
         which=which,
-        only=None if only is None else only.split(","),
+        only=patterns,
         base=base,
         base_path=base_path,
         against=against,

@@ -63,7 +63,7 @@ def lines(row: int, text: str) -> Build:
 
 
 def folder(name: str) -> Build:
-    return lambda here, lab: (here / name).mkdir()
+    return lambda here, lab: (here / name).mkdir(parents=True)
 
 
 def every(*builds: Build) -> Build:
@@ -359,6 +359,10 @@ CASES: list[Case] = [
     ("score at a stranger's", None, ["eval", "tiny", "--out", "~nosuch/x"], "--out: '~nosuch/x' is of a user"),
     ("score a stranger's data", None, ["eval", "tiny", "--data", "~nosuch/x"], "--data: '~nosuch/x' is of a user"),
     ("score a stranger's base", None, ["eval", "tiny", "--base-path", "~nosuch/x"], "--base-path: '~nosuch/x' is of a user"),
+    ("scores into a file", put("file", "x"), ["eval", "tiny", "--out", "file"], "--out: 'file' is a file; give a folder"),
+    ("scores below a file", put("file", "x"), ["eval", "tiny", "--out", "file/x/y"], "--out: 'file/x/y' lies below '.*file', a file"),
+    ("scores into the usual place", put("eval", "x"), ["eval", "tiny"], "--out: 'eval' is a file; give a folder"),
+    ("scores over a folder", folder("eval/eval.csv"), ["eval", "tiny"], "--out: 'eval/eval.csv' is a folder, where the scores"),
     ("partition of nothing", table(""), ["partition", "e.yaml"], "rows.csv' is empty; give a file with rows"),
     ("no such option", None, ["run", "e.yaml", "--fast"], "No such option"),
 ]  # fmt: skip

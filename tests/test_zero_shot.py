@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from fedsim.models import base as bases
 from fedsim.zero_shot import evaluate
 from fedsim.zero_shot import models as finding
 from fedsim.zero_shot.models import Candidate, find_models
-from fedsim.zero_shot.scores import Difference, Evaluation, Result, Score, baselines, compare, scores_of
+from fedsim.zero_shot.scores import Difference, Evaluation, Result, Score, baselines, check_writable, compare, scores_of
 from fedsim.zero_shot.tasks import local_task, write_task_files
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -695,3 +696,13 @@ def test_the_command_line_does_not_load_it_for_other_commands() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_scoring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable([tmp_path, tmp_path / "new/er"], "--out")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match="^--out: .* cannot be written to; give another folder$"):
+        check_writable([tmp_path / "new/er"], "--out")

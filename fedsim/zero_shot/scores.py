@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,12 +212,10 @@ class Evaluation:
         Args:
             out: the folder; None: each run's own folder, and `eval/` for models of no run and for several runs together.
         """
-        if out is not None:
-            return self._write(out)
-        homes = list(dict.fromkeys(r.model.home for r in self.results if r.model.home is not None))
-        outside = any(r.model.home is None and r.model.folder is not None for r in self.results)
-        written = [path for home in homes for path in self._of_run(home)._write(home)]
-        return written if len(homes) == 1 and not outside else [*written, *self._write(Path("eval"))]
+        models = [r.model for r in self.results]
+        own = {m.home for m in models} if out is None else set()
+        places = homes(models, out)
+        return [p for place in places for p in (self._of_run(place) if place in own else self)._write(place)]
 
     def _write(self, folder: Path) -> list[Path]:
         data = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
@@ -230,6 +229,35 @@ class Evaluation:
         kept = sorted({*own, *(self.against[i] for i in own if self.against[i] is not None)})
         against = [kept.index(self.against[i]) if self.against[i] in kept else None for i in kept]
         return Evaluation([self.results[i] for i in kept], against, self.settings)
+
+
+def homes(models: list[Candidate], out: Path | None = None) -> list[Path]:
+    """The folders that scores of these models are saved in: `out`, or as `Evaluation.save` says."""
+    if out is not None:
+        return [out]
+    own = list(dict.fromkeys(m.home for m in models if m.home is not None))
+    outside = any(m.home is None and m.folder is not None for m in models)
+    return own if len(own) == 1 and not outside else [*own, Path("eval")]
+
+
+def check_writable(folders: list[Path], key: str) -> None:
+    """Whether `eval.json` and `eval.csv` can be written into folders, which need not be there yet.
+
+    Raises:
+        UserError: for a file in a folder's place, a folder in a file's, or one that cannot be written to.
+    """
+    for folder in folders:
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not there.is_dir():
+            what = "is" if there == folder else f"lies below {str(there)!r},"
+            raise UserError(f"{key}: {str(folder)!r} {what} a file; give a folder")
+        taken = [p for p in (folder / "eval.json", folder / "eval.csv") if p.is_dir()]
+        if taken:
+            raise UserError(
+                f"{key}: {str(taken[0])!r} is a folder, where the scores are to be; move it, or give another"
+            )
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{key}: {str(there)!r} cannot be written to; give another folder")
 
 
 def baselines(models: list[Candidate], against: str | None) -> list[int | None] | None:
