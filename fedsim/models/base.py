@@ -246,7 +246,7 @@ def check_task(source: Source, task: str) -> None:
     """Whether the architecture can do the task.
 
     Raises:
-        UserError: for an encoder-decoder, or an encoder that is to write text.
+        UserError: for an encoder-decoder, an encoder that is to write text, or a config with more blocks than its weights.
     """
     from transformers.models.auto import modeling_auto
 
@@ -265,6 +265,59 @@ def check_task(source: Source, task: str) -> None:
         raise UserError(
             f"model.task: 'causal_lm' cannot be done by {source.name!r}, which is no causal model ({kind}); use model.task=sequence_classification"
         )
+    _check_blocks(source, config)
+
+
+def _check_blocks(source: Source, config: Any) -> None:
+    """Refuse a config that asks for more blocks than the weights' files name, before a model is built: that can take minutes.
+
+    Not every architecture has weights of its own for each block. One that has makes a block more where it is asked for one
+    more than there are, which is tried without memory; where that says nothing, the load has the last word.
+
+    Raises:
+        UserError: for such a config.
+    """
+    asked, held = getattr(config, "num_hidden_layers", None), _blocks(_names_of_weights(source))
+    if not isinstance(asked, int) or not 0 < held < asked:
+        return
+    import transformers
+
+    fewer = copy.deepcopy(config)
+    try:
+        fewer.num_hidden_layers = held + 1
+        if isinstance(vars(fewer).get("layer_types"), list):  # of some configs it is a property
+            fewer.layer_types = fewer.layer_types[: held + 1]
+        with quiet(), torch.device("meta"):
+            made = _blocks(transformers.AutoModel.from_config(fewer, trust_remote_code=False).state_dict())
+    except Exception:  # configs can be wrong in any way; the load says how
+        return
+    if made > held:
+        raise UserError(
+            f"model.path: the weights of {source.name!r} hold {held} blocks, its config asks for {asked} (num_hidden_layers); give the config that belongs to them"
+        )
+
+
+def _names_of_weights(source: Source) -> list[str]:
+    """Names in the weights' files of a folder, from their headers alone; none where they cannot be told."""
+    from safetensors import safe_open
+
+    names: list[str] = []
+    try:
+        for file in [] if source.gguf or source.is_hub else sorted(Path(source.location).glob("*.safetensors")):
+            with safe_open(file, framework="pt") as handle:
+                names += handle.keys()
+    except Exception:  # the load says what is wrong with them
+        return []
+    return names
+
+
+def _blocks(names: Iterable[str]) -> int:
+    """Numbered blocks in weights' names: of the numbers behind the same words in front, as many as there are most."""
+    numbers: dict[str, set[str]] = {}
+    for name in names:
+        if found := re.match(r"(.*?)\.(\d+)\.", name):
+            numbers.setdefault(found[1], set()).add(found[2])
+    return max(map(len, numbers.values()), default=0)
 
 
 def load_base(
