@@ -254,6 +254,8 @@ CASES: list[Case] = [
     ("line too deep", lines(6, "[" * 99999), [JSONL], "line 6 is nested too deep"),
     ("nested text", lines(6, '{"text": {"x": 1}, "label": "b"}'), [JSONL], "row 6 of '.*' has .*in the column 'text', which is no text"),
     ("null text", lines(6, '{"text": null, "label": "b"}'), [JSONL], "row 6 of .* has no text in text"),
+    ("folder without data", every(put("d/x/y/notes.md", "x"), put("d/.hidden/z.csv", "a,b")), ["data={name: hub, path: d}"],
+     "data.path: '.*d' is a folder without a data file; give one with"),
     ("half a character", lines(6, '{"text": "\\ud800", "label": "b"}'), [JSONL], "row 6 .* half of a character"),
     ("nested label", lines(6, '{"text": "x", "label": ["b"]}'), [JSONL], "row 6 .*which is no label; write a word"),
     ("label with a zero byte", lines(6, '{"text": "x", "label": "a\\u0000"}'), [JSONL], r"row 6 of '.*rows.jsonl' has 'a\\x00', which is no label"),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
+import os
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -314,6 +316,9 @@ def load_hub(path: str, subset: str | None, key: str = "data.path") -> Any:
     """
     import datasets
 
+    if Path(path).is_dir():
+        _check_holds_data(path, key)
+
     try:
         return datasets.load_dataset(path, subset)
     except Exception as error:  # transport, format and script errors of many kinds; to the user each means the same
@@ -321,6 +326,55 @@ def load_hub(path: str, subset: str | None, key: str = "data.path") -> Any:
         raise UserError(
             f"{key}: {path!r} could not be loaded as a data set ({type(error).__name__}: {text}); check the id, the subset and the network"
         ) from None
+
+
+_DATA_FILES = {
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".parquet",
+    ".arrow",
+    ".txt",
+    ".xml",
+    ".h5",
+    ".hdf5",
+    ".lance",
+}
+_DATA_FILES |= {".eval", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar"}
+_LOOKED_AT = 20_000  # names in a folder that may hold a data set; looking at more takes seconds
+
+
+def _check_holds_data(path: str, key: str) -> None:
+    """Refuse a folder in which the loader would look for data for minutes, as a home folder.
+
+    The loader takes every file below it into account. Here names are looked at, those nearest to the top first, until one is
+    a data file's.
+
+    Raises:
+        UserError: if there is none, or none among the first so many.
+    """
+    seen, level = 0, [path]
+    while level and seen < _LOOKED_AT:
+        below: list[str] = []
+        for folder in level:
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                for entry in itertools.islice(entries, _LOOKED_AT - seen):
+                    seen += 1
+                    if entry.name.startswith((".", "_")):
+                        continue  # the loader leaves these out
+                    if entry.is_dir():
+                        below.append(entry.path)
+                    elif Path(entry.name).suffix.lower() in _DATA_FILES or (
+                        folder == path and entry.name == "README.md"
+                    ):
+                        return
+        level = below
+    where = "" if seen < _LOOKED_AT else f" among its first {_LOOKED_AT:,} names"
+    raise UserError(
+        f"{key}: {path!r} is a folder without a data file{where}; give one with .csv, .json, .jsonl, .parquet or .txt files, or a hub id"
+    )
 
 
 def read_table(path: str, key: str) -> Any:
