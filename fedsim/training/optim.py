@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+_AT_ONCE_CPU = 1 << 19  # elements: what a rule makes on the way to a step stays in the cache, and needs little memory
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -57,12 +59,14 @@ class FlatOptimizer:
         optim: hyperparameters.
         flat: the parameters, `[1, N]`; updated in place.
         grad: their gradient, `[1, N]`; filled by the backward pass.
-        piece: elements of a piece at most; None = all in one.
+        piece: elements of a piece at most; None = all in one. On the CPU they are smaller in any case.
     """
 
     def __init__(self, optim: Optim, flat: Tensor, grad: Tensor, piece: int | None = None) -> None:
         self.optim, self.grad = optim, grad[0]
         flat, size = flat[0], piece or flat.shape[1]
+        if flat.device.type == "cpu":
+            size = min(size, _AT_ONCE_CPU)
         self.moments = [torch.zeros_like(flat) for _ in range(optim.num_moments)]
         self.places = [(i, min(i + size, len(flat))) for i in range(0, len(flat), size)]
         self.pieces = [nn.Parameter(flat[a:b], requires_grad=True) for a, b in self.places]
