@@ -365,6 +365,7 @@ def _merge(
         for name, view in here.items():
             view.copy_(params[name])
         state.server = server
+        del params  # before those of the next chunk are made
 
 
 def _train(

@@ -26,6 +26,7 @@ from torch import Tensor
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _AT_ONCE = 1 << 22  # elements that are copied at once
 _PIECE = 1 << 24  # bytes that are summed at once
+_READ = 1 << 20  # bytes of them that are in memory
 _THREADS_FROM = 1 << 27  # bytes of which a checksum takes several threads
 
 
@@ -109,9 +110,12 @@ class Store:
 
             def piece(one: tuple[int, int]) -> int:
                 record, at = one
-                out = bytearray(min(_PIECE, self.nbytes - at))
-                self._fill(handle, memoryview(out), record * self.nbytes + at)
-                return zlib.crc32(out)
+                found, end, out = 0, min(at + _PIECE, self.nbytes), memoryview(bytearray(_READ))
+                while at < end:
+                    part = out[: end - at]
+                    self._fill(handle, part, record * self.nbytes + at)
+                    found, at = zlib.crc32(part, found), at + len(part)
+                return found
 
             if len(records) * self.nbytes < _THREADS_FROM:
                 found = [piece(one) for one in work]

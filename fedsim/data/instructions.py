@@ -218,8 +218,8 @@ def _records(
         for key in ("subset", "split"):
             if entry.get(key):
                 raise UserError(f"{at}.{key}: {entry[key]!r} has no use for the file {path!r}; it is for hub ids")
-        frame = read_table(path, place)
-        return list(frame.columns), frame.to_dict("records")
+        held = read_table(path, place)
+        return held.columns, held.records()
     if not file.is_dir() and not looks_like_hub_id(path):
         raise UserError(
             f"{place}: {path!r} does not exist; give a .json, .jsonl, .parquet, .csv or .tsv file, or a hub id"

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -136,6 +137,36 @@ class Source:
     notes: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass
+class Table:
+    """Columns of n values as a file gives them: Python's own, so that reading rows does not need pandas in memory.
+
+    Attributes:
+        values: column -> n values; what a row lacks is NaN.
+        rows: n.
+    """
+
+    values: dict[str, list[Any]]
+    rows: int
+
+    @classmethod
+    def of(cls, frame: Any) -> Table:
+        """What a DataFrame holds."""
+        return cls({str(c): frame[c].tolist() for c in frame.columns}, len(frame))
+
+    @property
+    def columns(self) -> list[str]:
+        """Their names, in order."""
+        return list(self.values)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def records(self) -> list[dict[str, Any]]:
+        """A dict a row."""
+        return [dict(zip(self.values, row, strict=True)) for row in zip(*self.values.values(), strict=True)]
+
+
 def headlines(*, seed: int, labels: list[str] | None) -> Source:
     """The embedded headlines: 1,811 / 226 / 227 rows with the PhraseBank's class counts."""
     from fedsim.data.headlines import generate
@@ -241,7 +272,7 @@ def hub(
                 rows = rows.remove_columns(column).add_column(column, named)
                 if column == columns.get("label", "label") and labels is None:
                     labels = list(feature.names)
-        frames[split] = rows.to_pandas()
+        frames[split] = Table.of(rows.to_pandas())
     fractions = {k: v for k, v in (("validation", validation), ("test", test)) if not isinstance(v, str)}
     return _from_frames(frames, fractions, split_seed, labels, columns, needs_labels, path)
 
@@ -377,14 +408,12 @@ def _check_holds_data(path: str, key: str) -> None:
     )
 
 
-def read_table(path: str, key: str) -> Any:
-    """A CSV, TSV, JSON, JSONL or Parquet file as a DataFrame; `key` is the config's, for messages.
+def read_table(path: str, key: str) -> Table:
+    """A CSV, TSV, JSON, JSONL or Parquet file; `key` is the config's, for messages.
 
     Raises:
         UserError: for a missing, unreadable or empty file, or one that is not UTF-8.
     """
-    import pandas as pd
-
     file = Path(path).expanduser()
     if not file.is_file():
         problem = "is a folder" if file.is_dir() else "does not exist"
@@ -394,6 +423,8 @@ def read_table(path: str, key: str) -> Any:
         raise UserError(f"{key}: {path!r} is empty; give a file with rows")
     try:
         if kind in (".csv", ".tsv"):
+            import pandas as pd  # 60 MB of memory, with Arrow: only where it reads the file
+
             separator = "," if kind == ".csv" else "\t"
             frame = _read_delimited(file, separator)
             if not isinstance(frame.index, pd.RangeIndex):
@@ -401,17 +432,18 @@ def read_table(path: str, key: str) -> Any:
                     f"{key}: {path!r} has rows with more fields than its header; quote text that holds {separator!r}"
                 )
             _check_delimited(file, separator, key, frame)
+            held = Table.of(frame)
         elif kind in (".jsonl", ".ndjson"):
             lines = file.read_text(encoding="utf-8-sig").split("\n")
-            frame = _frame([_json_line(text, i) for i, text in enumerate(lines, 1) if text.strip()])
+            held = _table([_json_line(text, i) for i, text in enumerate(lines, 1) if text.strip()])
         elif kind == ".json":
-            frame = _frame(json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_object))
+            held = _table(json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_object))
         elif kind == ".parquet":
             import pyarrow.parquet
 
-            held = pyarrow.parquet.ParquetFile(file).read()
-            _refuse_twice(held.column_names, str(file), key)
-            frame = _frame(held.to_pylist())
+            arrow = pyarrow.parquet.ParquetFile(file).read()
+            _refuse_twice(arrow.column_names, str(file), key)
+            held = _table(arrow.to_pylist())
         else:
             raise UserError(
                 f"{key}: {path!r} ends in {kind or 'nothing'}; give a .csv, .tsv, .json, .jsonl or .parquet file"
@@ -427,10 +459,9 @@ def read_table(path: str, key: str) -> Any:
         why = " ".join(str(error).replace("Error tokenizing data. C error: ", "").split())[:200]
         way = "quote cells that hold separators or line ends" if kind in (".csv", ".tsv") else "write the file anew"
         raise UserError(f"{key}: {path!r} could not be read as {kind[1:]} ({why}); {way}") from None
-    if len(frame) == 0:
+    if len(held) == 0:
         raise UserError(f"{key}: {path!r} has no rows; give a file with rows")
-    frame.columns = [str(c) for c in frame.columns]
-    return frame
+    return held
 
 
 def _line_of(file: Path, byte: int) -> str:
@@ -491,16 +522,15 @@ def _read_delimited(file: Path, separator: str) -> Any:
     return plain if complete and len(plain) > len(quoted) else quoted
 
 
-def _frame(records: Any) -> Any:
-    """Records as a DataFrame of the values as they are: a missing value turns no whole number into a float."""
-    import pandas as pd
-
+def _table(records: Any) -> Table:
+    """Records as columns, in the order in which they first come, of the values as they are."""
     if not isinstance(records, list):
         raise ValueError("expected a list of objects, one a row")
     odd = next((i for i, r in enumerate(records, 1) if not isinstance(r, dict)), None)
     if odd is not None:
         raise ValueError(f"expected a list of objects, one a row, but row {odd} is {str(records[odd - 1])[:40]!r}")
-    return pd.DataFrame(records, dtype=object)
+    names = dict.fromkeys(str(name) for record in records for name in record)
+    return Table({n: [record.get(n, math.nan) for record in records] for n in names}, len(records))
 
 
 def _check_delimited(file: Path, separator: str, key: str, frame: Any) -> None:
@@ -545,7 +575,7 @@ def missing(value: Any) -> bool:
 
 
 def _from_frames(
-    frames: dict[str, Any],
+    frames: dict[str, Table],
     fractions: dict[str, float],
     seed: int,
     labels: list[str] | None,
@@ -570,7 +600,7 @@ def _from_frames(
     words = None
     classes: dict[str, np.ndarray] = {}
     if has_labels:
-        words = labels if labels is not None else _words(frames["train"][column], path)
+        words = labels if labels is not None else _words(frames["train"].values[column], path)
         classes = {name: _classes(frame, column, words, name, files.get(name, "")) for name, frame in frames.items()}
     picked = {name: np.arange(len(frame)) for name, frame in frames.items()}
     if fractions:
@@ -586,9 +616,9 @@ def _from_frames(
             raise UserError(
                 f"data.{name if name != 'train' else 'path'}: the {name} split of {path!r} is left without a row; it has {len(frames['train'])} in all; add rows, or hold out fewer"
             )
-        part = frames[name].iloc[rows]
         held = classes[name][rows] if has_labels else None
-        splits[name] = Split({c: part[c].tolist() for c in part.columns}, held, files.get(name, ""), rows + 1)
+        part = {c: [v[row] for row in rows.tolist()] for c, v in frames[name].values.items()}
+        splits[name] = Split(part, held, files.get(name, ""), rows + 1)
     names = set(frames["train"].columns) | set(columns)
     template = text = None
     if {"text", "label"} <= names:
@@ -600,8 +630,8 @@ def _from_frames(
     return Source(splits, words, template, text)
 
 
-def _words(values: Any, path: str) -> list[str]:
-    words = sorted({_word(v, row, path) for row, v in enumerate(values.tolist()) if not missing(v)} - {""})
+def _words(values: list[Any], path: str) -> list[str]:
+    words = sorted({_word(v, row, path) for row, v in enumerate(values) if not missing(v)} - {""})
     if len(words) < 2:
         raise UserError(
             f"data.columns.label: the label column of {path!r} holds {len(words)} different value(s){f', {words[0]!r}' if words else ''}; classification needs two or more: name the right column, or list data.labels"
@@ -623,14 +653,14 @@ def _word(value: Any, row: int, of: str) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
-def _classes(frame: Any, column: str, words: list[str], split: str, file: str) -> np.ndarray:
+def _classes(frame: Table, column: str, words: list[str], split: str, file: str) -> np.ndarray:
     of = repr(file) if file else split
     if column not in frame.columns:
         raise UserError(
             f"data.columns.label: {column!r} is no column of {of}, which has: {nearest_first(column, frame.columns)}; the {split} rows need it too"
         )
     index = {w: i for i, w in enumerate(words)}
-    values = [None if missing(v) else _word(v, i, file or split) or None for i, v in enumerate(frame[column].tolist())]
+    values = [None if missing(v) else _word(v, i, file or split) or None for i, v in enumerate(frame.values[column])]
     by_number = not any(v in index for v in values) and all(
         v is not None and v.isdecimal() and len(v) < 10 for v in values
     )

@@ -180,11 +180,12 @@ class Trainer:
         self.aggregator = WeightedMean(self.layout.sums)
         self.stores = stores_of(state, algorithms, self.layout, recipe)
         self.cuts: dict[str, tuple[list[Chunk], int]] = {}  # by mode
-        self._trimmed = 0.0
+        self._trimmed = -math.inf
         self.beat: Callable[[], None] = beat
         self._allocate(1)
         if not isinstance(net, StackedNet) or isinstance(net, StreamNet):
             net.adopt(self.flat)
+        self._give_back()  # what reading the rows and loading the base have held
 
     def _allocate(self, lanes: int) -> None:
         """Room for so many lanes: parameters, gradients, moments."""
@@ -419,6 +420,7 @@ class Trainer:
                 if task.write >= 0:
                     flat = torch.cat([t[i].reshape(-1) for t in state.values()])
                     store.write_at(task.write, chunk.start, flat)
+            del ctx, update, state  # before those of the next chunk are made
         if algorithm.merges:
             part.turn.done()
         for i, (lane, task) in enumerate(zip(lanes, tasks, strict=True)):
