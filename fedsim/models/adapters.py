@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -292,12 +293,14 @@ def _verify_whole(model: nn.Module, folder: Path) -> None:
 
     held = model.state_dict(keep_vars=True)
     seen: set[int] = set()
+    loaded_as = _loaded_as(model, held)
     for file in sorted(folder.glob("*.safetensors")):
-        for name, start, stop in _places(file):
-            if name not in held:  # an architecture whose files have names of their own
+        for written, start, stop in _places(file):
+            name = written if written in held else loaded_as(written)
+            if name is None:  # an architecture whose files hold other tensors: experts one by one, say
                 return _verify_loaded(model, folder)
             if not _same_bytes(held[name].detach(), file, start, stop):
-                raise OSError(f"{file}: {name} does not read back as it was written")
+                raise OSError(f"{file}: {written} does not read back as it was written")
             seen.add(id(held[name]))
     with init_empty_weights():
         made = set(type(model)(AutoConfig.from_pretrained(folder)).state_dict())
@@ -305,6 +308,27 @@ def _verify_whole(model: nn.Module, folder: Path) -> None:
     if missing:
         raise OSError(f"{folder}: {missing[0]} is not as it was written ({len(missing)} such)")
     return None
+
+
+def _loaded_as(model: nn.Module, held: dict[str, torch.Tensor]) -> Callable[[str], str | None]:
+    """Name in a file -> name in the model, as transformers' loader has it; None where a tensor becomes part of another.
+
+    Some architectures' files keep names from before the model's were changed: GPT-NeoX's head is `embed_out` there.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # another version: what it loads is then compared
+        return lambda name: None
+    ways = get_model_conversion_mapping(model)
+    renamings = [w for w in ways if isinstance(w, WeightRenaming)]
+    others = [w for w in ways if not isinstance(w, WeightRenaming)]
+
+    def known(written: str) -> str | None:
+        name, of_several = rename_source_key(written, renamings, others, model.base_model_prefix, held)
+        return name if of_several is None and name in held else None
+
+    return known
 
 
 def _places(file: Path) -> list[tuple[str, int, int]]:
