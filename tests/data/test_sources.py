@@ -15,7 +15,7 @@ import pytest
 
 from fedsim.build import load_source, prepare
 from fedsim.config import Experiment
-from fedsim.data.sources import Source, Split, financial_phrasebank, headlines, hub, read_table, table
+from fedsim.data.sources import Source, Split, financial_phrasebank, headlines, hub, missing, read_table, table
 from fedsim.errors import UserError
 
 SENTIMENT = ["negative", "neutral", "positive"]
@@ -291,8 +291,9 @@ def test_a_cell_may_hold_a_document(tmp_path: Path) -> None:
     """Longer than the 131,072 characters at which Python's own reader stops, also where another cell is empty."""
     file = tmp_path / "rows.csv"
     file.write_text("text,label\n" + "word " * 40_000 + ",a\nshort,b\nshort," + "\n")
-    frame = read_table(str(file), "data.path")
-    assert [len(t) for t in frame["text"]] == [200_000, 5, 5] and frame["label"].isna().tolist() == [False, False, True]
+    held = read_table(str(file), "data.path")
+    assert [len(t) for t in held.values["text"]] == [200_000, 5, 5]
+    assert [missing(v) for v in held.values["label"]] == [False, False, True]
 
 
 def test_quotes_commas_newlines_and_marks_are_text(tmp_path: Path) -> None:
