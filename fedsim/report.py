@@ -506,7 +506,7 @@ def _published(spec: Mapping[str, Any], runs: Mapping[str, Sequence[FinishedRun]
             name += f" ({len(notes)})"
         cells = [row.run] if several else []
         as_given = row.metric not in PROPORTIONS and np.isfinite(row.published)
-        cells += [name, f"{row.published:g}" if as_given else format_score(row.published, row.metric)]
+        cells += [name, _as_given(row.published) if as_given else format_score(row.published, row.metric)]
         cells += [format_score(row.ours, row.metric), format_score(row.difference, row.metric, sign=True)]
         cells += [format_score(row.standard_error, row.metric)]
         rows.append([*cells, str(row.runs)])
@@ -517,6 +517,12 @@ def _published(spec: Mapping[str, Any], runs: Mapping[str, Sequence[FinishedRun]
     if notes:
         blocks.append(Items(notes))
     return [*blocks, Paragraph(what + ERRORS)]
+
+
+def _as_given(value: float) -> str:
+    """A published value, no more exact than it was given; 2.00 is 2.0 once it is read."""
+    text = f"{value:g}"
+    return f"{value:.2f}" if abs(value) < 10 and len(text.partition(".")[2]) < 2 else text
 
 
 def _judged(verdicts: Sequence[Verdict]) -> list[Block]:
@@ -939,13 +945,14 @@ def _cells(line: str) -> list[str]:
 
 # Control characters, those that turn the direction of writing, and halves of pairs that no file can hold.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_TIGHT_FROM = 100  # characters of a row, at the widest of each column; a page has room for about so many
 STYLE = """
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #1a1a1a; background: #fff; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ccc; }
 h1, h2, li, p, figcaption { overflow-wrap: anywhere; } td { overflow-wrap: break-word; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; margin: 0.5rem 0; }
 th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; text-align: left; vertical-align: top; }
-.long { min-width: 12rem; }
+.long { min-width: 12rem; } .tight { font-size: 0.78rem; } .tight th, .tight td { padding: 0.25rem 0.3rem; }
 th { border-bottom: 2px solid #999; } .number { text-align: right; white-space: nowrap; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { font-size: 0.9rem; color: #444; }
 li { margin: 0.3rem 0; } .passed { color: #00614d; } .failed { color: #fff; background: #b00020; padding: 0 0.3rem; }
@@ -1019,7 +1026,9 @@ def _block_html(block: Block) -> str:
             for i, row in enumerate(rows):
                 cells = [f"<b>{_text_html(c)}</b>" if (i, j) in strong else _text_html(c) for j, c in enumerate(row)]
                 body += "<tr>" + "".join(f"<td{k}>{c}</td>" for k, c in zip(kind, cells, strict=True)) + "</tr>\n"
-            return f'<div class="wide"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
+            room = sum(max(len(row[column]) for row in [head, *rows]) for column in range(len(head)))
+            tight = ' class="tight"' if room > _TIGHT_FROM else ""
+            return f'<div class="wide"><table{tight}>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
         case Picture(file, _, shows, caption):
             data = file.read_bytes()
             wide = round(int.from_bytes(data[16:20], "big") * SCREEN_DPI / plots.DPI)  # PNG: its width stands there

@@ -614,3 +614,17 @@ def test_a_panel_of_each_site_is_a_figure_of_its_own(members: list[Member], tmp_
     text = build({**SPEC, "figures": figures}, members, tmp_path / "out", {}).read_text()
     assert "(figures/accuracy-sites.png)" in text and "(figures/accuracy.png)" in text
     assert imread(tmp_path / "out/figures/accuracy-sites.png").std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(2.0, "2.00"), (1.9, "1.90"), (1.855, "1.855"), (0.051, "0.051"), (5411, "5411")]
+)
+def test_published_values_are_shown_as_exact_as_they_were_given(value: float, text: str) -> None:
+    assert report._as_given(value) == text
+
+
+def test_a_row_that_a_page_has_no_room_for_is_set_tighter() -> None:
+    narrow, wide = (
+        report.to_html([report.Table(["a"] * 8, [["0.123 ± 0.456 ~"] * 8][:n], frozenset(range(8)))]) for n in (0, 1)
+    )
+    assert '<table class="tight">' in wide and '<table class="tight">' not in narrow
