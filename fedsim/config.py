@@ -216,6 +216,13 @@ class Experiment:
         if self.training.packing and self.adapter.name != "none":
             way = "is for whole models (adapter.name=none); adapters in lanes are always packed, see training.lanes"
             check_that(False, "training.packing", True, way)
+        if not self.training.master_weights:
+            way = "is for whole models (adapter.name=none) under model.dtype=bfloat16; leave it out"
+            whole = self.adapter.name == "none" and self.model.dtype == "bfloat16"
+            check_that(whole, "training.master_weights", False, way)
+        if self.messages.error_feedback and self.messages.up == "fp32" and self.model.dtype != "float64":
+            way = "needs a type that loses something, and updates are float32 as it is; set messages.up, e.g. nf4"
+            check_that(False, "messages.error_feedback", True, way)
         if self.best.metric == "exact_match":
             check_that(self.evaluate.generate, "best.metric", "exact_match", "needs evaluate.generate=true")
 

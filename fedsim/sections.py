@@ -721,7 +721,7 @@ class Training:
     """Compute activations a second time in the backward pass instead of keeping them; auto = where one lane would not fit otherwise."""
 
     packing: bool = False
-    """Where the whole model is trained: rows lie end to end without padding, each attending to itself alone, as many a pass as fit into local.micro_batch x data.max_length tokens. Adapters in lanes are always trained so."""
+    """Where the whole model is trained: rows lie end to end without padding, each attending to itself alone, as many a pass as fit into local.micro_batch x data.max_length tokens. Adapters in lanes are always trained so. Refused for bases whose layers do not take rows so, GPT-Neo among them."""
     master_weights: bool = True
     """Where the whole model is trained under a 16-bit model.dtype: weights, gradients and moments in float32, computing in 16 bits; false = everything in 16 bits, in half the memory. Sums over clients are float32 either way."""
 

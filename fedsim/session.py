@@ -387,6 +387,10 @@ class Session:
             f"{self.exp.adapter.name} on {self.exp.model.path}: {about['trained']:,} of {about['parameters']:,} parameters are trained "
             f"({about['per_cent']:.2f} %); a client sends {up.total / 1e6:.2f} MB{how[0]} and receives {down.total / 1e6:.2f} MB{how[1]} a round"
         )
+        if "federated" not in self.exp.modes and any(how):
+            self.show.note(
+                "messages: nothing travels without the mode federated, so messages.up and down have no effect"
+            )
         if any(kept.values()):
             # A round writes beside what checkpoints refer to.
             most = self.exp.checkpoint.keep + 1 + (self.exp.checkpoint.every > 1)

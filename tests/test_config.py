@@ -365,10 +365,13 @@ WRONG = [
     ("messages={up: int7}", "messages.up", "'int7'", "blockwise8"),
     ("messages={sideways: nf4}", "messages.sideways", "'nf4'", "error_feedback"),
     ("messages.error_feedback=true", "messages.error_feedback", "True", "messages.up"),
+    ("messages={up: fp32, error_feedback: true}", "messages.error_feedback", "True", "messages.up, e.g. nf4"),
+    ("messages={up: fp32, down: nf4, error_feedback: true}", "messages.error_feedback", "True", "float32 as it is"),
     ("aggregation.chunk_mb=0", "aggregation.chunk_mb", "0", "below 1"),
     ("aggregation.device=tpu", "aggregation.device", "'tpu'", "cpu"),
     ("checkpoint.shard_mb=0", "checkpoint.shard_mb", "0", "below 1"),
     ("training.packing=true", "training.packing", "True", "adapter.name=none"),
+    ("training.master_weights=false", "training.master_weights", "False", "model.dtype=bfloat16; leave it out"),
     ("recovery.retries=2", "recovery", "{'retries': 2}", "takes"),
     ("results=3", "results", "3", "text"),
     ("local=3", "local", "3", "steps"),
@@ -396,6 +399,8 @@ def test_a_wrong_value_is_one_line_with_path_value_and_way_out(override: str, pa
     [
         ({"adapter": {"name": "none"}, "model": {"dtype": "float16"}}, "model.dtype"),
         ({"model": {"task": "sequence_classification"}, "evaluate": {"generate": True}}, "evaluate.generate"),
+        ({"adapter": {"name": "none"}, "training": {"master_weights": False}}, "training.master_weights"),
+        ({"model": {"dtype": "bfloat16"}, "training": {"master_weights": False}}, "training.master_weights"),
         ({"local": None}, "local"),
         ({"adapter": None}, "adapter"),
         ({"nonsense": 1}, "nonsense"),
@@ -405,6 +410,18 @@ def test_what_does_not_go_together_is_refused_from_python_too(sections: dict[str
     with pytest.raises(UserError) as caught:
         Experiment.from_dict(sections)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"messages": {"up": "fp32", "error_feedback": True}, "model": {"dtype": "float64"}},  # fp32 loses half of it
+        {"messages": {"up": "bf16", "error_feedback": True}, "model": {"dtype": "bfloat16"}},  # trained in float32
+        {"adapter": {"name": "none"}, "model": {"dtype": "bfloat16"}, "training": {"master_weights": False}},
+    ],
+)
+def test_what_has_an_effect_is_taken(sections: dict[str, Any]) -> None:
+    Experiment.from_dict(sections)
 
 
 @pytest.mark.parametrize("override", ["lr", "=3", "local.lr=[1", "", "partition.counts[0]=3"])

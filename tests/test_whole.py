@@ -531,6 +531,18 @@ def test_unknown_message_types_are_one_line(lab: Any) -> None:
     assert lab.exp(messages={"up": "8bit", "down": "float16"}).messages.up == "blockwise8"
 
 
+@pytest.mark.parametrize("modes", [["local"], ["federated"]])
+def test_messages_without_a_federated_mode_are_said_to_have_no_effect(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, modes: list[str]
+) -> None:
+    from fedsim.progress import Progress
+
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: said.append(text))
+    lab.run(messages={"up": "nf4"}, modes=modes)
+    assert any(text.startswith("messages: nothing travels") for text in said) == (modes == ["local"])
+
+
 def test_a_place_for_sums_that_is_not_there_is_refused(lab: Any) -> None:
     with pytest.raises(UserError, match=r"^aggregation.device: 'cuda', but training is on cpu; use auto or cpu$"):
         lab.run(aggregation={"device": "cuda"})
