@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -449,3 +451,17 @@ def test_the_config_reaches_the_source(folder: Path) -> None:
     assert [len(s) for s in load_source(exp).splits.values()] == [20, 6, 0]
     columns = {"name": "headlines", "columns": {"sentence": "text"}}
     assert "data.columns" in refusal(lambda: load_source(Experiment(data=columns)))
+
+
+def test_json_rows_are_columns_as_pandas_would_have_them_without_pandas(tmp_path: Path) -> None:
+    """Columns in the order in which they first come; what a row lacks is NaN, a null stays None, numbers stay as they are."""
+    rows = [{"b": 1, "a": "x"}, {"a": None, "c": [1, {"d": 2}]}, {}, {"c": True, "b": 2**70, "a": 1.5}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = "import sys; from fedsim.data.sources import read_table; read_table(sys.argv[1], 'x'); print('pandas' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    held, frame = read_table(str(file), "data.path"), pd.DataFrame(rows, dtype=object)
+    assert held.columns == list(frame.columns) == ["b", "a", "c"] and len(held) == 4
+    assert repr(held.values) == repr({c: frame[c].tolist() for c in frame.columns})
+    assert repr(held.records()) == repr(frame.to_dict("records"))
