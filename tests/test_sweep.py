@@ -85,7 +85,7 @@ def test_the_experiment_can_stand_in_the_file(lab: Any) -> None:
         ({"gird": {}}, "'gird' is no key of a sweep; did you mean grid?"),
         ({}, "names no run"),
         ({"grid": {"seed": 3}}, "grid.seed: 3 is no list of values"),
-        ({"grid": {"seed": []}}, "grid.seed: [] is no list of values"),
+        ({"grid": {"seed": []}}, "grid.seed: [] is empty; give one value or more"),
         ({"grid": 3}, "grid is a mapping"),
         ({"list": [3]}, "list: 3 is no setting"),
         ({"grid": [3]}, "grid: 3 is no mapping"),

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_sharer, util
@@ -17,6 +18,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_ROOM = 107 - len("/pymp-12345678/listener-12345678")  # bytes of a temporary directory's path
 
 
 def die_with_parent() -> None:
@@ -57,7 +59,7 @@ def main_not_imported() -> Iterator[None]:
 @contextlib.contextmanager
 def without_interrupt() -> Iterator[None]:
     """Start processes that ignore Ctrl-C from their first moment: it reaches the whole group, and the main process decides."""
-    util.get_temp_dir()  # made here, workers know it and remove it should this process be killed
+    _make_temp_dir()  # made here, workers know it and remove it should this process be killed
     if threading.current_thread() is not threading.main_thread():  # only the main thread may say what signals do
         yield
         return
@@ -66,6 +68,18 @@ def without_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _make_temp_dir() -> None:
+    """Make multiprocessing's temporary folder, for its sockets: their paths may have 107 bytes, which a long TMPDIR, as clusters
+    have them, leaves no room for. /tmp takes its place then."""
+    before = tempfile.gettempdir()
+    try:
+        if len(os.fsencode(before)) > _ROOM and os.access("/tmp", os.W_OK | os.X_OK):
+            tempfile.tempdir = "/tmp"
+        util.get_temp_dir()
+    finally:
+        tempfile.tempdir = before
 
 
 def remove_temp_dir() -> None:
