@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LOOK_S = 0.5  # seconds between two looks at a process
 _shared: np.ndarray | None = None  # [signs, depth of the work]; of the process
 
 
@@ -59,12 +60,11 @@ class Watch:
     not been silent meanwhile.
 
     Args:
-        pulse: int64 `[2]` of `pulses`.
-        look_s: seconds between two looks.
+        pulse: int64 `[2]` of `pulses`; looked at every `LOOK_S`.
     """
 
-    def __init__(self, pulse: Tensor, look_s: float) -> None:
-        self._pulse, self._most = pulse, 2 * look_s
+    def __init__(self, pulse: Tensor) -> None:
+        self._pulse = pulse
         self._signs, self._silent = -1, 0.0
 
     def told(self) -> None:
@@ -77,5 +77,5 @@ class Watch:
         if signs != self._signs or not depth or not at_work:
             self._signs, self._silent = signs, 0.0
         else:
-            self._silent += min(passed, self._most)
+            self._silent += min(passed, 2 * LOOK_S)
         return self._silent

@@ -33,11 +33,18 @@ from fedsim.build import Parts, Shared, prepare
 from fedsim.config import Experiment, expand_path, read_yaml, results_of
 from fedsim.errors import ClientError, UserError
 from fedsim.executors.fleet import Fleet, Member
-from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, remove_temp_dir, without_interrupt
+from fedsim.executors.processes import (
+    DEATHS,
+    die_with_parent,
+    died_of,
+    main_not_imported,
+    remove_temp_dir,
+    without_interrupt,
+)
 from fedsim.experiment import run, run_folder_of
 from fedsim.numerics import settled
 from fedsim.progress import Board, Progress
-from fedsim.pulse import Watch, pulses, silence, watched_by
+from fedsim.pulse import LOOK_S, Watch, pulses, silence, watched_by
 from fedsim.resolve import devices_of
 from fedsim.run_folder import write_atomic
 from fedsim.schema import plain
@@ -570,10 +577,6 @@ def _result(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------ worker processes
 
 
-_DEATHS = 3  # processes that may die of a run before it is given up
-_LOOK_S = 0.5  # between two looks at the workers
-
-
 @dataclass
 class _Worker:
     process: Any
@@ -609,14 +612,12 @@ def _run_apart(
         how, left = worker.ended(), []
         for i in worker.crew:
             deaths.setdefault(i, []).append(how)
-            if len(deaths[i]) < _DEATHS:
+            if len(deaths[i]) < DEATHS:
                 left.append(i)
                 board.warn(i, f"the process on {worker.device} died ({how}); replaced, the run goes on")
                 board.update(i, "waiting", "")
             else:
-                why = (
-                    f"{_DEATHS} processes on {worker.device} died of it: {', '.join(deaths[i])}; start the sweep again"
-                )
+                why = f"{DEATHS} processes on {worker.device} died of it: {', '.join(deaths[i])}; start the sweep again"
                 board.update(i, *_end(jobs[i], ("failed", why, "")))
                 changed(i)
         worker.crew, worker.gone = [], True
@@ -637,7 +638,7 @@ def _run_apart(
                     with contextlib.suppress(OSError):  # it has died: its sentinel says so below
                         worker.pipe.send([(i, jobs[i].exp.to_dict(), jobs[i].path) for i in worker.crew])
             busy = [w for w in pool if w.crew]
-            ready = wait([w.pipe for w in busy] + [w.process.sentinel for w in busy], timeout=_LOOK_S)
+            ready = wait([w.pipe for w in busy] + [w.process.sentinel for w in busy], timeout=LOOK_S)
             now = time.monotonic()
             passed, last = now - last, now
             for worker in busy:
@@ -682,7 +683,7 @@ def _spawn(shared: Shared, device: str, threads: int) -> _Worker:
         process = context.Process(target=_work, args=(there, pulse, shared, device, threads), daemon=True)
         process.start()
     there.close()
-    return _Worker(process, here, device, Watch(pulse, _LOOK_S))
+    return _Worker(process, here, device, Watch(pulse))
 
 
 class _Sender(Progress):

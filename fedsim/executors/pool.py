@@ -31,15 +31,20 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fedsim.errors import OutOfMemory, SumLost, WorkerDied, is_lost_context, is_out_of_memory
-from fedsim.executors.processes import die_with_parent, died_of, main_not_imported, remove_temp_dir, without_interrupt
+from fedsim.executors.processes import (
+    DEATHS,
+    die_with_parent,
+    died_of,
+    main_not_imported,
+    remove_temp_dir,
+    without_interrupt,
+)
 from fedsim.executors.serial import MakeTrainer, client_failed, clients
 from fedsim.params import LARGE, Layout, Params
-from fedsim.pulse import Watch, at_work, beat, pulses, silence, watched_by
+from fedsim.pulse import LOOK_S, Watch, at_work, beat, pulses, silence, watched_by
 from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 
 _SLOTS_BELOW = LARGE  # bytes of an update that goes into partial sums, of which each worker has two
-_DEATHS = 3  # processes that may die of the same work before the run ends
-_LOOK_S = 0.5  # between two looks at the workers
 
 
 @dataclass
@@ -178,7 +183,7 @@ class PoolExecutor:
             )
             process.start()
             there.close()
-            worker.process, worker.pipe, worker.watch = process, here, Watch(pulse, _LOOK_S)
+            worker.process, worker.pipe, worker.watch = process, here, Watch(pulse)
             worker.loaded, worker.job, worker.turn, worker.why, worker.ended = False, None, "", None, None
 
     def start(self, layout: Layout, server: Layout, engine: Engine, merges: bool) -> None:
@@ -433,7 +438,7 @@ class PoolExecutor:
             job, turn, loaded = worker.job, worker.turn, worker.loaded
             self._unread |= not loaded
             deaths = worker.loads if not loaded else job.deaths if job is not None else []
-            if len(deaths) >= _DEATHS:
+            if len(deaths) >= DEATHS:
                 self._give_up(worker, deaths)
             if worker.process.is_alive():
                 raise WorkerDied(
@@ -467,7 +472,7 @@ class PoolExecutor:
             during, again = job.during, f", {job.again}"
         if worker.turn == "adds":
             again = ", the round starts again: its update was half added"
-        if len(deaths) < _DEATHS:
+        if len(deaths) < DEATHS:
             with contextlib.suppress(OSError, ValueError):  # nobody may be listening; the run goes on
                 self._note(f"worker {worker.name} on {worker.device} died ({worker.ended}) {during}; replaced{again}")
 
@@ -489,7 +494,7 @@ class PoolExecutor:
     def _watch(self) -> None:
         """End workers that hang, and say which have died while nobody waits for an answer; in a thread of its own."""
         last = time.monotonic()
-        while not self._closing.wait(_LOOK_S):
+        while not self._closing.wait(LOOK_S):
             now = time.monotonic()
             passed, last = now - last, now
             with self._lock:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+DEATHS = 3  # processes that may die of the same work before it is given up
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ROOM = 107 - len("/pymp-12345678/listener-12345678")  # bytes of a temporary directory's path
 
