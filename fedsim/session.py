@@ -546,7 +546,7 @@ class Session:
             folder.end_mode(mode, done)
         self.by_row |= load_by_row(folder, mode)
         for round, info in folder.checkpoints(mode)[-1:]:
-            if info is None or not folder.has_tensors(mode, info):
+            if info is None or not folder.has_tensors(mode, info) or not self._has_records(mode, info):
                 self.show.warn(
                     f"{mode}: done, but its checkpoint of round {round} is damaged: more rounds would start afresh"
                 )
@@ -605,6 +605,15 @@ class Session:
         if self.folder.where_rows(mode, info, begin) is None:
             return "its rows in metrics.jsonl are damaged or missing"
         return None if self.folder.has_tensors(mode, info) else "its tensors are damaged or missing"
+
+    def _has_records(self, mode: str, info: dict[str, Any]) -> bool:
+        """Whether the records of client state and best models that a checkpoint refers to are what they were."""
+        tables = {mode: info["table"], f"best-{mode}": info["best_table"]}
+        try:
+            found = [Records(dict(zip(*t, strict=True))).digest(self.stores[name])[0] for name, t in tables.items()]
+        except OSError:
+            return False
+        return found == info["records"]
 
     def _records(self, mode: str, state: State) -> tuple[list[str], int]:
         """Hashes of the records that a state refers to; bytes that were read for them."""

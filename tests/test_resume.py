@@ -268,6 +268,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda r: cut(r / "checkpoints/federated/round-00003.safetensors"),
         "federated: done, but its checkpoint of round 3 is damaged",
     ),
+    "records of a mode that is done": (
+        lambda r: change(r / "checkpoints/local.bin", -5),
+        "local: done, but its checkpoint of round 3 is damaged",
+    ),
     "the start": (lambda r: change(r / "init/adapter_model.safetensors", -1), ""),
     "all else": (
         lambda r: [cut(r / n) for n in ("partition.npz", "environment.json", "config.yaml", "model.json")],
