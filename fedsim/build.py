@@ -24,7 +24,7 @@ from fedsim.data.partition import (
     site_rows_by_column,
 )
 from fedsim.data.sources import Source, Split
-from fedsim.data.tokens import Template, Tokens, encode, encode_chats
+from fedsim.data.tokens import CHAT_DATE, Template, Tokens, encode, encode_chats, tells_time
 from fedsim.errors import UserError, nearest_first
 from fedsim.models import base
 from fedsim.schema import plain
@@ -126,6 +126,8 @@ class Parts:
         digest = hashlib.sha256(repr(_sorted(identity)).encode())
         if self.rows.template is None:
             digest.update(repr(self.tokenizer.chat_template).encode())
+            if tells_time(self.tokenizer):
+                digest.update(CHAT_DATE.encode())
         for name in sources.SPLITS:
             digest.update(repr(sorted(self.source.splits[name].columns.items())).encode())
         return digest.hexdigest()[:12]

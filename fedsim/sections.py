@@ -179,7 +179,7 @@ class _DataKeys:
     max_length: int = 128
     """Longest example in tokens, answer included."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to longer ones: cut the prompt from its left (then the answer from its right), leave them out, or stop."""
+    """What happens to longer ones: cut the prompt from its left (then the answer from its right; a head's text from its right), leave them out, or stop. Special tokens around the text stay."""
 
     def check(self, path: str) -> None:
         long = self.max_length is None or self.max_length >= 2  # null is known to one section only
@@ -302,7 +302,7 @@ class Instructions(_DataKeys):
     max_length: int | None = None
     """Longest example in tokens, answer included; null = 1024, or what the base takes where that is less."""
     chat_template: bool = False
-    """Write prompts and chats by the tokenizer's chat template instead of `template`."""
+    """Write prompts and chats by the tokenizer's chat template instead of `template`. One that writes today's date always writes 26 July 2024."""
     turns: Literal["last", "every"] = "last"
     """Which assistant turns of a chat are answers: the last one, or every one, each a row of its own after the turns before it."""
     validation: float = 0.1
