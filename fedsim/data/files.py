@@ -84,6 +84,10 @@ def read_table(path: str, key: str, form: Form | None = None) -> Table:
     """
     form = form or Form()
     if (held := table_in(path, key)) is not None:
+        if form != Form():
+            raise UserError(
+                f"{key}: header, names, delimiter and encoding have no use for examples in memory; leave them out"
+            )
         return held
     file = Path(path).expanduser()
     kind = file.suffix.lower()

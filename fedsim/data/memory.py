@@ -117,7 +117,12 @@ def _held(value: Any, key: str) -> Any:
         return {k: _held(v, f"{key}.{k}") for k, v in value.items()}
     if isinstance(value, list):
         return [_held(v, f"{key}[{i}]") for i, v in enumerate(value)]
-    return InMemory(_table_of(value, key)) if _is_rows(value) else value
+    if _is_rows(value):
+        return InMemory(_table_of(value, key))
+    if type(value).__module__.split(".")[0] in ("pandas", "datasets", "polars", "pyarrow"):
+        kind = type(value).__name__
+        raise UserError(f"{key}: a {kind} cannot be read; give a pandas DataFrame, a datasets.Dataset or a DatasetDict")
+    return value
 
 
 def _is_rows(value: Any) -> bool:

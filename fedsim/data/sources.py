@@ -207,7 +207,7 @@ def table(
         UserError: for a missing or unreadable file, an unknown label, or splits left empty.
     """
     form = form or Form()
-    if form != Form(encoding=form.encoding) and form.separator(Path(path).suffix.lower()) is None:
+    if Path(path).suffix and form != Form(encoding=form.encoding) and form.separator(Path(path).suffix.lower()) is None:
         raise UserError(f"data.path: {path!r} is no separated text; header, names and delimiter have no use for it")
     frames, files, fractions = {"train": read_table(path, "data.path", form)}, {"train": path}, {}
     for name, value in (("validation", validation), ("test", test)):
