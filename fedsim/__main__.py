@@ -6,6 +6,7 @@ A user's mistake is one line on standard error and exit code 2; a failing client
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -577,6 +578,9 @@ def _plain_notices() -> Iterator[None]:
 
 def _main(argv: Sequence[str] | None) -> int:
     try:
+        if any(not a.strip() or re.fullmatch(r"--[\w-]+=\s*", a) for a in (sys.argv[1:] if argv is None else argv)):
+            # As a path it would mean the folder that the command is given in.
+            raise UserError("an argument is empty; give a value, or leave it out (is a shell variable not set?)")
         with _plain_notices():
             code = app(args=None if argv is None else list(argv), prog_name="fedsim", standalone_mode=False)
     except UserError as error:

@@ -15,6 +15,7 @@ from torch import nn
 from fedsim.config import Experiment, expand_path
 from fedsim.data import instructions, sources
 from fedsim.data.batches import Draw
+from fedsim.data.files import Form
 from fedsim.data.partition import (
     PARTITIONERS,
     Partition,
@@ -24,7 +25,7 @@ from fedsim.data.partition import (
     site_rows_by_column,
 )
 from fedsim.data.sources import Source, Split
-from fedsim.data.tokens import Template, Tokens, encode, encode_chats
+from fedsim.data.tokens import CHAT_DATE, Template, Tokens, encode, encode_chats, tells_time
 from fedsim.errors import UserError, nearest_first
 from fedsim.models import base
 from fedsim.schema import plain
@@ -126,6 +127,8 @@ class Parts:
         digest = hashlib.sha256(repr(_sorted(identity)).encode())
         if self.rows.template is None:
             digest.update(repr(self.tokenizer.chat_template).encode())
+            if tells_time(self.tokenizer):
+                digest.update(CHAT_DATE.encode())
         for name in sources.SPLITS:
             digest.update(repr(sorted(self.source.splits[name].columns.items())).encode())
         return digest.hexdigest()[:12]
@@ -138,6 +141,9 @@ def identity_of(exp: Experiment) -> dict[str, Any]:
     for key in ("path", "validation", "test"):
         if isinstance(identity["data"].get(key), str):
             identity["data"][key] = None
+    labels = identity["data"].get("labels")
+    if isinstance(labels, dict):  # in their order, which numbers the classes
+        identity["data"]["labels"] = [list(pair) for pair in labels.items()]
     for key in ("sources", "columns") if exp.data.name == "instructions" else ():
         identity["data"].pop(key, None)  # what comes of them, data sets' names too, is in the rows
     return identity
@@ -170,6 +176,8 @@ def load_source(exp: Experiment) -> Source:
     for name in ("path", "validation", "test"):
         if isinstance(keys.get(name), str):
             keys[name] = expand_path(keys[name], f"data.{name}")
+    if data.name == "table":
+        keys["form"] = Form(**{f.name: keys.pop(f.name) for f in dataclasses.fields(Form)})
     if data.name in ("headlines", "financial_phrasebank"):
         renamed = keys.pop("columns")
         if renamed:
@@ -405,9 +413,8 @@ def _resolve(exp: Experiment, source: Source, template: str | None, words: list[
         )
     metric = exp.best.metric or ("accuracy" if classes else "loss")
     best = dataclasses.replace(exp.best, metric=metric, mode=exp.best.mode or ("min" if metric == "loss" else "max"))
-    return dataclasses.replace(
-        exp, best=best, data=dataclasses.replace(exp.data, template=template, labels=source.labels)
-    )
+    labels = exp.data.labels if isinstance(exp.data.labels, dict) else source.labels
+    return dataclasses.replace(exp, best=best, data=dataclasses.replace(exp.data, template=template, labels=labels))
 
 
 def _answers_are_labels(exp: Experiment, template: str | None, source: Source) -> bool:

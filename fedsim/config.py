@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fedsim.data.memory import hold
 from fedsim.errors import UserError
 from fedsim.inductor import without_folder
 from fedsim.schema import check_keys, components_of, convert, hints_of, keys_of, plain
@@ -143,7 +144,7 @@ class Experiment:
     adapter: Adapter = field(default_factory=Lora)
     """What is trained."""
     data: Data = field(default_factory=Headlines)
-    """The rows."""
+    """The rows; in Python also a DataFrame, a `datasets.Dataset` or a `DatasetDict`."""
     partition: PartitionKeys = field(default_factory=Iid)
     """Which client holds which rows."""
     cohort: CohortKeys = field(default_factory=CohortKeys)
@@ -177,7 +178,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = convert(hints_of(Experiment)[f.name], plain(getattr(self, f.name)), f.name)
+            value = plain(getattr(self, f.name))
+            value = convert(hints_of(Experiment)[f.name], hold(value) if f.name == "data" else value, f.name)
             object.__setattr__(self, f.name, value)
         check_that(
             re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name) is not None,
@@ -191,7 +193,7 @@ class Experiment:
         check_that(self.seed >= 0, "seed", self.seed, "is negative")
         check_that(self.rounds >= 1, "rounds", self.rounds, "is below 1")
         check_that(self.rounds <= 10**7, "rounds", self.rounds, "is above 10000000, which no run comes to the end of")
-        check_that(bool(self.results), "results", self.results, "is empty; give a folder, or . for this one")
+        check_that(bool(self.results.strip()), "results", self.results, "is empty; give a folder, or . for this one")
         check_that(len(self.modes) > 0, "modes", self.modes, "is empty; name some of local, federated, central")
         check_that(len(set(self.modes)) == len(self.modes), "modes", self.modes, "names a mode twice")
         for f in dataclasses.fields(self):
@@ -371,6 +373,7 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
 
 
 _Dumper.add_representer(str, _text)
+_Dumper.add_multi_representer(str, _text)  # examples in memory
 
 
 def _escape(value: Any, path: tuple[str, ...]) -> Any:
@@ -495,8 +498,10 @@ def expand_path(text: str, key: str) -> str:
     """Put environment variables (`${oc.env:NAME}`) and `~` into a path.
 
     Raises:
-        UserError: if a variable is not set, or the user of `~user` is not known.
+        UserError: for an empty path, if a variable is not set, or the user of `~user` is not known.
     """
+    if not text.strip():
+        raise UserError(f"{key}: {text!r} is empty; give a path")
     if "${" in text:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException

@@ -30,7 +30,7 @@ def visible(text: str, lines: bool = False) -> str:
 
 def nearest_first(name: str, known: Iterable[str], most: int = 30) -> str:
     """Names to choose from as text, those that look like `name` first; of more than `most` the rest as a number."""
-    names = [str(k) for k in known]
+    names = [text if len(text) <= 60 else text[:57] + "..." for text in map(str, known)]
     near = difflib.get_close_matches(name, names, n=3)
     ordered = [*near, *(n for n in dict.fromkeys(names) if n not in near)]
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""

@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fedsim.data.files import Form
 from fedsim.errors import UserError
+from fedsim.schema import convert, keys_of
 
 _MOST = 1024  # workers, or threads of one
 _NAME_LAYERS = "is empty; name layers of the base, or use auto"
@@ -16,6 +18,10 @@ _NAME_LAYERS = "is empty; name layers of the base, or use auto"
 def check_that(ok: bool, path: str, value: Any, problem: str) -> None:
     if not ok:
         raise UserError(f"{path}: {value!r} {problem}")
+
+
+def _check_path(value: str, path: str, way: str) -> None:
+    check_that(bool(value.strip()), path, value, f"is empty; give {way}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,7 @@ class Model:
     """Whether the dropout layers inside the base act in training; an adapter's own dropout is a key of the adapter."""
 
     def check(self, path: str) -> None:
-        check_that(bool(self.path), f"{path}.path", self.path, "is empty; give a hub id, a folder, a GGUF file or tiny")
+        _check_path(self.path, f"{path}.path", "a hub id, a folder, a GGUF file or tiny")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +185,7 @@ class _DataKeys:
     max_length: int = 128
     """Longest example in tokens, answer included."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to longer ones: cut the prompt from its left (then the answer from its right), leave them out, or stop."""
+    """What happens to longer ones: cut the prompt from its left (then the answer from its right; a head's text from its right), leave them out, or stop. Special tokens around the text stay."""
 
     def check(self, path: str) -> None:
         long = self.max_length is None or self.max_length >= 2  # null is known to one section only
@@ -189,9 +195,11 @@ class _DataKeys:
                 "{" in self.template, f"{path}.template", self.template, "has no {field}; name columns in braces"
             )
         if self.labels is not None:
-            check_that(len(self.labels) >= 2, f"{path}.labels", self.labels, "has fewer than two labels")
-            check_that(len(set(self.labels)) == len(self.labels), f"{path}.labels", self.labels, "names a label twice")
-            bare = all(word.strip() == word != "" for word in self.labels)
+            mapped = isinstance(self.labels, dict)
+            words = list(dict.fromkeys(self.labels.values())) if mapped else self.labels
+            check_that(len(words) >= 2, f"{path}.labels", self.labels, "has fewer than two labels")
+            check_that(len(set(words)) == len(words), f"{path}.labels", self.labels, "names a label twice")
+            bare = all(word.strip() == word != "" for word in (*words, *self.labels))
             check_that(bare, f"{path}.labels", self.labels, "has an empty label, or one with white space around it")
 
 
@@ -220,17 +228,26 @@ class FinancialPhraseBank(_DataKeys):
 
     def check(self, path: str) -> None:
         super().check(path)
-        way = "is empty; give the path of Sentences_AllAgree.txt from the Financial PhraseBank v1.0, or a hub id"
-        check_that(bool(self.path), f"{path}.path", self.path, way)
+        _check_path(self.path, f"{path}.path", "Sentences_AllAgree.txt of the Financial PhraseBank v1.0, or a hub id")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table(_DataKeys):
-    """Your own CSV, TSV, JSON, JSONL or Parquet file."""
+    """Your own CSV, TSV, JSON, JSONL or Parquet file; in Python a DataFrame, a `datasets.Dataset` or a `DatasetDict`, too."""
 
     name: Literal["table"] = "table"
     path: str = ""
-    """The file; its ending tells the format."""
+    """The file; its ending tells the format. In Python examples in memory can stand in its place, and in that of `validation` and `test`."""
+    header: bool | None = None
+    """Whether the first line of a CSV or TSV file names its columns; null = it does, unless `names` are given. Without either the columns are 0, 1, 2, ..."""
+    names: list[str] | None = None
+    """Names of the columns in order, in the place of the file's own."""
+    delimiter: str | None = None
+    """Character between cells; null = a comma in .csv files, a tab in .tsv files. With one, a text file may have any ending."""
+    encoding: str | None = None
+    """Of text files, e.g. latin-1, cp1252 or utf-16; null = UTF-8."""
+    labels: list[str] | dict[str, str] | None = None
+    """Label words in order, which numbers the classes from 0; or what the file holds -> label word, e.g. {1: World, 2: Sports}; null = the sorted values of the label column."""
     validation: str | float = 0.1
     """A file of its own, or the fraction of `path` to hold out."""
     test: str | float = 0.1
@@ -240,9 +257,8 @@ class Table(_DataKeys):
 
     def check(self, path: str) -> None:
         super().check(path)
-        check_that(
-            bool(self.path), f"{path}.path", self.path, "is empty; give a .csv, .tsv, .json, .jsonl or .parquet file"
-        )
+        _check_path(self.path, f"{path}.path", "a .csv, .tsv, .json, .jsonl or .parquet file")
+        Form(self.header, self.names, self.delimiter, self.encoding).check(path)
         _check_held_out(self, path, "a file")
 
 
@@ -251,7 +267,7 @@ def _check_held_out(section: Table | Hub, path: str, named: str) -> None:
     for key in ("validation", "test"):
         value = getattr(section, key)
         if isinstance(value, str):
-            check_that(bool(value), f"{path}.{key}", value, f"is empty; give {named} or a fraction in [0, 1)")
+            _check_path(value, f"{path}.{key}", f"{named} or a fraction in [0, 1)")
         else:
             check_that(0 <= value < 1, f"{path}.{key}", value, f"is neither {named} nor a fraction in [0, 1)")
             held += value
@@ -268,6 +284,8 @@ class Hub(_DataKeys):
     """The id or folder."""
     subset: str | None = None
     """Configuration name of the data set."""
+    labels: list[str] | dict[str, str] | None = None
+    """Label words in order, which numbers the classes from 0; or what the data set holds -> label word; null = the data set's own, or the sorted values of the label column."""
     train: str = "train"
     """Split to train on."""
     validation: str | float = 0.1
@@ -279,7 +297,7 @@ class Hub(_DataKeys):
 
     def check(self, path: str) -> None:
         super().check(path)
-        check_that(bool(self.path), f"{path}.path", self.path, "is empty; give a data set id such as org/name")
+        _check_path(self.path, f"{path}.path", "a data set id such as org/name, or a folder")
         _check_held_out(self, path, "a split's name")
 
 
@@ -296,13 +314,13 @@ class Instructions(_DataKeys):
 
     name: Literal["instructions"] = "instructions"
     sources: list[dict[str, Any]] = field(default_factory=list)
-    """Data sets, each {format: alpaca | dolly | oasst1 | prompt_response | messages, path: FILE or hub id, or a list of them}; optional name, columns, and of a hub id subset and split."""
+    """Data sets, each {format: alpaca | dolly | oasst1 | prompt_response | messages, path: FILE or hub id, or a list of them}; optional name, columns, of a hub id subset and split, and of a text file header, names, delimiter and encoding, as for a table."""
     columns: dict[str, str] = field(default_factory=dict)
     """For prompt_response (prompt, response, context) and messages (messages), and category or user_id of both: role -> column of the file, where their names differ."""
     max_length: int | None = None
     """Longest example in tokens, answer included; null = 1024, or what the base takes where that is less."""
     chat_template: bool = False
-    """Write prompts and chats by the tokenizer's chat template instead of `template`."""
+    """Write prompts and chats by the tokenizer's chat template instead of `template`. One that writes today's date always writes 26 July 2024."""
     turns: Literal["last", "every"] = "last"
     """Which assistant turns of a chat are answers: the last one, or every one, each a row of its own after the turns before it."""
     validation: float = 0.1
@@ -347,7 +365,7 @@ def _check_sources(sources: list[dict[str, Any]], columns: dict[str, str], path:
     check_that(len(sources) > 0, f"{path}.sources", sources, way)
     names: set[str] = set()
     for i, source in enumerate(sources):
-        at, keys = f"{path}.sources[{i}]", ("format", "path", "name", "columns", "subset", "split")
+        at, keys = f"{path}.sources[{i}]", ("format", "path", "name", "columns", "subset", "split", *keys_of(Form))
         for key in source:
             check_that(
                 key in keys, f"{at}.{key}", source[key], f"is for no known key; a source takes: {', '.join(keys)}"
@@ -355,13 +373,14 @@ def _check_sources(sources: list[dict[str, Any]], columns: dict[str, str], path:
         kind, place = source.get("format"), source.get("path")
         check_that(kind in list(_ROLES), f"{at}.format", kind, f"is not known; one of {', '.join(_ROLES)}")
         places = place if isinstance(place, list) else [place]
-        named = bool(places) and all(isinstance(p, str) and p for p in places)
+        named = bool(places) and all(isinstance(p, str) and p.strip() for p in places)
         check_that(named, f"{at}.path", place, "is no path; give a file or a hub id, or a list of them")
         for key in ("name", "subset", "split"):
             value = source.get(key)
             check_that(
                 value is None or (isinstance(value, str) and bool(value.strip())), f"{at}.{key}", value, "is no text"
             )
+        convert(Form, {k: v for k, v in source.items() if k in keys_of(Form)}, at).check(at)
         name = source.get("name") or kind
         check_that(name not in names, f"{at}.name", name, "names two sources; give each a name of its own")
         names.add(name)
@@ -385,6 +404,8 @@ class _Clients:
 
     def check(self, path: str) -> None:
         check_that(self.num_clients >= 1, f"{path}.num_clients", self.num_clients, "is below 1")
+        way = "is above 10,000,000, more clients than a run holds in memory"
+        check_that(self.num_clients <= 10**7, f"{path}.num_clients", self.num_clients, way)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -414,9 +414,14 @@ class Session:
                 f"left out, no rows: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
             )
         for split, why in report["left_out"].items():
-            self.show.note(f"{split}: " + ", ".join(f"{n} rows left out ({k})" for k, n in why.items()))
-        for split, n in report["truncated"].items():
-            self.show.note(f"{split}: {n} rows cut to data.max_length={self.exp.data.max_length}")
+            if empty := ", ".join(f"{n} rows left out ({k})" for k, n in why.items() if k != "too long"):
+                self.show.note(f"{split}: {empty}")
+        for split, tokens in self.parts.tokens.items():
+            if (over := tokens.over(self.exp.data.max_length)) is not None:
+                share, text = over
+                (self.show.warn if share > 0.05 else self.show.note)(
+                    f"{'warning: ' if share > 0.05 else ''}{split}: {text}"
+                )
 
     def _choose_lanes(self, executor: SerialExecutor | PoolExecutor) -> None:
         """Resolve the plan at the run's first start, and show it."""

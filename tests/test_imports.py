@@ -29,7 +29,13 @@ MAY = {
     "progress": {"errors", "types"},
     "schema": {"errors"},
     "messages": {"params", "errors"},
-    "sections": {"errors", "models.adapters", "messages"},  # PEFT's own keys are checked by those who know them
+    "sections": {
+        "errors",
+        "schema",
+        "data.files",
+        "models.adapters",
+        "messages",
+    },  # PEFT's own keys are checked by those who know them
     "runs": {"errors"},
     "tables": {"errors", "runs", "seeding"},
     "diff": {"errors", "runs", "data.partition"},
@@ -41,8 +47,10 @@ MAY = {
     "algorithms": {"params", "types", "seeding", "errors", "algorithms"},
     "data.partition": {"params", "types", "seeding", "errors"},
     "data.headlines": {"seeding"},
-    "data.sources": {"errors", "seeding", "data.headlines"},
-    "data.instructions": {"errors", "seeding", "data.sources"},
+    "data.memory": {"errors"},
+    "data.files": {"errors", "data.memory"},
+    "data.sources": {"errors", "seeding", "data.files", "data.headlines", "data.memory"},
+    "data.instructions": {"errors", "schema", "seeding", "data.files", "data.memory", "data.sources"},
     "data.specials": set(),
     "data.tokens": {"errors", "data.specials"},
     "data.batches": {"data.tokens", "errors"},

@@ -22,8 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.data.sources import SPLITS, Source, Split, load_hub, looks_like_hub_id, missing, read_table, sound
+from fedsim.data.files import Form, header_hint, read_table
+from fedsim.data.memory import table_in
+from fedsim.data.sources import SPLITS, Source, Split, load_hub, looks_like_hub_id, missing, sound
 from fedsim.errors import UserError
+from fedsim.schema import keys_of
 from fedsim.seeding import stream
 
 TEMPLATE = "{prompt}\n\n{response}"
@@ -150,7 +153,8 @@ def _prompt(instruction: str, context: str, seed: int) -> str:
 def _name_lengths(rows: list[Row], classes: int) -> None:
     """Give each row its `length`: the range of characters of its class, padded with zeros so that text sorts as numbers."""
     lengths = np.array([r["characters"] for r in rows])
-    # Rows of equal length are of one class, so many of one length make fewer classes.
+    # Rows of equal length are of one class, so many of one length make fewer classes; no more than there are rows.
+    classes = min(classes, len(lengths))
     borders = np.quantile(lengths, np.arange(1, classes) / classes, method="lower")
     number = np.searchsorted(np.unique(borders), lengths, side="left")
     width = len(str(lengths.max()))
@@ -190,13 +194,13 @@ def _examples(
         for role in names:
             if role in given and given[role] not in there:
                 raise UserError(
-                    f"{key}.{role}: {given[role]!r} is no column of {path!r}, which has: {', '.join(there)}"
+                    f"{key}.{role}: {given[role]!r} is no column of {path!r}, which has: {', '.join(there)}{header_hint(path)}"
                 )
         lacking = [names[role] for role in needs if names[role] not in there]
         if lacking:
             way = "name its columns by data.columns" if kind in ROLES else "or give format: prompt_response and columns"
             raise UserError(
-                f"{at}: {path!r} has no column {lacking[0]!r}, which format {kind} needs; it has: {', '.join(there)}; {way}"
+                f"{at}: {path!r} has no column {lacking[0]!r}, which format {kind} needs; it has: {', '.join(there)}{header_hint(path)}; {way}"
             )
         _check_cells(rows, [c for role, c in names.items() if role != "messages"], place, path)
         if kind == "messages":
@@ -212,13 +216,13 @@ def _examples(
 def _records(
     path: str, place: str, at: str, entry: dict[str, Any], wanted: set[str] | None
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and records of a file, or of the splits of a data set of the hub."""
+    """Columns and records of a file or of examples in memory, or of the splits of a data set of the hub."""
     file = Path(path).expanduser()
-    if file.is_file():
+    if table_in(path, place) is not None or file.is_file():
         for key in ("subset", "split"):
             if entry.get(key):
                 raise UserError(f"{at}.{key}: {entry[key]!r} has no use for the file {path!r}; it is for hub ids")
-        held = read_table(path, place)
+        held = read_table(path, place, Form(**{key: entry[key] for key in keys_of(Form) if key in entry}))
         return held.columns, held.records()
     if not file.is_dir() and not looks_like_hub_id(path):
         raise UserError(

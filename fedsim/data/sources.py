@@ -7,13 +7,12 @@ data has a file of its own, `instructions.py`.
 from __future__ import annotations
 
 import contextlib
-import csv
 import itertools
-import json
-import math
 import os
 import random
 import re
+import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.data.files import Form, header_hint, read_table
+from fedsim.data.memory import Table, of_dataset, table_in
 from fedsim.errors import UserError, nearest_first
 
 SPLITS = ("train", "validation", "test")
@@ -81,8 +82,9 @@ class Split:
                 continue
             column = rename.get(name, name)
             if column not in self.columns:
+                there = f"{nearest_first(name, self.columns)}{header_hint(self.file)}"
                 raise UserError(
-                    f"data.template: {{{name}}} is no column; the data has: {nearest_first(name, self.columns)} (map names by data.columns={{{name}: COLUMN}})"
+                    f"data.template: {{{name}}} is no column; the data has: {there} (map names by data.columns={{{name}: COLUMN}})"
                 )
             values[name] = [self._text(v, column, row, split) for row, v in enumerate(self.columns[column])]
         if self.file and asked:
@@ -137,36 +139,6 @@ class Source:
     notes: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass
-class Table:
-    """Columns of n values as a file gives them: Python's own, so that reading rows does not need pandas in memory.
-
-    Attributes:
-        values: column -> n values; what a row lacks is NaN.
-        rows: n.
-    """
-
-    values: dict[str, list[Any]]
-    rows: int
-
-    @classmethod
-    def of(cls, frame: Any) -> Table:
-        """What a DataFrame holds."""
-        return cls({str(c): frame[c].tolist() for c in frame.columns}, len(frame))
-
-    @property
-    def columns(self) -> list[str]:
-        """Their names, in order."""
-        return list(self.values)
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def records(self) -> list[dict[str, Any]]:
-        """A dict a row."""
-        return [dict(zip(self.values, row, strict=True)) for row in zip(*self.values.values(), strict=True)]
-
-
 def headlines(*, seed: int, labels: list[str] | None) -> Source:
     """The embedded headlines: 1,811 / 226 / 227 rows with the PhraseBank's class counts."""
     from fedsim.data.headlines import generate
@@ -192,14 +164,15 @@ def financial_phrasebank(*, path: str, shuffle_seed: int, labels: list[str] | No
         UserError: for a missing file, or a line that is not `sentence@label`, with its number.
     """
     words = _same_words(labels)
+    if (held := table_in(path, "data.path")) is not None:
+        raise UserError(
+            f"data.path: {held.rows} examples in memory are no PhraseBank file; give them as data.name=table"
+        )
     file = Path(path).expanduser()
-    if file.is_file():
-        rows = _read_phrasebank(file)
-    elif looks_like_hub_id(path):
-        rows = _hub_phrasebank(path)
-    else:
+    if not file.exists() and not looks_like_hub_id(path):
         way = "Sentences_AllAgree.txt is in the Financial PhraseBank v1.0 of its authors; or give a hub id"
         raise UserError(f"data.path: {path!r} does not exist; {way}")
+    rows = _read_phrasebank(file) if file.is_file() else _hub_phrasebank(path)
     random.Random(shuffle_seed).shuffle(rows)
     train, validation = int(0.8 * len(rows)), int(0.1 * len(rows))
     cut = {"train": rows[:train], "validation": rows[train : train + validation], "test": rows[train + validation :]}
@@ -214,27 +187,32 @@ def table(
     validation: str | float,
     test: str | float,
     split_seed: int,
-    labels: list[str] | None,
+    labels: list[str] | dict[str, str] | None,
     columns: dict[str, str],
     needs_labels: bool | None,
+    form: Form | None = None,
 ) -> Source:
-    """A CSV, TSV, JSON, JSONL or Parquet file of the user's.
+    """A CSV, TSV, JSON, JSONL or Parquet file of the user's, or examples in memory.
 
     Args:
         path: the file.
         validation, test: files of their own, or fractions of `path`.
         split_seed: of the shuffle before fractions are cut off; rows of one class are spread over the splits alike.
-        labels: label words in order, or None for the sorted values of the label column.
+        labels: label words in order, what the file holds -> label word, or None for the sorted values of the label column.
         columns: template field -> column; `label` names the label column.
         needs_labels: whether rows must have a class; None = they have one where the label column is there.
+        form: how text files are written.
 
     Raises:
         UserError: for a missing or unreadable file, an unknown label, or splits left empty.
     """
-    frames, files, fractions = {"train": read_table(path, "data.path")}, {"train": path}, {}
+    form = form or Form()
+    if Path(path).suffix and form != Form(encoding=form.encoding) and form.separator(Path(path).suffix.lower()) is None:
+        raise UserError(f"data.path: {path!r} is no separated text; header, names and delimiter have no use for it")
+    frames, files, fractions = {"train": read_table(path, "data.path", form)}, {"train": path}, {}
     for name, value in (("validation", validation), ("test", test)):
         if isinstance(value, str):
-            frames[name], files[name] = read_table(value, f"data.{name}"), value
+            frames[name], files[name] = read_table(value, f"data.{name}", form), value
         else:
             fractions[name], files[name] = value, path
     return _from_frames(frames, fractions, split_seed, labels, columns, needs_labels, path, files)
@@ -248,7 +226,7 @@ def hub(
     validation: str | float,
     test: str | float,
     split_seed: int,
-    labels: list[str] | None,
+    labels: list[str] | dict[str, str] | None,
     columns: dict[str, str],
     needs_labels: bool | None,
 ) -> Source:
@@ -266,13 +244,10 @@ def hub(
         if name not in data:
             raise UserError(f"data.{split}: {path!r} has no split {name!r}; it has: {', '.join(data)}")
         rows = data[name]
-        for column, feature in rows.features.items():
-            if isinstance(feature, datasets.ClassLabel):
-                named = [feature.int2str(v) if v >= 0 else None for v in rows[column]]
-                rows = rows.remove_columns(column).add_column(column, named)
-                if column == columns.get("label", "label") and labels is None:
-                    labels = list(feature.names)
-        frames[split] = Table.of(rows.to_pandas())
+        with _loading(path, "data.path"):
+            frames[split] = Table.of(rows.to_pandas())
+            named = of_dataset(rows, [c for c, f in rows.features.items() if isinstance(f, datasets.ClassLabel)])
+        frames[split] = Table({**frames[split].values, **named.values}, len(rows), named.classes)
     fractions = {k: v for k, v in (("validation", validation), ("test", test)) if not isinstance(v, str)}
     return _from_frames(frames, fractions, split_seed, labels, columns, needs_labels, path)
 
@@ -321,7 +296,7 @@ def _read_phrasebank(file: Path) -> list[tuple[str, str]]:
 
 def looks_like_hub_id(path: str) -> bool:
     """Whether a path that is not there may be the id of a data set."""
-    return path.count("/") <= 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
+    return 0 < len(path.split()) < 2 and path.count("/") <= 1 and path[0] not in "./~" and not Path(path).suffix
 
 
 def _hub_phrasebank(path: str) -> list[tuple[str, str]]:
@@ -347,16 +322,78 @@ def load_hub(path: str, subset: str | None, key: str = "data.path") -> Any:
     """
     import datasets
 
-    if Path(path).is_dir():
-        _check_holds_data(path, key)
-
-    try:
-        return datasets.load_dataset(path, subset)
-    except Exception as error:  # transport, format and script errors of many kinds; to the user each means the same
-        text = " ".join(str(error).split())[:200]
+    folder = Path(path).expanduser()
+    if (held := table_in(path, key)) is not None:
         raise UserError(
-            f"{key}: {path!r} could not be loaded as a data set ({type(error).__name__}: {text}); check the id, the subset and the network"
-        ) from None
+            f"{key}: {held.rows} examples in memory are no data set of the hub; give them as data.name=table"
+        )
+    if folder.is_dir():
+        _check_holds_data(path, key)
+        # The loader's cache goes by a folder's name. What another folder of that name held, or this one before it was
+        # changed, is found in it, so there is a new one for each call.
+        with _loading(path, key), tempfile.TemporaryDirectory(prefix="fedsim-") as cache:
+            return datasets.load_dataset(str(folder.resolve()), subset, cache_dir=cache, keep_in_memory=True)
+    if folder.exists() or not looks_like_hub_id(path):
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{key}: {path!r} {problem}; give a data set folder or a hub id, or a file as data.name=table")
+    with _loading(path, key):
+        data = datasets.load_dataset(path, subset)
+    caches = {Path(held["filename"]).parent.name for rows in data.values() for held in rows.cache_files}
+    # Without the hub the loader takes what its cache has by that name, and a folder's rows are in it under the bare name.
+    # A data set of the hub lies under its commit.
+    if "/" not in path and not all(re.fullmatch(r"[0-9a-f]{40}", name) for name in caches):
+        way = "check the path, or the id and the network"
+        raise UserError(
+            f"{key}: {path!r} is no folder, and not known from the hub (a folder of that name was once read); {way}"
+        )
+    return data
+
+
+@contextlib.contextmanager
+def _loading(path: str, key: str) -> Iterator[None]:
+    """Keep the loader's bars, log lines and warnings off the terminal; its errors are one line.
+
+    Raises:
+        UserError: for any error of the block.
+    """
+    import logging
+
+    import datasets
+    from huggingface_hub import utils as hub_utils
+
+    said: list[str] = []
+    listener = logging.Handler(logging.ERROR)
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    before = [(log.handlers, log.propagate) for log in loggers]
+    bars = [(u, u.are_progress_bars_disabled()) for u in (datasets.utils, hub_utils)]
+    for log in loggers:
+        log.handlers, log.propagate = [listener], False
+    for utils, _ in bars:
+        utils.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # transport, format and script errors of many kinds; to the user each means the same
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        # The file and the row are in what the loader logs; what it raises says only that something was wrong.
+        text = next((t for t in reversed(said) if "Failed" in t), None) or f"{type(cause).__name__}: {cause}"
+        text = " ".join(
+            re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", text).replace("Error tokenizing data. C error: ", "").split()
+        )
+        way = "check the files" if Path(path).expanduser().is_dir() else "check the id, the subset and the network"
+        raise UserError(f"{key}: {path!r} could not be loaded as a data set ({text[:300]}); {way}") from None
+    finally:
+        for log, (handlers, propagate) in zip(loggers, before, strict=True):
+            log.handlers, log.propagate = handlers, propagate
+        for utils, disabled in bars:
+            if not disabled:
+                utils.enable_progress_bars()
 
 
 _DATA_FILES = {
@@ -408,167 +445,6 @@ def _check_holds_data(path: str, key: str) -> None:
     )
 
 
-def read_table(path: str, key: str) -> Table:
-    """A CSV, TSV, JSON, JSONL or Parquet file; `key` is the config's, for messages.
-
-    Raises:
-        UserError: for a missing, unreadable or empty file, or one that is not UTF-8.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        problem = "is a folder" if file.is_dir() else "does not exist"
-        raise UserError(f"{key}: {path!r} {problem}; give a .csv, .tsv, .json, .jsonl or .parquet file")
-    kind = file.suffix.lower()
-    if kind in (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet") and file.stat().st_size == 0:
-        raise UserError(f"{key}: {path!r} is empty; give a file with rows")
-    try:
-        if kind in (".csv", ".tsv"):
-            import pandas as pd  # 60 MB of memory, with Arrow: only where it reads the file
-
-            separator = "," if kind == ".csv" else "\t"
-            frame = _read_delimited(file, separator)
-            if not isinstance(frame.index, pd.RangeIndex):
-                raise UserError(
-                    f"{key}: {path!r} has rows with more fields than its header; quote text that holds {separator!r}"
-                )
-            _check_delimited(file, separator, key, frame)
-            held = Table.of(frame)
-        elif kind in (".jsonl", ".ndjson"):
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
-            held = _table([_json_line(text, i) for i, text in enumerate(lines, 1) if text.strip()])
-        elif kind == ".json":
-            held = _table(json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_object))
-        elif kind == ".parquet":
-            import pyarrow.parquet
-
-            arrow = pyarrow.parquet.ParquetFile(file).read()
-            _refuse_twice(arrow.column_names, str(file), key)
-            held = _table(arrow.to_pylist())
-        else:
-            raise UserError(
-                f"{key}: {path!r} ends in {kind or 'nothing'}; give a .csv, .tsv, .json, .jsonl or .parquet file"
-            )
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        line = _line_of(file, error.start)
-        raise UserError(f"{key}: {path!r} is not UTF-8 (byte {error.start}{line}); save it as UTF-8") from None
-    except RecursionError:
-        raise UserError(f"{key}: {path!r} is nested too deep; give a list of objects, one a row") from None
-    except (ValueError, OSError, KeyError, csv.Error) as error:  # pandas' and Arrow's parse errors are ValueErrors
-        why = " ".join(str(error).replace("Error tokenizing data. C error: ", "").split())[:200]
-        way = "quote cells that hold separators or line ends" if kind in (".csv", ".tsv") else "write the file anew"
-        raise UserError(f"{key}: {path!r} could not be read as {kind[1:]} ({why}); {way}") from None
-    if len(held) == 0:
-        raise UserError(f"{key}: {path!r} has no rows; give a file with rows")
-    return held
-
-
-def _line_of(file: Path, byte: int) -> str:
-    """In which line a byte lies; where pandas reads in pieces, it counts from the piece's start."""
-    raw = file.read_bytes()
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = error.start
-    return f", line {raw.count(10, 0, byte) + 1}"
-
-
-def _json_line(text: str, number: int) -> dict[str, Any]:
-    try:
-        value = json.loads(text, object_pairs_hook=_object)
-    except RecursionError:
-        raise ValueError(f"line {number} is nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"line {number} holds {text.strip()[:40]!r}, no object {{column: value}}")
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that is there twice no reader can tell which value is meant."""
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is there twice in one object")
-    return out
-
-
-def _read_delimited(file: Path, separator: str) -> Any:
-    """A CSV or TSV file as text: "007", "1.50" and "True" are answers as they stand.
-
-    Many TSV files do not quote: a lone quotation mark is text in them, and reading it as an opening quote would swallow
-    the rows up to the next one. Where a file read without quoting has more rows, and each is complete, it was such a file.
-    """
-    import pandas as pd
-
-    def read(quoting: int) -> Any:
-        return pd.read_csv(
-            file, sep=separator, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig", quoting=quoting
-        )
-
-    if separator == ",":
-        return read(csv.QUOTE_MINIMAL)
-    try:
-        plain = read(csv.QUOTE_NONE)
-    except pd.errors.ParserError:
-        return read(csv.QUOTE_MINIMAL)
-    try:
-        quoted = read(csv.QUOTE_MINIMAL)
-    except pd.errors.ParserError:
-        return plain
-    complete = isinstance(plain.index, pd.RangeIndex) and bool(plain.iloc[:, -1].notna().all())
-    return plain if complete and len(plain) > len(quoted) else quoted
-
-
-def _table(records: Any) -> Table:
-    """Records as columns, in the order in which they first come, of the values as they are."""
-    if not isinstance(records, list):
-        raise ValueError("expected a list of objects, one a row")
-    odd = next((i for i, r in enumerate(records, 1) if not isinstance(r, dict)), None)
-    if odd is not None:
-        raise ValueError(f"expected a list of objects, one a row, but row {odd} is {str(records[odd - 1])[:40]!r}")
-    names = dict.fromkeys(str(name) for record in records for name in record)
-    return Table({n: [record.get(n, math.nan) for record in records] for n in names}, len(records))
-
-
-def _check_delimited(file: Path, separator: str, key: str, frame: Any) -> None:
-    """Refuse what pandas mends without a word: a column's name that is there twice, rows with fewer cells than the header."""
-    raw = file.read_bytes()
-    if (at := raw.find(0)) >= 0:  # where pandas would end the cell
-        line = raw.count(10, 0, at) + 1
-        raise UserError(f"{key}: {str(file)!r} has a zero byte in line {line}, so it is no text file; save it as UTF-8")
-    del raw
-    with file.open(encoding="utf-8-sig", newline="") as handle, _long_cells():
-        reader = csv.reader(handle, delimiter=separator)
-        names = next((row for row in reader if row), [])
-        _refuse_twice(names, str(file), key)
-        # Only where a row's last cell is empty can it be short; the file is then read a second time to find the line.
-        if separator != "," or len(names) < 2 or not bool(frame.iloc[:, -1].isna().any()):
-            return
-        for row in reader:
-            if 0 < len(row) < len(names) and any(cell.strip() for cell in row):
-                problem = f"line {reader.line_num} has {len(row)} cell(s), the header has {len(names)}"
-                raise UserError(f"{key}: {str(file)!r}: {problem}; add the missing separators, or quote the text")
-
-
-@contextlib.contextmanager
-def _long_cells() -> Iterator[None]:
-    """Let Python's reader take cells as long as pandas does: whole documents."""
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def _refuse_twice(names: list[str], file: str, key: str) -> None:
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if repeated:
-        raise UserError(f"{key}: {file!r} has the column {repeated[0]!r} twice; rename one")
-
-
 def missing(value: Any) -> bool:
     """Whether a cell holds nothing."""
     return value is None or (isinstance(value, float) and np.isnan(value))
@@ -578,7 +454,7 @@ def _from_frames(
     frames: dict[str, Table],
     fractions: dict[str, float],
     seed: int,
-    labels: list[str] | None,
+    labels: list[str] | dict[str, str] | None,
     columns: dict[str, str],
     needs_labels: bool | None,
     path: str,
@@ -590,18 +466,21 @@ def _from_frames(
     for role, name in columns.items():
         if name not in frames["train"].columns:
             raise UserError(
-                f"data.columns.{role}: {name!r} is no column of {path!r}, which has: {nearest_first(name, frames['train'].columns)}"
+                f"data.columns.{role}: {name!r} is no column of {path!r}, which has: {nearest_first(name, frames['train'].columns)}{header_hint(path)}"
             )
     has_labels = column in frames["train"].columns and (needs_labels is not False or labels is not None)
     if needs_labels and not has_labels:
         raise UserError(
-            f"data.columns.label: {column!r} is no column of {path!r}, which has: {nearest_first(column, frames['train'].columns)}; give the label's as data.columns={{label: COLUMN}}"
+            f"data.columns.label: {column!r} is no column of {path!r}, which has: {nearest_first(column, frames['train'].columns)}{header_hint(path)}; give the label's as data.columns={{label: COLUMN}}"
         )
     words = None
     classes: dict[str, np.ndarray] = {}
     if has_labels:
-        words = labels if labels is not None else _words(frames["train"].values[column], path)
-        classes = {name: _classes(frame, column, words, name, files.get(name, "")) for name, frame in frames.items()}
+        train, known = frames["train"], labels
+        if labels is None:
+            known = train.classes.get(column) or _words(train.values[column], path)
+        words = list(dict.fromkeys(known.values())) if isinstance(known, dict) else known
+        classes = {name: _classes(frame, column, known, name, files.get(name, "")) for name, frame in frames.items()}
     picked = {name: np.arange(len(frame)) for name, frame in frames.items()}
     if fractions:
         cut = _hold_out(len(frames["train"]), classes.get("train"), fractions, seed)
@@ -653,28 +532,33 @@ def _word(value: Any, row: int, of: str) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
-def _classes(frame: Table, column: str, words: list[str], split: str, file: str) -> np.ndarray:
+def _classes(frame: Table, column: str, labels: list[str] | dict[str, str], split: str, file: str) -> np.ndarray:
+    """Class of each row; `labels` are the words in order, or what the file holds -> word."""
     of = repr(file) if file else split
     if column not in frame.columns:
         raise UserError(
-            f"data.columns.label: {column!r} is no column of {of}, which has: {nearest_first(column, frame.columns)}; the {split} rows need it too"
+            f"data.columns.label: {column!r} is no column of {of}, which has: {nearest_first(column, frame.columns)}{header_hint(file)}; the {split} rows need it too"
         )
-    index = {w: i for i, w in enumerate(words)}
+    mapped = isinstance(labels, dict)
+    words = list(dict.fromkeys(labels.values())) if mapped else labels
+    number = {w: i for i, w in enumerate(words)}
+    index = {held: number[w] for held, w in labels.items()} if mapped else number
     values = [None if missing(v) else _word(v, i, file or split) or None for i, v in enumerate(frame.values[column])]
-    by_number = not any(v in index for v in values) and all(
-        v is not None and v.isdecimal() and len(v) < 10 for v in values
-    )
+    numbered = all(v is not None and v.isdecimal() and len(v) < 10 for v in values)
+    if numbered and not mapped and not any(v in index for v in values):
+        index |= {v: int(v) for v in set(values) if int(v) < len(words)}
     out = np.empty(len(values), dtype=np.int64)
     for i, value in enumerate(values):
-        if by_number and int(value) < len(words):
-            out[i] = int(value)
-        elif value not in index:
+        if value not in index:
             shown = "empty" if value is None else repr(value)
+            way = "put the row right, or list all labels"
+            if value is not None and value.isdecimal() and not mapped:
+                count = f"numbers count data.labels from 0, so {len(words)} labels are 0 to {len(words) - 1}"
+                way = f"{count}; where the file counts otherwise, map what it holds: labels={{{value}: WORD, ...}}"
             raise UserError(
-                f"data.columns.label: row {i + 1} of {of} has the label {shown}; data.labels has: {nearest_first(value or '', words)}; put the row right, or list all labels"
+                f"data.columns.label: row {i + 1} of {of} has the label {shown}; data.labels has: {nearest_first(value or '', labels)}; {way}"
             )
-        else:
-            out[i] = index[value]
+        out[i] = index[value]
     return out
 
 

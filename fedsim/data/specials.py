@@ -23,12 +23,15 @@ class Specials:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        known = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        names = {str(t) for t in tokenizer.all_special_tokens} | {t.content for t in known if t.special}
+        known = {i: t.content for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special}
+        names = {str(t) for t in tokenizer.all_special_tokens} | set(known.values())
         names = sorted((n for n in names if len(n) > 1), key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, names))) if names else None
         guarded = "|".join(re.escape(n[0] + _GUARD + n[1:]) for n in names)
         self._guarded = re.compile(guarded) if names else None
+        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+        # An unknown word is text, unless its token has another use too, as in GPT-2's tokenizer.
+        self._marks = (set(tokenizer.all_special_ids) | set(known)) - ({tokenizer.unk_token_id} - ends)
         self._wrap: tuple[list[int], list[int]] | None = None
 
     def guard(self, text: str) -> str:
@@ -70,6 +73,12 @@ class Specials:
                 before, after = self.wrap() if wrapped else ([], [])
                 out[i] = [*before, *self._pieces(text), *after]
         return out
+
+    def around(self, ids: Sequence[int]) -> tuple[int, int]:
+        """How many special tokens stand before and behind the text: the tokenizer's, the template's, a chat's first mark."""
+        before = next((i for i, t in enumerate(ids) if t not in self._marks), len(ids))
+        behind = next((i for i, t in enumerate(reversed(ids)) if t not in self._marks), 0)
+        return before, behind
 
     def wrap(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and behind a text."""

@@ -6,6 +6,7 @@ White space between the two belongs to the answer, as subword tokenizers want it
 
 from __future__ import annotations
 
+import datetime
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from fedsim.data.specials import Specials
 from fedsim.errors import UserError
+
+CHAT_DATE = "2024-07-26"  # for every chat template that writes the date: the one Llama 3.1's has where it knows none
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Template:
         stripped = prompt.rstrip()
         return stripped, prompt[len(stripped) :] + answer
 
+    def answer(self, text: str) -> str:
+        """An answer as it follows every prompt: white space before it is the template's alone, never the data's."""
+        return self.split({**dict.fromkeys(self.fields, "x"), self.fields[-1]: text})[1]
+
     def text(self, row: dict[str, str]) -> str:
         """The whole text of a row."""
         return "".join(literal + (row[name] if name else "") for literal, name in self.parts)
@@ -87,6 +94,7 @@ class Tokens:
         answers: answer texts by row, for exact match.
         left_out: rows that are not trained or scored on, and why: {"too long": [...], "empty answer": [...]}.
         truncated: rows that were cut to `max_length`.
+        fits: tokens that hold 95 % of the rows whole (but for those without text or answer); 0 where there are none.
     """
 
     ids: Tensor
@@ -100,6 +108,7 @@ class Tokens:
     answers: list[str] = field(default_factory=list)
     left_out: dict[str, list[int]] = field(default_factory=dict)
     truncated: int = 0
+    fits: int = 0
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -133,6 +142,18 @@ class Tokens:
         for rows in self.left_out.values():
             out[rows] = False
         return np.nonzero(out)[0]
+
+    def over(self, max_length: int) -> tuple[float, str] | None:
+        """The share of the examples that are longer than `max_length`, and a line about them; None where all fit."""
+        dropped = len(self.left_out.get("too long", ()))
+        if not self.truncated + dropped:
+            return None
+        # Of those without text or answer nothing is cut.
+        total = len(self) - sum(map(len, self.left_out.values())) + dropped
+        share = (self.truncated + dropped) / total
+        done = "left out, longer than" if dropped else "cut to"
+        counts = f"{self.truncated + dropped:,} of {total:,} examples ({share:.1%})"
+        return share, f"{counts} {done} data.max_length={max_length}; 95 % of them have at most {self.fits} tokens"
 
     def share(self) -> None:
         """Move the arrays into shared memory, in place."""
@@ -188,8 +209,10 @@ def encode(
         empty = [None] * len(sequences)
     else:
         halves = [parsed.split(r) for r in rows]
+        if label_words is not None:  # as candidates are scored, whatever blanks a text ends in
+            halves = [(p, parsed.answer(r[parsed.fields[-1]])) for (p, _), r in zip(halves, rows, strict=True)]
         pairs = [(specials.guard_seams(p, own[0]), specials.guard_seams(a, own[1])) for p, a in halves]
-        anchor = specials.plain(pairs[0][0])[-8:] if pairs else ""
+        anchor = parsed.split(dict.fromkeys(parsed.fields, "x"))[0][-8:]
         encoded = _encode_answers(specials, sorted({a for _, a in pairs}), anchor)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         sequences = _without_end(specials, specials.ids([p for p, _ in pairs]))
@@ -197,9 +220,7 @@ def encode(
         answer_texts = [specials.plain(a) for _, a in pairs]
         candidates = None
         if label_words is not None:
-            said = [specials.guard(word) for word in label_words]
-            spaced = [parsed.split({**dict.fromkeys(parsed.fields, "x"), parsed.fields[-1]: w})[1] for w in said]
-            spaced = [specials.guard_seams(a, own[1]) for a in spaced]
+            spaced = [specials.guard_seams(parsed.answer(specials.guard(word)), own[1]) for word in label_words]
             words = _encode_answers(specials, spaced, anchor)
             candidates = [words[w] for w in spaced]
         empty = [None if a.strip() else "empty answer" for a in answer_texts]
@@ -209,7 +230,8 @@ def encode(
         empty,
         classes,
         task=task,
-        tokenizer=tokenizer,
+        specials=specials,
+        pad_id=tokenizer.pad_token_id,
         max_length=max_length,
         too_long=too_long,
         split=split,
@@ -247,9 +269,9 @@ def encode_chats(
     for turns, answer in chats:
         said = any(turn["content"].strip() for turn in turns)
         empty.append("empty answer" if not answer.strip() else None if said else "empty text")
-    specials = Specials(tokenizer)
+    specials, template = Specials(tokenizer), _chat_template(tokenizer)
     pairs = [
-        ("", "") if empty[i] else _render(turns, answer, tokenizer, specials, (place or _place)(i, split))
+        ("", "") if empty[i] else _render(turns, answer, tokenizer, specials, (place or _place)(i, split), template)
         for i, (turns, answer) in enumerate(chats)
     ]
     anchor = next((specials.plain(p)[-8:] for p, _ in pairs if p), "")
@@ -265,7 +287,8 @@ def encode_chats(
         empty,
         np.full(len(chats), -1, dtype=np.int64),
         task="causal_lm",
-        tokenizer=tokenizer,
+        specials=specials,
+        pad_id=tokenizer.pad_token_id,
         max_length=max_length,
         too_long=too_long,
         split=split,
@@ -280,13 +303,38 @@ def _place(row: int, split: str) -> str:
     return f"row {row + 1} of {split}"
 
 
-def _render(turns: list[dict[str, str]], answer: str, tokenizer: Any, specials: Specials, row: str) -> tuple[str, str]:
+def tells_time(tokenizer: Any) -> bool:
+    """Whether the chat template asks what time it is: `strftime_now` is the one way that transformers gives it."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _chat_template(tokenizer: Any) -> str | None:
+    """The chat template with one date for all days: a macro of the function's name stands in front of it.
+
+    With the clock's date the tokens would depend on the day on which a run is started, or resumed. None = as it is.
+    """
+    held = tokenizer.chat_template
+    held = held.get("default") if isinstance(held, dict) else held  # of several, by name
+    if held is None or not tells_time(tokenizer):
+        return None
+    day = datetime.datetime.fromisoformat(CHAT_DATE)
+    codes = [flag + letter for flag in ("", "-") for letter in "aAbBcdDeFGgHhIjklmMnpPrRsStTuUVwWxXyYzZ"]
+    steps = "".join(f"|replace('%{code}', {day.strftime('%' + code)!r})" for code in codes)
+    # The line end is the block's own (trim_blocks), so the template behind it begins a line as before.
+    macro = f"{{%- macro strftime_now(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}\n"
+    return macro + held
+
+
+def _render(
+    turns: list[dict[str, str]], answer: str, tokenizer: Any, specials: Specials, row: str, template: str | None
+) -> tuple[str, str]:
     """(prompt, answer) of a chat as the template writes them, what is the data's in them guarded."""
     turns = [{name: specials.guard(text) for name, text in turn.items()} for turn in turns]
     answer = specials.guard(answer)
     try:
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
+        keys = {"tokenize": False, "chat_template": template}
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **keys)
+        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], **keys)
     except Exception as error:  # templates are programs; they refuse roles and orders in words of their own
         why = " ".join(str(error).split())[:160]
         raise UserError(
@@ -306,7 +354,8 @@ def _lay_out(
     classes: np.ndarray,
     *,
     task: str,
-    tokenizer: Any,
+    specials: Specials,
+    pad_id: int,
     max_length: int,
     too_long: str,
     split: str,
@@ -316,7 +365,7 @@ def _lay_out(
     texts: list[str],
 ) -> Tokens:
     """Prompt and answer tokens of each row as flat arrays; `empty` says why a row is left out, where it is."""
-    ids, offsets, kept_prompts = [], [0], []
+    ids, offsets, kept_prompts, lengths = [], [0], [], []
     left_out: dict[str, list[int]] = {}
     truncated = 0
     for i, (prompt, answer) in enumerate(zip(sequences, answers, strict=True)):
@@ -324,7 +373,9 @@ def _lay_out(
         over = len(prompt) + len(answer) > max_length
         if why is not None:
             left_out.setdefault(why, []).append(i)
-        elif over:
+        else:
+            lengths.append(len(prompt) + len(answer))
+        if why is None and over:
             if too_long == "error":
                 length = len(prompt) + len(answer)
                 raise UserError(
@@ -334,7 +385,7 @@ def _lay_out(
                 left_out.setdefault("too long", []).append(i)
             truncated += too_long == "truncate"
         if over:  # rows that are left out too: no row in the arrays is longer than max_length
-            prompt, answer = _truncate(prompt, answer, max_length, task)
+            prompt, answer = _truncate(prompt, answer, max_length, task, specials)
         ids.append(np.asarray([*prompt, *answer], dtype=np.int32))
         offsets.append(offsets[-1] + len(ids[-1]))
         kept_prompts.append(len(prompt))
@@ -344,13 +395,14 @@ def _lay_out(
         offsets=torch.tensor(offsets, dtype=torch.int64),
         prompts=torch.tensor(kept_prompts, dtype=torch.int32),
         labels=torch.from_numpy(classes.copy()),
-        pad_id=tokenizer.pad_token_id,
+        pad_id=pad_id,
         is_classes=task == "sequence_classification",
         words=words,
         candidates=candidates,
         answers=texts,
         left_out=left_out,
         truncated=truncated,
+        fits=int(np.quantile(lengths, 0.95, method="inverted_cdf")) if lengths else 0,
     )
 
 
@@ -376,10 +428,16 @@ def _without_end(specials: Specials, sequences: list[list[int]]) -> list[list[in
     return [s[: -len(end)] if end and len(s) > len(end) and s[-len(end) :] == end else s for s in sequences]
 
 
-def _truncate(prompt: list[int], answer: list[int], limit: int, task: str) -> tuple[list[int], list[int]]:
+def _truncate(
+    prompt: list[int], answer: list[int], limit: int, task: str, specials: Specials
+) -> tuple[list[int], list[int]]:
+    """A row of at most `limit` tokens; the special tokens around its text stay, as the base always sees them."""
+    before, behind = specials.around(prompt)
     if task == "sequence_classification":
-        return [*prompt[: limit - 1], prompt[-1]], []  # the last token may be the separator that encoders expect
+        return [*prompt[: max(limit - behind, 0)], *prompt[len(prompt) - behind :]][:limit], []
     room = limit - len(answer)
-    if room >= 1:
-        return prompt[-room:], answer
-    return prompt[-1:], answer[: limit - 1]
+    if room >= max(before, 1):
+        return [*prompt[:before], *prompt[len(prompt) - room + before :]], answer
+    # The answer alone is too long: it needs something in front of it.
+    kept = prompt[: min(before, limit - 1)] or prompt[-1:]
+    return kept, answer[: limit - len(kept)]

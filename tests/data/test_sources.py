@@ -440,10 +440,21 @@ def test_class_names_of_a_data_set_keep_their_order(folder: Path, tmp_path: Path
     assert [2 - c for c in source.splits["test"].labels] == turned.splits["test"].labels.tolist()
 
 
-@pytest.mark.parametrize("path", ["no_such_folder_here/nor_there", "./nowhere"])
-def test_a_data_set_that_cannot_be_loaded_is_one_line(folder: Path, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("no_such_folder_here/nor_there", "could not be loaded"),
+        ("my_other_data", "could not be loaded"),
+        ("./nowhere", "does not exist"),
+        ("a/b/c", "does not exist"),
+        ("/my_data", "does not exist"),
+        ("rows.csv", "does not exist"),
+        (" ", "does not exist"),
+    ],
+)
+def test_a_data_set_that_cannot_be_loaded_is_one_line(folder: Path, path: str, why: str) -> None:
     message = refusal(lambda: from_hub(path))
-    assert message.startswith(f"data.path: {path!r} could not be loaded") and "check the id" in message
+    assert message.startswith(f"data.path: {path!r} {why}") and "hub" in message.lower()
 
 
 def test_the_config_reaches_the_source(folder: Path) -> None:

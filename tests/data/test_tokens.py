@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fedsim.build import prepare
 from fedsim.config import Experiment
 from fedsim.data.batches import collate
-from fedsim.data.tokens import Template, Tokens, encode
+from fedsim.data.tokens import Template, Tokens, encode, encode_chats
 from fedsim.errors import UserError
 
 WORDS = ["negative", "neutral", "positive"]
@@ -206,6 +207,40 @@ def test_text_after_the_last_field_is_part_of_the_answer_and_of_the_candidates(g
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("template", "behind"),
+    [
+        ("{a}\n{label}", "\n{label}"),
+        ("{a} {b} {label}", " {label}"),
+        ("{a}{label}", "{label}"),
+        ("{b}: {a}\t\n{label} .", "\t\n{label} ."),
+        ("{a} is: {label}", " {label}"),
+        ("{a}\n{b}\n{label}", "\n{label}"),
+    ],
+)
+def test_a_label_is_trained_by_the_tokens_it_is_scored_by(
+    family: str, template: str, behind: str, request: pytest.FixtureRequest
+) -> None:
+    """Whatever blanks a text ends in, or an empty field leaves in front of the label; the oracle is the template's own text."""
+    tokenizer, words = request.getfixturevalue(family), ["very good", "bad"]
+    ends = ["", " ", "   ", "\n", " \t", "\n\n ", "\u00a0", "\u3000 "]
+    rows = [{"a": f"Sales fell{e}", "b": b, "label": w} for e in ends for b in ("", "x ") for w in words]
+    tokens = tokens_of(tokenizer, rows, template=template, label_words=words)
+    assert len(tokens.kept()) == len(rows)
+    for i, row in enumerate(rows):
+        start = int(tokens.prompts[i])
+        answer = tokens.row(i)[start:].tolist()
+        assert answer == [*tokens.candidates[words.index(row["label"])], tokenizer.eos_token_id], row
+        if family == "gpt2":  # the other one has no token for some of the blanks
+            said = tokenizer.decode(tokens.row(i)[:start])
+            assert said == template.removesuffix(behind).format(**row).rstrip(), row
+    if family == "gpt2":
+        assert tokens.candidates == [tokenizer(behind.format(label=w))["input_ids"] for w in words]
+    alone = tokens_of(tokenizer, rows[-1:], template=template, label_words=words)
+    assert alone.candidates == tokens.candidates, "the rows beside it change nothing"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_label_words_of_several_tokens_are_whole_candidates(family: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(family)
     words = ["very bad indeed", "good", "so so"]
@@ -350,6 +385,105 @@ def test_shared_arrays_hold_the_same_tokens(gpt2: Any) -> None:
     assert tokens.lengths_of(np.array([2, 0])).tolist() == [len(before[2]), len(before[0])]
 
 
+def _marked(gpt2: Any, folder: Path, single: str, *marks: str) -> Any:
+    """The byte-level tokenizer with marks of its own around each text."""
+    gpt2.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    ids = [(m, tokenizer.convert_tokens_to_ids(m)) for m in marks]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return tokenizer
+
+
+@pytest.mark.parametrize("single", ["$A", "<a> $A", "<a> <b> $A", "<a> $A <b>", "<b> $A <a> <b>"])
+@pytest.mark.parametrize("limit", [8, 12, 15])
+def test_what_the_tokenizer_puts_around_a_text_survives_truncation(
+    gpt2: Any, tmp_path: Path, single: str, limit: int
+) -> None:
+    """A head reads what plain truncation by the tokenizer gives; in front of an answer the text is cut from its left."""
+    tokenizer = _marked(gpt2, tmp_path, single, "<a>", "<b>")
+    row, word = ROWS[2], "neutral"
+    keys: dict[str, Any] = {"template": "{sentence}", "task": "sequence_classification", "label_words": None}
+    cut = tokens_of(tokenizer, [row], max_length=limit, **keys)
+    assert cut.row(0).tolist() == tokenizer(row["sentence"], truncation=True, max_length=limit)["input_ids"]
+    marks = single.split("$A")[0].split()
+    text = tokenizer(f"{row['sentence']} sentiment:", add_special_tokens=False)["input_ids"]
+    answer = [*tokenizer(f" {word}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    room = limit - len(answer) - len(marks)
+    assert 0 < room < len(text)
+    cut = tokens_of(tokenizer, [row], max_length=limit)
+    assert cut.row(0).tolist() == [*tokenizer.convert_tokens_to_ids(marks), *text[-room:], *answer]
+
+
+def test_a_long_answer_keeps_the_beginning_of_text_in_front(gpt2: Any, tmp_path: Path) -> None:
+    tokenizer = _marked(gpt2, tmp_path, "<a> <b> $A", "<a>", "<b>")
+    answer = tokenizer("\n" + ROWS[2]["sentence"], add_special_tokens=False)["input_ids"]
+    row = {"a": "x", "b": ROWS[2]["sentence"]}
+    for limit in (3, 7):
+        cut = tokens_of(tokenizer, [row], template="{a}\n{b}", label_words=None, max_length=limit)
+        marks = tokenizer.convert_tokens_to_ids(["<a>", "<b>"])
+        assert cut.row(0).tolist() == [*marks, *answer[: limit - 2]] and int(cut.prompts[0]) == 2
+
+
+def test_the_length_that_would_hold_most_rows_counts_all_their_tokens(gpt2: Any) -> None:
+    rows = [{"sentence": "x" * n, "label": "neutral"} for n in range(1, 41)]
+    whole = [len(gpt2(f"{r['sentence']} sentiment: {r['label']}")["input_ids"]) + 1 for r in rows]
+    for too_long in ("truncate", "drop"):
+        tokens = tokens_of(
+            gpt2, [{"sentence": "x", "label": " "}, *rows], label_words=None, max_length=20, too_long=too_long
+        )
+        fits, over = tokens.fits, sum(n > 20 for n in whole)
+        share, text = tokens.over(20)
+        assert share == over / 40 and f"{over} of 40 examples ({over / 40:.1%})" in text and f" {fits} tokens" in text
+        assert tokens_of(gpt2, rows, max_length=512).over(512) is None
+        assert np.mean([n <= fits for n in whole]) >= 0.95 > np.mean([n < fits for n in whole])
+
+
+CHAT = "{% for m in messages %}<a>{{ m.role }}\n{{ m.content }}<b>{% endfor %}{% if add_generation_prompt %}<a>assistant\n{% endif %}"
+
+
+def _chats(tokenizer: Any, template: str, chats: list[tuple[str, str]], max_length: int = 512) -> Tokens:
+    tokenizer.chat_template = template
+    turns = [([{"role": "user", "content": said}], answer) for said, answer in chats]
+    return encode_chats(turns, tokenizer=tokenizer, max_length=max_length, too_long="truncate", split="train")
+
+
+@pytest.mark.parametrize(("front", "marks"), [("", ["<a>"]), ("<b>", ["<b>", "<a>"]), ("<b>\n", ["<b>"])])
+def test_a_chat_that_is_cut_keeps_its_first_marks(gpt2: Any, tmp_path: Path, front: str, marks: list[str]) -> None:
+    tokenizer = _marked(gpt2, tmp_path, "$A", "<a>", "<b>")
+    whole, cut = (_chats(tokenizer, front + CHAT, [("long " * 30, "yes")], n).row(0).tolist() for n in (512, 40))
+    kept = tokenizer.convert_tokens_to_ids(marks)
+    assert cut == [*kept, *whole[len(kept) - 40 :]] and len(whole) > 60
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "{{ strftime_now('%d %b %Y') }}\n",
+        "  {% set now = strftime_now %}{{ now(format='%A, %-d %B %Y, %H:%M:%S') }}",
+        "\n{% set day = '%Y-%m-%d' %}{% if strftime_now is defined %}{{ strftime_now(day) }}{% endif %}",
+        "{%- macro head() %}{{ strftime_now('%y %j') }}{% endmacro %}{{ head() }}",
+    ],
+)
+def test_a_chat_template_that_tells_the_date_tells_the_same_on_every_day(
+    gpt2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, date: str
+) -> None:
+    """As transformers would write it on 26 July 2024, by whatever way the template comes to the date."""
+    from transformers.utils import chat_template_utils
+
+    class Fixed(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime.datetime:
+            return datetime.datetime(2024, 7, 26)
+
+    tokenizer = _marked(gpt2, tmp_path, "$A", "<a>", "<b>")
+    found = _chats(tokenizer, date + CHAT, [("hi", "yes")])
+    monkeypatch.setattr(chat_template_utils, "datetime", Fixed)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokenizer.decode(found.row(0).tolist()[:-1]) == text and "2" in text
+
+
 # ------------------------------------------------------------------------------------------------ special tokens as text
 
 
@@ -394,8 +528,6 @@ def test_rows_side_by_side_make_no_mark(gpt2: Any) -> None:
 
 
 def test_a_chat_cannot_forge_a_turn(gpt2: Any, tmp_path: Path) -> None:
-    from fedsim.data.tokens import encode_chats
-
     gpt2.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
