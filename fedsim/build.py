@@ -292,7 +292,7 @@ def load_base(parts: Parts) -> nn.Module:
         parts.model,
         task=exp.model.task,
         dtype="float32" if masters else exp.model.dtype,
-        num_labels=len(parts.source.labels) if exp.model.task == "sequence_classification" else None,
+        labels=parts.source.labels if exp.model.task == "sequence_classification" else None,
         pad_token_id=parts.tokenizer.pad_token_id,
         seed=exp.seed,
     )
@@ -362,8 +362,14 @@ def _with_max_length(exp: Experiment) -> Experiment:
     if exp.data.max_length is not None:
         return exp
     positions = base.max_positions(base.load_config(base.find(expand_path(exp.model.path, "model.path"))))
-    room = 1024 if positions is None else positions - getattr(exp.adapter, "num_virtual_tokens", 0)
+    room = 1024 if positions is None else positions - _virtual_tokens(exp)
     return dataclasses.replace(exp, data=dataclasses.replace(exp.data, max_length=max(2, min(1024, room))))
+
+
+def _virtual_tokens(exp: Experiment) -> int:
+    """Positions that a prompt method takes in front of each example."""
+    keys = getattr(exp.adapter, "settings", None) or vars(exp.adapter)  # of a method by its PEFT name, of one of ours
+    return keys.get("num_virtual_tokens") or 0
 
 
 def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
@@ -536,13 +542,36 @@ def _check(parts: Parts) -> None:
             )
     _check_vocabulary(parts)
     positions = base.max_positions(base.load_config(parts.model))
-    extra = getattr(exp.adapter, "num_virtual_tokens", 0)
+    extra = _virtual_tokens(exp)
     longest = max(int(t.lengths.max(initial=0)) for t in parts.tokens.values())
     if positions is not None and longest + extra > positions:
         virtual = f" and {extra} virtual tokens" if extra else ""
         raise UserError(
             f"data.max_length: {exp.data.max_length} lets rows of {longest} tokens{virtual} through, the base takes {positions}; give {f'at most {positions - extra}' if positions - extra > 1 else 'fewer virtual tokens'}"
         )
+    _check_room(parts, positions, extra)
+
+
+def _check_room(parts: Parts, positions: int | None, extra: int) -> None:
+    """Whether a base has positions for all that is put behind a prompt in evaluation: generated tokens, and each label."""
+    evaluate = parts.exp.evaluate
+    scored = [parts.tokens[name] for name in ("validation", "test")]
+    prompt = max(int(t.prompts.numpy()[t.kept()].max(initial=0)) for t in scored) + extra
+    labels = max((len(c) for t in scored for c in t.candidates or ()), default=0)
+    new = evaluate.max_new_tokens - 1 if evaluate.generate else 0  # the last one is not fed back
+    if positions is None or prompt + max(labels, new) <= positions or base.ends_at(parts.model) is None:
+        return
+    virtual = f" and {extra} virtual tokens" if extra else ""
+    if prompt + new > positions:
+        shorter = positions - extra - new
+        ways = [f"max_new_tokens to at most {positions - prompt + 1}"] * (prompt <= positions)
+        ways += [f"data.max_length to at most {shorter}"] * (shorter > 1)
+        raise UserError(
+            f"evaluate.max_new_tokens: {evaluate.max_new_tokens} after a prompt of {prompt - extra} tokens{virtual} exceeds the {positions} positions of the base; set {' or '.join(ways) or 'both it and data.max_length lower'}"
+        )
+    raise UserError(
+        f"data.max_length: {parts.exp.data.max_length} allows a prompt of {prompt - extra} tokens{virtual}, and with the longest label ({labels} tokens) it exceeds the {positions} positions of the base; set it to at most {max(2, positions - extra - labels)}"
+    )
 
 
 def _check_vocabulary(parts: Parts) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -19,7 +20,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import fedsim
 from fedsim.build import prepare
 from fedsim.errors import UserError
+from fedsim.evaluation import greedy as greedy_ids
+from fedsim.models.adapters import attach
 from fedsim.models.base import TINY
+from fedsim.models.forward import Net
 
 LABELS = ["negative", "neutral", "positive"]
 WORK = {"steps": 6, "batch_size": 8, "lr": 2e-2}
@@ -312,3 +316,50 @@ def test_exact_match_is_that_of_greedy_decoding_row_by_row(lab: Any, adapter: di
     right = [t.strip() == label for t, (_, label) in zip(texts, lab.rows["validation"], strict=True)]
     assert lab.value(run, **VALIDATION, round=1, name="exact_match") == pytest.approx(sum(right) / len(right))
     assert 0 < sum(right) < len(right), texts
+
+
+METHODS = {
+    "lora": {"r": 3, "target_modules": "all-linear"},
+    "adapter": {"bottleneck": 4},
+    "prompt": {"num_virtual_tokens": 3},
+    "p_tuning": {"num_virtual_tokens": 3, "hidden": 16},
+    "prefix": {"num_virtual_tokens": 3},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, "prompt") for kind in ("llama", "gpt2", "opt", "bloom", "gpt_neox", "mistral", "phi3")]
+    + [(kind, "lora") for kind in ("bloom", "mistral", "phi3", "opt")]
+    + [(kind, "prefix") for kind in ("llama_shared", "gpt2", "opt", "gemma")]
+    + [("gpt2", "p_tuning"), ("llama", "adapter"), ("bloom", "none"), ("mamba", "none")],
+)
+def test_generated_text_does_not_depend_on_the_texts_beside_it(lab: Any, kind: str, name: str) -> None:
+    """Positions learned, rotary, by ALiBi, by recurrence, with windows and with frequencies by length."""
+    exp = lab.exp(model={"path": lab.base(kind)}, adapter={"name": name, **METHODS[name]})
+    base = base_of(exp)
+    base.generation_config.update(repetition_penalty=1.9, no_repeat_ngram_size=2, suppress_tokens=[5], num_beams=2)
+    settings = {k: v for k, v in exp.to_dict()["adapter"].items() if k != "name"}
+    model, own = attach(base, name, settings, task="causal_lm", seed=3)
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():  # far from where a text is one token over and over
+            parameter += 0.3 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+    net = Net(model, own, task="causal_lm", device=torch.device("cpu"), base_dropout=False, autocast=None)
+    net.train(False)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 1500, n) for n in (9, 2, 14, 5, 5)]
+    expected = []
+    for prompt in prompts:
+        ids = prompt.tolist()
+        for _ in range(8):
+            at = torch.tensor([ids])
+            with torch.no_grad():
+                ids.append(int(model(input_ids=at, attention_mask=torch.ones_like(at)).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    assert len({t for e in expected for t in e}) > 4, expected
+    assert greedy_ids(net, prompts, 8, None) == expected
+    end = expected[0][-1]
+    expected = [e[: e.index(end)] if end in e else e for e in expected]
+    assert greedy_ids(net, prompts, 8, end) == expected

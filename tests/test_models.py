@@ -46,7 +46,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def load(path: Path | str, **keys: Any) -> Any:
-    defaults: dict[str, Any] = {"task": "causal_lm", "dtype": "float32", "num_labels": None, "pad_token_id": 0}
+    defaults: dict[str, Any] = {"task": "causal_lm", "dtype": "float32", "labels": None, "pad_token_id": 0}
     return load_base(find(str(path)), **{**defaults, "seed": 0, **keys})
 
 
@@ -210,7 +210,7 @@ def test_a_base_is_frozen_in_its_type_and_leaves_random_state_and_settings_alone
 
 def test_a_new_head_starts_from_the_seed() -> None:
     def head(seed: int, labels: int = 3) -> torch.Tensor:
-        return load("tiny", task="sequence_classification", num_labels=labels, seed=seed).score.weight
+        return load("tiny", task="sequence_classification", labels=[str(i) for i in range(labels)], seed=seed).score.weight
 
     assert head(0, 4).shape[0] == 4 and head(0).shape[0] == 3
     assert torch.equal(head(0), head(0)) and not torch.equal(head(0), head(1))
@@ -221,7 +221,7 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(tmp_path
     bert = saved(tmp_path / "bert", transformers.BertConfig(**SMALL), transformers.AutoModelForMaskedLM)
     message = refusal(lambda: check_task(find(str(bert)), "causal_lm"))
     assert message.startswith("model.task: 'causal_lm'") and "bert" in message and "sequence_classification" in message
-    assert load(bert, task="sequence_classification", num_labels=3).config.num_labels == 3
+    assert load(bert, task="sequence_classification", labels=["a", "b", "c"]).config.num_labels == 3
     t5 = tmp_path / "t5"
     sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     saved(t5, transformers.T5Config(**sizes), transformers.AutoModelForSeq2SeqLM)

@@ -106,7 +106,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def save_model(folder: Path, method: str, seed: int, base: str = "tiny") -> Path:
     """A folder as a run exports it, of an adapter that is far from doing nothing."""
     source = bases.find(base)
-    model = bases.load_base(source, task="causal_lm", dtype="float32", num_labels=None, pad_token_id=1, seed=0)
+    model = bases.load_base(source, task="causal_lm", dtype="float32", labels=None, pad_token_id=1, seed=0)
     model, _ = adapters.attach(model, method, SETTINGS[method], task="causal_lm", seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapters.trained(model).values():
