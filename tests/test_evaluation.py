@@ -6,6 +6,8 @@ with the package.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +50,17 @@ def in_double(exp: Any, folder: Path) -> nn.Module:
 
 @torch.no_grad()
 def by_words(
-    model: nn.Module, tok: Any, rows: Iterable[tuple[str, str]], words: Sequence[str], prompt: str = " sentiment:"
+    model: nn.Module,
+    tok: Any,
+    rows: Iterable[tuple[str, str]],
+    words: Sequence[str],
+    prompt: str = " sentiment:",
+    ends: bool = False,
 ) -> tuple[float, float, list[int]]:
-    """(mean loss per answer token, accuracy, predictions): every label of every row is a pass of its own."""
+    """(mean loss per answer token, accuracy, predictions): every label of every row is a pass of its own.
+
+    The end of text is trained on; `ends` says whether it is part of a label's likelihood.
+    """
     nll, tokens, predictions, right = 0.0, 0, [], 0
     for sentence, word in rows:
         head = tok(sentence + prompt)["input_ids"]
@@ -60,7 +70,7 @@ def by_words(
             ids = torch.tensor([head + answer + [tok.eos_token_id]])
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
             logp = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[len(head) - 1 :, 0]
-            scores.append(float(logp[:-1].sum()))  # the end of text is trained on, but is no part of the word
+            scores.append(float(logp.sum() if ends else logp[:-1].sum()))
             if candidate == word:
                 nll -= float(logp.sum())
                 tokens += len(logp)
@@ -243,6 +253,43 @@ def test_labels_of_several_tokens(lab: Any, words: dict[str, str]) -> None:
         assert lab.value(run, **VALIDATION, round=1, name=f"predicted:{word}") == predictions.count(i)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"negative": "up and down", "neutral": "up and", "positive": "up"},
+        {"negative": "1", "neutral": "10", "positive": "2"},
+    ],
+    ids=["words", "numbers"],
+)
+def test_a_label_that_begins_another_is_scored_with_its_end(lab: Any, words: dict[str, str]) -> None:
+    """Else it would be the likelier of the two whatever the model has learned."""
+    work = {**WORK, "steps": 30, "lr": 5e-3}
+    exp = lab.exp(model={"path": str(TINY)}, data=renamed(lab, words), local=work, evaluate={"batch_size": 5})
+    run = lab.run(exp)
+    tok = AutoTokenizer.from_pretrained(exp.model.path)
+    rows = [(s, words[label]) for s, label in lab.rows["validation"]]
+    model = in_double(exp, run / "global")
+    loss, accuracy, predictions = by_words(model, tok, rows, list(words.values()), ends=True)
+    assert reported(lab, run, 1) == pytest.approx((loss, accuracy), rel=1e-9)
+    assert predictions != by_words(model, tok, rows, list(words.values()))[2]
+    for i, word in enumerate(words.values()):
+        assert lab.value(run, **VALIDATION, round=1, name=f"predicted:{word}") == predictions.count(i)
+
+
+def normalising(lab: Any, kind: dict[str, Any]) -> Path:
+    """The pretrained base with a tokenizer that normalises text."""
+    folder = Path(shutil.copytree(TINY, lab.root / "base"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": kind}))
+    return folder
+
+
+def test_labels_that_are_the_same_tokens_are_refused(lab: Any) -> None:
+    data = renamed(lab, {"negative": "Down", "neutral": "flat", "positive": "down"})
+    with pytest.raises(UserError, match="data.labels: 'Down' and 'down' are the same tokens"):
+        prepare(lab.exp(data=data, model={"path": str(normalising(lab, {"type": "Lowercase"}))}))
+
+
 @pytest.mark.parametrize("model", [{}, {"task": "sequence_classification"}], ids=["words", "head"])
 def test_scores_do_not_depend_on_padding(lab: Any, model: dict) -> None:
     found = []
@@ -295,6 +342,7 @@ def greedy(model: nn.Module, tok: Any, prompt: str, limit: int) -> str:
         {"name": "lora", "r": 8},
         {"name": "p_tuning", "num_virtual_tokens": 3, "hidden": 16},
         {"name": "prefix", "num_virtual_tokens": 6},
+        {"name": "prompt", "num_virtual_tokens": 6},
         {"name": "none"},
     ],
     ids=lambda a: a["name"],
@@ -363,3 +411,55 @@ def test_generated_text_does_not_depend_on_the_texts_beside_it(lab: Any, kind: s
     end = expected[0][-1]
     expected = [e[: e.index(end)] if end in e else e for e in expected]
     assert greedy_ids(net, prompts, 8, end) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers"),
+    [
+        ({"type": "NFC"}, ["re\u0301sume\u0301", "cafe\u0301", "nai\u0308ve"]),
+        ({"type": "Lowercase"}, ["Paris", "ROME", "New  York"]),
+        ({"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}, ["a  b", "c   d", "e f"]),
+    ],
+    ids=["NFC", "lowercase", "white space"],
+)
+def test_answers_are_compared_as_the_tokenizer_writes_them(lab: Any, kind: dict[str, Any], answers: list[str]) -> None:
+    rows = [{"q": f"word of number {i % 3}", "a": answers[i % 3]} for i in range(48)]
+    wrong = [{"q": f"word of number {i % 3}", "a": answers[(i + 1) % 3]} for i in range(3)]
+    files = {}
+    for name, part in (("path", rows), ("validation", rows[:12] + wrong)):
+        files[name] = str(lab.root / f"{name}.jsonl")
+        Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in part))
+    run = lab.run(
+        model={"path": str(normalising(lab, kind)), "dtype": "float32"},
+        data={**files, "template": "{q} answer: {a}", "labels": None, "test": 0.0},
+        adapter={"name": "none"},
+        partition={"num_clients": 1},
+        local={"steps": 60, "batch_size": 8, "lr": 4e-3},
+        evaluate={"generate": True, "max_new_tokens": 24},
+    )
+    assert lab.value(run, **VALIDATION, round=1, name="exact_match") == pytest.approx(12 / 15)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_tokens_beyond_the_positions_of_a_base_are_refused_at_the_start(lab: Any, kind: str) -> None:
+    """The base has 256 positions; the longest prompt decides how many are left for new tokens."""
+    keys = {"model": {"path": lab.base(kind)}, "adapter": {"name": "prompt", "num_virtual_tokens": 4}}
+    tokens = prepare(lab.exp(**keys)).tokens
+    prompt = max(int(tokens[split].prompts.max()) for split in ("validation", "test"))
+    most = 256 - 4 - prompt + 1  # the last one is not looked at again
+    with pytest.raises(UserError, match=f"evaluate.max_new_tokens: {most + 1} .* 4 virtual tokens .*at most {most} or"):
+        prepare(lab.exp(**keys, evaluate={"generate": True, "max_new_tokens": most + 1}))
+    prepare(lab.exp(**keys, evaluate={"max_new_tokens": most + 1}))
+    lab.run(**keys, evaluate={"generate": True, "max_new_tokens": most})
+    lab.run(**{**keys, "model": {"path": lab.base("bloom")}}, evaluate={"generate": True, "max_new_tokens": most + 9})
+
+
+def test_a_label_that_exceeds_the_positions_is_refused_at_the_start(lab: Any) -> None:
+    """Each row fits with its own label, but not with the longest one, whose likelihood is asked for too."""
+    data = renamed(lab, {"negative": "a b c d e f g h i j k l", "neutral": "b", "positive": "c"})
+    for split in ("validation", "test"):
+        text = "\n".join(["sentence,label", f"{'word ' * 300},b"]) + "\n"
+        Path(data[split]).write_text(text)
+    with pytest.raises(UserError, match="data.max_length: 256 .* the longest label .* the 256 positions"):
+        prepare(lab.exp(model={"path": lab.base("gpt2")}, data={**data, "max_length": 256}))
+    prepare(lab.exp(data={**data, "max_length": 256}))

@@ -380,12 +380,16 @@ def _tell_apart(candidates: list[list[int]], words: Sequence[str], end: list[int
     Raises:
         UserError: for labels that no likelihood can tell apart.
     """
-    order = sorted(range(len(candidates)), key=lambda i: candidates[i])  # a label stands right before one that it begins
+    order = sorted(
+        range(len(candidates)), key=lambda i: candidates[i]
+    )  # a label stands right before one that it begins
     pairs = [(a, b) for a, b in itertools.pairwise(order) if candidates[b][: len(candidates[a])] == candidates[a]]
     for a, b in pairs:
         why = f"{words[a]!r} and {words[b]!r}"
         if candidates[a] == candidates[b]:
-            raise UserError(f"data.labels: {why} are the same tokens to this tokenizer; rename one, or use another base")
+            raise UserError(
+                f"data.labels: {why} are the same tokens to this tokenizer; rename one, or use another base"
+            )
         if not end:
             raise UserError(
                 f"data.labels: {why} begin alike, and this tokenizer has no end-of-text token to tell them apart; end data.template in text after the label, such as a full stop"
