@@ -240,7 +240,7 @@ class Shared:
         Raises:
             UserError: as `prepare`.
         """
-        key = repr((exp.model.path, exp.model.task, plain(exp.data)))
+        key = repr((exp.model.path, exp.model.task, plain(exp.data), exp.evaluate.max_examples))
         if key not in self._rows:
             self._rows[key] = load_rows(exp)
         return self._rows[key]
@@ -310,8 +310,22 @@ def load_rows(exp: Experiment) -> Rows:
     template = template_of(exp, source)
     words = source.labels if _answers_are_labels(exp, template, source) else None
     base.check_task(model, exp.model.task)
-    if template is None:
-        return _load_chats(exp, model, source)
+    made = _load_chats(exp, model, source) if template is None else _load_texts(exp, model, source, template, words)
+    if exp.evaluate.max_examples is not None:
+        _sample(made.tokens["validation"], exp.evaluate.max_examples)
+    return made
+
+
+def _sample(tokens: Tokens, count: int) -> None:
+    """Leave out all but so many rows, drawn at random without the experiment's seed: runs that differ in it are scored on
+    the same rows."""
+    kept = tokens.kept()
+    if count < len(kept):
+        out = stream(0, "evaluation examples").choice(kept, len(kept) - count, replace=False)
+        tokens.left_out[f"evaluate.max_examples={count}"] = sorted(out.tolist())
+
+
+def _load_texts(exp: Experiment, model: base.Source, source: Source, template: str, words: list[str] | None) -> Rows:
     fields = Template.parse(template).fields
     # The rows of instructions have the same names whatever those of the file.
     renamed = {} if exp.data.name == "instructions" else exp.data.columns
@@ -405,12 +419,13 @@ def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
 def _resolve(exp: Experiment, source: Source, template: str | None, words: list[str] | None) -> Experiment:
     """The config with what the data decided written out; resolving it again changes nothing, so the run's id stays."""
     classes = words is not None or exp.model.task == "sequence_classification"
-    if exp.best.metric == "accuracy" and not classes:
+    if exp.best.metric in ("accuracy", "macro_f1") and not classes:
         raise UserError(
-            "best.metric: 'accuracy' needs label words or a head; these answers are free text, use loss or exact_match"
+            f"best.metric: {exp.best.metric!r} needs label words or a head; these answers are free text, use loss, perplexity or exact_match"
         )
     metric = exp.best.metric or ("accuracy" if classes else "loss")
-    best = dataclasses.replace(exp.best, metric=metric, mode=exp.best.mode or ("min" if metric == "loss" else "max"))
+    mode = exp.best.mode or ("min" if metric in ("loss", "perplexity") else "max")
+    best = dataclasses.replace(exp.best, metric=metric, mode=mode)
     return dataclasses.replace(
         exp, best=best, data=dataclasses.replace(exp.data, template=template, labels=source.labels)
     )

@@ -110,8 +110,9 @@ def score_rows(
 def summarise(scores: RowScores, tokens: Tokens, rows: np.ndarray | None = None) -> dict[str, tuple[float, float]]:
     """Metric name -> (value, rows it rests on), over all scored rows or the given row numbers.
 
-    Beside loss, accuracy and exact match there is `predicted:WORD`, how many rows were predicted to be of each class: it
-    shows at once that a site without a class never answers it.
+    Of a causal LM `perplexity` is the exponential of the loss, which is the mean over all answer tokens (not over
+    examples). Of classes there are accuracy, `macro_f1` (see there) and `predicted:WORD`, how many rows were predicted to
+    be of each class: it shows at once that a site without a class never answers it.
 
     Args:
         scores: of a split.
@@ -125,13 +126,33 @@ def summarise(scores: RowScores, tokens: Tokens, rows: np.ndarray | None = None)
     out = {"loss": (float(scores.nll[chosen].sum() / scores.count[chosen].sum()), n)}
     if scores.predicted is not None:
         predicted = scores.predicted[chosen]
-        out["accuracy"] = (float((predicted == tokens.labels.numpy()[scores.rows[chosen]]).mean()), n)
+        labels = tokens.labels.numpy()[scores.rows[chosen]]
+        out["accuracy"] = (float((predicted == labels).mean()), n)
+        out["macro_f1"] = (macro_f1(labels, predicted), n)
         if len(tokens.words) <= _FEW_CLASSES:
             counts = np.bincount(predicted, minlength=len(tokens.words))
             out |= {f"predicted:{w}": (float(c), n) for w, c in zip(tokens.words, counts, strict=True)}
     if scores.exact is not None:
         out["exact_match"] = (float(scores.exact[chosen].mean()), n)
+    if not tokens.is_classes:
+        with np.errstate(over="ignore"):
+            out["perplexity"] = (float(np.exp(out["loss"][0])), n)
     return out
+
+
+def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean of the classes' F1, each 2 TP / (2 TP + FP + FN), over the classes that occur among labels or predictions.
+
+    As `f1_score(labels, predicted, average="macro")` of scikit-learn. A class that occurs in neither has no F1; one that is
+    never predicted rightly has 0.
+
+    Args:
+        labels, predicted: classes, int `[n]`, n > 0.
+    """
+    size = int(max(labels.max(), predicted.max())) + 1
+    right, true, found = (np.bincount(x, minlength=size) for x in (labels[labels == predicted], labels, predicted))
+    occurs = true + found > 0
+    return float((2 * right[occurs] / (true + found)[occurs]).mean())
 
 
 def to_scores(
