@@ -23,6 +23,7 @@ import fedsim
 from fedsim.build import prepare
 from fedsim.errors import UserError
 from fedsim.evaluation import greedy as greedy_ids
+from fedsim.evaluation import macro_f1
 from fedsim.models.adapters import attach
 from fedsim.models.base import TINY
 from fedsim.models.forward import Net
@@ -288,6 +289,140 @@ def test_labels_that_are_the_same_tokens_are_refused(lab: Any) -> None:
     data = renamed(lab, {"negative": "Down", "neutral": "flat", "positive": "down"})
     with pytest.raises(UserError, match="data.labels: 'Down' and 'down' are the same tokens"):
         prepare(lab.exp(data=data, model={"path": str(normalising(lab, {"type": "Lowercase"}))}))
+
+
+# ------------------------------------------------------------------------------------- scores from predictions
+
+
+def f1_by_class(true: list[str], predicted: list[str]) -> list[float]:
+    """F1 of each class that occurs, from precision and recall as scikit-learn defines them (0 where one is undefined)."""
+    out = []
+    for word in sorted({*true, *predicted}):
+        right = sum(t == p == word for t, p in zip(true, predicted, strict=True))
+        precision, recall = right / max(1, predicted.count(word)), right / max(1, true.count(word))
+        out.append(2 * precision * recall / (precision + recall) if right else 0.0)
+    return out
+
+
+def test_macro_f1_is_the_mean_over_the_classes_that_occur() -> None:
+    cases = [("aabbcc", "aabbcc"), ("aabb", "aaab"), ("aaaa", "bbbb"), ("aaaa", "aaaa"), ("abbd", "abcd"), ("d", "d")]
+    values = []
+    for true, predicted in cases:
+        arrays = (np.array(["abcd".index(x) for x in text]) for text in (true, predicted))
+        scores = f1_by_class(list(true), list(predicted))
+        values.append(macro_f1(*arrays))
+        assert values[-1] == pytest.approx(sum(scores) / len(scores))
+    assert values[0] == values[3] == values[5] == 1.0 and values[2] == 0.0
+    assert values[4] == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)  # c is predicted, and in no row
+
+
+@pytest.mark.parametrize("model", [{}, {"task": "sequence_classification"}], ids=["words", "head"])
+def test_metrics_of_classes_agree_with_the_predictions(lab: Any, model: dict) -> None:
+    exp = lab.exp(model=model, local={**WORK, "steps": 12}, modes=["federated", "central"], best={"metric": "macro_f1"})
+    assert prepare(exp).exp.best.mode == "max"
+    run = lab.run(exp)
+    lines = [line.split(",") for line in (run / "predictions.csv").read_text().splitlines()]
+    for at, scope in ((2, "federated"), (3, "central")):
+        assert lines[0][at] == scope
+        true, predicted = ([line[i] for line in lines[1:]] for i in (1, at))
+        table = fedsim.confusion_matrix(run, scope)
+        assert list(table.index) == list(table.columns) == LABELS
+        for a in LABELS:
+            for b in LABELS:
+                pairs = zip(true, predicted, strict=True)
+                assert table.loc[a, b] == sum(pair == (a, b) for pair in pairs)
+        where = {"scope": scope, "client": None, "split": "test"}
+        scores = f1_by_class(true, predicted)
+        assert lab.value(run, **where, name="macro_f1") == pytest.approx(sum(scores) / len(scores))
+    last = fedsim.confusion_matrix(run, split="validation").to_numpy()
+    assert last.trace() / last.sum() == pytest.approx(reported(lab, run, 1)[1])
+    for keys, why in (({"model": "nobody"}, "models: federated, central"), ({"split": "train"}, "neither test nor")):
+        with pytest.raises(UserError, match=why):
+            fedsim.confusion_matrix(run, **keys)
+    (run / "scores.npz").write_bytes((run / "scores.npz").read_bytes()[:500])
+    with pytest.raises(UserError, match="not the scores of a run"):
+        fedsim.confusion_matrix(run)
+
+
+def test_perplexity_is_of_the_mean_over_answer_tokens(lab: Any) -> None:
+    exp = lab.exp(local=WORK, rounds=3, best={"metric": "perplexity"}, data={"template": "{label} means {sentence}"})
+    run = lab.run(exp)
+    tok = AutoTokenizer.from_pretrained(exp.model.path)
+    model, nll, count = in_double(exp, run / "global"), 0.0, 0
+    for sentence, label in lab.rows["validation"]:
+        head = tok(f"{label} means")["input_ids"]
+        ids = torch.tensor([tok(f"{label} means {sentence}")["input_ids"] + [tok.eos_token_id]])
+        with torch.no_grad():
+            logp = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1)
+        nll -= float(logp[:-1].gather(1, ids[0, 1:, None])[len(head) - 1 :].sum())
+        count += ids.shape[1] - len(head)
+    assert lab.value(run, **VALIDATION, round=3, name="perplexity") == pytest.approx(np.exp(nll / count), rel=1e-9)
+    values = [lab.value(run, **VALIDATION, round=r, name="perplexity") for r in (1, 2, 3)]
+    chosen = 1 + values.index(min(values))
+    assert lab.value(run, client=None, split="test", name="perplexity", round=chosen) > 1, "less is better"
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"best": {"metric": "macro_f1"}, "data": {"template": "{label} {sentence}"}}, "'macro_f1' needs label words"),
+        ({"best": {"metric": "perplexity"}, "model": {"task": "sequence_classification"}}, "of a head use loss"),
+        ({"evaluate": {"max_examples": 0}}, "evaluate.max_examples: 0 is below 1"),
+        ({"evaluate": {"max_new_tokens": 10**9}}, "evaluate.max_new_tokens: 1000000000 is above 65536"),
+    ],
+)
+def test_scores_that_cannot_be_are_refused(lab: Any, keys: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        prepare(lab.exp(**keys))
+
+
+def test_a_subset_is_the_same_for_all_and_changes_no_training(lab: Any) -> None:
+    keys = {"modes": ["local", "federated"], "rounds": 2, "local": WORK}
+    subset = {"evaluate": {"max_examples": 9}}
+    runs = {n: lab.run(**keys, **k) for n, k in (("all", {}), ("some", subset), ("seed", {**subset, "seed": 4}))}
+    runs["lanes"] = lab.run(**keys, **subset, training={"lanes": 1})
+    rows = {name: np.load(run / "scores.npz")["validation_rows"] for name, run in runs.items()}
+    assert len(rows["all"]) == 24 and len(rows["some"]) == 9
+    assert (rows["some"] == rows["seed"]).all() and (rows["some"] == rows["lanes"]).all()
+    assert rows["some"].tolist() != list(range(9)), "a random subset, not the first rows"
+    tensors = [lab.tensors(runs[name])["global/adapter_model.safetensors"] for name in ("all", "some")]
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    scores = [r for r in lab.metrics(runs["some"]) if r["split"] == "validation" and r["name"] == "loss"]
+    assert {r["weight"] for r in scores} == {9.0} and len(scores) > 8
+    assert {r["weight"] for r in lab.metrics(runs["some"]) if r["split"] == "test"} == {15.0}
+    exp = lab.exp()
+    model, tok = in_double(exp, runs["some"] / "global"), AutoTokenizer.from_pretrained(exp.model.path)
+    chosen = [lab.rows["validation"][r] for r in rows["some"]]
+    assert reported(lab, runs["some"], 2) == pytest.approx(by_words(model, tok, chosen, LABELS)[:2], rel=1e-9)
+    assert prepare(lab.exp()).run_id() == prepare(lab.exp(evaluate={"max_examples": None})).run_id()
+    assert prepare(lab.exp()).run_id() != prepare(lab.exp(**subset)).run_id()
+
+
+def test_a_line_tells_that_evaluation_takes_most_of_a_round(lab: Any, monkeypatch: Any, capsys: Any) -> None:
+    """Passes of evaluation, and they alone, are made long; of two rounds of two modes one says so."""
+    import fedsim.training.trainer as trainer
+
+    clock = [0.0]
+    scores = trainer.score_rows
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock[0])
+
+    def slow(*args: Any, **keys: Any) -> Any:
+        clock[0] += 30.0
+        return scores(*args, **keys)
+
+    for seconds, count in ((1.0, 1), (1000.0, 0)):
+        original = trainer.Trainer._backward
+
+        def backward(self: Any, *args: Any, of: Any = original, took: float = seconds) -> Any:
+            clock[0] += took
+            return of(self, *args)
+
+        monkeypatch.setattr(trainer, "score_rows", slow)
+        monkeypatch.setattr(trainer.Trainer, "_backward", backward)
+        fedsim.run(lab.exp(name=f"t{count}", modes=["local", "federated"], rounds=2))
+        said = [line for line in capsys.readouterr().err.splitlines() if "evaluation took" in line]
+        assert len(said) == count and all("evaluate.max_examples" in s and "every_rounds" in s for s in said)
+        monkeypatch.setattr(trainer.Trainer, "_backward", original)
 
 
 @pytest.mark.parametrize("model", [{}, {"task": "sequence_classification"}], ids=["words", "head"])
