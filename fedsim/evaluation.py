@@ -163,9 +163,14 @@ def to_scores(
     return Scores(summarise(rows, tokens), by_site, rows.predicted, rows.nll if by_row else None, int(rows.count.sum()))
 
 
-def _chunks(lengths: np.ndarray, size: int) -> list[np.ndarray]:
-    order = np.argsort(lengths, kind="stable")
-    return [order[i : i + size] for i in range(0, len(order), size)]
+def _chunks(lengths: np.ndarray, size: int, spread: float = np.inf) -> list[np.ndarray]:
+    """Places of rows of like length, at most `size` together, whose lengths differ by at most `spread`."""
+    out: list[list[int]] = []
+    for i in np.argsort(lengths, kind="stable"):
+        if not out or len(out[-1]) == size or lengths[i] - lengths[out[-1][0]] > spread:
+            out.append([])
+        out[-1].append(i)
+    return [np.array(chunk) for chunk in out]
 
 
 def _scores_at_hand(
@@ -239,7 +244,7 @@ def _matches(
     end, unknown = tokenizer.eos_token_id, tokenizer.unk_token_id
     if unknown in (end, tokens.pad_id):
         unknown = None
-    for chunk in _chunks(prompts, batch_size):
+    for chunk in _chunks(prompts, batch_size, spread=max_new_tokens):  # a longer prompt costs its batch a pass a token
         sequences = [tokens.row(rows[c]) for c in chunk]
         made = greedy(net, [s[: prompts[c]] for c, s in zip(chunk, sequences, strict=True)], max_new_tokens, end, beat)
         gold = [s[prompts[c] :].tolist() for c, s in zip(chunk, sequences, strict=True)]

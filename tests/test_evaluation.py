@@ -184,6 +184,25 @@ def test_heads_are_scored_row_by_row(lab: Any, kind: str, name: str) -> None:
     assert reported(lab, run, 1) == pytest.approx(by_head(model, tok, lab.rows["validation"]), rel=1e-9)
 
 
+def test_a_trained_head_keeps_the_names_of_its_classes(lab: Any) -> None:
+    """Before training and in what is exported, a class is what `id2label` calls it, in whatever order."""
+    base = Path(shutil.copytree(lab.base("bert"), lab.root / "base"))
+    config = json.loads((base / "config.json").read_text())
+    names = {"0": "positive", "1": "negative", "2": "neutral"}
+    (base / "config.json").write_text(json.dumps({**config, "id2label": names}))
+    model = {"path": str(base), "task": "sequence_classification"}
+    run = lab.run(model=model, adapter={"name": "none"}, local={**WORK, "steps": 2})
+    tok = AutoTokenizer.from_pretrained(base)
+    for folder, r in ((base, 0), (run / "global", 1)):
+        plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
+        right = []
+        for sentence, label in lab.rows["validation"]:
+            ids = torch.tensor([tok(f"{sentence} sentiment:")["input_ids"]])
+            with torch.no_grad():
+                right.append(plain.config.id2label[int(plain(input_ids=ids).logits.argmax())] == label)
+        assert reported(lab, run, r)[1] == pytest.approx(sum(right) / len(right))
+
+
 def test_best_is_the_best_round_and_global_the_last(lab: Any) -> None:
     """A rate far too high makes later rounds worse, so the two differ."""
     exp = lab.exp(rounds=4, local={**WORK, "lr": 0.4, "clip": None}, best={"metric": "loss"})
