@@ -20,6 +20,7 @@ _WHERE = {
     "load_runs": "fedsim.runs",
     "list_runs": "fedsim.runs",
     "load_partition": "fedsim.runs",
+    "confusion_matrix": "fedsim.runs",
     "diff_runs": "fedsim.diff",
     "summary": "fedsim.runs",
     "sweep_table": "fedsim.tables",

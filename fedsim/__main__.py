@@ -87,7 +87,7 @@ def run(
     from fedsim.runs import load_runs, summary
 
     metrics = load_runs(done.path)
-    for metric in ("accuracy", "exact_match", "loss"):
+    for metric in ("accuracy", "macro_f1", "exact_match", "loss", "perplexity"):
         if (metrics["name"] == metric).any():
             _table(summary(metrics, metric=metric), f"{metric} of {done.path}")
     for figure in sorted((done.path / "figures").glob("*")):
@@ -235,7 +235,12 @@ def plot(
         Path | None,
         typer.Option(help="Folder for the figures; default: the run's own figures/, or ./figures for several runs."),
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="accuracy, loss, exact_match; default: all there are.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="accuracy, macro_f1, loss, perplexity, exact_match, ...; default: accuracy, loss and exact_match."
+        ),
+    ] = None,
     x: Annotated[str, typer.Option(help="step, round, tokens, bytes, seconds or simulated.")] = "step",
 ) -> None:
     """Draw the figures of a run again, of several runs side by side, or of a sweep's folder the tables and figures."""

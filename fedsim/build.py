@@ -248,7 +248,7 @@ class Shared:
         Raises:
             UserError: as `prepare`.
         """
-        key = repr((exp.model.path, exp.model.task, plain(exp.data)))
+        key = repr((exp.model.path, exp.model.task, plain(exp.data), exp.evaluate.max_examples))
         if key not in self._rows:
             self._rows[key] = load_rows(exp)
         return self._rows[key]
@@ -300,7 +300,7 @@ def load_base(parts: Parts) -> nn.Module:
         parts.model,
         task=exp.model.task,
         dtype="float32" if masters else exp.model.dtype,
-        num_labels=len(parts.source.labels) if exp.model.task == "sequence_classification" else None,
+        labels=parts.source.labels if exp.model.task == "sequence_classification" else None,
         pad_token_id=parts.tokenizer.pad_token_id,
         seed=exp.seed,
     )
@@ -318,8 +318,22 @@ def load_rows(exp: Experiment) -> Rows:
     template = template_of(exp, source)
     words = source.labels if _answers_are_labels(exp, template, source) else None
     base.check_task(model, exp.model.task)
-    if template is None:
-        return _load_chats(exp, model, source)
+    made = _load_chats(exp, model, source) if template is None else _load_texts(exp, model, source, template, words)
+    if exp.evaluate.max_examples is not None:
+        _sample(made.tokens["validation"], exp.evaluate.max_examples)
+    return made
+
+
+def _sample(tokens: Tokens, count: int) -> None:
+    """Leave out all but so many rows, drawn at random without the experiment's seed: runs that differ in it are scored on
+    the same rows."""
+    kept = tokens.kept()
+    if count < len(kept):
+        out = stream(0, "evaluation examples").choice(kept, len(kept) - count, replace=False)
+        tokens.left_out[f"evaluate.max_examples={count}"] = sorted(out.tolist())
+
+
+def _load_texts(exp: Experiment, model: base.Source, source: Source, template: str, words: list[str] | None) -> Rows:
     fields = Template.parse(template).fields
     # The rows of instructions have the same names whatever those of the file.
     renamed = {} if exp.data.name == "instructions" else exp.data.columns
@@ -370,8 +384,14 @@ def _with_max_length(exp: Experiment) -> Experiment:
     if exp.data.max_length is not None:
         return exp
     positions = base.max_positions(base.load_config(base.find(expand_path(exp.model.path, "model.path"))))
-    room = 1024 if positions is None else positions - getattr(exp.adapter, "num_virtual_tokens", 0)
+    room = 1024 if positions is None else positions - _virtual_tokens(exp)
     return dataclasses.replace(exp, data=dataclasses.replace(exp.data, max_length=max(2, min(1024, room))))
+
+
+def _virtual_tokens(exp: Experiment) -> int:
+    """Positions that a prompt method takes in front of each example."""
+    keys = getattr(exp.adapter, "settings", None) or vars(exp.adapter)  # of a method by its PEFT name, of one of ours
+    return keys.get("num_virtual_tokens") or 0
 
 
 def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
@@ -407,12 +427,13 @@ def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
 def _resolve(exp: Experiment, source: Source, template: str | None, words: list[str] | None) -> Experiment:
     """The config with what the data decided written out; resolving it again changes nothing, so the run's id stays."""
     classes = words is not None or exp.model.task == "sequence_classification"
-    if exp.best.metric == "accuracy" and not classes:
+    if exp.best.metric in ("accuracy", "macro_f1") and not classes:
         raise UserError(
-            "best.metric: 'accuracy' needs label words or a head; these answers are free text, use loss or exact_match"
+            f"best.metric: {exp.best.metric!r} needs label words or a head; these answers are free text, use loss, perplexity or exact_match"
         )
     metric = exp.best.metric or ("accuracy" if classes else "loss")
-    best = dataclasses.replace(exp.best, metric=metric, mode=exp.best.mode or ("min" if metric == "loss" else "max"))
+    mode = exp.best.mode or ("min" if metric in ("loss", "perplexity") else "max")
+    best = dataclasses.replace(exp.best, metric=metric, mode=mode)
     labels = exp.data.labels if isinstance(exp.data.labels, dict) else source.labels
     return dataclasses.replace(exp, best=best, data=dataclasses.replace(exp.data, template=template, labels=labels))
 
@@ -543,13 +564,36 @@ def _check(parts: Parts) -> None:
             )
     _check_vocabulary(parts)
     positions = base.max_positions(base.load_config(parts.model))
-    extra = getattr(exp.adapter, "num_virtual_tokens", 0)
+    extra = _virtual_tokens(exp)
     longest = max(int(t.lengths.max(initial=0)) for t in parts.tokens.values())
     if positions is not None and longest + extra > positions:
         virtual = f" and {extra} virtual tokens" if extra else ""
         raise UserError(
             f"data.max_length: {exp.data.max_length} lets rows of {longest} tokens{virtual} through, the base takes {positions}; give {f'at most {positions - extra}' if positions - extra > 1 else 'fewer virtual tokens'}"
         )
+    _check_room(parts, positions, extra)
+
+
+def _check_room(parts: Parts, positions: int | None, extra: int) -> None:
+    """Whether a base has positions for all that is put behind a prompt in evaluation: generated tokens, and each label."""
+    evaluate = parts.exp.evaluate
+    scored = [parts.tokens[name] for name in ("validation", "test")]
+    prompt = max(int(t.prompts.numpy()[t.kept()].max(initial=0)) for t in scored) + extra
+    labels = max((len(c) for t in scored for c in t.candidates or ()), default=0)
+    new = evaluate.max_new_tokens - 1 if evaluate.generate else 0  # the last one is not fed back
+    if positions is None or prompt + max(labels, new) <= positions or base.ends_at(parts.model) is None:
+        return
+    virtual = f" and {extra} virtual tokens" if extra else ""
+    if prompt + new > positions:
+        shorter = positions - extra - new
+        ways = [f"max_new_tokens to at most {positions - prompt + 1}"] * (prompt <= positions)
+        ways += [f"data.max_length to at most {shorter}"] * (shorter > 1)
+        raise UserError(
+            f"evaluate.max_new_tokens: {evaluate.max_new_tokens} after a prompt of {prompt - extra} tokens{virtual} exceeds the {positions} positions of the base; set {' or '.join(ways) or 'both it and data.max_length lower'}"
+        )
+    raise UserError(
+        f"data.max_length: {parts.exp.data.max_length} allows a prompt of {prompt - extra} tokens{virtual}, and with the longest label ({labels} tokens) it exceeds the {positions} positions of the base; set it to at most {max(2, positions - extra - labels)}"
+    )
 
 
 def _check_vocabulary(parts: Parts) -> None:

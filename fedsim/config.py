@@ -212,6 +212,8 @@ class Experiment:
                 True,
                 "goes with model.task=causal_lm; a head writes no text",
             )
+            way = "goes with model.task=causal_lm; of a head use loss"
+            check_that(self.best.metric != "perplexity", "best.metric", "perplexity", way)
         if self.adapter.name == "none":
             way = "cannot train a whole model without loss scaling; use bfloat16 or float32"
             check_that(self.model.dtype != "float16", "model.dtype", self.model.dtype, way)

@@ -34,6 +34,8 @@ from fedsim.runs import (
     SCOPES,
     PathLike,
     Traces,
+    class_predictions,
+    confusion_matrix,
     find_runs,
     load_partition,
     load_runs,
@@ -84,6 +86,7 @@ DASHED = (0, (4, 2))
 WIDE = 20.0  # values that span more than this many times the least one stand on a log axis
 WIDE_LOSS = 4  # highest over lowest loss, above which its axis is logarithmic
 Y_LABELS = {"accuracy": "accuracy", "loss": "loss (nats per answer token)", "exact_match": "exact match"}
+Y_LABELS |= {"macro_f1": "macro-F1", "perplexity": "perplexity"}
 
 
 def curves(
@@ -234,6 +237,31 @@ def partition(report: dict[str, Any] | PathLike, ax: Axes | None = None) -> Axes
         every = report.get("num_clients", clients)
         ax.set_title(f"a sample of {clients:,} of {every:,} clients\n{title}" if every > clients else title)
         ax.set(xlabel="class", ylabel="client")
+    return ax
+
+
+def confusion(table: pd.DataFrame, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Heat map of a confusion matrix: each true class's share of predictions as colour, the examples as numbers.
+
+    Args:
+        table: what `confusion_matrix(run)` returns.
+        ax: axes to draw on; None makes a figure.
+        title: None leaves it out.
+    """
+    counts = table.to_numpy(np.int64)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    with _style(ax):
+        ax = ax or _new_axes(3.4)
+        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        _name_ticks(ax.xaxis, [str(name) for name in table.columns], 12)
+        _name_ticks(ax.yaxis, [str(name) for name in table.index], 12)
+        ax.tick_params(axis="x", labelrotation=90)
+        if len(counts) <= 12:
+            for (row, column), value in np.ndenumerate(counts):
+                color = "white" if shares[row, column] > 0.55 else "black"
+                ax.text(column, row, str(value), ha="center", va="center", color=color, fontsize=8)
+        ax.spines[:].set(visible=True, color="#BDBDBD")
+        ax.set(xlabel="predicted", ylabel="label", title=title or "")
     return ax
 
 
@@ -459,7 +487,8 @@ def gains(table: pd.DataFrame, x: str = "rows", ax: Axes | None = None, value: s
 def save_figures(
     run_path: PathLike, out: PathLike | None = None, metric: str | None = None, x: str = "step"
 ) -> list[Path]:
-    """Write one run's figures: `accuracy.png`, `loss.png`, `exact_match.png`, `partition.png`, those it has data for.
+    """Write one run's figures: `accuracy.png`, `loss.png`, `exact_match.png`, `partition.png`, those it has data for, and
+    `confusion.png` of the chosen merged and centralised models on the test examples.
 
     Curves over anything but steps are `accuracy_by_bytes.png` and so on.
 
@@ -484,6 +513,12 @@ def save_figures(
         if (folder / "partition.json").is_file() and (report := load_partition(folder)).get("class_counts"):
             height = min(1.5 + 0.27 * len(report["class_counts"]), 5.5)
             figures["partition"] = partition(report, _figure(height).add_subplot()).figure
+        predicted = class_predictions(folder, "test") if metric is None else {}
+        if models := [model for model in ("federated", "central") if model in predicted]:
+            figure = _figure(3.4, 1.2 + 3.3 * len(models))
+            for ax, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+                confusion(confusion_matrix(folder, model), ax, f"{model}, test")
+            figures["confusion"] = figure
     target = folder / "figures" if out is None else Path(out)
     return [_save(figure, target / f"{name}.png") for name, figure in figures.items()]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -257,6 +258,7 @@ class State:
         late: weight x update of the clients that were late in the last round, summed; None where there are none.
         owed: those clients -> simulated seconds left of their work.
         clock: simulated seconds so far.
+        evaluation_seconds: what evaluating the merged model took in the last round; no part of a checkpoint.
     """
 
     params: Tensor
@@ -271,6 +273,7 @@ class State:
     late: Partial | None = None
     owed: dict[int, float] = field(default_factory=dict)
     clock: float = 0.0
+    evaluation_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -341,8 +344,10 @@ def run_rounds(
                 executor.broadcast(state.params, state.server)
             rows += _traffic(round, packs, turnout, schedule, state, bytes_of)
             rows += _clock(round, schedule, turnout, state)
+            began = time.monotonic()
             if schedule.evaluates(round):
                 rows += _score_merged(round, executor, state, choice, generate, schedule, copy_best)
+            state.evaluation_seconds = time.monotonic() - began
         else:
             _choose_by_site(packs, rows, state, choice, copy_best)
         state.round = round

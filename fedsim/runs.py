@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,62 @@ def load_partition(run: PathLike) -> dict[str, Any]:
     if not isinstance(report, dict):
         raise UserError(f"{file}: holds {type(report).__name__}, no report; run the experiment again to write it anew")
     return report
+
+
+def confusion_matrix(run: PathLike, model: str = "federated", split: str = "test") -> pd.DataFrame:
+    """Examples by true class (rows) and predicted class (columns), as `confusion_matrix` of scikit-learn counts them.
+
+    Args:
+        run: the folder of a finished run.
+        model: "federated", "central" or "local SITE".
+        split: "test", where each model is the one chosen on the validation examples, or "validation", where it is the last
+            one; with `evaluate.max_examples`, of those that were evaluated.
+
+    Returns:
+        Counts, int64 [classes, classes], with the labels as index (`label`) and columns (`predicted`).
+
+    Raises:
+        UserError: no such split or model, no predictions (the run is not finished, or its answers are no classes), or a
+            damaged file.
+    """
+    found = class_predictions(run, split)
+    if model not in found:
+        known = ", ".join(found)[:200] or "none; the run is not finished, or its answers are no classes"
+        raise UserError(f"model: {model!r} has no predicted classes of the {split} examples in {run}; models: {known}")
+    true, predicted = found[model]
+    labels = (read_config(Path(run)).get("data") or {}).get("labels") or []
+    size = max(len(labels), int(true.max()) + 1, int(predicted.max()) + 1)
+    labels = [str(label) for label in labels] if size == len(labels) else [str(n) for n in range(size)]
+    counts = np.zeros((size, size), dtype=np.int64)
+    np.add.at(counts, (true, predicted), 1)
+    return pd.DataFrame(counts, pd.Index(labels, name="label"), pd.Index(labels, name="predicted"))
+
+
+def class_predictions(run: PathLike, split: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Model -> true and predicted classes of the examples of a split, each int [examples], as `scores.npz` has them; without
+    the models that predicted none.
+
+    Raises:
+        UserError: an unknown split, or a damaged file.
+    """
+    kinds = {"test": "chosen", "validation": "last"}
+    if split not in kinds:
+        raise UserError(f"split: {split!r} is neither test nor validation")
+    file = Path(run) / "scores.npz"
+    if not file.is_file():
+        return {}
+    try:
+        with np.load(file, allow_pickle=False) as scores:
+            arrays = [
+                scores[name] for name in ("names", f"{split}_labels", f"{kinds[split]}_predicted") if name in scores
+            ]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file}: not the scores of a run ({' '.join(str(error).split())}); do the run again") from None
+    if len(arrays) < 3:  # of an earlier version
+        return {}
+    names, true, predicted = arrays
+    known = len(true) > 0 and bool((true >= 0).all())
+    return {str(n): (true, p) for n, p in zip(names, predicted, strict=True) if known and (p >= 0).all()}
 
 
 def summary(df: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:

@@ -681,10 +681,10 @@ class FedAvgKeys:
 class Best:
     """How the best model is chosen, on validation rows."""
 
-    metric: Literal["accuracy", "loss", "exact_match"] | None = None
+    metric: Literal["accuracy", "loss", "exact_match", "macro_f1", "perplexity"] | None = None
     """Validation metric; null = accuracy where there are label words or a head, else loss."""
     mode: Literal["max", "min"] | None = None
-    """Whether more or less is better; null = min for loss, max otherwise."""
+    """Whether more or less is better; null = min for loss and perplexity, max otherwise."""
 
     def check(self, path: str) -> None:
         pass
@@ -723,6 +723,8 @@ class Evaluate:
     """Also generate the answer greedily and count exact matches (causal LM)."""
     max_new_tokens: int = 32
     """Longest generated answer in tokens."""
+    max_examples: int | None = None
+    """Evaluate on at most this many validation examples: a random subset, the same for every model, round and seed; null = all. Test scores are always of all test examples."""
 
     def check(self, path: str) -> None:
         check_that(
@@ -730,6 +732,12 @@ class Evaluate:
         )
         for key in ("every_rounds", "batch_size", "max_new_tokens"):
             check_that(getattr(self, key) >= 1, f"{path}.{key}", getattr(self, key), "is below 1")
+        most = self.max_examples
+        check_that(most is None or most >= 1, f"{path}.max_examples", most, "is below 1; null evaluates on all")
+        long = self.max_new_tokens
+        check_that(
+            long <= 1 << 16, f"{path}.max_new_tokens", long, "is above 65536, which no evaluation comes to the end of"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

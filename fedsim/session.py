@@ -99,6 +99,7 @@ class Session:
         self.at: tuple[str, int] | None = None  # the mode at work and its last committed round
         self.costs: list[tuple[list[Row], float]] = []  # what checkpoints took, not logged yet
         self.exported: list[str] = []
+        self.slow_evaluation = False  # whether it was said
 
     # ------------------------------------------------------------------------------------------ start to end
 
@@ -257,6 +258,8 @@ class Session:
         sixteen = exp.model.dtype in ("bfloat16", "float16")
         self.show.note(f"loading {exp.model.path}")
         model = self.shared.base(parts)
+        if model.head_note is not None:
+            self.show.note(model.head_note)
         (self.folder.path / "checkpoints").mkdir(exist_ok=True)
         settings = exp.to_dict()["adapter"]
         settings.pop("name")
@@ -655,13 +658,18 @@ class Session:
             self._log(self._initial_rows(mode, schedule, executor, state))
         self.show.begin(mode, state.round)
         self.useful = self.computed = 0
+        spent: list[tuple[float, float]] = []  # a round's seconds by pack: evaluation, all
 
         def on_pack(round: int, report: Report) -> None:
             self.useful += report.tokens
             self.computed += report.computed
+            spent.append((report.scoring, report.seconds))
             self.show.pack(round, report)
 
         def on_round(round: int, rows: list[Row]) -> None:
+            merged = state.evaluation_seconds
+            self._compare_times(round, *np.sum([*spent, (merged, merged)], axis=0))
+            spent.clear()
             self._log_costs()
             self._log(rows)
             if round % exp.checkpoint.every == 0 or round == exp.rounds:
@@ -708,6 +716,15 @@ class Session:
         self._track(about["metrics_bytes"])
         self.show.end()
         return about["metrics_bytes"]
+
+    def _compare_times(self, round: int, evaluation: float, total: float) -> None:
+        """Say once that evaluation takes more than half of a round."""
+        if evaluation <= total / 2 or self.slow_evaluation:
+            return
+        self.slow_evaluation = True
+        self.show.note(
+            f"evaluation took {evaluation / total:.0%} of round {round}; to spend less, set evaluate.max_examples, or evaluate.every_rounds above {self.exp.evaluate.every_rounds}"
+        )
 
     def _halve(self, mode: str, round: int) -> None:
         """Go on with half the lanes, and remember from which round on."""

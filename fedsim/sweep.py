@@ -489,7 +489,8 @@ def _pass_key(exp: Experiment) -> str:
     """What runs must have in common to share passes; rates, schedules, steps, seeds, clients and partitions may differ."""
     own = ("steps", "epochs", "lr", "min_lr", "warmup", "schedule", "schedule_over", "horizon", "keep_state", "shuffle")
     local = {k: v for k, v in plain(exp.local).items() if k not in (*own, "drop_last")}
-    evaluate = {k: v for k, v in plain(exp.evaluate).items() if k in ("batch_size", "generate", "max_new_tokens")}
+    how = ("batch_size", "generate", "max_new_tokens", "max_examples")
+    evaluate = {k: v for k, v in plain(exp.evaluate).items() if k in how}
     same = (plain(exp.model), plain(exp.data), plain(exp.adapter), local, evaluate, plain(exp.training))
     # An initial head is the seed's, see Shared.base_key; a whole model has a device to itself.
     return repr((Shared.base_key(exp) or id(exp), same))

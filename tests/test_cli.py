@@ -101,12 +101,12 @@ def test_run_makes_a_run_folder_and_prints_the_table_and_the_figures(finished: F
     assert {Path(f).name for f in figures} >= {"accuracy.png", "loss.png", "partition.png", "examples.md"}
     assert all((finished.root / f).stat().st_size > 100 for f in figures), "whole paths, whatever the terminal's width"
     for row in ("local site-1", "local site-2", "local mean", "federated"):
-        assert sum(line.startswith(row) for line in done.stdout.splitlines()) == 2, f"{row} in accuracy and loss"
+        assert sum(line.startswith(row) for line in done.stdout.splitlines()) == 4, f"{row} in each table"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     merged = [r for r in rows if r["scope"] == "federated" and r["client"] is None and r["split"] == "validation"]
     assert [r["round"] for r in merged if r["name"] == "accuracy"] == [0, 1, 2]
     last = [r["value"] for r in merged if r["name"] == "accuracy"][-1]
-    (line,) = [x for x in done.stdout.partition("loss of")[0].splitlines() if x.startswith("federated")]
+    (line,) = [x for x in done.stdout.partition("macro_f1 of")[0].splitlines() if x.startswith("federated")]
     assert line.split()[1] == f"{last:.4f}", "the table shows the metrics file's number"
 
 

@@ -6,10 +6,13 @@ with the package.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -19,7 +22,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import fedsim
 from fedsim.build import prepare
 from fedsim.errors import UserError
+from fedsim.evaluation import greedy as greedy_ids
+from fedsim.evaluation import macro_f1
+from fedsim.models.adapters import attach
 from fedsim.models.base import TINY
+from fedsim.models.forward import Net
 
 LABELS = ["negative", "neutral", "positive"]
 WORK = {"steps": 6, "batch_size": 8, "lr": 2e-2}
@@ -44,9 +51,17 @@ def in_double(exp: Any, folder: Path) -> nn.Module:
 
 @torch.no_grad()
 def by_words(
-    model: nn.Module, tok: Any, rows: Iterable[tuple[str, str]], words: Sequence[str], prompt: str = " sentiment:"
+    model: nn.Module,
+    tok: Any,
+    rows: Iterable[tuple[str, str]],
+    words: Sequence[str],
+    prompt: str = " sentiment:",
+    ends: bool = False,
 ) -> tuple[float, float, list[int]]:
-    """(mean loss per answer token, accuracy, predictions): every label of every row is a pass of its own."""
+    """(mean loss per answer token, accuracy, predictions): every label of every row is a pass of its own.
+
+    The end of text is trained on; `ends` says whether it is part of a label's likelihood.
+    """
     nll, tokens, predictions, right = 0.0, 0, [], 0
     for sentence, word in rows:
         head = tok(sentence + prompt)["input_ids"]
@@ -56,7 +71,7 @@ def by_words(
             ids = torch.tensor([head + answer + [tok.eos_token_id]])
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
             logp = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[len(head) - 1 :, 0]
-            scores.append(float(logp[:-1].sum()))  # the end of text is trained on, but is no part of the word
+            scores.append(float(logp.sum() if ends else logp[:-1].sum()))
             if candidate == word:
                 nll -= float(logp.sum())
                 tokens += len(logp)
@@ -169,6 +184,25 @@ def test_heads_are_scored_row_by_row(lab: Any, kind: str, name: str) -> None:
     assert reported(lab, run, 1) == pytest.approx(by_head(model, tok, lab.rows["validation"]), rel=1e-9)
 
 
+def test_a_trained_head_keeps_the_names_of_its_classes(lab: Any) -> None:
+    """Before training and in what is exported, a class is what `id2label` calls it, in whatever order."""
+    base = Path(shutil.copytree(lab.base("bert"), lab.root / "base"))
+    config = json.loads((base / "config.json").read_text())
+    names = {"0": "positive", "1": "negative", "2": "neutral"}
+    (base / "config.json").write_text(json.dumps({**config, "id2label": names}))
+    model = {"path": str(base), "task": "sequence_classification"}
+    run = lab.run(model=model, adapter={"name": "none"}, local={**WORK, "steps": 2})
+    tok = AutoTokenizer.from_pretrained(base)
+    for folder, r in ((base, 0), (run / "global", 1)):
+        plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
+        right = []
+        for sentence, label in lab.rows["validation"]:
+            ids = torch.tensor([tok(f"{sentence} sentiment:")["input_ids"]])
+            with torch.no_grad():
+                right.append(plain.config.id2label[int(plain(input_ids=ids).logits.argmax())] == label)
+        assert reported(lab, run, r)[1] == pytest.approx(sum(right) / len(right))
+
+
 def test_best_is_the_best_round_and_global_the_last(lab: Any) -> None:
     """A rate far too high makes later rounds worse, so the two differ."""
     exp = lab.exp(rounds=4, local={**WORK, "lr": 0.4, "clip": None}, best={"metric": "loss"})
@@ -239,6 +273,177 @@ def test_labels_of_several_tokens(lab: Any, words: dict[str, str]) -> None:
         assert lab.value(run, **VALIDATION, round=1, name=f"predicted:{word}") == predictions.count(i)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"negative": "up and down", "neutral": "up and", "positive": "up"},
+        {"negative": "1", "neutral": "10", "positive": "2"},
+    ],
+    ids=["words", "numbers"],
+)
+def test_a_label_that_begins_another_is_scored_with_its_end(lab: Any, words: dict[str, str]) -> None:
+    """Else it would be the likelier of the two whatever the model has learned."""
+    work = {**WORK, "steps": 30, "lr": 5e-3}
+    exp = lab.exp(model={"path": str(TINY)}, data=renamed(lab, words), local=work, evaluate={"batch_size": 5})
+    run = lab.run(exp)
+    tok = AutoTokenizer.from_pretrained(exp.model.path)
+    rows = [(s, words[label]) for s, label in lab.rows["validation"]]
+    model = in_double(exp, run / "global")
+    loss, accuracy, predictions = by_words(model, tok, rows, list(words.values()), ends=True)
+    assert reported(lab, run, 1) == pytest.approx((loss, accuracy), rel=1e-9)
+    assert predictions != by_words(model, tok, rows, list(words.values()))[2]
+    for i, word in enumerate(words.values()):
+        assert lab.value(run, **VALIDATION, round=1, name=f"predicted:{word}") == predictions.count(i)
+
+
+def normalising(lab: Any, kind: dict[str, Any]) -> Path:
+    """The pretrained base with a tokenizer that normalises text."""
+    folder = Path(shutil.copytree(TINY, lab.root / "base"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": kind}))
+    return folder
+
+
+def test_labels_that_are_the_same_tokens_are_refused(lab: Any) -> None:
+    data = renamed(lab, {"negative": "Down", "neutral": "flat", "positive": "down"})
+    with pytest.raises(UserError, match="data.labels: 'Down' and 'down' are the same tokens"):
+        prepare(lab.exp(data=data, model={"path": str(normalising(lab, {"type": "Lowercase"}))}))
+
+
+# ------------------------------------------------------------------------------------- scores from predictions
+
+
+def f1_by_class(true: list[str], predicted: list[str]) -> list[float]:
+    """F1 of each class that occurs, from precision and recall as scikit-learn defines them (0 where one is undefined)."""
+    out = []
+    for word in sorted({*true, *predicted}):
+        right = sum(t == p == word for t, p in zip(true, predicted, strict=True))
+        precision, recall = right / max(1, predicted.count(word)), right / max(1, true.count(word))
+        out.append(2 * precision * recall / (precision + recall) if right else 0.0)
+    return out
+
+
+def test_macro_f1_is_the_mean_over_the_classes_that_occur() -> None:
+    cases = [("aabbcc", "aabbcc"), ("aabb", "aaab"), ("aaaa", "bbbb"), ("aaaa", "aaaa"), ("abbd", "abcd"), ("d", "d")]
+    values = []
+    for true, predicted in cases:
+        arrays = (np.array(["abcd".index(x) for x in text]) for text in (true, predicted))
+        scores = f1_by_class(list(true), list(predicted))
+        values.append(macro_f1(*arrays))
+        assert values[-1] == pytest.approx(sum(scores) / len(scores))
+    assert values[0] == values[3] == values[5] == 1.0 and values[2] == 0.0
+    assert values[4] == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)  # c is predicted, and in no row
+
+
+@pytest.mark.parametrize("model", [{}, {"task": "sequence_classification"}], ids=["words", "head"])
+def test_metrics_of_classes_agree_with_the_predictions(lab: Any, model: dict) -> None:
+    exp = lab.exp(model=model, local={**WORK, "steps": 12}, modes=["federated", "central"], best={"metric": "macro_f1"})
+    assert prepare(exp).exp.best.mode == "max"
+    run = lab.run(exp)
+    lines = [line.split(",") for line in (run / "predictions.csv").read_text().splitlines()]
+    for at, scope in ((2, "federated"), (3, "central")):
+        assert lines[0][at] == scope
+        true, predicted = ([line[i] for line in lines[1:]] for i in (1, at))
+        table = fedsim.confusion_matrix(run, scope)
+        assert list(table.index) == list(table.columns) == LABELS
+        for a in LABELS:
+            for b in LABELS:
+                pairs = zip(true, predicted, strict=True)
+                assert table.loc[a, b] == sum(pair == (a, b) for pair in pairs)
+        where = {"scope": scope, "client": None, "split": "test"}
+        scores = f1_by_class(true, predicted)
+        assert lab.value(run, **where, name="macro_f1") == pytest.approx(sum(scores) / len(scores))
+    last = fedsim.confusion_matrix(run, split="validation").to_numpy()
+    assert last.trace() / last.sum() == pytest.approx(reported(lab, run, 1)[1])
+    for keys, why in (({"model": "nobody"}, "models: federated, central"), ({"split": "train"}, "neither test nor")):
+        with pytest.raises(UserError, match=why):
+            fedsim.confusion_matrix(run, **keys)
+    (run / "scores.npz").write_bytes((run / "scores.npz").read_bytes()[:500])
+    with pytest.raises(UserError, match="not the scores of a run"):
+        fedsim.confusion_matrix(run)
+
+
+def test_perplexity_is_of_the_mean_over_answer_tokens(lab: Any) -> None:
+    exp = lab.exp(local=WORK, rounds=3, best={"metric": "perplexity"}, data={"template": "{label} means {sentence}"})
+    run = lab.run(exp)
+    tok = AutoTokenizer.from_pretrained(exp.model.path)
+    model, nll, count = in_double(exp, run / "global"), 0.0, 0
+    for sentence, label in lab.rows["validation"]:
+        head = tok(f"{label} means")["input_ids"]
+        ids = torch.tensor([tok(f"{label} means {sentence}")["input_ids"] + [tok.eos_token_id]])
+        with torch.no_grad():
+            logp = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1)
+        nll -= float(logp[:-1].gather(1, ids[0, 1:, None])[len(head) - 1 :].sum())
+        count += ids.shape[1] - len(head)
+    assert lab.value(run, **VALIDATION, round=3, name="perplexity") == pytest.approx(np.exp(nll / count), rel=1e-9)
+    values = [lab.value(run, **VALIDATION, round=r, name="perplexity") for r in (1, 2, 3)]
+    chosen = 1 + values.index(min(values))
+    assert lab.value(run, client=None, split="test", name="perplexity", round=chosen) > 1, "less is better"
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"best": {"metric": "macro_f1"}, "data": {"template": "{label} {sentence}"}}, "'macro_f1' needs label words"),
+        ({"best": {"metric": "perplexity"}, "model": {"task": "sequence_classification"}}, "of a head use loss"),
+        ({"evaluate": {"max_examples": 0}}, "evaluate.max_examples: 0 is below 1"),
+        ({"evaluate": {"max_new_tokens": 10**9}}, "evaluate.max_new_tokens: 1000000000 is above 65536"),
+    ],
+)
+def test_scores_that_cannot_be_are_refused(lab: Any, keys: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        prepare(lab.exp(**keys))
+
+
+def test_a_subset_is_the_same_for_all_and_changes_no_training(lab: Any) -> None:
+    keys = {"modes": ["local", "federated"], "rounds": 2, "local": WORK}
+    subset = {"evaluate": {"max_examples": 9}}
+    runs = {n: lab.run(**keys, **k) for n, k in (("all", {}), ("some", subset), ("seed", {**subset, "seed": 4}))}
+    runs["lanes"] = lab.run(**keys, **subset, training={"lanes": 1})
+    rows = {name: np.load(run / "scores.npz")["validation_rows"] for name, run in runs.items()}
+    assert len(rows["all"]) == 24 and len(rows["some"]) == 9
+    assert (rows["some"] == rows["seed"]).all() and (rows["some"] == rows["lanes"]).all()
+    assert rows["some"].tolist() != list(range(9)), "a random subset, not the first rows"
+    tensors = [lab.tensors(runs[name])["global/adapter_model.safetensors"] for name in ("all", "some")]
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    scores = [r for r in lab.metrics(runs["some"]) if r["split"] == "validation" and r["name"] == "loss"]
+    assert {r["weight"] for r in scores} == {9.0} and len(scores) > 8
+    assert {r["weight"] for r in lab.metrics(runs["some"]) if r["split"] == "test"} == {15.0}
+    exp = lab.exp()
+    model, tok = in_double(exp, runs["some"] / "global"), AutoTokenizer.from_pretrained(exp.model.path)
+    chosen = [lab.rows["validation"][r] for r in rows["some"]]
+    assert reported(lab, runs["some"], 2) == pytest.approx(by_words(model, tok, chosen, LABELS)[:2], rel=1e-9)
+    assert prepare(lab.exp()).run_id() == prepare(lab.exp(evaluate={"max_examples": None})).run_id()
+    assert prepare(lab.exp()).run_id() != prepare(lab.exp(**subset)).run_id()
+
+
+def test_a_line_tells_that_evaluation_takes_most_of_a_round(lab: Any, monkeypatch: Any, capsys: Any) -> None:
+    """Passes of evaluation, and they alone, are made long; of two rounds of two modes one says so."""
+    import fedsim.training.trainer as trainer
+
+    clock = [0.0]
+    scores = trainer.score_rows
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock[0])
+
+    def slow(*args: Any, **keys: Any) -> Any:
+        clock[0] += 30.0
+        return scores(*args, **keys)
+
+    for seconds, count in ((1.0, 1), (1000.0, 0)):
+        original = trainer.Trainer._backward
+
+        def backward(self: Any, *args: Any, of: Any = original, took: float = seconds) -> Any:
+            clock[0] += took
+            return of(self, *args)
+
+        monkeypatch.setattr(trainer, "score_rows", slow)
+        monkeypatch.setattr(trainer.Trainer, "_backward", backward)
+        fedsim.run(lab.exp(name=f"t{count}", modes=["local", "federated"], rounds=2))
+        said = [line for line in capsys.readouterr().err.splitlines() if "evaluation took" in line]
+        assert len(said) == count and all("evaluate.max_examples" in s and "every_rounds" in s for s in said)
+        monkeypatch.setattr(trainer.Trainer, "_backward", original)
+
+
 @pytest.mark.parametrize("model", [{}, {"task": "sequence_classification"}], ids=["words", "head"])
 def test_scores_do_not_depend_on_padding(lab: Any, model: dict) -> None:
     found = []
@@ -291,6 +496,7 @@ def greedy(model: nn.Module, tok: Any, prompt: str, limit: int) -> str:
         {"name": "lora", "r": 8},
         {"name": "p_tuning", "num_virtual_tokens": 3, "hidden": 16},
         {"name": "prefix", "num_virtual_tokens": 6},
+        {"name": "prompt", "num_virtual_tokens": 6},
         {"name": "none"},
     ],
     ids=lambda a: a["name"],
@@ -312,3 +518,102 @@ def test_exact_match_is_that_of_greedy_decoding_row_by_row(lab: Any, adapter: di
     right = [t.strip() == label for t, (_, label) in zip(texts, lab.rows["validation"], strict=True)]
     assert lab.value(run, **VALIDATION, round=1, name="exact_match") == pytest.approx(sum(right) / len(right))
     assert 0 < sum(right) < len(right), texts
+
+
+METHODS = {
+    "lora": {"r": 3, "target_modules": "all-linear"},
+    "adapter": {"bottleneck": 4},
+    "prompt": {"num_virtual_tokens": 3},
+    "p_tuning": {"num_virtual_tokens": 3, "hidden": 16},
+    "prefix": {"num_virtual_tokens": 3},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, "prompt") for kind in ("llama", "gpt2", "opt", "bloom", "gpt_neox", "mistral", "phi3")]
+    + [(kind, "lora") for kind in ("bloom", "mistral", "phi3", "opt")]
+    + [(kind, "prefix") for kind in ("llama_shared", "gpt2", "opt", "gemma")]
+    + [("gpt2", "p_tuning"), ("llama", "adapter"), ("bloom", "none"), ("mamba", "none")],
+)
+def test_generated_text_does_not_depend_on_the_texts_beside_it(lab: Any, kind: str, name: str) -> None:
+    """Positions learned, rotary, by ALiBi, by recurrence, with windows and with frequencies by length."""
+    exp = lab.exp(model={"path": lab.base(kind)}, adapter={"name": name, **METHODS[name]})
+    base = base_of(exp)
+    base.generation_config.update(repetition_penalty=1.9, no_repeat_ngram_size=2, suppress_tokens=[5], num_beams=2)
+    settings = {k: v for k, v in exp.to_dict()["adapter"].items() if k != "name"}
+    model, own = attach(base, name, settings, task="causal_lm", seed=3)
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():  # far from where a text is one token over and over
+            parameter += 0.3 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+    net = Net(model, own, task="causal_lm", device=torch.device("cpu"), base_dropout=False, autocast=None)
+    net.train(False)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 1500, n) for n in (9, 2, 14, 5, 5)]
+    expected = []
+    for prompt in prompts:
+        ids = prompt.tolist()
+        for _ in range(8):
+            at = torch.tensor([ids])
+            with torch.no_grad():
+                ids.append(int(model(input_ids=at, attention_mask=torch.ones_like(at)).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    assert len({t for e in expected for t in e}) > 4, expected
+    assert greedy_ids(net, prompts, 8, None) == expected
+    end = expected[0][-1]
+    expected = [e[: e.index(end)] if end in e else e for e in expected]
+    assert greedy_ids(net, prompts, 8, end) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers"),
+    [
+        ({"type": "NFC"}, ["re\u0301sume\u0301", "cafe\u0301", "nai\u0308ve"]),
+        ({"type": "Lowercase"}, ["Paris", "ROME", "New  York"]),
+        ({"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}, ["a  b", "c   d", "e f"]),
+    ],
+    ids=["NFC", "lowercase", "white space"],
+)
+def test_answers_are_compared_as_the_tokenizer_writes_them(lab: Any, kind: dict[str, Any], answers: list[str]) -> None:
+    rows = [{"q": f"word of number {i % 3}", "a": answers[i % 3]} for i in range(48)]
+    wrong = [{"q": f"word of number {i % 3}", "a": answers[(i + 1) % 3]} for i in range(3)]
+    files = {}
+    for name, part in (("path", rows), ("validation", rows[:12] + wrong)):
+        files[name] = str(lab.root / f"{name}.jsonl")
+        Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in part))
+    run = lab.run(
+        model={"path": str(normalising(lab, kind)), "dtype": "float32"},
+        data={**files, "template": "{q} answer: {a}", "labels": None, "test": 0.0},
+        adapter={"name": "none"},
+        partition={"num_clients": 1},
+        local={"steps": 60, "batch_size": 8, "lr": 4e-3},
+        evaluate={"generate": True, "max_new_tokens": 24},
+    )
+    assert lab.value(run, **VALIDATION, round=1, name="exact_match") == pytest.approx(12 / 15)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_tokens_beyond_the_positions_of_a_base_are_refused_at_the_start(lab: Any, kind: str) -> None:
+    """The base has 256 positions; the longest prompt decides how many are left for new tokens."""
+    keys = {"model": {"path": lab.base(kind)}, "adapter": {"name": "prompt", "num_virtual_tokens": 4}}
+    tokens = prepare(lab.exp(**keys)).tokens
+    prompt = max(int(tokens[split].prompts.max()) for split in ("validation", "test"))
+    most = 256 - 4 - prompt + 1  # the last one is not looked at again
+    with pytest.raises(UserError, match=f"evaluate.max_new_tokens: {most + 1} .* 4 virtual tokens .*at most {most} or"):
+        prepare(lab.exp(**keys, evaluate={"generate": True, "max_new_tokens": most + 1}))
+    prepare(lab.exp(**keys, evaluate={"max_new_tokens": most + 1}))
+    lab.run(**keys, evaluate={"generate": True, "max_new_tokens": most})
+    lab.run(**{**keys, "model": {"path": lab.base("bloom")}}, evaluate={"generate": True, "max_new_tokens": most + 9})
+
+
+def test_a_label_that_exceeds_the_positions_is_refused_at_the_start(lab: Any) -> None:
+    """Each row fits with its own label, but not with the longest one, whose likelihood is asked for too."""
+    data = renamed(lab, {"negative": "a b c d e f g h i j k l", "neutral": "b", "positive": "c"})
+    for split in ("validation", "test"):
+        text = "\n".join(["sentence,label", f"{'word ' * 300},b"]) + "\n"
+        Path(data[split]).write_text(text)
+    with pytest.raises(UserError, match="data.max_length: 256 .* the longest label .* the 256 positions"):
+        prepare(lab.exp(model={"path": lab.base("gpt2")}, data={**data, "max_length": 256}))
+    prepare(lab.exp(data={**data, "max_length": 256}))

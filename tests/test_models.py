@@ -19,6 +19,7 @@ from fedsim.models.base import (
     TINY,
     check_task,
     content_hash,
+    ends_at,
     find,
     load_base,
     load_config,
@@ -46,7 +47,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def load(path: Path | str, **keys: Any) -> Any:
-    defaults: dict[str, Any] = {"task": "causal_lm", "dtype": "float32", "num_labels": None, "pad_token_id": 0}
+    defaults: dict[str, Any] = {"task": "causal_lm", "dtype": "float32", "labels": None, "pad_token_id": 0}
     return load_base(find(str(path)), **{**defaults, "seed": 0, **keys})
 
 
@@ -210,18 +211,88 @@ def test_a_base_is_frozen_in_its_type_and_leaves_random_state_and_settings_alone
 
 def test_a_new_head_starts_from_the_seed() -> None:
     def head(seed: int, labels: int = 3) -> torch.Tensor:
-        return load("tiny", task="sequence_classification", num_labels=labels, seed=seed).score.weight
+        return load(
+            "tiny", task="sequence_classification", labels=[str(i) for i in range(labels)], seed=seed
+        ).score.weight
 
     assert head(0, 4).shape[0] == 4 and head(0).shape[0] == 3
     assert torch.equal(head(0), head(0)) and not torch.equal(head(0), head(1))
     assert head(0).abs().sum() > 0
 
 
+HELD = ["neutral", "Positive", "negative"]  # rows of a trained head
+
+
+def headed(folder: Path, kind: str, ids: bool) -> tuple[Path, torch.nn.Module]:
+    """A base with a trained head that names its rows by id2label, or by label2id alone."""
+    config = transformers.AutoConfig.for_model(kind, **SMALL, num_labels=3, pad_token_id=0)
+    config.id2label = dict(enumerate(HELD))
+    folder = saved(folder, config, transformers.AutoModelForSequenceClassification)
+    text = json.loads((folder / "config.json").read_text())
+    text["label2id"] = {name: i for i, name in enumerate(HELD)}
+    if not ids:
+        del text["id2label"]
+    (folder / "config.json").write_text(json.dumps(text))
+    return folder, transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "llama"])
+@pytest.mark.parametrize("ids", [True, False])
+def test_the_rows_of_a_trained_head_follow_the_labels(tmp_path: Path, kind: str, ids: bool) -> None:
+    folder, plain = headed(tmp_path / "base", kind, ids)
+    text = torch.tensor([[5, 6, 7]])
+    expected = plain(input_ids=text).logits[0]
+    for labels in (["negative", "neutral", "Positive"], ["POSITIVE", "negative", "neutral"], ["positive", "Negative"]):
+        model = load(folder, task="sequence_classification", labels=labels)
+        rows = [[name.casefold() for name in HELD].index(label.casefold()) for label in labels]
+        torch.testing.assert_close(model(input_ids=text).logits[0], expected[rows])
+        assert model.head_note is None
+        model.save_pretrained(tmp_path / "saved")
+        again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+        assert [again.config.id2label[i] for i in range(len(labels))] == labels
+        torch.testing.assert_close(again(input_ids=text).logits[0], expected[rows])
+
+
+def test_a_head_for_other_labels_starts_anew_and_one_without_names_is_kept(tmp_path: Path) -> None:
+    folder, plain = headed(tmp_path / "base", "bert", True)
+    held = plain.classifier.weight
+    for labels in (["negative", "neutral", "mixed"], ["a", "b", "c"], ["a", "b", "c", "d"], ["negative", "mixed"]):
+        heads = [load(folder, task="sequence_classification", labels=labels, seed=s) for s in (0, 0, 1)]
+        (a, b, c), note = (m.classifier.weight for m in heads), heads[0].head_note
+        assert len(a) == len(labels) and torch.equal(a, b) and not torch.equal(a, c)
+        assert not any(torch.equal(row, other) for row in a for other in held)
+        assert note.endswith("it is trained from scratch") and "data.labels" in note and "\n" not in note
+    numbers = load(folder, task="sequence_classification", labels=["0", "1", "2"])
+    assert torch.equal(numbers.classifier.weight, held) and numbers.head_note is None
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "label" not in k}))
+    unnamed = load(folder, task="sequence_classification", labels=["a", "b", "c"])
+    assert torch.equal(unnamed.classifier.weight, held) and "does not name its classes" in unnamed.head_note
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions"),
+    [("gpt2", 32), ("opt", 32), ("gptj", 32), ("biogpt", 32), ("llama", None), ("gpt_neox", None), ("falcon", None)],
+)
+def test_positions_that_end_are_told_from_those_that_go_on(tmp_path: Path, kind: str, positions: int | None) -> None:
+    config = transformers.AutoConfig.for_model(kind, **SMALL, rotary_dim=4)
+    config.max_position_embeddings = 32
+    folder = saved(tmp_path / "base", config, transformers.AutoModelForCausalLM)
+    assert ends_at(find(str(folder))) == positions
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model(input_ids=torch.ones(1, 32, dtype=torch.int64))
+    if positions is None:
+        model(input_ids=torch.ones(1, 40, dtype=torch.int64))
+    else:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.ones(1, 40, dtype=torch.int64))
+
+
 def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     bert = saved(tmp_path / "bert", transformers.BertConfig(**SMALL), transformers.AutoModelForMaskedLM)
     message = refusal(lambda: check_task(find(str(bert)), "causal_lm"))
     assert message.startswith("model.task: 'causal_lm'") and "bert" in message and "sequence_classification" in message
-    assert load(bert, task="sequence_classification", num_labels=3).config.num_labels == 3
+    assert load(bert, task="sequence_classification", labels=["a", "b", "c"]).config.num_labels == 3
     t5 = tmp_path / "t5"
     sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     saved(t5, transformers.T5Config(**sizes), transformers.AutoModelForSeq2SeqLM)

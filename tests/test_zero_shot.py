@@ -106,7 +106,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def save_model(folder: Path, method: str, seed: int, base: str = "tiny") -> Path:
     """A folder as a run exports it, of an adapter that is far from doing nothing."""
     source = bases.find(base)
-    model = bases.load_base(source, task="causal_lm", dtype="float32", num_labels=None, pad_token_id=1, seed=0)
+    model = bases.load_base(source, task="causal_lm", dtype="float32", labels=None, pad_token_id=1, seed=0)
     model, _ = adapters.attach(model, method, SETTINGS[method], task="causal_lm", seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapters.trained(model).values():
@@ -239,9 +239,7 @@ def test_a_base_is_loaded_once_and_comes_through_unchanged(
     monkeypatch.setattr(evaluate, "load", counted)
     done = fedsim.evaluate_zero_shot(run, "piqa", data=data, limit=2, device="cpu", progress=False)
     assert len(done.results) == 6 and len(loaded) == 1
-    fresh = bases.load_base(
-        bases.find("tiny"), task="causal_lm", dtype="float16", num_labels=None, pad_token_id=1, seed=0
-    )
+    fresh = bases.load_base(bases.find("tiny"), task="causal_lm", dtype="float16", labels=None, pad_token_id=1, seed=0)
     after = loaded[0][1]
     assert {n: p.shape for n, p in after.named_parameters()} == {n: p.shape for n, p in fresh.named_parameters()}
     assert all(torch.equal(p, fresh.get_parameter(n)) for n, p in after.named_parameters())

@@ -7,6 +7,7 @@ White space between the two belongs to the answer, as subword tokenizers want it
 from __future__ import annotations
 
 import datetime
+import itertools
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +91,8 @@ class Tokens:
         pad_id: the pad token.
         is_classes: True for sequence classification.
         words: names of the classes in order; empty where there are none.
-        candidates: tokens of each label word, without end-of-text, for scoring a causal LM; None without label words.
+        candidates: tokens of each label word, for scoring a causal LM; with end-of-text where one label begins another, else
+            without. None without label words.
         answers: answer texts by row, for exact match.
         left_out: rows that are not trained or scored on, and why: {"too long": [...], "empty answer": [...]}.
         truncated: rows that were cut to `max_length`.
@@ -222,7 +224,7 @@ def encode(
         if label_words is not None:
             spaced = [specials.guard_seams(parsed.answer(specials.guard(word)), own[1]) for word in label_words]
             words = _encode_answers(specials, spaced, anchor)
-            candidates = [words[w] for w in spaced]
+            candidates = _tell_apart([words[w] for w in spaced], label_words, end)
         empty = [None if a.strip() else "empty answer" for a in answer_texts]
     return _lay_out(
         sequences,
@@ -420,6 +422,31 @@ def _encode_answers(specials: Specials, answers: Sequence[str], anchor: str) -> 
     for answer, both, single in zip(answers, joint, alone, strict=True):
         out[answer] = list(both[len(head) :]) if both[: len(head)] == head else list(single)
     return out
+
+
+def _tell_apart(candidates: list[list[int]], words: Sequence[str], end: list[int]) -> list[list[int]]:
+    """Candidates of which none begins another: where one does, as 1 begins 10, all end in end-of-text, as in training.
+
+    Without it log p(1) is never below log p(10), since the one is a factor of the other.
+
+    Raises:
+        UserError: for labels that no likelihood can tell apart.
+    """
+    order = sorted(
+        range(len(candidates)), key=lambda i: candidates[i]
+    )  # a label stands right before one that it begins
+    pairs = [(a, b) for a, b in itertools.pairwise(order) if candidates[b][: len(candidates[a])] == candidates[a]]
+    for a, b in pairs:
+        why = f"{words[a]!r} and {words[b]!r}"
+        if candidates[a] == candidates[b]:
+            raise UserError(
+                f"data.labels: {why} are the same tokens to this tokenizer; rename one, or use another base"
+            )
+        if not end:
+            raise UserError(
+                f"data.labels: {why} begin alike, and this tokenizer has no end-of-text token to tell them apart; end data.template in text after the label, such as a full stop"
+            )
+    return [c + end for c in candidates] if pairs else candidates
 
 
 def _without_end(specials: Specials, sequences: list[list[int]]) -> list[list[int]]:

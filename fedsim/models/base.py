@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,7 +322,7 @@ def _blocks(names: Iterable[str]) -> int:
 
 
 def load_base(
-    source: Source, *, task: str, dtype: str, num_labels: int | None, pad_token_id: int, seed: int
+    source: Source, *, task: str, dtype: str, labels: Sequence[str] | None, pad_token_id: int, seed: int
 ) -> nn.Module:
     """Load the base, frozen, on the CPU.
 
@@ -329,9 +330,12 @@ def load_base(
         source: from `find`.
         task: causal_lm | sequence_classification.
         dtype: name of a torch dtype.
-        num_labels: classes of the head, for sequence classification.
+        labels: names of the head's classes in order, for sequence classification.
         pad_token_id: of the tokenizer; heads on decoders need to know it.
         seed: a head that the folder does not hold starts from the stream `init` of this seed.
+
+    Returns:
+        The model; its `head_note` says what a user should know of a head that the folder holds, or is None.
 
     Raises:
         UserError: if the weights cannot be loaded.
@@ -343,7 +347,8 @@ def load_base(
     auto = transformers.AutoModelForCausalLM
     if task == "sequence_classification":
         auto = transformers.AutoModelForSequenceClassification
-        args["num_labels"] = num_labels
+        held = _names_of_head(source)
+        args["num_labels"] = len(labels if _rows_of_head(held, labels) is None else held)
     if not source.gguf:
         args["use_safetensors"] = True  # pickled weights can run code
     try:
@@ -369,6 +374,9 @@ def load_base(
             f"model.path: the weights of {source.name!r} lack {missing[0]} ({len(missing)} such); {_way_out(source)}"
         )
     _check_whole(source, model, report["unexpected_keys"])
+    model.head_note = None
+    if labels is not None:
+        model.head_note = _fit_head(source, model, labels, report, seed)
     if source.gguf:
         _forget_gguf(model)
     model.config.use_cache = False
@@ -376,6 +384,74 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def _rows_of_head(held: Sequence[str], labels: Sequence[str]) -> list[int] | None:
+    """Row of a trained head for each label, by the names of its rows, whatever their case; None where it lacks one."""
+    for fold in (str, str.casefold):
+        names, wanted = list(map(fold, held)), list(map(fold, labels))
+        if len(set(names)) == len(names) and len(set(wanted)) == len(wanted) and set(wanted) <= set(names):
+            return [names.index(label) for label in wanted]
+    return None
+
+
+def _fit_head(source: Source, model: nn.Module, labels: Sequence[str], report: dict[str, Any], seed: int) -> str | None:
+    """Give the head one row for each label, in their order: its own rows where it is trained for these labels, else new ones.
+
+    Returns:
+        What the user should know of it, or None.
+    """
+    held = _names_of_head(source)
+    rows, count = _rows_of_head(held, labels), model.config.num_labels
+    model.config.id2label = dict(enumerate(labels))  # what is saved of it names the rows as they are now
+    model.config.label2id = {name: i for i, name in enumerate(labels)}
+    model.num_labels = len(labels)
+    body = model.base_model_prefix
+    heads = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] != body}
+    heads = {n: m for n, m in heads.items() if m.out_features == count}
+    if not heads:
+        return None
+    name, layer = heads.popitem()
+    trained = f"{name}.weight" not in report["missing_keys"]
+    about, why = f"the classification head of {source.name!r}", None
+    if f"{name}.weight" in {key[0] for key in report["mismatched_keys"]}:
+        return f"{about} has another number of classes than data.labels ({len(labels)}): it is trained from scratch"
+    if trained and rows is not None:
+        for parameter in layer.parameters():
+            parameter.data = parameter.data[rows]
+    elif trained and _are_numbers(held):
+        return f"{about} does not name its classes: they are taken to be those of data.labels, in this order: {', '.join(labels)[:200]}"
+    elif trained and not _are_numbers(labels):
+        why = f"{about} is for {', '.join(held)[:200]}, not for data.labels ({', '.join(labels)[:200]}): it is trained from scratch"
+    if why is not None or (not trained and count != len(labels)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "init", "head"))
+            fresh = nn.Linear(layer.in_features, len(labels), layer.bias is not None, dtype=layer.weight.dtype)
+            model._init_weights(fresh)
+        for parameter, new in zip(layer.parameters(), fresh.parameters(), strict=True):
+            parameter.data = new.data
+    layer.out_features = len(labels)
+    return why
+
+
+def _names_of_head(source: Source) -> list[str]:
+    """Names of the classes of the base's head in the order of its rows; none where its config has none."""
+    from transformers import PretrainedConfig
+
+    with quiet():
+        config, _ = PretrainedConfig.get_config_dict(source.location, **source.load_args())
+    try:
+        by_row = {int(row): str(name) for row, name in (config.get("id2label") or {}).items()}
+        if _are_numbers(by_row.values()):
+            by_row = {int(row): str(name) for name, row in (config.get("label2id") or {}).items()} or by_row
+    except (AttributeError, TypeError, ValueError):  # configs can hold anything
+        return []
+    return [by_row[row] for row in sorted(by_row)]
+
+
+def _are_numbers(names: Iterable[str]) -> bool:
+    """Whether names say no more than a row: 0, 1, ... or transformers' LABEL_0, LABEL_1, ..."""
+    return all(re.fullmatch(r"(label[_ ]?)?\d+", name, re.IGNORECASE) for name in names)
 
 
 def _check_whole(source: Source, model: nn.Module, unused: Iterable[str]) -> None:
@@ -435,6 +511,28 @@ def max_positions(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value - position_offset(config)
     return None
+
+
+def has_position_table(model: nn.Module) -> bool:
+    """Whether positions are looked up in a table, which ends; rotary and relative ones go on."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    names = (name for name, tensor in tensors if tensor.dim() >= 2)
+    return any(re.search(r"(^|[._])(wpe|pos|positions?)([._]|$)", name) for name in names)
+
+
+def ends_at(source: Source) -> int | None:
+    """Positions of a base that looks them up in a table; None where they go on, or the config does not say how many.
+
+    The model is built without memory for it.
+    """
+    import transformers
+
+    config = load_config(source)
+    if (positions := max_positions(config)) is None:
+        return None
+    with quiet(), torch.device("meta"):
+        model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    return positions if has_position_table(model) else None
 
 
 def borrow(model: nn.Module) -> nn.Module:

@@ -495,7 +495,7 @@ def _cannot_pack(base: nn.Module, task: str) -> str | None:
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     if any((getattr(config, key, None) or 0) > 1 for key in _EXPERTS):
         return "it routes tokens to experts, and a router's losses and capacities couple the lanes"
-    if _rotary_types(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)) & _BY_LENGTH:
+    if frequencies_by_length(config):
         return "its rotary frequencies depend on the longest row of a pass, whoever's that is"
     for name, module in base.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -503,6 +503,13 @@ def _cannot_pack(base: nn.Module, task: str) -> str | None:
     if task == "causal_lm" and base.get_output_embeddings() is None:
         return "it has no output head that could be told from its body"
     return None
+
+
+def frequencies_by_length(config: Any) -> bool:
+    """Whether the rotary frequencies of a base depend on the length of its input, so that cached keys go stale."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    return bool(_rotary_types(scaling) & _BY_LENGTH)
 
 
 def _rotary_types(value: Any) -> set[str]:

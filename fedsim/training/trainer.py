@@ -222,7 +222,7 @@ class Trainer:
     def train_together(self, shares: Sequence[Share]) -> list[Report]:
         """Train packs of several runs side by side, each from its own global parameters, and each with its own trainer's rows,
         seed, learning rate and kept state; see `guest`."""
-        began = time.monotonic()
+        began, self._scoring = time.monotonic(), 0.0
         parts = [_Part(share, share.trainer.algorithms[share.pack.mode]) for share in shares]
         first, task = shares[0].trainer, shares[0].pack.tasks[0]
         with torch.random.fork_rng(devices=[self.net.device] if self.net.device.type == "cuda" else []):
@@ -232,7 +232,7 @@ class Trainer:
         self._give_back()
         for part in parts:
             part.report.weight = part.partial.weight
-            part.report.seconds = time.monotonic() - began
+            part.report.seconds, part.report.scoring = time.monotonic() - began, self._scoring
         return [part.report for part in parts]
 
     def guest(self, sites: Sites, algorithms: dict[str, Algorithm], recipe: Recipe, seed: int, state: Path) -> Trainer:
@@ -553,11 +553,13 @@ class Trainer:
         """
         if not lanes:
             return []
+        began = time.monotonic()
         steps = [steps] * len(lanes) if isinstance(steps, int) else steps
         whose = [every[j] for j in lanes]
         own = [{t.client: p.trainer.sites.own(t.client)} if t.client >= 0 else {} for p, t in whose]
         out = []
         scored = self._score(self.flat[: len(every)], "validation", self.recipe.generate, own, lanes=lanes)
+        self._scoring += time.monotonic() - began
         for (part, task), n, scores in zip(whose, steps, scored, strict=True):
             mode = part.pack.mode
             name, step = None if mode == "central" else task.name, task.steps_done + n

@@ -201,7 +201,7 @@ def load(path: str, dtype: str, device: torch.device) -> tuple[nn.Module, Any, s
     tokenizer = bases.load_tokenizer(source)
     kind = _own_dtype(source) if dtype == "auto" else dtype
     pad = tokenizer.pad_token_id
-    model = bases.load_base(source, task="causal_lm", dtype=kind, num_labels=None, pad_token_id=pad, seed=0)
+    model = bases.load_base(source, task="causal_lm", dtype=kind, labels=None, pad_token_id=pad, seed=0)
     return model.to(device), tokenizer, kind
 
 
@@ -213,7 +213,6 @@ def longest(model: nn.Module) -> int | None:
     prompt = getattr(model, "peft_config", {}).get("default")
     if prompt is None or not prompt.is_prompt_learning:
         return None
-    kinds = ("wpe", "embed_positions", "position_embeddings")
-    learned = any(isinstance(m, nn.Embedding) and n.rsplit(".", 1)[-1] in kinds for n, m in model.named_modules())
-    positions = bases.max_positions(model.get_base_model().config)
-    return positions - prompt.num_virtual_tokens if learned and positions else None
+    base = model.get_base_model()
+    positions = bases.max_positions(base.config) if bases.has_position_table(base) else None
+    return None if positions is None else positions - prompt.num_virtual_tokens
