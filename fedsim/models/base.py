@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fedsim.errors import UserError, is_out_of_memory
+from fedsim.models.flat import use_padded
 from fedsim.seeding import stream_seed
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
@@ -371,6 +372,7 @@ def load_base(
     _check_whole(source, model, report["unexpected_keys"])
     if source.gguf:
         _forget_gguf(model)
+    use_padded(model)
     model.config.use_cache = False
     model.config.pad_token_id = pad_token_id
     model.requires_grad_(False)
