@@ -27,6 +27,7 @@ _QKV = {
     *("q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin"),
     *("query_proj", "key_proj", "value_proj", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv"),
 }
+_SAVED_BY_PEFT = {"classifier", "score"}  # for sequence classification
 _HEADS = ("classifier", "score", "classification_head")
 
 
@@ -39,7 +40,7 @@ def attach(
         base: frozen; 16-bit, float32 or float64.
         name: lora | p_tuning | adapter | prefix | prompt | ia3 | none | any PEFT method.
         settings: the component's keys.
-        task: causal_lm | sequence_classification; the head of the latter is trained too.
+        task: causal_lm | sequence_classification; the head of the latter is trained too, and what else starts anew.
         seed: the adapter starts from the stream `init` of this seed, the same in every process.
         masters: whether a whole 16-bit model is trained in float32; an adapter always is.
 
@@ -85,7 +86,7 @@ def _attach(
             bottleneck.attach_bottleneck(base, **settings, dtype=dtype)
             for full, parameter in base.named_parameters():
                 head = task == "sequence_classification" and any(h in full.split(".") for h in _HEADS)
-                parameter.requires_grad_(head or ".adapter_" in full)
+                parameter.requires_grad_(head or ".adapter_" in full or full in getattr(base, "starts_anew", ()))
             model = base
         else:
             model = _attach_peft(base, name, settings, task)
@@ -104,6 +105,9 @@ def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str
         config = _peft_config(base, name, settings, task)
         if getattr(config, "target_modules", None):
             _check_targets(base, config.target_modules)
+        anew = {_head_of(n) for n in getattr(base, "starts_anew", ())} - _SAVED_BY_PEFT
+        if anew:
+            config.modules_to_save = sorted(anew.union(config.modules_to_save or ()))
         model = peft.get_peft_model(base, config)
     except UserError:
         raise
@@ -120,6 +124,12 @@ def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str
             if ".lora_A." in full:
                 nn.init.xavier_normal_(parameter)
     return model
+
+
+def _head_of(parameter: str) -> str:
+    """The module of a head or pooler that a parameter is in, by its full name: PEFT trains and saves modules."""
+    parts = parameter.split(".")
+    return ".".join(parts[: parts.index("pooler") + 1 if "pooler" in parts else 1])
 
 
 def _peft_config(base: nn.Module, name: str, settings: dict[str, Any], task: str) -> Any:
@@ -194,6 +204,9 @@ def check_peft_settings(name: str, settings: dict[str, Any], path: str) -> None:
         )
     if name.lower() in ("multitask_prompt_tuning", "poly", "xlora"):
         raise UserError(f"{path}.name: {name!r} needs task ids or other adapters with every row; use another method")
+    if name.lower() == "adalora":
+        why = "prunes ranks by scores that each client keeps for itself, and masks of unlike ranks have no mean"
+        raise UserError(f"{path}.name: {name!r} {why}; use lora, with peft: {{rank_pattern: ...}} for unequal ranks")
     fields = {f.name for f in dataclasses.fields(known[name.lower()])} - {"task_type", "peft_type", "inference_mode"}
     for key in settings:
         if key not in fields:

@@ -22,7 +22,6 @@ from fedsim.models.flat import use_padded
 from fedsim.seeding import stream_seed
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
-HEADS = {"classifier", "score", "classification_head", "pooler", "pre_classifier"}  # may start anew
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CONVERT = "convert them to safetensors where they are trusted, by save_pretrained(FOLDER)"
@@ -230,17 +229,35 @@ def load_config(source: Source) -> Any:
     """The transformers config of the base.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if it cannot be read, or says that the weights are quantised.
     """
     from transformers import AutoConfig
 
     try:
         with quiet():
-            return AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.load_args())
+            config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.load_args())
     except Exception as error:
         raise UserError(
             f"model.path: {source.name!r} could not be read ({_first_line(error)}); {_way_out(source)}"
         ) from None
+    if not source.gguf:  # whose weights are ordinary tensors once they are loaded
+        _refuse_quantised(source, config)
+    return config
+
+
+def _refuse_quantised(source: Source, config: Any) -> None:
+    """No optimiser step, packed lane or export has been checked on weights that only a quantiser's kernels can read."""
+    for part in (config, config.get_text_config()):
+        held = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        if not held:
+            continue
+        held = held if isinstance(held, dict) else held.to_dict()
+        method = held.get("quant_method") or "an unnamed method"
+        bits = held.get("bits") or (4 if held.get("load_in_4bit") else 8 if held.get("load_in_8bit") else None)
+        way = "give the base it was made from, or write it anew by from_pretrained(...).dequantize() and save_pretrained"
+        raise UserError(
+            f"model.path: the weights of {source.name!r} are quantised ({method}{f', {bits} bits' if bits else ''}), which fedsim does not train; {way}"
+        )
 
 
 def check_task(source: Source, task: str) -> None:
@@ -332,7 +349,11 @@ def load_base(
         dtype: name of a torch dtype.
         num_labels: classes of the head, for sequence classification.
         pad_token_id: of the tokenizer; heads on decoders need to know it.
-        seed: a head that the folder does not hold starts from the stream `init` of this seed.
+        seed: a head or pooler that the folder does not hold starts from the stream `init` of this seed.
+
+    Returns:
+        The model; its attribute `starts_anew` names the parameters that the folder does not hold: whatever the method, they
+        are trained and saved, since a loader of the folder would start them at other values.
 
     Raises:
         UserError: if the weights cannot be loaded.
@@ -358,17 +379,18 @@ def load_base(
         raise UserError(
             f"model.path: {source.name!r} could not be loaded ({_first_line(error)}); {_way_out(source)}"
         ) from None
-    other = sorted(k for k in report["mismatched_keys"] if not set(k[0].split(".")) & HEADS)
+    other = sorted(k for k in report["mismatched_keys"] if not _may_start_anew(model, task, k[0]))
     if other:
         name, held, wanted = other[0]
         raise UserError(
             f"model.path: the weights of {source.name!r} hold {name} as {list(held)}, its config makes it {list(wanted)} ({len(other)} such); give the config that belongs to them"
         )
-    missing = sorted(k for k in report["missing_keys"] if not set(k.split(".")) & HEADS)
+    missing = sorted(k for k in report["missing_keys"] if not _may_start_anew(model, task, k))
     if missing:
         raise UserError(
             f"model.path: the weights of {source.name!r} lack {missing[0]} ({len(missing)} such); {_way_out(source)}"
         )
+    model.starts_anew = sorted({*report["missing_keys"], *(k[0] for k in report["mismatched_keys"])})
     _check_whole(source, model, report["unexpected_keys"])
     if source.gguf:
         _forget_gguf(model)
@@ -378,6 +400,13 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def _may_start_anew(model: nn.Module, task: str, name: str) -> bool:
+    """Whether a parameter belongs to a classification head, or to the pooler in front of it."""
+    body = model.base_model_prefix
+    outside = hasattr(model, body) and not name.startswith(f"{body}.")
+    return task == "sequence_classification" and (outside or "pooler" in name.split("."))
 
 
 def _check_whole(source: Source, model: nn.Module, unused: Iterable[str]) -> None:
