@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fedsim.errors import UserError, is_out_of_memory
+from fedsim.models import gguf
 from fedsim.models.flat import use_padded
 from fedsim.seeding import stream_seed
 
@@ -240,7 +241,9 @@ def load_config(source: Source) -> Any:
         raise UserError(
             f"model.path: {source.name!r} could not be read ({_first_line(error)}); {_way_out(source)}"
         ) from None
-    if not source.gguf:  # whose weights are ordinary tensors once they are loaded
+    if source.gguf:  # its weights are ordinary tensors once they are loaded
+        gguf.scale_rotary(config, Path(source.location) / source.gguf)
+    else:
         _refuse_quantised(source, config)
     return config
 
@@ -254,7 +257,9 @@ def _refuse_quantised(source: Source, config: Any) -> None:
         held = held if isinstance(held, dict) else held.to_dict()
         method = held.get("quant_method") or "an unnamed method"
         bits = held.get("bits") or (4 if held.get("load_in_4bit") else 8 if held.get("load_in_8bit") else None)
-        way = "give the base it was made from, or write it anew by from_pretrained(...).dequantize() and save_pretrained"
+        way = (
+            "give the base it was made from, or write it anew by from_pretrained(...).dequantize() and save_pretrained"
+        )
         raise UserError(
             f"model.path: the weights of {source.name!r} are quantised ({method}{f', {bits} bits' if bits else ''}), which fedsim does not train; {way}"
         )
@@ -366,7 +371,11 @@ def load_base(
     if task == "sequence_classification":
         auto = transformers.AutoModelForSequenceClassification
         args["num_labels"] = num_labels
-    if not source.gguf:
+    if source.gguf:
+        args["config"] = load_config(source)
+        if num_labels is not None:
+            args["config"].num_labels = args.pop("num_labels")
+    else:
         args["use_safetensors"] = True  # pickled weights can run code
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
