@@ -7,6 +7,8 @@ methods PEFT saves the virtual tokens only - the trained state stands beside it,
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import difflib
 import json
 from collections.abc import Callable
@@ -26,6 +28,26 @@ STATE = "fedsim_state.safetensors"
 _QKV = {
     *("q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin"),
     *("query_proj", "key_proj", "value_proj", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv"),
+}
+_PEFT_NAMES = {"prefix": "prefix_tuning", "prompt": "prompt_tuning"}  # where fedsim's names are others than PEFT's
+_OWN_KEYS = {  # PEFT's key -> fedsim's
+    "lora": {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"},
+    "p_tuning": {"num_virtual_tokens": "num_virtual_tokens", "encoder_hidden_size": "hidden"},
+    "prefix": {
+        **{"num_virtual_tokens": "num_virtual_tokens", "encoder_hidden_size": "hidden"},
+        "prefix_projection": "projection",
+    },
+    "prompt": {"num_virtual_tokens": "num_virtual_tokens", "prompt_tuning_init_text": "init_text"},
+    "ia3": {},
+}
+_NOT_OPTIONS = {
+    "task_type",
+    "peft_type",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
 }
 _SAVED_BY_PEFT = {"classifier", "score"}  # for sequence classification
 _HEADS = ("classifier", "score", "classification_head")
@@ -108,7 +130,12 @@ def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str
         anew = {_head_of(n) for n in getattr(base, "starts_anew", ())} - _SAVED_BY_PEFT
         if anew:
             config.modules_to_save = sorted(anew.union(config.modules_to_save or ()))
+        before = [(p, p.data_ptr(), n) for n, p in base.named_parameters()]
         model = peft.get_peft_model(base, config)
+        for parameter, place, changed in before:
+            if parameter.data_ptr() != place:  # pissa, olora: the residual is in no file
+                why = f"rewrites {changed} of the base, which the export does not hold"
+                raise UserError(f"adapter.name: {name!r} with these options {why}; use another way to start it")
     except UserError:
         raise
     except Exception as error:  # PEFT's methods refuse bases and settings in many ways
@@ -119,7 +146,7 @@ def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str
         raise UserError(
             f"adapter.name: {name!r} cannot be put on this base ({kind}): {text or type(error).__name__}; change its keys, or use another method"
         ) from None
-    if name == "lora" and settings["init"] == "xavier":
+    if name == "lora" and settings["init"] == "xavier" and "init_lora_weights" not in settings.get("peft", {}):
         for full, parameter in model.named_parameters():
             if ".lora_A." in full:
                 nn.init.xavier_normal_(parameter)
@@ -133,51 +160,34 @@ def _head_of(parameter: str) -> str:
 
 
 def _peft_config(base: nn.Module, name: str, settings: dict[str, Any], task: str) -> Any:
-    import peft
 
-    task_type = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}[task]
-    s = settings
+    s = copy.deepcopy(settings)  # PEFT appends to lists it is given
+    keys: dict[str, Any] = {"task_type": {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}[task]}
+    more = s.pop("peft", {})
     if name == "lora":
-        return peft.LoraConfig(
-            task_type=task_type,
-            r=s["r"],
-            lora_alpha=s["alpha"],
-            lora_dropout=s["dropout"],
-            target_modules=_auto_qkv(base) if s["target_modules"] == "auto" else s["target_modules"],
-            init_lora_weights="gaussian" if s["init"] == "gaussian" else True,
-            fan_in_fan_out=_is_conv1d(base),
-        )
-    if name == "p_tuning":
-        return peft.PromptEncoderConfig(
-            task_type=task_type,
-            num_virtual_tokens=s["num_virtual_tokens"],
-            encoder_hidden_size=s["hidden"],
-            encoder_reparameterization_type="MLP",
-        )
-    if name == "prefix":
-        return peft.PrefixTuningConfig(
-            task_type=task_type,
-            num_virtual_tokens=s["num_virtual_tokens"],
-            prefix_projection=s["projection"],
-            encoder_hidden_size=s["hidden"],
-        )
-    if name == "prompt":
-        if s["init_text"] is None:
-            return peft.PromptTuningConfig(task_type=task_type, num_virtual_tokens=s["num_virtual_tokens"])
-        return peft.PromptTuningConfig(
-            task_type=task_type,
-            num_virtual_tokens=s["num_virtual_tokens"],
-            prompt_tuning_init="TEXT",
-            prompt_tuning_init_text=s["init_text"],
-            tokenizer_name_or_path=base.config._name_or_path,
-        )
-    if name == "ia3":
-        auto = s["target_modules"] == "auto"
-        chosen = (
-            {} if auto else {"target_modules": s["target_modules"], "feedforward_modules": s["feedforward_modules"]}
-        )
-        return peft.IA3Config(task_type=task_type, fan_in_fan_out=_is_conv1d(base), **chosen)
-    return _peft_classes()[name.lower()](task_type=task_type, **settings)
+        keys |= {"r": s["r"], "lora_alpha": s["alpha"], "lora_dropout": s["dropout"]}
+        keys["init_lora_weights"] = "gaussian" if s["init"] == "gaussian" else True
+        keys["fan_in_fan_out"] = _is_conv1d(base)
+        if "target_modules" not in more:
+            keys["target_modules"] = _auto_qkv(base) if s["target_modules"] == "auto" else s["target_modules"]
+    elif name == "ia3":
+        keys["fan_in_fan_out"] = _is_conv1d(base)
+        if s["target_modules"] != "auto":
+            keys |= {"target_modules": s["target_modules"], "feedforward_modules": s["feedforward_modules"]}
+    elif name == "p_tuning":
+        keys |= {"num_virtual_tokens": s["num_virtual_tokens"], "encoder_hidden_size": s["hidden"]}
+        keys["encoder_reparameterization_type"] = "MLP"
+    elif name == "prefix":
+        keys |= {"num_virtual_tokens": s["num_virtual_tokens"], "encoder_hidden_size": s["hidden"]}
+        keys["prefix_projection"] = s["projection"]
+    elif name == "prompt":
+        keys["num_virtual_tokens"] = s["num_virtual_tokens"]
+        if s["init_text"] is not None:
+            keys |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": s["init_text"]}
+            keys["tokenizer_name_or_path"] = base.config._name_or_path
+    else:
+        more = s
+    return _peft_classes()[_PEFT_NAMES.get(name, name.lower())](**{**keys, **more})
 
 
 def _peft_classes() -> dict[str, type]:
@@ -190,12 +200,10 @@ def check_peft_settings(name: str, settings: dict[str, Any], path: str) -> None:
     """Check a PEFT method's name and keys before any model is loaded.
 
     Raises:
-        UserError: for a name PEFT does not know, or a key its config class does not take.
+        UserError: for a name PEFT does not know, a method that cannot be federated, or a key its config class does not take.
     """
-    import dataclasses
-
     known = _peft_classes()
-    ours = ["lora", "p_tuning", "adapter", "prefix", "prompt", "ia3", "none"]
+    ours = [*_PEFT_NAMES, "lora", "p_tuning", "ia3", "adapter", "none"]
     if name.lower() not in known:
         near = difflib.get_close_matches(name, [*ours, *known], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -207,14 +215,54 @@ def check_peft_settings(name: str, settings: dict[str, Any], path: str) -> None:
     if name.lower() == "adalora":
         why = "prunes ranks by scores that each client keeps for itself, and masks of unlike ranks have no mean"
         raise UserError(f"{path}.name: {name!r} {why}; use lora, with peft: {{rank_pattern: ...}} for unequal ranks")
-    fields = {f.name for f in dataclasses.fields(known[name.lower()])} - {"task_type", "peft_type", "inference_mode"}
-    for key in settings:
+    _check_options(known[name.lower()], name, settings, path)
+
+
+def check_peft_options(name: str, options: dict[str, Any], path: str) -> None:
+    """Check the section `peft` of one of fedsim's own names for a method.
+
+    Raises:
+        UserError: for a key that PEFT's config class does not take, or that has a name of its own here.
+    """
+    for key, own in _OWN_KEYS[name].items():
+        if key in options:
+            raise UserError(f"{path}.peft.{key}: {options[key]!r} has a key of its own here; write {path}.{own}")
+    _check_options(_peft_classes()[_PEFT_NAMES.get(name, name)], name, options, f"{path}.peft")
+
+
+def _check_options(cls: type, name: str, options: dict[str, Any], path: str) -> None:
+    fields = {f.name for f in dataclasses.fields(cls)} - _NOT_OPTIONS
+    for key in options:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(
-                f"{path}.{key}: {settings[key]!r} is for no known key; {hint}PEFT's {name} takes: {', '.join(sorted(fields))}"
+                f"{path}.{key}: {options[key]!r} is for no known key; {hint}PEFT's {name} takes: {', '.join(sorted(fields))}"
             )
+
+
+def section_of(config: Any) -> dict[str, Any]:
+    """The section `adapter` that says what a `peft.PeftConfig` says: its PEFT name, and what is not at its default.
+
+    Raises:
+        UserError: for a value that YAML cannot hold.
+    """
+    out = {"name": config.peft_type.value}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if f.name in _NOT_OPTIONS or value == default:
+            continue
+        try:
+            out[f.name] = json.loads(json.dumps(value, default=_plain_value))
+        except (TypeError, ValueError):
+            way = "give a number, text, a list or a mapping"
+            raise UserError(f"adapter.{f.name}: {value!r} cannot be written into config.yaml; {way}") from None
+    return out
+
+
+def _plain_value(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else dataclasses.asdict(value)
 
 
 def _auto_qkv(base: nn.Module) -> list[str]:
