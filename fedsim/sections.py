@@ -178,8 +178,10 @@ class Whole:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherPeft:
-    """Any PEFT method by its PEFT name - those above in capitals, e.g. LORA - with PEFT's own settings as keys; also what a
-    `peft.PeftConfig` given in Python becomes."""
+    """Any PEFT method by its PEFT name, with PEFT's own settings as keys.
+
+    The methods above go by their names in capitals, e.g. LORA. A `peft.PeftConfig` given in Python becomes such a section.
+    """
 
     name: str = ""
     settings: dict[str, Any] = field(default_factory=dict)

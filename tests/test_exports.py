@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 from test_equivalence import Texts, adamw, load, train
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, pipeline
 
 import fedsim
 from fedsim.errors import UserError
 from fedsim.models import adapters
+from fedsim.models.base import TINY, Source, find, quiet
+from fedsim.models.card import write_card
 
 ONE = {"partition": {"name": "iid", "num_clients": 1}, "local": {"steps": 3}}
 HEADS = {"task": "sequence_classification"}
@@ -112,9 +115,15 @@ def test_a_config_object_of_peft_is_a_section_of_plain_keys(lab: Any, what: str)
         ({"name": "lora", "peft": {"lora_alpha": 32}}, ["adapter.peft.lora_alpha: 32", "write adapter.alpha"]),
         ({"name": "prefix", "peft": {"rank": 2}}, ["adapter.peft.rank: 2", "num_layers"]),
         ({"name": "adalora", "target_r": 2}, ["adapter.name: 'adalora'", "rank_pattern"]),
-        ({"name": "lora", "peft": {"init_lora_weights": "pissa"}}, ["rewrites", "q_proj.weight"]),
-        ({"name": "lora", "peft": {"init_lora_weights": "olora"}}, ["rewrites", "k_proj.weight"]),
-        ({"name": "lora", "peft": {"init_lora_weights": "no such"}}, ["adapter.name: 'lora'", "no such"]),
+        (
+            {"name": "lora", "peft": {"init_lora_weights": "pissa"}},
+            ["adapter.peft.init_lora_weights: 'pissa'", "orthogonal"],
+        ),
+        (
+            {"name": "lora", "peft": {"init_lora_weights": "olora"}},
+            ["adapter.peft.init_lora_weights: 'olora'", "gaussian"],
+        ),
+        ({"name": "lora", "peft": {"bias": "no such"}}, ["adapter.name: 'lora'", "bias"]),
     ],
     ids=["key", "own key", "foreign key", "adalora", "pissa", "olora", "value"],
 )
@@ -166,3 +175,75 @@ def test_a_pooler_that_the_base_lacks_is_trained_and_saved(lab: Any, adapter: di
         loader = fedsim.load_adapter if adapter["name"] == "adapter" else peft.PeftModel.from_pretrained
         model = loader(base, str(run / "global"))
     assert loss_of(lab, exp, model) == pytest.approx(reported(lab, run), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------- in other people's loaders
+
+
+def run_card(folder: Path, base: str) -> dict[str, Any]:
+    """What the Python in a folder's model card makes, with the places filled in that it leaves open."""
+    card = (folder / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    made: dict[str, Any] = {"FOLDER": str(folder), "BASE": base}
+    with quiet():
+        exec(code, made)
+    return made
+
+
+LOADERS = {"lora": {"name": "lora", "r": 3}, "prefix": {"name": "prefix", "num_virtual_tokens": 3}}
+LOADERS |= {"adapter": {"name": "adapter", "bottleneck": 4}, "none": {"name": "none"}}
+
+
+@pytest.mark.parametrize("model", ["tiny", "folder", "heads"])
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_code_of_a_model_card_gives_the_scores_that_stand_in_it(lab: Any, name: str, model: str) -> None:
+    """`global/`, the central model and the chosen one: base found, tokenizer there, loss as reported."""
+    base = "tiny" if model == "tiny" else lab.base("llama")
+    heads = HEADS if model == "heads" else {}
+    modes = {"modes": ["federated", "central"], "data": {"max_length": 64}, **ONE}
+    exp = lab.exp(model={"path": base, "dtype": "float32", **heads}, adapter=LOADERS[name], **modes)
+    run = lab.run(exp)
+    found = str(TINY) if model == "tiny" else base
+    for place in ("global", "best", "central", "central/best"):
+        card = (run / place / "README.md").read_text()
+        assert str(lab.root) not in card and str(TINY) not in card and "More Information Needed" not in card
+        assert "60 training examples" in card and "iid, num_clients 1" in card
+        said = float(re.search(r"\| validation \| loss \| ([\d.]+) \|", card)[1])
+        scope = "central" if "central" in place else "federated"
+        assert round(lab.value(run, split="validation", client=None, round=1, name="loss", scope=scope), 4) == said
+        made = run_card(run / place, found)
+        told = Texts(found, lab.rows["validation"], exp.data.labels, bool(heads))
+        told.tok = made["tokenizer"]
+        with torch.no_grad():
+            loss = told.loss(made["model"].eval(), range(len(lab.rows["validation"]))).item()
+        assert loss == pytest.approx(said, abs=1e-4)
+    if not heads:
+        assert made["pipe"]("Profit rose sentiment:", max_new_tokens=2)[0]["generated_text"].startswith("Profit")
+
+
+def test_a_folder_alone_is_a_pipeline(lab: Any) -> None:
+    """transformers takes an adapter's folder for a model: it finds the base by the adapter's config."""
+    run = lab.run(model={"path": "tiny", "dtype": "float32"}, **ONE)
+    with quiet():
+        pipe = pipeline("text-generation", model=str(run / "global"))
+    assert json.loads((run / "global" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(TINY)
+    assert any("lora" in n for n, _ in pipe.model.named_parameters())
+    assert len(pipe.tokenizer) == len(AutoTokenizer.from_pretrained(TINY))
+
+
+def test_a_card_names_a_hub_base_and_no_local_path(tmp_path: Path) -> None:
+    config = fedsim.Experiment(
+        data={"name": "table", "path": str(tmp_path / "rows.csv"), "labels": ["a", "b"]},
+        adapter={"name": "PROMPT_TUNING", "num_virtual_tokens": 3, "tokenizer_name_or_path": str(tmp_path)},
+    ).to_dict()
+    about = {"title": "federated model", "scores": [("test", "accuracy", 0.5)], "examples": 7}
+    write_card(tmp_path, config, find("org/base"), **about)
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: org/base\n" in card and "table `rows.csv`, 7 training" in card and str(tmp_path) not in card
+    assert (
+        "| test | accuracy | 0.5000 |" in card
+        and "AutoPeftModelForCausalLM.from_pretrained(FOLDER, dtype='float32')" in card
+    )
+    write_card(tmp_path, config, Source("x.gguf", str(tmp_path), gguf="x.gguf"), **about)
+    card = (tmp_path / "README.md").read_text()
+    assert "gguf_file='x.gguf'" in card and "base_model:" not in card and str(tmp_path) not in card

@@ -49,6 +49,7 @@ _NOT_OPTIONS = {
     "base_model_name_or_path",
     "revision",
 }
+_STARTS = ("gaussian", "orthogonal")  # of LoRA's, those that need the base alone and leave it as it is
 _SAVED_BY_PEFT = {"classifier", "score"}  # for sequence classification
 _HEADS = ("classifier", "score", "classification_head")
 
@@ -130,12 +131,7 @@ def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str
         anew = {_head_of(n) for n in getattr(base, "starts_anew", ())} - _SAVED_BY_PEFT
         if anew:
             config.modules_to_save = sorted(anew.union(config.modules_to_save or ()))
-        before = [(p, p.data_ptr(), n) for n, p in base.named_parameters()]
         model = peft.get_peft_model(base, config)
-        for parameter, place, changed in before:
-            if parameter.data_ptr() != place:  # pissa, olora: the residual is in no file
-                why = f"rewrites {changed} of the base, which the export does not hold"
-                raise UserError(f"adapter.name: {name!r} with these options {why}; use another way to start it")
     except UserError:
         raise
     except Exception as error:  # PEFT's methods refuse bases and settings in many ways
@@ -240,6 +236,11 @@ def _check_options(cls: type, name: str, options: dict[str, Any], path: str) -> 
                 f"{path}.{key}: {options[key]!r} is for no known key; {hint}PEFT's {name} takes: {', '.join(sorted(fields))}"
             )
 
+    start = options.get("init_lora_weights", True)
+    if "init_lora_weights" in fields and not isinstance(start, bool) and start not in _STARTS:
+        why = "writes into the base's weights, which the export does not hold, or needs data of its own"
+        raise UserError(f"{path}.init_lora_weights: {start!r} {why}; give true or one of {', '.join(_STARTS)}")
+
 
 def section_of(config: Any) -> dict[str, Any]:
     """The section `adapter` that says what a `peft.PeftConfig` says: its PEFT name, and what is not at its default.
@@ -313,8 +314,8 @@ def save(
         folder: a PEFT folder afterwards; for `none` a transformers folder with its tokenizer.
         name: the adapter's name.
         settings: its keys.
-        base_name: the base as the user wrote it, put into the adapter's config.
-        tokenizer: saved beside a whole model.
+        base_name: where a loader finds the base, put into the adapter's config.
+        tokenizer: saved beside the model; None leaves it out.
         shard_mb: largest file of a whole model, in MiB, but for a tensor that is larger by itself.
 
     Raises:
@@ -327,21 +328,27 @@ def save(
             for old in folder.glob("model*.safetensors*"):  # of a save that was cut into other files
                 old.unlink()
             model.save_pretrained(folder, max_shard_size=shard_mb << 20)
-            tokenizer.save_pretrained(folder)
-            _verify_whole(model, folder)
-            return
-        if name == "adapter":
+        elif name == "adapter":
             bottleneck.save_bottleneck(folder, params, {**settings, "base_model_name_or_path": base_name})
-            return
-        config = model.peft_config["default"]
-        config.base_model_name_or_path = base_name
-        model.save_pretrained(folder, save_embedding_layers=False)
-        config.inference_mode = False
-        if config.is_prompt_learning:  # PEFT keeps the virtual tokens, not what makes them, and trains neither again
-            from safetensors.torch import save_file
+        else:
+            config = model.peft_config["default"]
+            config.base_model_name_or_path = base_name
+            model.create_or_update_model_card = lambda folder: None  # fedsim.models.card has more to say
+            model.save_pretrained(folder, save_embedding_layers=False)
+            del model.create_or_update_model_card
+            config.inference_mode = False
+            if (
+                config.is_prompt_learning
+            ):  # PEFT keeps the virtual tokens, not what makes them, and trains neither again
+                from safetensors.torch import save_file
 
-            save_file({n: p.detach().cpu().contiguous() for n, p in params.items()}, folder / STATE)
-    _verify_peft(model, folder)
+                save_file({n: p.detach().cpu().contiguous() for n, p in params.items()}, folder / STATE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if name == "none":
+            _verify_whole(model, folder)
+        elif name != "adapter":
+            _verify_peft(model, folder)
 
 
 def _verify_whole(model: nn.Module, folder: Path) -> None:

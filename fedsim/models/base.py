@@ -6,6 +6,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -43,6 +44,13 @@ class Source:
     location: str
     gguf: str | None = None
     is_hub: bool = False
+
+    @property
+    def reference(self) -> str:
+        """What other libraries find the base by: the hub id, or an absolute path."""
+        if self.is_hub:
+            return self.location
+        return os.path.abspath(os.path.join(self.location, self.gguf or ""))
 
     def load_args(self) -> dict[str, Any]:
         """Keyword arguments that every `from_pretrained` needs for it."""
