@@ -41,6 +41,13 @@ class Model:
         _check_path(self.path, f"{path}.path", "a hub id, a folder, a GGUF file or tiny")
 
 
+def _check_peft(section: Any, path: str) -> None:
+    if section.peft:
+        from fedsim.models.adapters import check_peft_options
+
+        check_peft_options(section.name, section.peft, path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lora:
     """Low-rank adaptation (Hu et al., 2021), by PEFT."""
@@ -56,8 +63,11 @@ class Lora:
     """Leaf names of the layers to adapt; auto = the attention input projections: q, k and v, or the fused one."""
     init: Literal["kaiming", "xavier", "gaussian"] = "kaiming"
     """How A starts (B starts at zero): kaiming is PEFT's default, xavier the one of the published runs."""
+    peft: dict[str, Any] = field(default_factory=dict)
+    """Further options of PEFT's own config class for the method, e.g. {use_dora: true, modules_to_save: [score]}; they hold over the keys above."""
 
     def check(self, path: str) -> None:
+        _check_peft(self, path)
         check_that(self.r >= 1, f"{path}.r", self.r, "is not a rank; give 1 or more")
         positive = math.isfinite(self.alpha) and self.alpha > 0
         check_that(positive, f"{path}.alpha", self.alpha, "is not a positive number; r or 2 r are usual")
@@ -74,8 +84,11 @@ class PTuning:
     """Virtual tokens in front of every input."""
     hidden: int = 1024
     """Width of the prompt encoder's hidden layers."""
+    peft: dict[str, Any] = field(default_factory=dict)
+    """Further options of PEFT's own config class for the method, e.g. {encoder_reparameterization_type: LSTM}; they hold over the keys above."""
 
     def check(self, path: str) -> None:
+        _check_peft(self, path)
         check_that(self.num_virtual_tokens >= 1, f"{path}.num_virtual_tokens", self.num_virtual_tokens, "is below 1")
         check_that(self.hidden >= 1, f"{path}.hidden", self.hidden, "is below 1")
 
@@ -111,8 +124,11 @@ class Prefix:
     """Make the prefix by an MLP, as in the paper, or train it directly."""
     hidden: int = 512
     """Width of that MLP."""
+    peft: dict[str, Any] = field(default_factory=dict)
+    """Further options of PEFT's own config class for the method, e.g. {init_weights: false}; they hold over the keys above."""
 
     def check(self, path: str) -> None:
+        _check_peft(self, path)
         check_that(self.num_virtual_tokens >= 1, f"{path}.num_virtual_tokens", self.num_virtual_tokens, "is below 1")
         check_that(self.hidden >= 1, f"{path}.hidden", self.hidden, "is below 1")
 
@@ -126,8 +142,11 @@ class Prompt:
     """Trained embeddings in front of every input."""
     init_text: str | None = None
     """Start from the embeddings of this text; null starts from randomly drawn ones."""
+    peft: dict[str, Any] = field(default_factory=dict)
+    """Further options of PEFT's own config class for the method, e.g. {prompt_tuning_init: SAMPLE_VOCAB}; they hold over the keys above."""
 
     def check(self, path: str) -> None:
+        _check_peft(self, path)
         said = self.init_text is None or bool(self.init_text.strip())
         check_that(said, f"{path}.init_text", self.init_text, "is empty; give some words, or null")
         check_that(self.num_virtual_tokens >= 1, f"{path}.num_virtual_tokens", self.num_virtual_tokens, "is below 1")
@@ -142,8 +161,11 @@ class Ia3:
     """Leaf names of the layers to scale; auto = PEFT's choice for the architecture."""
     feedforward_modules: list[str] | Literal["auto"] = "auto"
     """Those of them whose input is scaled instead of their output; auto = PEFT's choice."""
+    peft: dict[str, Any] = field(default_factory=dict)
+    """Further options of PEFT's own config class for the method, e.g. {modules_to_save: [lm_head]}; they hold over the keys above."""
 
     def check(self, path: str) -> None:
+        _check_peft(self, path)
         both = (self.target_modules == "auto") == (self.feedforward_modules == "auto")
         check_that(
             both, f"{path}.feedforward_modules", self.feedforward_modules, "goes with target_modules: give both or none"
@@ -162,11 +184,19 @@ class Whole:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherPeft:
-    """Any other PEFT method by its PEFT name, with PEFT's own settings as keys."""
+    """Any PEFT method by its PEFT name, with PEFT's own settings as keys.
+
+    The methods above go by their names in capitals, e.g. LORA. A `peft.PeftConfig` given in Python becomes such a section.
+    """
 
     name: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     """Keys of PEFT's config class for the method."""
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Virtual tokens in front of every input."""
+        return self.settings.get("num_virtual_tokens") or 0
 
     def check(self, path: str) -> None:
         from fedsim.models.adapters import check_peft_settings

@@ -32,6 +32,7 @@ from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.executors.fleet import FleetExecutor, Member
 from fedsim.messages import codec
 from fedsim.models import adapters, base
+from fedsim.models.card import write_card
 from fedsim.models.flat import has_fast_float32
 from fedsim.models.forward import Recompute, layers_of
 from fedsim.numerics import kernels, threads
@@ -98,7 +99,7 @@ class Session:
         self.by_row: dict[str, ByRow] = {}
         self.at: tuple[str, int] | None = None  # the mode at work and its last committed round
         self.costs: list[tuple[list[Row], float]] = []  # what checkpoints took, not logged yet
-        self.exported: list[str] = []
+        self.exported: dict[str, tuple[str | None, int]] = {}  # folder -> whose model, of which round
         self.slow_evaluation = False  # whether it was said
 
     # ------------------------------------------------------------------------------------------ start to end
@@ -639,7 +640,7 @@ class Session:
         algorithm = self.bundle.algorithms[mode]
         schedule = schedule_of(self.parts, mode)
         state, info = self._restore(mode, begin, schedule, algorithm)
-        self.at, self.costs, self.exported = (mode, state.round), [], []
+        self.at, self.costs, self.exported = (mode, state.round), [], {}
         if done is not None and (info is None or state.round < exp.rounds):
             done = None
         if done is None or folder.where_rows(mode, done, begin) == "aside":
@@ -709,6 +710,7 @@ class Session:
             done = folder.stretch()
         elif done["metrics_begin"] != begin:
             done = folder.stretch()
+        self._write_cards(mode)
         about = {"models": len(found), "rounds": exp.rounds, "plan": dataclasses.asdict(self.plan)}
         about["files"] = folder.files([*self.exported, f"checkpoints/{mode}/by_row.npz"])
         about |= {key: done[key] for key in ("metrics_begin", "metrics_bytes", "metrics_sha256")}
@@ -831,12 +833,12 @@ class Session:
         """Export last and chosen models, score the chosen ones once on the test rows: each row's scores by model, and the rows."""
         owners: list[tuple[str | None, Chosen, str]] = []
         if self.bundle.algorithms[mode].merges:
-            self._export("global")
+            self._export("global", (None, state.round))
             last = self._by_row("validation", [mode], executor.score([Scoring("validation", by_row=True)]))
             requests: list[Scoring] = []
             if state.best is not None:
                 self._read(self.stores[f"best-{mode}"], state.best_records.read(MERGED), executor.weights)
-                self._export("best")
+                self._export("best", (None, state.best.round))
                 executor.broadcast(executor.weights, state.server)
                 requests.append(Scoring("test"))
                 owners.append((None, state.best, mode))
@@ -847,14 +849,15 @@ class Session:
                 place = CENTRAL if client == CENTRAL_CLIENT else f"local/{folder_name(name)}"
                 label = CENTRAL if client == CENTRAL_CLIENT else f"local {name}"
                 self._read(self.stores[mode], record, executor.weights)
-                self._export(place)
+                who = None if client == CENTRAL_CLIENT else name
+                self._export(place, (who, state.round))
                 labels.append(label)
                 records.append(record)
                 if client not in state.site_best:
                     continue
                 best = state.best_records.read(client)
                 self._read(self.stores[f"best-{mode}"], best, executor.weights)
-                self._export(f"{place}/best")
+                self._export(f"{place}/best", (who, state.site_best[client].round))
                 best_records.append(best)
                 owners.append((None if client == CENTRAL_CLIENT else name, state.site_best[client], label))
             few = slice(0, BY_ROW_SITES)
@@ -882,10 +885,25 @@ class Session:
         found = [scores for part in answers for scores in part]
         return {label: by_row(split, scores) for label, scores in zip(labels, found, strict=True)}
 
-    def _export(self, place: str) -> None:
-        """Write a folder of the model with the executor's global parameters."""
+    def _export(self, place: str, of: tuple[str | None, int]) -> None:
+        """Write a folder of the model with the executor's global parameters, which are a client's (None: all's) of a round."""
         self._save_model(self.executor.weights, self.folder.path / place)
-        self.exported.append(place)
+        self.exported[place] = of
+
+    def _write_cards(self, mode: str) -> None:
+        """Model cards of what the mode exported, with the scores that were logged for each."""
+        scores: dict[tuple[str | None, int], dict[tuple[str, str], float]] = {}
+        for split in ("validation", "test"):
+            for row in self.folder.rows_of(split):
+                if row["scope"] == mode:  # of two of a round the later is the merged model's
+                    scores.setdefault((row["client"], row["round"]), {})[split, row["name"]] = row["value"]
+        examples = len(self.parts.tokens["train"].kept())
+        for place, (client, to) in self.exported.items():
+            round = max((r for c, r in scores if c == client and r <= to), default=to)  # a site may have sat some out
+            title = f"{mode} model{f' of {client}' if client else ''} after round {round}"
+            found = [(*key, value) for key, value in scores.get((client, round), {}).items() if ":" not in key[1]]
+            about = {"title": title, "scores": found, "examples": examples}
+            write_card(self.folder.path / place, self.exp.to_dict(), self.parts.model, **about)
 
     def _save_model(self, flat: Tensor | None, place: Path) -> None:
         """Write a folder of the model with these parameters, `[N]`; None = as it is."""
@@ -901,15 +919,18 @@ class Session:
                 parameter.data = torch.from_dlpack(parameter.data)
         beside = place.with_name(f".{place.name}.{os.getpid()}")
         exp = self.exp
-        settings = self.bundle.settings
+        settings, whole = self.bundle.settings, exp.adapter.name == "none"
         try:
             adapters.save(
                 self.model,
                 beside,
                 name=exp.adapter.name,
                 settings=settings,
-                base_name=exp.model.path,
-                tokenizer=self.parts.tokenizer,
+                base_name=self.parts.model.reference,
+                # Beside adapters of sites, which can be many and a megabyte each, it would be most of what is written.
+                tokenizer=None
+                if place.is_relative_to(self.folder.path / "local") and not whole
+                else self.parts.tokenizer,
                 shard_mb=exp.checkpoint.shard_mb,
             )
             replace_folder(beside, place)

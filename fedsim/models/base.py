@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,10 +20,11 @@ import torch
 from torch import nn
 
 from fedsim.errors import UserError, is_out_of_memory
+from fedsim.models import gguf
+from fedsim.models.flat import use_padded
 from fedsim.seeding import stream_seed
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
-HEADS = {"classifier", "score", "classification_head", "pooler", "pre_classifier"}  # may start anew
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CONVERT = "convert them to safetensors where they are trusted, by save_pretrained(FOLDER)"
@@ -43,6 +45,13 @@ class Source:
     location: str
     gguf: str | None = None
     is_hub: bool = False
+
+    @property
+    def reference(self) -> str:
+        """What other libraries find the base by: the hub id, or an absolute path."""
+        if self.is_hub:
+            return self.location
+        return os.path.abspath(os.path.join(self.location, self.gguf or ""))
 
     def load_args(self) -> dict[str, Any]:
         """Keyword arguments that every `from_pretrained` needs for it."""
@@ -230,17 +239,39 @@ def load_config(source: Source) -> Any:
     """The transformers config of the base.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if it cannot be read, or says that the weights are quantised.
     """
     from transformers import AutoConfig
 
     try:
         with quiet():
-            return AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.load_args())
+            config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.load_args())
     except Exception as error:
         raise UserError(
             f"model.path: {source.name!r} could not be read ({_first_line(error)}); {_way_out(source)}"
         ) from None
+    if source.gguf:  # its weights are ordinary tensors once they are loaded
+        gguf.scale_rotary(config, Path(source.location) / source.gguf)
+    else:
+        _refuse_quantised(source, config)
+    return config
+
+
+def _refuse_quantised(source: Source, config: Any) -> None:
+    """No optimiser step, packed lane or export has been checked on weights that only a quantiser's kernels can read."""
+    for part in (config, config.get_text_config()):
+        held = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        if not held:
+            continue
+        held = held if isinstance(held, dict) else held.to_dict()
+        method = held.get("quant_method") or "an unnamed method"
+        bits = held.get("bits") or (4 if held.get("load_in_4bit") else 8 if held.get("load_in_8bit") else None)
+        way = (
+            "give the base it was made from, or write it anew by from_pretrained(...).dequantize() and save_pretrained"
+        )
+        raise UserError(
+            f"model.path: the weights of {source.name!r} are quantised ({method}{f', {bits} bits' if bits else ''}), which fedsim does not train; {way}"
+        )
 
 
 def check_task(source: Source, task: str) -> None:
@@ -332,10 +363,12 @@ def load_base(
         dtype: name of a torch dtype.
         labels: names of the head's classes in order, for sequence classification.
         pad_token_id: of the tokenizer; heads on decoders need to know it.
-        seed: a head that the folder does not hold starts from the stream `init` of this seed.
+        seed: a head or pooler that the folder does not hold starts from the stream `init` of this seed.
 
     Returns:
-        The model; its `head_note` says what a user should know of a head that the folder holds, or is None.
+        The model. Its attribute `starts_anew` names the parameters that are not what the folder holds: whatever the method,
+        they are trained and saved, since a loader of the folder would start them at other values. Its `head_note` says
+        what a user should know of a head that the folder holds, or is None.
 
     Raises:
         UserError: if the weights cannot be loaded.
@@ -349,7 +382,11 @@ def load_base(
         auto = transformers.AutoModelForSequenceClassification
         held = _names_of_head(source)
         args["num_labels"] = len(labels if _rows_of_head(held, labels) is None else held)
-    if not source.gguf:
+    if source.gguf:
+        args["config"] = load_config(source)
+        if "num_labels" in args:
+            args["config"].num_labels = args.pop("num_labels")
+    else:
         args["use_safetensors"] = True  # pickled weights can run code
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
@@ -362,23 +399,25 @@ def load_base(
         raise UserError(
             f"model.path: {source.name!r} could not be loaded ({_first_line(error)}); {_way_out(source)}"
         ) from None
-    other = sorted(k for k in report["mismatched_keys"] if not set(k[0].split(".")) & HEADS)
+    other = sorted(k for k in report["mismatched_keys"] if not _may_start_anew(model, task, k[0]))
     if other:
         name, held, wanted = other[0]
         raise UserError(
             f"model.path: the weights of {source.name!r} hold {name} as {list(held)}, its config makes it {list(wanted)} ({len(other)} such); give the config that belongs to them"
         )
-    missing = sorted(k for k in report["missing_keys"] if not set(k.split(".")) & HEADS)
+    missing = sorted(k for k in report["missing_keys"] if not _may_start_anew(model, task, k))
     if missing:
         raise UserError(
             f"model.path: the weights of {source.name!r} lack {missing[0]} ({len(missing)} such); {_way_out(source)}"
         )
+    model.starts_anew = sorted({*report["missing_keys"], *(k[0] for k in report["mismatched_keys"])})
     _check_whole(source, model, report["unexpected_keys"])
     model.head_note = None
     if labels is not None:
         model.head_note = _fit_head(source, model, labels, report, seed)
     if source.gguf:
         _forget_gguf(model)
+    use_padded(model)
     model.config.use_cache = False
     model.config.pad_token_id = pad_token_id
     model.requires_grad_(False)
@@ -416,6 +455,7 @@ def _fit_head(source: Source, model: nn.Module, labels: Sequence[str], report: d
     about, why = f"the classification head of {source.name!r}", None
     if f"{name}.weight" in {key[0] for key in report["mismatched_keys"]}:
         return f"{about} has another number of classes than data.labels ({len(labels)}): it is trained from scratch"
+    changed = rows != list(range(count))
     if trained and rows is not None:
         for parameter in layer.parameters():
             parameter.data = parameter.data[rows]
@@ -431,6 +471,8 @@ def _fit_head(source: Source, model: nn.Module, labels: Sequence[str], report: d
         for parameter, new in zip(layer.parameters(), fresh.parameters(), strict=True):
             parameter.data = new.data
     layer.out_features = len(labels)
+    if trained and changed:
+        model.starts_anew = sorted({*model.starts_anew, *(f"{name}.{n}" for n, _ in layer.named_parameters())})
     return why
 
 
@@ -452,6 +494,13 @@ def _names_of_head(source: Source) -> list[str]:
 def _are_numbers(names: Iterable[str]) -> bool:
     """Whether names say no more than a row: 0, 1, ... or transformers' LABEL_0, LABEL_1, ..."""
     return all(re.fullmatch(r"(label[_ ]?)?\d+", name, re.IGNORECASE) for name in names)
+
+
+def _may_start_anew(model: nn.Module, task: str, name: str) -> bool:
+    """Whether a parameter belongs to a classification head, or to the pooler in front of it."""
+    body = model.base_model_prefix
+    outside = hasattr(model, body) and not name.startswith(f"{body}.")
+    return task == "sequence_classification" and (outside or "pooler" in name.split("."))
 
 
 def _check_whole(source: Source, model: nn.Module, unused: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ ever sees a pad. What an architecture does beside that interface is found out by
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fedsim.data.stream import Group, Span, Stream
 
 ATTENTION = "fedsim_rows"
+PADDED = "fedsim_padded"
 
 
 class Unsuitable(Exception):
@@ -23,11 +25,37 @@ class Unsuitable(Exception):
 
 
 def register() -> None:
-    """Tell transformers about the attention function; may be called again."""
+    """Tell transformers about the attention functions; may be called again."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, lambda *args, **keys: None)
+    AttentionInterface.register(PADDED, _eager)
+    AttentionMaskInterface.register(PADDED, _eager_mask)
+
+
+def use_padded(model: nn.Module) -> None:
+    """Exchange transformers' eager attention for one that stays finite at pads; others are finite there by themselves.
+
+    A pad whose window holds pads alone attends to nothing. transformers adds the smallest float64 (or float16) to all its
+    scores, which the softmax, in float32, takes for minus infinity: NaN, which the next layer spreads to real tokens.
+    """
+    register()
+    if model.config._attn_implementation == "eager":
+        model.config._attn_implementation = PADDED
+
+
+def _eager(module: nn.Module, *args: Any, **keys: Any) -> tuple[Tensor, Tensor | None]:
+    """The eager attention of the module's own architecture."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **keys)
+
+
+def _eager_mask(*args: Any, **keys: Any) -> Tensor | None:
+    """transformers' eager mask, in which a token that may attend to nothing attends to everything: nobody reads it."""
+    from transformers.masking_utils import eager_mask
+
+    mask = eager_mask(*args, **keys)  # [B, 1, T, T'], 0 or the smallest number of the type
+    return None if mask is None else mask.masked_fill((mask < 0).all(-1, keepdim=True), 0)
 
 
 def attend(

@@ -7,6 +7,7 @@ methods for K lanes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fedsim.data.batches import Batch, collate, pad
 from fedsim.data.tokens import Tokens
 from fedsim.errors import UserError
+from fedsim.models import flat
 from fedsim.models.adapters import trained
 from fedsim.models.dropout import Draws, put_dropout
 from fedsim.params import Layout
@@ -47,6 +49,7 @@ class Net:
         base_dropout: bool,
         autocast: torch.dtype | None,
     ) -> None:
+        flat.register()  # a worker's model names the attention functions and does not bring them
         self.model, self.task, self.device = model, task, device
         self.base_dropout, self.autocast = base_dropout, autocast
         self._batch: Batch | None = None
@@ -241,11 +244,29 @@ class Recompute:
 
     def _twice(self, original: Callable) -> Callable:
         def forward(*args: Any, **keys: Any) -> Any:
-            if self.on and self._active() and torch.is_grad_enabled():
-                return checkpoint(original, *args, use_reentrant=False, **keys)
-            return original(*args, **keys)
+            if not (self.on and self._active() and torch.is_grad_enabled()):
+                return original(*args, **keys)
+            # A layer appends to the cache that holds its prefix: each time it is computed it gets the cache as it came.
+            return checkpoint(
+                lambda *a, **k: original(*_own_caches(a), **_own_caches(k)), *args, use_reentrant=False, **keys
+            )
 
         return forward
+
+
+def _own_caches(values: Any) -> Any:
+    """Arguments of a layer, its caches copied so that what it appends stays there; their tensors are shared."""
+    from transformers import Cache
+
+    if isinstance(values, dict):
+        return {k: _own_caches(v) for k, v in values.items()}
+    if isinstance(values, tuple):
+        return tuple(map(_own_caches, values))
+    if not isinstance(values, Cache):
+        return values
+    out = copy.copy(values)
+    out.layers = [copy.copy(layer) for layer in values.layers]
+    return out
 
 
 def head_dtype(head: nn.Module) -> torch.dtype:

@@ -112,7 +112,6 @@ class StackedNet:
         self._undo: list[Callable[[], Any]] = []
         if reason := _cannot_pack(self.base, task):
             raise Unsuitable(reason)
-        flat.register()
         self.draws = self.plain.draws
         try:
             self._stack_prompt()
