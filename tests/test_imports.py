@@ -27,9 +27,18 @@ MAY = {
     "simulation": {"errors", "seeding"},
     "signals": {"errors"},
     "progress": {"errors", "types"},
-    "schema": {"errors"},
+    "schema": {"errors", "reference"},  # what an unknown key probably means, in its error alone
+    "synonyms": set(),
+    "yaml_text": set(),
+    "keys": {"schema"},
+    "reference": {"config", "errors", "keys", "schema", "synonyms"},
     "messages": {"params", "errors"},
-    "sections": {"errors", "models.adapters", "messages"},  # PEFT's own keys are checked by those who know them
+    "sections": {
+        "errors",
+        "schema",
+        "models.adapters",
+        "messages",
+    },  # PEFT's own keys are checked by those who know them
     "runs": {"errors"},
     "tables": {"errors", "runs", "seeding"},
     "diff": {"errors", "runs", "data.partition"},
@@ -72,7 +81,18 @@ FILES_AND_PROCESSES = {
     *("io", "os", "pathlib", "json", "pickle", "csv", "shutil", "tempfile", "socket", "subprocess"),
     *("multiprocessing", "threading", "concurrent"),
 }
-CONFIG_READERS = {"config", "build", "resolve", "session", "experiment", "sweep", "reproduce", "__main__", "__init__"}
+CONFIG_READERS = {
+    "config",
+    "reference",
+    "build",
+    "resolve",
+    "session",
+    "experiment",
+    "sweep",
+    "reproduce",
+    "__main__",
+    "__init__",
+}
 
 
 def module_name(path: Path) -> str:
