@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -117,6 +118,7 @@ _NEWER = (
 )  # ids of older runs do not hold them: left out where nothing in them is set
 _PATHS = (("model", "path"), ("data", "path"), ("data", "validation"), ("data", "test"), ("results",))
 _SOURCES = ("data", "sources")  # a list of sections with a `path` each, which may itself be a list
+Section = Mapping[str, Any]
 _Path = tuple[str | int, ...]  # keys and places in lists that lead to a value
 
 
@@ -177,12 +179,35 @@ class Experiment:
     tracking: Tracking = field(default_factory=Tracking)
     """Experiment trackers."""
 
-    if not TYPE_CHECKING:  # checkers take the signature from the fields
+    if TYPE_CHECKING:  # a section may also be a plain dict
 
-        def __new__(cls, *values: Any, **keys: Any) -> Experiment:
-            """Name the nearest known key where Python would raise a TypeError."""
-            check_keys(cls, keys, "")
-            return super().__new__(cls)
+        def __init__(
+            self,
+            *,
+            name: str = ...,
+            seed: int = ...,
+            modes: Sequence[str] = ...,
+            rounds: int = ...,
+            results: str = ...,
+            model: Model | Section = ...,
+            adapter: Adapter | Section = ...,
+            data: Data | Section = ...,
+            partition: PartitionKeys | Section = ...,
+            cohort: CohortKeys | Section = ...,
+            local: LocalWork | Section = ...,
+            central: Central | Section = ...,
+            algorithm: FedAvgKeys | Section = ...,
+            best: Best | Section = ...,
+            checkpoint: Checkpoint | Section = ...,
+            evaluate: Evaluate | Section = ...,
+            training: Training | Section = ...,
+            aggregation: Aggregation | Section = ...,
+            messages: Messages | Section = ...,
+            faults: Faults | Section = ...,
+            simulation: Simulation | Section = ...,
+            executor: Executor | Section = ...,
+            tracking: Tracking | Section = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -307,6 +332,18 @@ class Experiment:
         return tree
 
 
+def _with_known_keys(init: Callable[..., None]) -> Callable[..., None]:
+    """Name the nearest known key where Python would raise a TypeError."""
+
+    @functools.wraps(init)
+    def checked(self: Experiment, *values: Any, **keys: Any) -> None:
+        check_keys(Experiment, keys, "")
+        init(self, *values, **keys)
+
+    return checked
+
+
+Experiment.__init__ = _with_known_keys(Experiment.__init__)
 Experiment.__doc__ = document(Experiment)  # for help() and editors: a field's sentence is no part of it otherwise
 
 

@@ -383,8 +383,10 @@ class _Clients:
     num_clients: int = 3
     """Number of clients."""
 
-    def check(self, path: str) -> None:
+    def check(self, path: str, most: int = 10**6) -> None:
         check_that(self.num_clients >= 1, f"{path}.num_clients", self.num_clients, "is below 1")
+        many = f"is above {most:,}; use fewer (partition.name=virtual takes up to 100,000,000)"
+        check_that(self.num_clients <= most, f"{path}.num_clients", self.num_clients, many)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,13 +526,11 @@ class Virtual(_Clients):
     """Most rows of a client; sizes are drawn uniformly between the two, both included."""
 
     def check(self, path: str) -> None:
-        super().check(path)
-        many = "is above 100000000: 12 bytes a client lie in memory"
-        check_that(self.num_clients <= 10**8, f"{path}.num_clients", self.num_clients, many)
+        super().check(path, 10**8)  # 12 bytes of memory each
         check_that(self.min_rows >= 1, f"{path}.min_rows", self.min_rows, "is below 1: every client draws rows")
         less = f"is below min_rows={self.min_rows}"
         check_that(self.max_rows >= self.min_rows, f"{path}.max_rows", self.max_rows, less)
-        check_that(self.max_rows < 2**31, f"{path}.max_rows", self.max_rows, f"is not below {2**31}")
+        check_that(self.max_rows <= 10**7, f"{path}.max_rows", self.max_rows, "is above 10,000,000")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import math
 import pickle
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 
 import fedsim.config as config
 import fedsim.sections as sections_module
-from fedsim import yaml_text
+from fedsim import reference, yaml_text
 from fedsim.config import Experiment, components, expand_path, keys_of
 from fedsim.errors import UserError
 from fedsim.reference import every_key
@@ -680,6 +681,39 @@ def test_every_field_of_every_section_has_a_sentence_under_it() -> None:
     assert seen == len([1 for c, f in own if f != "name" or c == "Experiment"])
     for section in sections:
         assert (section.__doc__ or "").partition("\n")[0].endswith("."), section
+
+
+def test_help_and_the_reference_page_hold_every_sentence() -> None:
+    help_text, page = inspect.getdoc(Experiment) or "", reference.page()
+    keys = every_key()
+    assert len(keys) > 150 and len({(k.path, k.owner) for k in keys}) == len(keys)
+    for key in keys:
+        assert key.about in help_text and f"| `{key.path}` |" in page and key.about.replace("|", "\\|") in page, key
+    committed = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+    assert committed.read_text(encoding="utf-8") == page, "run: python -m fedsim.reference > docs/config.md"
+
+
+def test_keys_sections_and_components_are_explained() -> None:
+    assert reference.explain("local.schedule").splitlines() == [
+        "local.schedule",
+        f"  {sections_module_sentence('LocalWork', 'schedule')}",
+        "  type: one of constant, cosine, linear",
+        '  default: "constant"',
+    ]
+    assert reference.explain("partition.alpha").count("default: 1.0") == 2, "of both Dirichlet partitions"
+    section, component = reference.explain("cohort"), reference.explain("dirichlet")
+    assert section.startswith("cohort: ") and "\ncohort.size\n" in section and "a whole number or all" in section
+    assert component.startswith("partition.name=dirichlet: ") and "partition.min_rows" in component
+    assert reference.explain("partition.name=dirichlet") == component
+    with pytest.raises(UserError, match="^unknown key learning_rate .did you mean local.lr"):
+        reference.explain("learning_rate")
+
+
+def sections_module_sentence(cls: str, field: str) -> str:
+    """The string under a field, read from the source by its lines alone."""
+    lines = Path(sections_module.__file__).read_text(encoding="utf-8").partition(f"class {cls}:")[2].splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith(f"    {field}: ")][:1]
+    return lines[at + 1].strip().strip('"')
 
 
 def test_keys_are_listed_as_the_user_writes_them() -> None:
