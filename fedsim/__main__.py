@@ -1,4 +1,4 @@
-"""The command line: `fedsim run | sweep | reproduce | partition | plot | list | diff | eval | doctor`.
+"""The command line: `fedsim init | config | run | sweep | reproduce | partition | plot | list | diff | eval | doctor`.
 
 A user's mistake is one line on standard error and exit code 2; a failing client shows its own traceback and exits 1.
 """
@@ -20,19 +20,19 @@ from fedsim.inductor import without_folder
 from fedsim.signals import ended_by_signals
 
 _INTERRUPTED = 130  # what the parser makes of Ctrl-C
-_STOPPED = "stopped; the same command goes on from the last complete round"
+_STOPPED = "stopped; run the same command to resume from the last complete round"
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="""Federated fine-tuning of language models, simulated on one machine.
+    help="""Federated fine-tuning of language models, simulated on a single machine.
 
-State an experiment in a YAML file - base model, adapter, data, partition, rounds - and get each site alone, federated and
-centralised on matched budgets, on one validation set, as a run folder with metrics, models and figures.
+Describe an experiment in a YAML file (base model, PEFT method, data, partition, rounds); one command trains the local-only,
+federated and centralized models, evaluates them on one validation set, and writes metrics, models and figures.
 
 \b
+  fedsim init
   fedsim run experiments/lora_sentiment/tiny.yaml
   fedsim run experiments/lora_sentiment/tiny.yaml seed=1 adapter.name=p_tuning
   fedsim partition experiments/lora_sentiment/tiny.yaml 'partition={name: dirichlet, num_clients: 10, alpha: 0.1}'
@@ -42,14 +42,87 @@ centralised on matched budgets, on one validation set, as a run folder with metr
 File = Annotated[
     Path, typer.Argument(help="YAML file of an experiment; a run's own config.yaml works too.", show_default=False)
 ]
+
+
+def _keys(incomplete: str) -> list[str]:
+    """Keys that a shell may complete."""
+    from fedsim.reference import every_key
+
+    return sorted({f"{k.path}=" for k in every_key() if k.path.startswith(incomplete)})
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
         help="Overrides with dotted keys, e.g. local.lr=1e-3 cohort.size=5 adapter.name=ia3.",
         show_default=False,
+        autocompletion=_keys,
     ),
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from fedsim import __version__
+
+        print(f"fedsim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="The file to write.")] = Path("experiment.yaml"),
+) -> None:
+    """Write a commented experiment file that runs as it is; an existing file is never overwritten."""
+    from importlib.resources import files
+
+    text = files("fedsim").joinpath("assets/experiment.yaml").read_text(encoding="utf-8")
+    place = _place(file, "FILE")
+    try:
+        with open(place, "x", encoding="utf-8") as stream:
+            stream.write(text.replace("experiment.yaml", file.name))
+    except FileExistsError:
+        raise UserError(f"{file}: already exists; give another name") from None
+    print(place)
+
+
+@app.command("config")
+def config_(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="YAML file of an experiment; a run's own config.yaml works too.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Explain a key, a section or a component, e.g. local.lr, local or dirichlet.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Print the resolved config of an experiment as YAML, or explain a key. Nothing is trained or written."""
+    if explain is not None:
+        from fedsim.reference import explain as explained
+
+        print(explained(explain))
+        return
+    if file is None:
+        raise UserError("config: no file; give an experiment's YAML file, or --explain KEY")
+    from fedsim.config import Experiment
+
+    print(Experiment.load(file, overrides or []).to_yaml(), end="")
 
 
 @app.command()
@@ -57,33 +130,35 @@ def run(
     file: File,
     overrides: Overrides = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress; only the table and the paths at the end.")
+        bool, typer.Option("--quiet", "-q", help="Show no progress, only the table and the paths at the end.")
     ] = False,
     resume: Annotated[
         str | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with exactly this run (its folder, or its id under results); rounds may be raised.",
+            help="Resume exactly this run (its folder, or its id under results); rounds may be increased.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Run an experiment, or go on with it where it was stopped.
+    """Run an experiment, or resume it from its last checkpoint.
 
-    Trains the modes the file names (local, federated, central), chooses models on the validation rows, scores them once on
-    the test rows, and writes RESULTS/NAME/ID/: config.yaml, environment.json, partition.npz, metrics.jsonl, checkpoints/,
-    the models (global/, best/, local/SITE/, central/) and figures/. The id depends on everything that changes the numbers, so
-    the same command finds its run again: finished, it shows it; stopped, it goes on from the last complete round.
+    Trains the modes that the file names (local, federated, central), selects models on the validation examples, evaluates
+    them once on the test examples, and writes RESULTS/NAME/ID/: config.yaml, environment.json, partition.npz, metrics.jsonl,
+    checkpoints/, the models (global/, best/, local/CLIENT/, central/) and figures/. The run id is a hash of every setting
+    that affects the results. Running the same command again therefore shows the finished run, or resumes the stopped one.
 
-    --resume RUN refuses keys that would change the numbers of that run. With it, rounds may be raised where no learning rate
-    hangs on them: local.schedule=constant, an explicit local.horizon, or local.schedule_over=round.
+    --resume RUN refuses keys that would change the results of that run. With it, rounds may be increased if the learning-rate
+    schedule does not depend on them: local.schedule=constant, an explicit local.horizon, or local.schedule_over=round.
 
     Changing a section's name (adapter.name=p_tuning) drops the file's other keys of that section.
     """
     from fedsim.config import Experiment
+
+    exp = Experiment.load(file, overrides or [])  # before torch is imported: a slip is told at once
     from fedsim.experiment import run as run_experiment
 
-    done = run_experiment(Experiment.load(file, overrides or []), progress=not quiet, resume=resume)
+    done = run_experiment(exp, progress=not quiet, resume=resume)
     from fedsim.runs import load_runs, summary
 
     metrics = load_runs(done.path)
@@ -101,25 +176,32 @@ def sweep(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Runs at once; default: one a CUDA device, on the CPU one a core.", min=1, max=1024, show_default=False
+            help="Number of concurrent runs (default: one per CUDA device; one per core on CPU).",
+            min=1,
+            max=1024,
+            show_default=False,
         ),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Of the tables and figures; default: the runs' own best.metric.")
+        str | None, typer.Option(help="Metric shown in tables and figures (default: each run's best.metric).")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live table; only what comes out.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no live table, only the results.")] = False,
 ) -> None:
-    """Run a grid or a list of settings; finished runs are skipped, stopped ones go on, failed ones are tried again.
+    """Run a grid or a list of settings; finished runs are skipped, stopped ones resumed, failed ones tried again.
 
-    The file holds `experiment` (a file, or its sections), `grid` (key: [values], every combination; or a list of such) and
-    `list` (single settings). Overrides hold for all runs, under what the sweep sets. Writes RESULTS/NAME/: a run folder each, sweep.json,
-    table.csv and table.parquet (a row a model), cells.csv (mean and bootstrap interval over seeds), figures/.
+    The file holds `experiment` (a file, or its sections), `grid` (key: [values], every combination; or a list of grids) and
+    `list` (single settings). Overrides apply to all runs; keys that the sweep sets take precedence. Writes RESULTS/NAME/: a
+    folder per run, sweep.json, table.csv and table.parquet (one row per model), cells.csv (mean and bootstrap interval over
+    seeds) and figures/.
 
-    Ends with code 1 if a run failed; the others are finished then, and the reasons are listed.
+    Exits with code 1 if a run failed; all others are finished then, and the reasons are listed.
     """
-    from fedsim.sweep import Sweep, run_sweep, said
+    from fedsim.sweep_plan import Sweep, said
 
-    done = run_sweep(Sweep.load(file, overrides or []), progress=not quiet, workers=workers, metric=metric)
+    plan = Sweep.load(file, overrides or [])  # before torch is imported
+    from fedsim.sweep import run_sweep
+
+    done = run_sweep(plan, progress=not quiet, workers=workers, metric=metric)
     jobs, failed = done.jobs, done.failed
     finished = [job for job in jobs if job.state == "finished"]
     if finished and done.problem is None:
@@ -149,32 +231,35 @@ def reproduce(
     ],
     overrides: Overrides = None,
     size: Annotated[
-        str, typer.Option(help="tiny (embedded), smollm2 (135M, real data), full (the published size).")
+        str, typer.Option(help="tiny (embedded), smollm2 (135M, real data) or full (the published size).")
     ] = "tiny",
     budget: Annotated[
         str | None,
-        typer.Option(help="One of the size's budgets; default: the published one on a GPU, else the smaller one."),
+        typer.Option(help="Training budget of that size (default: the published one on a GPU, else the smaller one)."),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Runs at once; default: one a CUDA device, on the CPU one a core.", min=1, max=1024, show_default=False
+            help="Number of concurrent runs (default: one per CUDA device; one per core on CPU).",
+            min=1,
+            max=1024,
+            show_default=False,
         ),
     ] = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No live table; only the verdicts and the paths.")
+        bool, typer.Option("--quiet", "-q", help="Show no live table, only the checks and the paths.")
     ] = False,
 ) -> None:
-    """Make a published experiment's runs and report ours beside the published numbers.
+    """Reproduce a published experiment and compare the results with the published numbers.
 
-    Writes report.md and report.html (self-contained) with figures, the table published / ours / difference / standard error,
-    and the verdicts of what theory demands, as they come out: a failed verdict is no error. Finished runs are not made again.
+    Writes report.md and report.html (self-contained) with figures, a table (published, ours, difference, standard error) and
+    pass/fail checks of the expected behaviour (a failed check does not make the command fail). Finished runs are reused.
     """
     import shlex
 
     from fedsim.reproduce import Reproduction
     from fedsim.reproduce import reproduce as make
-    from fedsim.sweep import said
+    from fedsim.sweep_plan import said
 
     plan = Reproduction.load(experiment, size, budget, overrides or [])
     words = ["fedsim", "reproduce", experiment, "--size", size]
@@ -200,19 +285,20 @@ def partition(
     file: File,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for partition.json and partition.png; default RESULTS/NAME/partition.")
+        Path | None, typer.Option(help="Folder for partition.json and partition.png (default: RESULTS/NAME/partition).")
     ] = None,
 ) -> None:
-    """Show who would hold which rows, before any training: a table and a figure."""
+    """Preview the data partition (table and heat map) without training."""
     import json
 
+    from fedsim.config import Experiment, results_of
+
+    exp = Experiment.load(file, overrides or [])  # before torch is imported
     from matplotlib.figure import Figure
 
     from fedsim import plots
     from fedsim.build import prepare
-    from fedsim.config import Experiment, results_of
 
-    exp = Experiment.load(file, overrides or [])
     out = _place(out, "--out")
     report = prepare(exp).report
     place = out or results_of(exp) / exp.name / "partition"
@@ -243,7 +329,7 @@ def plot(
     ] = None,
     x: Annotated[str, typer.Option(help="step, round, tokens, bytes, seconds or simulated.")] = "step",
 ) -> None:
-    """Draw the figures of a run again, of several runs side by side, or of a sweep's folder the tables and figures."""
+    """Redraw a run's figures, compare several runs, or rebuild a sweep's tables and figures."""
     from fedsim.plots import plot_runs, save_sweep
     from fedsim.runs import find_runs
     from fedsim.tables import write_tables
@@ -269,7 +355,7 @@ def list_(
         bool,
         typer.Option(
             "--components",
-            help="List what a config can name instead: adapters, data, partitioners ... with their keys.",
+            help="List the components that a config can name instead: adapters, data, partitioners ... with their keys.",
         ),
     ] = False,
 ) -> None:
@@ -291,13 +377,13 @@ def diff(
     rtol: Annotated[float, typer.Option(help="Relative tolerance; 0: the same numbers.")] = 0.0,
     atol: Annotated[float, typer.Option(help="Absolute tolerance.")] = 0.0,
 ) -> None:
-    """Say whether two runs agree, and the first round, client and metric at which they do not.
+    """Compare two runs and show the first round, client and metric where they differ.
 
-    Compares config, plan, partition, metrics (all but wall-clock and measured memory), models, predictions and scores. Other
-    lanes, threads or micro-batches are said, and are no difference by themselves. With other rounds, or another evaluation
-    frequency, what both runs have is compared.
+    Compares config, plan, partition, metrics (except wall-clock time and measured memory), models, predictions and scores.
+    Differences in lanes, threads or micro-batch size are reported but do not count as a mismatch. If the number of rounds or
+    the evaluation frequency differs, what both runs have is compared.
 
-    Ends with code 0 if they agree, 1 if they differ.
+    Exits with code 0 if they agree, 1 if they differ.
     """
     from fedsim.diff import diff_runs
     from fedsim.runs import find_runs, read_state
@@ -324,7 +410,7 @@ def eval_(
         ),
     ],
     tasks: Annotated[
-        str, typer.Option(help="Names of lm-evaluation-harness, with commas between them.")
+        str, typer.Option(help="Task names of lm-evaluation-harness, separated by commas.")
     ] = "hellaswag,piqa,winogrande",
     data: Annotated[
         str | None,
@@ -334,25 +420,35 @@ def eval_(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Only the first so many items of each task.", min=1, show_default=False)
+        int | None, typer.Option(help="Evaluate only the first N examples of each task.", min=1, show_default=False)
     ] = None,
-    batch_size: Annotated[str, typer.Option(help="Rows a pass: a number, or auto (8 on the CPU).")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Examples per batch: a number, or auto (8 on the CPU).")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")] = "auto",
     dtype: Annotated[
-        str, typer.Option(help="Of the base: float32, bfloat16 ...; auto is what its files say, as in the harness.")
+        str, typer.Option(help="Base-model dtype; auto uses the dtype of the checkpoint, as lm-eval does.")
     ] = "auto",
-    which: Annotated[str, typer.Option(help="Of a run the last models, the best by validation, or both.")] = "last",
+    which: Annotated[
+        str, typer.Option(help="Which checkpoints to evaluate: last, best (by validation) or both.")
+    ] = "last",
     only: Annotated[
         str | None,
-        typer.Option(help="Of a run these models, with commas: global,'local/*'; default: all.", show_default=False),
+        typer.Option(
+            help="Which models of a run to evaluate, separated by commas: global,'local/*' (default: all).",
+            show_default=False,
+        ),
     ] = None,
-    base: Annotated[bool, typer.Option("--base/--no-base", help="The base model too, as the first row.")] = True,
+    base: Annotated[
+        bool, typer.Option("--base/--no-base", help="Also evaluate the base model, as the first row.")
+    ] = True,
     base_path: Annotated[
-        str | None, typer.Option(help="The base, where it is not at the place its adapters name.", show_default=False)
+        str | None,
+        typer.Option(help="Path of the base model, if it is not where its adapters say.", show_default=False),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Compare all rows with base, best or a row's name; default: base.", show_default=False),
+        typer.Option(
+            help="Compare all models with this one: base, best or a row's name (default: base).", show_default=False
+        ),
     ] = None,
     capitals: Annotated[
         bool,
@@ -365,15 +461,18 @@ def eval_(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for eval.json and eval.csv; default: the run's own, else ./eval.", show_default=False
+            help="Folder for eval.json and eval.csv (default: the run's own, else ./eval).", show_default=False
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the table and the paths.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show no progress, only the table and the paths.")
+    ] = False,
 ) -> None:
-    """Score a run's models zero-shot with lm-evaluation-harness (the extra `eval`).
+    """Evaluate a run's models zero-shot with lm-evaluation-harness (the extra `eval`).
 
-    A row for the base, the merged model, the central one and each site alone; acc, acc_norm and standard errors are the
-    harness's. Models answer the same items and are compared item by item: `~` marks a difference inside the noise.
+    One row per model: base, global, centralized and each local-only model; acc, acc_norm and standard errors are those of
+    the harness. All models answer the same examples and are compared pairwise; `~` marks a difference that is not
+    statistically significant.
     """
     from fedsim.zero_shot import evaluate_zero_shot
     from fedsim.zero_shot.models import find_models
@@ -413,7 +512,7 @@ def eval_(
 
 @app.command()
 def doctor() -> None:
-    """Say which versions and devices are here, and what works with them."""
+    """Show installed versions, devices and available features."""
     import importlib.util
     import os
     import platform

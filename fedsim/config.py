@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from fedsim import yaml_text
 from fedsim.data.memory import hold
-from fedsim.errors import UserError
+from fedsim.errors import UserError, shown
 from fedsim.inductor import without_folder
+from fedsim.keys import document
 from fedsim.schema import check_keys, components_of, convert, hints_of, keys_of, plain
 from fedsim.sections import (
     Adapter,
@@ -116,6 +119,7 @@ _NEWER = (
 )  # ids of older runs do not hold them: left out where nothing in them is set
 _PATHS = (("model", "path"), ("data", "path"), ("data", "validation"), ("data", "test"), ("results",))
 _SOURCES = ("data", "sources")  # a list of sections with a `path` each, which may itself be a list
+Section = Mapping[str, Any]
 _Path = tuple[str | int, ...]  # keys and places in lists that lead to a value
 
 
@@ -128,53 +132,83 @@ class Experiment:
     """
 
     name: str = "experiment"
-    """Folder of its runs under `results`."""
+    """Name of the experiment, and of the folder of its runs under `results`."""
     seed: int = 0
-    """Every random draw is a function of it."""
+    """Random seed; every random draw depends on it."""
     modes: list[Literal["local", "federated", "central"]] = field(
         default_factory=lambda: ["local", "federated", "central"]
     )
-    """Which of the three curves to make: each site alone, federated, centralised."""
+    """Which models to train: a local-only model per client, the federated one, the centralized one."""
     rounds: int = 5
-    """Federated rounds; the other modes do the same work, cut at the same places."""
+    """Number of federated rounds; the other modes do the same amount of work, evaluated at the same points."""
     results: str = "results"
-    """Root of the run folders."""
+    """Root folder of all runs; a run lies in results/NAME/ID."""
     model: Model = field(default_factory=Model)
     """The base model."""
     adapter: Adapter = field(default_factory=Lora)
-    """What is trained."""
+    """Fine-tuning method."""
     data: Data = field(default_factory=Headlines)
-    """The rows; in Python also a DataFrame, a `datasets.Dataset` or a `DatasetDict`."""
+    """Data set; in Python also a DataFrame, a `datasets.Dataset` or a `DatasetDict`."""
     partition: PartitionKeys = field(default_factory=Iid)
-    """Which client holds which rows."""
+    """How the training examples are divided among the clients."""
     cohort: CohortKeys = field(default_factory=CohortKeys)
-    """Who takes part in a round."""
+    """Client sampling per round."""
     local: LocalWork = field(default_factory=LocalWork)
-    """What a client does in a round."""
+    """Local training: what a client does in one round."""
     central: Central = field(default_factory=Central)
-    """How the centralised run is matched."""
+    """How the budget of centralized training is matched to federated training."""
     algorithm: FedAvgKeys = field(default_factory=FedAvgKeys)
-    """How updates become the next global model."""
+    """Aggregation algorithm."""
     best: Best = field(default_factory=Best)
     """How the best model is chosen."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    """How often state is kept."""
+    """How often the state of the run is saved."""
     evaluate: Evaluate = field(default_factory=Evaluate)
-    """When and how models are scored."""
+    """When and how models are evaluated."""
     training: Training = field(default_factory=Training)
     """How clients share a device."""
     aggregation: Aggregation = field(default_factory=Aggregation)
-    """How updates are summed."""
+    """How updates are summed; the results do not depend on it."""
     messages: Messages = field(default_factory=Messages)
-    """What travels between server and clients."""
+    """Compression of the updates and of the global parameters that are sent."""
     faults: Faults = field(default_factory=Faults)
-    """Clients whose training goes wrong."""
+    """Clients whose loss or update is not finite or too large."""
     simulation: Simulation = field(default_factory=Simulation)
-    """Clients that are away, fail or are slow."""
+    """Client availability, dropout and stragglers."""
     executor: Executor = field(default_factory=AutoExecutor)
-    """Where the work runs."""
+    """Execution backend."""
     tracking: Tracking = field(default_factory=Tracking)
-    """Trackers."""
+    """Experiment trackers."""
+
+    if TYPE_CHECKING:  # a section may also be a plain dict
+
+        def __init__(
+            self,
+            *,
+            name: str = ...,
+            seed: int = ...,
+            modes: Sequence[str] = ...,
+            rounds: int = ...,
+            results: str = ...,
+            model: Model | Section = ...,
+            adapter: Adapter | Section = ...,
+            data: Data | Section = ...,
+            partition: PartitionKeys | Section = ...,
+            cohort: CohortKeys | Section = ...,
+            local: LocalWork | Section = ...,
+            central: Central | Section = ...,
+            algorithm: FedAvgKeys | Section = ...,
+            best: Best | Section = ...,
+            checkpoint: Checkpoint | Section = ...,
+            evaluate: Evaluate | Section = ...,
+            training: Training | Section = ...,
+            aggregation: Aggregation | Section = ...,
+            messages: Messages | Section = ...,
+            faults: Faults | Section = ...,
+            simulation: Simulation | Section = ...,
+            executor: Executor | Section = ...,
+            tracking: Tracking | Section = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -280,8 +314,7 @@ class Experiment:
 
     def to_yaml(self) -> str:
         """The resolved config; `fedsim run` takes it as it is."""
-        tree = _escape(self.to_dict(), ())
-        return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+        return yaml_text.dump(_escape(self.to_dict(), ()))
 
     def identity(self) -> dict[str, Any]:
         """The part of the config that the numbers depend on: the run's id hashes it, with content hashes for paths.
@@ -303,6 +336,21 @@ class Experiment:
         return tree
 
 
+def _with_known_keys(init: Callable[..., None]) -> Callable[..., None]:
+    """Name the nearest known key where Python would raise a TypeError."""
+
+    @functools.wraps(init)
+    def checked(self: Experiment, *values: Any, **keys: Any) -> None:
+        check_keys(Experiment, keys, "")
+        init(self, *values, **keys)
+
+    return checked
+
+
+Experiment.__init__ = _with_known_keys(Experiment.__init__)
+Experiment.__doc__ = document(Experiment)  # for help() and editors: a field's sentence is no part of it otherwise
+
+
 def components(section: str) -> dict[str, type]:
     """name -> dataclass of the components a section can hold; `""` stands for any PEFT method.
 
@@ -321,61 +369,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: for a missing file, or one that is no YAML mapping in UTF-8.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; give the YAML file of an experiment, e.g. experiments/lora_sentiment/tiny.yaml"
         )
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        tree = yaml_text.parse(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save the YAML file as UTF-8"
         ) from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deep to be read; an experiment has sections of keys and lists") from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as YAML: {_problem(error)}") from None
+        raise UserError(f"{path}: values nested too deep; an experiment has sections of keys and lists") from None
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        raise UserError(f"{path}: invalid YAML{yaml_text.problem(error)}") from None
+    if tree is None:
+        return {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds {type(tree).__name__}, not sections with keys; see experiments/ for examples")
     return tree
-
-
-def _problem(error: Exception) -> str:
-    """What is wrong with a YAML file, where, and what to do."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem is not None:
-        mark = error.problem_mark or error.context_mark
-        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        text = " ".join(error.problem.split()).rstrip(".")
-        way = "mend that line"
-        if "'\\t'" in text or "cannot start any token" in text:
-            way = "indent with spaces, not tabs, and quote text that begins with a special character"
-        elif "python/" in text or "constructor for the tag" in text:
-            way = "tags are not followed and no code is run; write plain text, numbers, lists and sections"
-        elif "duplicate key" in text:
-            way = "leave one of them out"
-        return f"{at}{text}; {way}"
-    text = (
-        str(error).split("\n")[0].rstrip(".") if not isinstance(error, yaml.YAMLError) else " ".join(str(error).split())
-    )
-    if "Incompatible key type" in text:
-        text = "a key is null or a list, not text"
-    return f"{text}; mend it, see experiments/ for examples"
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that OmegaConf, unlike PyYAML, would read as a number: 1e3."""
-
-
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    style = "'" if re.fullmatch(r"[-+]?[\d_.]+([eE][-+]?\d+)?", value) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-
-_Dumper.add_representer(str, _text)
-_Dumper.add_multi_representer(str, _text)  # examples in memory
 
 
 def _escape(value: Any, path: tuple[str, ...]) -> Any:
@@ -396,23 +408,16 @@ def _rank(override: tuple[list[str], Any]) -> int:
 
 def _parse_override(text: str) -> tuple[list[str], Any]:
     """`key=value` -> (the key's parts, the value)."""
-    from omegaconf import OmegaConf
-
-    key, equals, _ = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"{text!r}: not an override; write key=value, e.g. local.lr=1e-3")
-    try:
-        node = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
-    except Exception:  # OmegaConf and PyYAML raise a dozen kinds here; each means that the text is malformed
-        problem = f"{text!r}: not readable as key=value; quote a value that holds braces, colons or commas"
-        raise UserError(f"{problem}, e.g. 'data.template=\"{{sentence}} topic: {{label}}\"'") from None
+    key, equals, value = text.partition("=")
     path = key.strip().split(".")
-    value: Any = node
-    for part in path:
-        if not isinstance(value, dict) or part not in value:
-            raise UserError(f"{text!r}: not readable as key=value; keys are dotted names, e.g. local.lr=1e-3")
-        value = value[part]
-    return path, value
+    if not equals or not all(re.fullmatch(r"[^\s\[\]{}.]+", part) for part in path):
+        raise UserError(f"{shown(text)}: not an override; write key=value with a dotted key, e.g. local.lr=1e-3")
+    try:
+        return path, yaml_text.parse(value)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        way = "quote a value that holds braces, colons or commas"
+        example = "'data.template=\"{sentence} topic: {label}\"'"
+        raise UserError(f"{shown(text)}: not readable as key=value; {way}, e.g. {example}") from None
 
 
 def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
@@ -430,13 +435,15 @@ def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
         target = target[part]
         if not isinstance(target, dict):
             raise UserError(
-                f"{'.'.join(path[: depth + 1])}: {target!r} is no section, so {'.'.join(path)} cannot be set"
+                f"{'.'.join(path[: depth + 1])}: {shown(target)} is no section, so {'.'.join(path)} cannot be set"
             )
     target[path[-1]] = value
 
 
 def _interpolate(tree: dict[str, Any]) -> dict[str, Any]:
     """Resolve ${...}, but leave environment variables in paths as they are: the resolved config then runs elsewhere."""
+    if "${" not in repr(tree):
+        return tree
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -9,8 +9,25 @@ _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u
 _UNSEEN_BUT_LINES = re.compile(_UNSEEN.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
 
 
+_LONGEST = 1500  # characters of an error: a longer line has its middle cut out, since the end says what to do
+
+
+def shown(value: object) -> str:
+    """A value in a message: its `repr`, of which a long one shows the beginning and its length."""
+    return cut(repr(value))
+
+
+def cut(text: str, most: int = 200) -> str:
+    """Text, of which a long one shows the beginning and its length."""
+    return text if len(text) <= most else f"{text[: most - 50]}... ({len(text):,} characters)"
+
+
 class UserError(ValueError):
     """Something the user wrote cannot work: names the thing, the value and the way out, in one line."""
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} [...] {text[-400:]}")
 
 
 class Notice(UserWarning):

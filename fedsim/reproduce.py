@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedsim.config import Experiment, expand_path, read_yaml, results_of
 from fedsim.errors import UserError
 from fedsim.report import check as check_report
 from fedsim.report import zero_shot_file
-from fedsim.sweep import Job, run_jobs
+from fedsim.sweep_plan import Job
 
 SIZES = ("tiny", "smollm2", "full")
 
@@ -69,6 +67,9 @@ class Reproduction:
         about = sizes[size]
         budgets = about.get("budgets") or {}
         if budget is None and budgets:
+            Experiment.load(folder / about["file"], overrides)  # a slip is told before torch is imported
+            import torch
+
             budget = list(budgets)[0 if torch.cuda.is_available() else -1]
         if budget is not None:
             _one_of(budget, list(budgets), f"{folder.name}, {size}: --budget")
@@ -187,6 +188,7 @@ def reproduce(
         `report.md`, or None where a run failed: a report without it would leave verdicts out.
     """
     from fedsim.report import Member, build
+    from fedsim.sweep import run_jobs
 
     workers = 1 if workers is None and len(plan.jobs) == 1 else workers
     run_jobs(plan.jobs, workers=workers, progress=progress, on_jobs=on_jobs)

@@ -6,15 +6,20 @@ fit raises `UserError`: one line with the full key path, the value and the way o
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import functools
+import itertools
 import math
+import sys
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fedsim.errors import UserError
+from fedsim.errors import UserError, cut, shown
 
 
 def hints_of(cls: type) -> dict[str, Any]:
@@ -51,21 +56,48 @@ def plain(value: Any) -> Any:
     return value
 
 
-def check_keys(cls: type, value: dict[str, Any], path: str, owner: str = "") -> None:
+def check_keys(cls: type, value: dict[str, Any], path: str) -> None:
     """Refuse keys that a section does not take.
 
     Raises:
-        UserError: naming the key, the nearest known one and all that are taken.
+        UserError: naming the key, what was probably meant, and all that are taken.
     """
     known = keys_of(cls)
     for key in value:
         if key not in known:
-            full = f"{path}.{key}" if path else str(key)
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(
-                f"{full}: {value[key]!r} is for no known key{hint or ';'} {owner or path or 'the top level'} takes: {', '.join(known)}"
-            )
+            raise UserError(unknown_key(f"{path}.{key}" if path else str(key), known))
+
+
+def unknown_key(path: str, known: Sequence[str]) -> str:
+    """The message about a key, given by its full path, where only `known` ones are taken."""
+    from fedsim.reference import suggestion  # reads the whole config, and is needed for this message alone
+
+    near = suggestion(path, known)
+    hint = f" ({near})" if near else ""
+    return f"unknown key {cut(path)}{hint}. Valid keys: {', '.join(known)}"
+
+
+@functools.cache
+def _sentences(file: str) -> dict[str, dict[str, str]]:
+    """Class -> field -> the string under it, in a source file."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            fields = found.setdefault(node.name, {})
+            for field, after in itertools.pairwise(node.body):
+                text = after.value if isinstance(after, ast.Expr) else None
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Constant):
+                    fields[field.target.id] = " ".join(str(text.value).split())
+    return found
+
+
+def sentences(cls: type) -> dict[str, str]:
+    """Field -> the sentence under it in the source, inherited ones included."""
+    out: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            out |= _sentences(sys.modules[base.__module__].__file__)[base.__name__]
+    return out
 
 
 def _is_component(cls: type) -> bool:
@@ -101,31 +133,37 @@ def convert(annotation: Any, value: Any, path: str) -> Any:
 def _convert_component(table: dict[str, type], value: Any, path: str) -> Any:
     names = [n for n in table if n]
     if isinstance(value, str):
-        raise UserError(f"{path}: {value!r} is not a section; write {path}={{name: {value}}} or {path}.name={value}")
+        raise UserError(
+            f"{path}: {shown(value)} is not a section; write {path}={{name: {value}}} or {path}.name={value}"
+        )
     if not isinstance(value, dict):
-        raise UserError(f"{path}: {value!r} is not a section with a name; names: {', '.join(names)}")
+        raise UserError(f"{path}: {shown(value)} is not a section with a name; names: {', '.join(names)}")
     default = next(iter(names)) if len(names) == 1 or path == "executor" else None
     name = value.get("name", default)
     if name is None:
+        known = list(dict.fromkeys(key for cls in table.values() for key in keys_of(cls)))
+        for key in value:
+            if key not in known:
+                raise UserError(unknown_key(f"{path}.{key}", known))
         raise UserError(
             f"{path}.name: missing beside {', '.join(map(str, value)) or 'nothing'}; one of {', '.join(names)}"
         )
     if not isinstance(name, str):
-        raise UserError(f"{path}.name: {name!r} is not a name; one of {', '.join(names)}")
+        raise UserError(f"{path}.name: {shown(name)} is not a name; one of {', '.join(names)}")
     if name not in table:
         if "" not in table:
             near = difflib.get_close_matches(name, names, n=1)
             raise UserError(
-                f"{path}.name: {name!r} is not known{f'; did you mean {near[0]}?' if near else ';'} one of {', '.join(names)}"
+                f"{path}.name: {shown(name)} is not known{f'; did you mean {near[0]}?' if near else ';'} one of {', '.join(names)}"
             )
         return table[""](name=name, settings={k: v for k, v in value.items() if k != "name"})
-    return _convert_section(table[name], {**value, "name": name}, path, owner=f"{path} {name}")
+    return _convert_section(table[name], {**value, "name": name}, path)
 
 
-def _convert_section(cls: type, value: Any, path: str, owner: str = "") -> Any:
+def _convert_section(cls: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
-        raise UserError(f"{path}: {value!r} is not a section; its keys are {', '.join(keys_of(cls))}")
-    check_keys(cls, value, path, owner)
+        raise UserError(f"{path}: {shown(value)} is not a section; its keys are {', '.join(keys_of(cls))}")
+    check_keys(cls, value, path)
     hints = hints_of(cls)
     out = {}
     for f in dataclasses.fields(cls):
@@ -140,7 +178,8 @@ _MISMATCH = object()
 def _convert_leaf(annotation: Any, value: Any, path: str) -> Any:
     result = _try_leaf(annotation, value, path)
     if result is _MISMATCH:
-        raise UserError(f"{path}: {value!r} is not {_describe(annotation)}")
+        quotes = "; put it in quotes" if _takes_text(annotation) and not isinstance(value, (dict, list)) else ""
+        raise UserError(f"{path}: {shown(value)} is not {describe(annotation)}{quotes}")
     return result
 
 
@@ -175,7 +214,7 @@ def _try_leaf(annotation: Any, value: Any, path: str) -> Any:
         if isinstance(value, float) and not value.is_integer():  # NaN and infinity are none either
             return _MISMATCH
         if abs(value) >= 2**63:
-            raise UserError(f"{path}: {value!r} is larger than a number can be; give one below 2^63")
+            raise UserError(f"{path}: {shown(value)} is larger than a number can be; give one below 2^63")
         return int(value)
     if annotation is str and isinstance(value, str):
         return _sound(value, path)
@@ -189,19 +228,25 @@ def _sound(text: str, path: str) -> str:
     odd = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
     if odd is not None:
         kind = "a zero byte" if odd == "\0" else "half of a character (a surrogate), or bytes that are not UTF-8"
-        raise UserError(f"{path}: {text!r} holds {kind}; take it out")
+        raise UserError(f"{path}: {shown(text)} holds {kind}; take it out")
     return text
 
 
-def _describe(annotation: Any) -> str:
+def _takes_text(annotation: Any) -> bool:
+    """Whether text is allowed, which YAML takes for a number, a boolean or null where it looks like one."""
+    return annotation is str or str in get_args(annotation)
+
+
+def describe(annotation: Any) -> str:
+    """A type in words: `a whole number or null`."""
     origin = get_origin(annotation)
     if origin is Literal:
         options = [str(a) for a in get_args(annotation)]
         return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(_describe(a) for a in get_args(annotation))
+        return " or ".join(describe(a) for a in get_args(annotation))
     if origin is list:
-        return f"a list (each {_describe(get_args(annotation)[0])})"
+        return f"a list (each {describe(get_args(annotation)[0])})"
     if origin is dict:
         return "a mapping {key: value}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}

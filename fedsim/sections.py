@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fedsim.data.files import Form
-from fedsim.errors import UserError
-from fedsim.schema import convert, keys_of
+from fedsim.errors import UserError, shown
+from fedsim.schema import convert, keys_of, unknown_key
 
 _MOST = 1024  # workers, or threads of one
 _NAME_LAYERS = "is empty; name layers of the base, or use auto"
@@ -17,7 +17,7 @@ _NAME_LAYERS = "is empty; name layers of the base, or use auto"
 
 def check_that(ok: bool, path: str, value: Any, problem: str) -> None:
     if not ok:
-        raise UserError(f"{path}: {value!r} {problem}")
+        raise UserError(f"{path}: {shown(value)} {problem}")
 
 
 def _check_path(value: str, path: str, way: str) -> None:
@@ -397,9 +397,8 @@ def _check_sources(sources: list[dict[str, Any]], columns: dict[str, str], path:
     for i, source in enumerate(sources):
         at, keys = f"{path}.sources[{i}]", ("format", "path", "name", "columns", "subset", "split", *keys_of(Form))
         for key in source:
-            check_that(
-                key in keys, f"{at}.{key}", source[key], f"is for no known key; a source takes: {', '.join(keys)}"
-            )
+            if key not in keys:
+                raise UserError(unknown_key(f"{at}.{key}", keys))
         kind, place = source.get("format"), source.get("path")
         check_that(kind in list(_ROLES), f"{at}.format", kind, f"is not known; one of {', '.join(_ROLES)}")
         places = place if isinstance(place, list) else [place]
@@ -432,10 +431,10 @@ class _Clients:
     num_clients: int = 3
     """Number of clients."""
 
-    def check(self, path: str) -> None:
+    def check(self, path: str, most: int = 10**6) -> None:
         check_that(self.num_clients >= 1, f"{path}.num_clients", self.num_clients, "is below 1")
-        way = "is above 10,000,000, more clients than a run holds in memory"
-        check_that(self.num_clients <= 10**7, f"{path}.num_clients", self.num_clients, way)
+        many = f"is above {most:,}; use fewer (partition.name=virtual takes up to 100,000,000)"
+        check_that(self.num_clients <= most, f"{path}.num_clients", self.num_clients, many)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -456,7 +455,7 @@ class _Dirichlet(_ByClass):
     alpha: float = 1.0
     """Concentration: small = each class on few clients, large = every client alike."""
     min_rows: int = 10
-    """Fewest rows a client may end with; a draw below it is drawn again."""
+    """Minimum number of examples per client; the partition is resampled until this holds."""
     max_redraws: int = 100
     """Draws before giving up or repairing."""
     repair: bool = False
@@ -575,13 +574,11 @@ class Virtual(_Clients):
     """Most rows of a client; sizes are drawn uniformly between the two, both included."""
 
     def check(self, path: str) -> None:
-        super().check(path)
-        many = "is above 100000000: 12 bytes a client lie in memory"
-        check_that(self.num_clients <= 10**8, f"{path}.num_clients", self.num_clients, many)
+        super().check(path, 10**8)  # 12 bytes of memory each
         check_that(self.min_rows >= 1, f"{path}.min_rows", self.min_rows, "is below 1: every client draws rows")
         less = f"is below min_rows={self.min_rows}"
         check_that(self.max_rows >= self.min_rows, f"{path}.max_rows", self.max_rows, less)
-        check_that(self.max_rows < 2**31, f"{path}.max_rows", self.max_rows, f"is not below {2**31}")
+        check_that(self.max_rows <= 10**7, f"{path}.max_rows", self.max_rows, "is above 10,000,000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -621,18 +618,18 @@ class LocalWork:
     """SGD's momentum."""
     clip: float | None = 1.0
     """Largest global norm of a client's gradient; null = no clipping."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or half a cosine from lr to min_lr at the horizon."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up: constant, or a half cosine or a straight line from lr to min_lr at the horizon."""
     warmup: int = 0
     """Steps of linear warm-up from zero."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine and after it."""
+    """Learning rate at the end of a cosine or linear schedule, and after it."""
     horizon: int | None = None
-    """Step at which the cosine ends; null = the steps of the whole run (or of the round, with schedule_over: round)."""
+    """Step at which a cosine or linear schedule ends; null = the steps of the whole run (or of the round, with schedule_over: round)."""
     schedule_over: Literal["run", "round"] = "run"
-    """One schedule over the whole run, in which a round begins where (round - 1) x its steps a round lead, or one every round."""
+    """`run`: one learning-rate schedule across all rounds; `round`: restart the schedule every round."""
     keep_state: bool = True
-    """A client keeps its optimiser's moments from round to round, or starts each round fresh. Alone and central always keep them."""
+    """Whether clients keep their optimizer state between rounds (otherwise it is reset). Local-only and centralized training always keep it."""
     shuffle: bool = True
     """Reshuffle the client's rows before every pass."""
     drop_last: bool = False
@@ -678,7 +675,8 @@ class LocalWork:
         )
         check_that(self.warmup >= 0, f"{path}.warmup", self.warmup, "is negative")
         if self.horizon is not None:
-            check_that(self.schedule == "cosine", f"{path}.horizon", self.horizon, f"goes with {path}.schedule=cosine")
+            way = f"needs {path}.schedule=cosine or linear"
+            check_that(self.schedule != "constant", f"{path}.horizon", self.horizon, way)
             check_that(
                 self.horizon > self.warmup, f"{path}.horizon", self.horizon, f"is not beyond warmup={self.warmup}"
             )
@@ -744,7 +742,7 @@ class Evaluate:
     every_steps: int | None = None
     """Score a client inside a round after every so many of its optimiser steps since the start; null = never inside."""
     every_rounds: int = 1
-    """Score at every so manieth merge, and always at the last."""
+    """Evaluate every N rounds, and always after the last."""
     clients: bool = True
     """Score the clients of a federated round just before they are merged, or the merged model alone."""
     batch_size: int = 64
@@ -834,7 +832,7 @@ class Faults:
     """What becomes of a client whose training goes wrong: its loss or update is not finite, or its update is too large."""
 
     policy: Literal["fail", "skip", "clip"] = "fail"
-    """fail = the run ends and says who; skip = the client's round counts for nothing, the mean is over the others; clip = an update beyond `max_norm` is scaled down to it, one that is not finite is skipped."""
+    """`fail`: abort and name the client; `skip`: drop the client's update for this round; `clip`: scale an update above `max_norm` down to it, and skip one that is not finite."""
     max_norm: float | None = None
     """Largest 2-norm of a client's update, over all that it trains; null = any. Only where clients are merged."""
 
@@ -851,7 +849,7 @@ class Simulation:
     """The life of the clients in federated rounds, drawn by the seed; see docs/simulation.md."""
 
     availability: float | dict[str, list[int]] = 1.0
-    """How likely a client is there in a round; or {client: [1, 0, ...]}, one number a round, over and over. The cohort is drawn from those that are there, in all modes."""
+    """Probability that a client is available in a round, or {client: [1, 0, ...]}, a 0/1 trace per client, repeated cyclically. In all modes the cohort is sampled from the available clients."""
     drop: float = 0.0
     """How likely a client fails in the middle of a round: its work is lost."""
     speeds: float | list[float] | dict[str, float] | None = None

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+import fedsim
 from fedsim.__main__ import main
-from fedsim.config import components
+from fedsim.config import Experiment, components
 
 YAML = """
 name: small
@@ -225,6 +226,64 @@ def test_list_shows_the_runs_with_state_and_scores(finished: Finished, capsys: p
     assert "finished" in line and "1 run(s)" in out and "best_federated" in out
 
 
+def test_init_writes_an_experiment_that_runs_and_never_overwrites(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", "mine.yaml"]) == 0
+    text = (here / "mine.yaml").read_text()
+    assert capsys.readouterr().out == "mine.yaml\n" and text.count("#") > 10 and "fedsim run mine.yaml" in text
+    assert "already exists" in refused(capsys, "init", "mine.yaml")
+    assert "No such file or directory" in refused(capsys, "init", "nowhere/mine.yaml")
+    assert (here / "mine.yaml").read_text() == text
+    few = [
+        "rounds=1",
+        "local.steps=1",
+        "local.schedule=constant",
+        "executor={name: serial, threads: 1}",
+        "training.lanes=1",
+    ]
+    assert main(["run", "mine.yaml", "-q", *few]) == 0
+    assert "federated" in capsys.readouterr().out and len(list((here / "results" / "my_experiment").iterdir())) == 1
+    assert main(["init"]) == 0 and (here / "experiment.yaml").read_text() == text.replace(
+        "mine.yaml", "experiment.yaml"
+    )
+
+
+def test_config_prints_what_a_run_would_take(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "small.yaml", "local.lr=1e-2", "adapter.name=ia3"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    exp = Experiment.load("small.yaml", ["local.lr=1e-2", "adapter.name=ia3"])
+    assert shown == exp.to_dict() and shown["local"]["lr"] == 0.01 and shown["adapter"]["name"] == "ia3"
+    assert Experiment.from_dict(shown) == exp and [p.name for p in here.iterdir()] == ["small.yaml"]
+    assert "unknown key local.learning_rate (did you mean local.lr?)" in refused(
+        capsys, "config", "small.yaml", "local.learning_rate=1"
+    )
+    assert "--explain KEY" in refused(capsys, "config")
+
+
+def test_config_explains_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--explain", "cohort.size"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("cohort.size\n") and "type: a whole number or all" in out and 'default: "all"' in out
+    assert "did you mean adapter.r?" in refused(capsys, "config", "--explain", "lora_rank")
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fedsim {fedsim.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("fedsim rep", ["reproduce"]), ("fedsim run x.yaml local.b", ["local.batch_size=", "local.betas="])],
+)
+def test_a_shell_completes_commands_and_keys(typed: str, offered: list[str]) -> None:
+    asked = {"_FEDSIM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    code = "from fedsim.__main__ import cli; cli()"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == offered, done.stderr
+
+
 def test_list_components_names_every_component_with_its_keys(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--components"]) == 0
     out, _ = capsys.readouterr()
@@ -252,12 +311,26 @@ def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str], monkeypatc
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--help"], ["run", "partition", "plot", "list", "doctor", "experiments/lora_sentiment/tiny.yaml"]),
+        (
+            ["--help"],
+            [
+                "init",
+                "config",
+                "run",
+                "partition",
+                "plot",
+                "list",
+                "doctor",
+                "--version",
+                "--install-completion",
+                "experiments/lora_sentiment/tiny.yaml",
+            ],
+        ),
         (["run", "--help"], ["KEY=VALUE", "metrics.jsonl", "drops the file's other keys", "--quiet"]),
-        (["partition", "--help"], ["before any training", "--out"]),
+        (["partition", "--help"], ["without training", "--out"]),
         (["plot", "--help"], ["--metric", "figures"]),
         (["list", "--help"], ["--components", "results"]),
-        (["doctor", "--help"], ["versions and devices"]),
+        (["doctor", "--help"], ["versions, devices"]),
     ],
 )
 def test_help_is_worth_reading(argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,7 +360,7 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
         (["run", "--bogus"], "No such option"),
         (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["run", "small.yaml", "local.lr=-1"], "local.lr: -1.0"),
-        (["run", "small.yaml", "local.lrr=1"], "local.lrr: 1"),
+        (["run", "small.yaml", "local.lrr=1"], "unknown key local.lrr"),
         (["run", "small.yaml", "lr"], "'lr': not an override"),
         (["run", "small.yaml", "partition.counts=[[300, 0, 0]]"], "246"),
         (["run", "small.yaml", "partition.counts=[[1, 2]]"], "partition.counts[0]: [1, 2]"),
@@ -389,7 +462,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(
     monkeypatch.setattr("fedsim.experiment.run", interrupt)
     assert main(["run", "small.yaml"]) == 130
     err = capsys.readouterr().err
-    assert "goes on from the last complete round" in err and "Traceback" not in err
+    assert "resume from the last complete round" in err and "Traceback" not in err
 
 
 def test_a_bug_keeps_its_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
+import math
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import fedsim.config as config
 import fedsim.sections as sections_module
+from fedsim import reference, yaml_text
 from fedsim.config import Experiment, components, expand_path, keys_of
 from fedsim.errors import UserError
+from fedsim.reference import every_key
+from fedsim.synonyms import SYNONYMS
 
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {  # what a component cannot do without
     ("data", "financial_phrasebank"): {"path": "Sentences_AllAgree.txt"},
@@ -137,6 +144,78 @@ def test_a_template_comes_back_from_the_resolved_config_as_it_was(text: str) -> 
 def test_label_words_that_look_like_numbers_stay_words(words: list[str]) -> None:
     first = Experiment(data={"name": "headlines", "labels": words})
     assert load(first.to_yaml()).data.labels == words
+    assert yaml.safe_load(first.to_yaml())["data"]["labels"] == words, "for readers of YAML 1.1, too"
+
+
+def test_plain_text_that_yaml_1_1_takes_for_something_else_is_text() -> None:
+    words = [
+        "yes",
+        "No",
+        "on",
+        "OFF",
+        "y",
+        "n",
+        "2024-01-01",
+        "1_000",
+        "0x1F",
+        "0o17",
+        "007",
+        "1:30",
+        "12:30:45",
+        "none",
+        "=",
+        "<",
+    ]
+    text = f"name: on\ndata: {{name: table, path: x.csv, labels: [{', '.join(words)}], columns: {{yes: no, 1: 010}}}}"
+    exp = load(text)
+    assert exp.name == "on" and exp.data.labels == words and exp.data.columns == {"yes": "no", "1": "010"}
+    assert load(exp.to_yaml()) == exp
+    with pytest.raises(UserError, match="^rounds: '1:30' is not a whole number$"):
+        load("rounds: 1:30")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("~", None), ("", None), ("null", None), ("true", True), ("False", False), ("12", 12), ("-3", -3), ("+4", 4), ("0", 0),
+        ("1.5", 1.5), ("1.", 1.0), (".5", 0.5), ("1e3", 1000.0), ("-2.5E-3", -0.0025), ("1e+2", 100.0), (".inf", math.inf),
+        ("-.INF", -math.inf), ("!!str 12", "12"), ("'12'", "12"), ("1.2.3", "1.2.3"), ("1e", "1e"), ("- ", [None]),
+        ("{1: a, null: b, yes: c}", {"1": "a", "null": "b", "yes": "c"}), ("[&a {x: 1}, {<<: *a, y: 2}]", [{"x": 1}, {"x": 1, "y": 2}]),
+    ],
+)  # fmt: skip
+def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    found = yaml_text.parse(text)
+    assert found == value and type(found) is type(value)
+
+
+def test_aliases_are_copies() -> None:
+    exp = load(
+        "model: &m {path: tiny}\nseed: 1\ndata: {name: headlines, labels: &l [a, b]}\nadapter: {name: lora, target_modules: *l}",
+        "data.labels=[c, d]",
+    )
+    assert exp.adapter.target_modules == ["a", "b"]
+
+
+@pytest.mark.parametrize(("word", "shown"), [("1.5", "1.5"), ("true", "True"), ("~", "None"), ("3", "3")])
+def test_a_label_that_is_a_number_is_told_how_to_be_written(word: str, shown: str) -> None:
+    assert (
+        refusal(f"data: {{name: headlines, labels: [a, {word}]}}")
+        == f"data.labels[1]: {shown} is not text; put it in quotes"
+    )
+    assert load(f"data: {{name: headlines, labels: [a, '{word}']}}").data.labels == ["a", word]
+
+
+def test_a_long_value_is_cut_in_its_message() -> None:
+    for override in (
+        f"data.labels=[{', '.join(['a'] * 40000)}]",
+        f"local.lr={'9x' * 5000}",
+        f"local.{'k' * 9000}=1",
+        f"{'k' * 9000}",
+    ):
+        message = refusal("data: {name: headlines}", override)
+        assert len(message) < 600 and "characters)" in message, message
+    long = UserError(f"begin {'x' * 10**6} end")
+    assert len(str(long)) < 1600 and str(long).startswith("begin x") and str(long).endswith("x end")
 
 
 def test_the_designs_example_loads_with_its_values() -> None:
@@ -214,7 +293,8 @@ def test_a_whole_section_replaces_the_files() -> None:
 def test_keys_after_a_new_name_are_the_new_components() -> None:
     assert load(FILE, "adapter.name=prefix", "adapter.hidden=3").adapter == config.Prefix(hidden=3)
     message = refusal(FILE, "adapter.name=prefix", "adapter.r=3")
-    assert message.startswith("adapter.r: 3 ") and "num_virtual_tokens" in message, message
+    assert message.startswith("unknown key adapter.r (did you mean adapter.r with adapter.name=lora?)"), message
+    assert "Valid keys: name, num_virtual_tokens" in message
 
 
 def test_later_overrides_win() -> None:
@@ -238,6 +318,11 @@ def test_overrides_reach_sections_the_file_lacks() -> None:
         ("results=a=b", "a=b"),
         ('data.template="{sentence} sentiment: {label}"', "{sentence} sentiment: {label}"),
         ("data.labels=[negative, neutral, positive]", ["negative", "neutral", "positive"]),
+        (
+            "data.labels=[yes, off, 2024-01-01, 1:30, 0x1F, 007, 1_000]",
+            ["yes", "off", "2024-01-01", "1:30", "0x1F", "007", "1_000"],
+        ),
+        ("name=on", "on"),
     ],
 )
 def test_override_values_are_read_as_yaml(override: str, value: Any) -> None:
@@ -260,7 +345,6 @@ WRONG = [
     ("modes=[]", "modes", "[]", "local, federated, central"),
     ("modes=[local, lokal]", "modes[1]", "'lokal'", "local, federated, central"),
     ("modes=[local, local]", "modes", "['local', 'local']", "twice"),
-    ("modle.path=x", "modle", "{'path': 'x'}", "model"),
     ("model=tiny", "model", "'tiny'", "path"),
     ("model.path=''", "model.path", "''", "hub id"),
     ("model.dtype=float8", "model.dtype", "'float8'", "bfloat16"),
@@ -269,7 +353,6 @@ WRONG = [
     ("adapter=lora", "adapter", "'lora'", "adapter.name=lora"),
     ("adapter.name=loar", "adapter.name", "'loar'", "did you mean lora?"),
     ("adapter={r: 3}", "adapter.name", "r", "lora, p_tuning"),
-    ("adapter.rank=8", "adapter.rank", "8", "name, r, alpha"),
     ("adapter.r=0", "adapter.r", "0", "1 or more"),
     ("adapter.r=many", "adapter.r", "'many'", "whole number"),
     ("adapter.alpha=-1", "adapter.alpha", "-1.0", "2 r"),
@@ -282,7 +365,6 @@ WRONG = [
     ("adapter={name: adapter, bottleneck: 0}", "adapter.bottleneck", "0", "below 1"),
     ("adapter={name: prefix, hidden: 0}", "adapter.hidden", "0", "below 1"),
     ("adapter={name: ia3, target_modules: [k]}", "adapter.feedforward_modules", "'auto'", "both or none"),
-    ("adapter={name: none, r: 3}", "adapter.r", "3", "takes: name"),
     ("adapter={name: loha, rr: 3}", "adapter.rr", "3", "did you mean r?"),
     ("data.name=headline", "data.name", "'headline'", "did you mean headlines?"),
     ("data.max_length=1", "data.max_length", "1", "2 tokens"),
@@ -303,7 +385,6 @@ WRONG = [
     ("partition=iid", "partition", "'iid'", "partition.name=iid"),
     ("partition.name=random", "partition.name", "'random'", "dirichlet_fedma"),
     ("partition.num_clients=0", "partition.num_clients", "0", "below 1"),
-    ("partition.alpha=1", "partition.alpha", "1", "num_clients"),
     ("partition={name: dirichlet, alpha: 0}", "partition.alpha", "0.0", "positive"),
     ("partition={name: dirichlet_fedma, alpha: .inf}", "partition.alpha", "inf", "positive"),
     ("partition={name: dirichlet, max_redraws: 0}", "partition.max_redraws", "0", "below 1"),
@@ -338,10 +419,8 @@ WRONG = [
     ("local.horizon=10", "local.horizon", "10", "cosine"),
     ("local={schedule: cosine, warmup: 10, horizon: 10}", "local.horizon", "10", "warmup=10"),
     ("local.keep_state=maybe", "local.keep_state", "'maybe'", "true or false"),
-    ("local.with=1", "local.with", "1", "epochs"),
     ("central.match=rows", "central.match", "'rows'", "epochs, steps"),
     ("algorithm.name=fedprox", "algorithm.name", "'fedprox'", "fedavg"),
-    ("algorithm.mu=0.1", "algorithm.mu", "0.1", "weights"),
     ("algorithm.weights=size", "algorithm.weights", "'size'", "samples, steps, uniform"),
     ("best.metric=f1", "best.metric", "'f1'", "accuracy, loss"),
     ("best.metric=exact_match", "best.metric", "'exact_match'", "evaluate.generate=true"),
@@ -351,7 +430,6 @@ WRONG = [
     ("training.lanes=0", "training.lanes", "0", "auto"),
     ("executor=pool", "executor", "'pool'", "executor.name=pool"),
     ("executor.name=ray", "executor.name", "'ray'", "auto, serial, pool"),
-    ("executor={name: serial, workers: 2}", "executor.workers", "2", "device"),
     ("executor={name: serial, device: gpu}", "executor.device", "'gpu'", "cuda:N"),
     ("executor={name: pool, devices: []}", "executor.devices", "[]", "[cpu]"),
     ("executor={name: pool, devices: [cpu, gpu]}", "executor.devices[1]", "'gpu'", "cuda:N"),
@@ -359,11 +437,9 @@ WRONG = [
     ("executor.threads=0", "executor.threads", "0", "below 1"),
     ("executor.hang_s=0", "executor.hang_s", "0.0", "null = wait for ever"),
     ("executor={name: pool, hang_s: .inf}", "executor.hang_s", "inf", "null = wait for ever"),
-    ("executor={name: serial, hang_s: 5}", "executor.hang_s", "5", "device"),
     ("tracking.with=[neptune]", "tracking.with[0]", "'neptune'", "wandb"),
     ("tracking.with=wandb", "tracking.with", "'wandb'", "a list"),
     ("messages={up: int7}", "messages.up", "'int7'", "blockwise8"),
-    ("messages={sideways: nf4}", "messages.sideways", "'nf4'", "error_feedback"),
     ("messages.error_feedback=true", "messages.error_feedback", "True", "messages.up"),
     ("messages={up: fp32, error_feedback: true}", "messages.error_feedback", "True", "messages.up, e.g. nf4"),
     ("messages={up: fp32, down: nf4, error_feedback: true}", "messages.error_feedback", "True", "float32 as it is"),
@@ -372,7 +448,6 @@ WRONG = [
     ("checkpoint.shard_mb=0", "checkpoint.shard_mb", "0", "below 1"),
     ("training.packing=true", "training.packing", "True", "adapter.name=none"),
     ("training.master_weights=false", "training.master_weights", "False", "model.dtype=bfloat16; leave it out"),
-    ("recovery.retries=2", "recovery", "{'retries': 2}", "takes"),
     ("results=3", "results", "3", "text"),
     ("local=3", "local", "3", "steps"),
     ("local.lr.x=3", "local.lr", "{'x': 3}", "a number"),
@@ -403,7 +478,6 @@ def test_a_wrong_value_is_one_line_with_path_value_and_way_out(override: str, pa
         ({"model": {"dtype": "bfloat16"}, "training": {"master_weights": False}}, "training.master_weights"),
         ({"local": None}, "local"),
         ({"adapter": None}, "adapter"),
-        ({"nonsense": 1}, "nonsense"),
     ],
 )
 def test_what_does_not_go_together_is_refused_from_python_too(sections: dict[str, Any], path: str) -> None:
@@ -424,6 +498,66 @@ def test_what_has_an_effect_is_taken(sections: dict[str, Any]) -> None:
     Experiment.from_dict(sections)
 
 
+# (override, unknown key, what is probably meant, one of the valid keys shown): names of other libraries, of other sections, and misspelt
+UNKNOWN = [
+    ("modle.path=x", "modle", "modes or model", "seed"),
+    ("local.learning_rate=1", "local.learning_rate", "local.lr", "steps"),
+    ("learningRate=1", "learningRate", "local.lr", "seed"),
+    ("adapter.lora_alpha=8", "adapter.lora_alpha", "adapter.alpha", "dropout"),
+    ("adapter.rank=8", "adapter.rank", "adapter.r", "dropout"),
+    ("local.lr_scheduler_type=linear", "local.lr_scheduler_type", "local.schedule", "lr"),
+    ("training.max_grad_norm=1", "training.max_grad_norm", "local.clip", "lanes"),
+    ("per_device_train_batch_size=1", "per_device_train_batch_size", "local.batch_size", "seed"),
+    ("output_dir=x", "output_dir", "results", "seed"),
+    ("fraction_fit=0.1", "fraction_fit", "cohort.size", "seed"),
+    ("bf16=true", "bf16", "model.dtype=bfloat16", "seed"),
+    ("data.max_seq_length=8", "data.max_seq_length", "data.max_length", "too_long"),
+    ("num_clients=8", "num_clients", "partition.num_clients", "seed"),
+    ("weight_decay=0", "weight_decay", "local.weight_decay", "seed"),
+    ("local.target_modules=[q]", "local.target_modules", "adapter.target_modules", "lr"),
+    ("batch-size=8", "batch-size", "local.batch_size or evaluate.batch_size", "seed"),
+    ("local.epoch=8", "local.epoch", "local.epochs", "steps"),
+    ("local.with=1", "local.with", "tracking.with", "epochs"),
+    ("lora.r=8", "lora", "adapter.name=lora", "seed"),
+    ("adapter={name: none, r: 3}", "adapter.r", "adapter.r with adapter.name=lora", "name"),
+    ("adapter={lora_r: 3}", "adapter.lora_r", "adapter.r", "num_virtual_tokens"),
+    (
+        "partition.alpha=1",
+        "partition.alpha",
+        "partition.alpha with partition.name=dirichlet or dirichlet_fedma",
+        "num_clients",
+    ),
+    (
+        "executor={name: serial, workers: 2}",
+        "executor.workers",
+        "executor.workers with executor.name=auto or pool",
+        "device",
+    ),
+    ("algorithm.mu=0.1", "algorithm.mu", "", "weights"),
+    ("recovery.retries=2", "recovery", "", "seed"),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "meant", "valid"), UNKNOWN, ids=[u[0] for u in UNKNOWN])
+def test_an_unknown_key_is_one_line_with_the_one_that_is_meant(override: str, key: str, meant: str, valid: str) -> None:
+    message = refusal(SECTIONS, override)
+    hint = f" (did you mean {meant}?)" if meant else ""
+    assert message.startswith(f"unknown key {key}{hint}. Valid keys: ") and "\n" not in message, message
+    assert valid in message.partition("Valid keys: ")[2].split(", "), message
+
+
+def test_python_gets_the_same_line_for_an_unknown_key() -> None:
+    for keys, why in [({"adaptor": {}}, "adapter"), ({"learning_rate": 1}, "local.lr"), ({"num_rounds": 1}, "rounds")]:
+        with pytest.raises(UserError, match=rf"^unknown key \w+ .did you mean {why}\?.. Valid keys: name, seed"):
+            Experiment(**keys)
+    assert dataclasses.replace(Experiment(), seed=3) == pickle.loads(pickle.dumps(Experiment(seed=3)))
+
+
+def test_every_synonym_leads_to_a_key_that_exists() -> None:
+    paths = {k.path for k in every_key()} | {f.name for f in dataclasses.fields(Experiment)}
+    assert {path.partition("=")[0] for path in SYNONYMS.values()} <= paths
+
+
 @pytest.mark.parametrize("override", ["lr", "=3", "local.lr=[1", "", "partition.counts[0]=3"])
 def test_what_is_no_override_is_one_line_that_shows_one(override: str) -> None:
     message = refusal(SECTIONS, override)
@@ -442,7 +576,7 @@ def test_an_unquoted_template_override_says_to_quote_it() -> None:
         (b"name:\n\t- a\n", "line 2"),
         (b"- a\n- b\n", "list"),
         ("name: café\n".encode("latin-1"), "UTF-8"),
-        (b"1: 2\n", "1: 2 is for no known key"),
+        (b"1: 2\n", "unknown key 1."),
         (b"local:\n", "local: None is not a section"),
     ],
 )
@@ -547,6 +681,39 @@ def test_every_field_of_every_section_has_a_sentence_under_it() -> None:
     assert seen == len([1 for c, f in own if f != "name" or c == "Experiment"])
     for section in sections:
         assert (section.__doc__ or "").partition("\n")[0].endswith("."), section
+
+
+def test_help_and_the_reference_page_hold_every_sentence() -> None:
+    help_text, page = inspect.getdoc(Experiment) or "", reference.page()
+    keys = every_key()
+    assert len(keys) > 150 and len({(k.path, k.owner) for k in keys}) == len(keys)
+    for key in keys:
+        assert key.about in help_text and f"| `{key.path}` |" in page and key.about.replace("|", "\\|") in page, key
+    committed = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+    assert committed.read_text(encoding="utf-8") == page, "run: python -m fedsim.reference > docs/config.md"
+
+
+def test_keys_sections_and_components_are_explained() -> None:
+    assert reference.explain("local.schedule").splitlines() == [
+        "local.schedule",
+        f"  {sections_module_sentence('LocalWork', 'schedule')}",
+        "  type: one of constant, cosine, linear",
+        '  default: "constant"',
+    ]
+    assert reference.explain("partition.alpha").count("default: 1.0") == 2, "of both Dirichlet partitions"
+    section, component = reference.explain("cohort"), reference.explain("dirichlet")
+    assert section.startswith("cohort: ") and "\ncohort.size\n" in section and "a whole number or all" in section
+    assert component.startswith("partition.name=dirichlet: ") and "partition.min_rows" in component
+    assert reference.explain("partition.name=dirichlet") == component
+    with pytest.raises(UserError, match="^unknown key learning_rate .did you mean local.lr"):
+        reference.explain("learning_rate")
+
+
+def sections_module_sentence(cls: str, field: str) -> str:
+    """The string under a field, read from the source by its lines alone."""
+    lines = Path(sections_module.__file__).read_text(encoding="utf-8").partition(f"class {cls}:")[2].splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith(f"    {field}: ")][:1]
+    return lines[at + 1].strip().strip('"')
 
 
 def test_keys_are_listed_as_the_user_writes_them() -> None:

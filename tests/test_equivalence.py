@@ -18,7 +18,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    get_linear_schedule_with_warmup,
+)
 from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
 
 import fedsim
@@ -356,9 +361,11 @@ def test_the_reported_training_loss_is_the_mean_over_steps(lab: Any) -> None:
         {"schedule": "cosine", "warmup": 3, "horizon": 9, "min_lr": 1e-3},
         {"schedule": "cosine", "warmup": 2, "horizon": 5},
         {"schedule": "cosine"},
+        {"schedule": "linear", "warmup": 2},
+        {"schedule": "linear", "warmup": 3, "horizon": 7},
         {"schedule": "constant", "warmup": 5},
     ],
-    ids=["cut short", "past its horizon", "whole run", "constant"],
+    ids=["cut short", "past its horizon", "whole run", "linear", "linear past its horizon", "constant"],
 )
 def test_schedule_follows_transformers_over_rounds(lab: Any, distance: Any, work: dict) -> None:
     """Three rounds of 4 steps are 12 steps of one schedule; past a horizon fedsim stays at min_lr, as documented."""
@@ -371,12 +378,22 @@ def test_schedule_follows_transformers_over_rounds(lab: Any, distance: Any, work
         schedule = cosine(optimizer, warmup, horizon, min_lr=low)
         shape = schedule.lr_lambdas[0]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape(min(step, horizon)))
+    elif work["schedule"] == "linear":
+        schedule = get_linear_schedule_with_warmup(optimizer, warmup, horizon)
     else:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / warmup))
     steps = [b for r in (1, 2, 3) for b in fedsim.batches(exp, "site-1", r)]
     assert len(steps) == 12
     train(plain, texts_of(lab, exp), steps, optimizer, schedule=schedule)
     assert distance(adapter_of(run / "global"), state(plain)) < TOLERANCE
+
+
+def test_a_linear_schedule_ends_at_min_lr() -> None:
+    from fedsim.training.optim import Optim
+
+    optim = Optim("adamw", 1.0, 0.0, (0.9, 0.999), 1e-8, 0.0, None, "linear", 2, 0.2)
+    found = [optim.lr_at(step, 10) for step in (0, 1, 2, 6, 10, 11)]
+    assert found == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2, 0.2])  # by hand: halfway between 1 and 0.2 at step 6
 
 
 def test_schedule_over_the_round_begins_anew_every_round(lab: Any, distance: Any) -> None:

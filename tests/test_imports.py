@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +30,11 @@ MAY = {
     "simulation": {"errors", "seeding"},
     "signals": {"errors"},
     "progress": {"errors", "types"},
-    "schema": {"errors"},
+    "schema": {"errors", "reference"},  # what an unknown key probably means, in its error alone
+    "synonyms": set(),
+    "yaml_text": set(),
+    "keys": {"schema"},
+    "reference": {"config", "errors", "keys", "schema", "synonyms"},
     "messages": {"params", "errors"},
     "sections": {
         "errors",
@@ -80,7 +87,10 @@ FILES_AND_PROCESSES = {
     *("io", "os", "pathlib", "json", "pickle", "csv", "shutil", "tempfile", "socket", "subprocess"),
     *("multiprocessing", "threading", "concurrent"),
 }
-CONFIG_READERS = {"config", "build", "resolve", "session", "experiment", "sweep", "reproduce", "__main__", "__init__"}
+CONFIG_READERS = {
+    *("config", "reference", "build", "resolve", "session", "experiment", "sweep", "sweep_plan", "reproduce"),
+    *("__main__", "__init__"),
+}
 
 
 def module_name(path: Path) -> str:
@@ -210,6 +220,48 @@ def imported() -> dict[str, list[str]]:
 )
 def test_importing_brings_nothing_heavy(imported: dict[str, list[str]], name: str) -> None:
     assert imported[name] == []
+
+
+def test_editors_and_type_checkers_see_the_public_names() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    scope: dict[str, object] = {"__version__": fedsim.__version__}
+    exec(compile(ast.Module(block.body, []), "__init__.py", "exec"), scope)
+    (listed,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+    assert ast.literal_eval(listed) == fedsim.__all__, "a checker reads a plain list alone"
+    for name in fedsim.__all__:
+        assert scope[name] is getattr(fedsim, name), name
+    assert (ROOT / "py.typed").is_file()
+
+
+def test_a_checker_sees_every_key_of_an_experiment() -> None:
+    tree = ast.parse((ROOT / "config.py").read_text(encoding="utf-8"))
+    (cls,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Experiment"]
+    (block,) = [n for n in cls.body if isinstance(n, ast.If)]
+    (init,) = block.body
+    fields = [f.name for f in dataclasses.fields(fedsim.Experiment)]
+    assert [a.arg for a in init.args.kwonlyargs] == fields == [*inspect.signature(fedsim.Experiment).parameters]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["run", "experiments/lora_sentiment/tiny.yaml", "local.learning_rate=1"],
+        ["partition", "experiments/lora_sentiment/tiny.yaml", "local.learning_rate=1"],
+        ["sweep", "experiments/heterogeneity/sweep.yaml", "local.learning_rate=1"],
+        ["reproduce", "lora_sentiment", "--size", "smollm2", "local.learning_rate=1"],
+        ["config", "experiments/lora_sentiment/tiny.yaml", "local.learning_rate=1"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_a_misspelt_key_is_told_before_torch_is_imported(argv: list[str]) -> None:
+    code = f"import sys; from fedsim.__main__ import main; code = main({argv!r}); sys.exit(9 if 'torch' in sys.modules else code)"
+    environment = {**os.environ, "FEDSIM_DATA": "/somewhere"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "unknown key local.learning_rate (did you mean local.lr?)" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_public_names_are_there_and_others_are_not() -> None:

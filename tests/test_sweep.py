@@ -97,8 +97,8 @@ def test_the_experiment_can_stand_in_the_file(lab: Any) -> None:
         ({"grid": {"rounds": [1, 2]}}, "'rounds' cannot be swept"),
         ({"grid": {"name": ["a", "b"]}}, "'name' cannot be swept"),
         ({"grid": {"executor.threads": [1, 2]}}, "'executor' cannot be swept"),
-        ({"grid": {"local.lrr": [0.1]}}, "run with local.lrr=0.1: local.lrr: 0.1 is for no known key"),
-        ({"grid": {"partition.alpha": [0.1]}}, "run with partition.alpha=0.1: partition.alpha"),
+        ({"grid": {"local.lrr": [0.1]}}, "run with local.lrr=0.1: unknown key local.lrr (did you mean local.lr?)"),
+        ({"grid": {"partition.alpha": [0.1]}}, "run with partition.alpha=0.1: unknown key partition.alpha"),
     ],
 )
 def test_a_wrong_file_is_one_line_and_code_2(

@@ -33,17 +33,18 @@ class Optim:
         return 2 if self.optimizer == "adamw" else int(self.momentum > 0)
 
     def lr_at(self, step: int, horizon: int) -> float:
-        """Learning rate of a step, counted from 0; as transformers' `cosine_with_min_lr`, but flat after the horizon.
+        """Learning rate of a step, counted from 0; as in transformers, but never below `min_lr` and flat after the horizon.
 
-        Linear from 0 over `warmup` steps; then lr, or
-        min_lr + (lr - min_lr) (1 + cos(pi p)) / 2 with p = (step - warmup) / (horizon - warmup), at most 1.
+        Linear from 0 over `warmup` steps; then lr (constant), min_lr + (lr - min_lr) (1 - p) (linear) or
+        min_lr + (lr - min_lr) (1 + cos(pi p)) / 2 (cosine), with p = (step - warmup) / (horizon - warmup), at most 1.
         """
         if step < self.warmup:
             return self.lr * step / self.warmup
         if self.schedule == "constant":
             return self.lr
         progress = min(1.0, (step - self.warmup) / max(1, horizon - self.warmup))
-        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        left = 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_lr + (self.lr - self.min_lr) * left
 
 
 Kept = Callable[[int, int], Tensor]
