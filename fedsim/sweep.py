@@ -38,7 +38,6 @@ from fedsim.executors.processes import (
     die_with_parent,
     died_of,
     main_not_imported,
-    remove_temp_dir,
     without_interrupt,
 )
 from fedsim.experiment import run, run_folder_of
@@ -672,7 +671,6 @@ def _run_apart(
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
-        remove_temp_dir()
 
 
 def _spawn(shared: Shared, device: str, threads: int) -> _Worker:
