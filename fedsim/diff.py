@@ -630,7 +630,8 @@ def _json(file: Path) -> dict[str, Any]:
     except OSError:
         return {}
     except UserError as error:
-        warnings.warn(str(error), Notice, stacklevel=2)
+        if file.name not in recorded(file.parent):  # else it has been named
+            warnings.warn(str(error), Notice, stacklevel=2)
         return {}
 
 

@@ -136,8 +136,9 @@ def load_partition(run: PathLike) -> dict[str, Any]:
     file = Path(run) / "partition.json"
     if not file.is_file():
         raise UserError(f"no partition report {str(file)!r}; give the folder of a run that has built its partition")
+    report = read_json(file)
     warn_of_damage(Path(run), "partition.json")
-    return read_json(file)
+    return report
 
 
 def summary(df: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
@@ -347,8 +348,6 @@ def require_metric(df: pd.DataFrame, metric: str, split: str | None = None) -> N
 
 def _metrics(folder: Path) -> pd.DataFrame:
     file = folder / "metrics.jsonl"
-    warn_of_damage(folder, "config.yaml")
-    warn_of_damaged_rows(folder)
     lines = read_file(file).decode("utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
@@ -374,6 +373,8 @@ def _metrics(folder: Path) -> pd.DataFrame:
         raise UserError(f"{file}: not a metrics file; every line must be one JSON object with {', '.join(COLUMNS)}")
     if torn:
         warnings.warn(f"{file}: the last line ({torn}) is torn and left out", Notice, stacklevel=3)
+    warn_of_damage(folder, "config.yaml")
+    warn_of_damaged_rows(folder)
     return frame.drop_duplicates(["round", "step", "scope", "client", "split", "name"], keep="last", ignore_index=True)
 
 
