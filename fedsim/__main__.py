@@ -298,15 +298,17 @@ def partition(
 
     from fedsim import plots
     from fedsim.build import prepare
+    from fedsim.files import check_own, write_atomic, write_figure
 
     out = _place(out, "--out")
     report = prepare(exp).report
     place = out or results_of(exp) / exp.name / "partition"
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "partition.json").write_text(json.dumps(report, indent=2) + "\n")
+    if out is None:
+        check_own(place, results_of(exp))
+    write_atomic(place / "partition.json", (json.dumps(report, indent=2) + "\n").encode())
     figure = Figure(layout="constrained")
     plots.partition(report, figure.subplots())
-    figure.savefig(place / "partition.png", dpi=150)
+    write_figure(place / "partition.png", figure, 150)
     _partition_table(report)
     print(place / "partition.json")
     print(place / "partition.png")

@@ -29,7 +29,8 @@ import numpy as np
 import pandas as pd
 
 from fedsim.data.partition import Partition, VirtualPartition
-from fedsim.errors import UserError
+from fedsim.errors import Notice, UserError
+from fedsim.files import client_folders, model_name, read_json, recorded, warn_of_damage, warn_of_damaged_rows
 from fedsim.runs import SCOPES, PathLike, find_runs, flatten_config, load_runs, read_config
 
 # Sections that no number depends on.
@@ -159,6 +160,8 @@ def _one_run(path: PathLike) -> Path:
     found = find_runs(path)
     if len(found) > 1:
         raise UserError(f"{str(path)!r} holds {len(found)} runs; give the folder of one, such as {str(found[0])!r}")
+    warn_of_damage(found[0], *(name for name in recorded(found[0]) if name != "metrics.jsonl"))
+    warn_of_damaged_rows(found[0])
     return found[0]
 
 
@@ -435,7 +438,7 @@ class _Tensor:
 
 def _tensors(run: Path, common: _Common) -> dict[tuple[str, str, str], _Tensor]:
     """(model, file, tensor) -> where it lies, of the models of a run; the shards of a large model are one file."""
-    out = {}
+    out, clients = {}, client_folders(run)
     for file in sorted(f for top in _MODELS for f in (run / top).rglob("*.safetensors")):
         place = file.parent.relative_to(run)
         chosen = place.parts in (("best",), ("central", "best")) or (len(place.parts) == 3 and place.name == "best")
@@ -443,7 +446,7 @@ def _tensors(run: Path, common: _Common) -> dict[tuple[str, str, str], _Tensor]:
             continue
         stem = re.sub(r"-\d+-of-\d+$", "", file.stem)
         for name, tensor in _header(file).items():
-            out[place.as_posix(), stem, name] = tensor
+            out[model_name(place.as_posix(), clients), stem, name] = tensor
     return out
 
 
@@ -621,12 +624,15 @@ def _table(file: Path) -> list[dict[str, str]] | None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A JSON file's keys; none where it is not there or not whole."""
+    """A JSON file's keys; none where it is not there, or, with a `Notice`, not whole."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file)
+    except OSError:
         return {}
-    return value if isinstance(value, dict) else {}
+    except UserError as error:
+        if file.name not in recorded(file.parent):  # else it has been named
+            warnings.warn(str(error), Notice, stacklevel=2)
+        return {}
 
 
 def _arrays(file: Path) -> dict[str, np.ndarray] | None:

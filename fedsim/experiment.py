@@ -19,14 +19,11 @@ from fedsim.build import Parts, Shared, identity_of, prepare
 from fedsim.config import Experiment, expand_path, results_of
 from fedsim.errors import UserError
 from fedsim.executors.fleet import Member
+from fedsim.files import SMALL, damage, read_checked
 from fedsim.numerics import settled
 from fedsim.progress import Progress
 from fedsim.resolve import devices_of
-from fedsim.run_folder import (
-    RunFolder,
-    disk_error,
-    read_checked,
-)
+from fedsim.run_folder import RunFolder, disk_error
 from fedsim.session import Session, draw_figures
 from fedsim.trackers import check_trackers
 
@@ -111,7 +108,7 @@ def _run(
         parts = _as_before(place, parts)
     exp = parts.exp
     run_id = parts.run_id() if place is None else place.resolve().name
-    folder = RunFolder(place or run_folder_of(exp, run_id))
+    folder = RunFolder(place or run_folder_of(exp, run_id), results_of(exp))
     show = Progress(progress, exp.rounds) if isinstance(progress, bool) else progress
     try:
         unlocked = folder.lock()
@@ -129,7 +126,7 @@ def _run(
         if rounds is not None and rounds != exp.rounds:
             _check_rounds(exp, folder.path, rounds, resume is not None)
         finished = status.get("state") == "finished" and rounds == exp.rounds
-        damaged = folder.damaged(_kept(folder), 1 << 24 if resume is None else None) if finished else []
+        damaged = damage(folder.path, SMALL if resume is None else None) if finished else []
         if damaged:
             way = "put back, or made anew by --resume" if resume is None else "made anew"
             show.warn(f"{folder.path}: finished, but damaged or missing since: {', '.join(damaged)}; to be {way}")
@@ -261,8 +258,3 @@ def _check_rounds(exp: Experiment, path: Path, before: int, resume: bool) -> Non
         why = f"its learning rates reach local.min_lr after {before} rounds (local.schedule={work.schedule} without local.horizon)"
         way = "use another name, and set local.horizon or local.schedule=constant in runs that may grow"
         raise UserError(f"rounds: {exp.rounds}, but {path} was started with {before}, and {why}; {way}")
-
-
-def _kept(folder: RunFolder) -> dict[str, list[int]]:
-    """Files that a finished run holds, with sizes, where that was written down."""
-    return read_checked(folder.path / "checkpoints" / "files.json") or {}

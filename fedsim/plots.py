@@ -29,6 +29,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocato
 from matplotlib.transforms import offset_copy
 
 from fedsim.errors import Notice, UserError, visible
+from fedsim.files import check_own, write_figure
 from fedsim.runs import (
     COLUMNS,
     SCOPES,
@@ -520,6 +521,8 @@ def save_figures(
                 confusion(confusion_matrix(folder, model), ax, f"{model}, test")
             figures["confusion"] = figure
     target = folder / "figures" if out is None else Path(out)
+    if folder in target.parents:
+        check_own(folder)
     return [_save(figure, target / f"{name}.png") for name, figure in figures.items()]
 
 
@@ -543,6 +546,8 @@ def save_sweep(path: PathLike, out: PathLike | None = None, metric: str | None =
     table = sweep_table(path, metric)
     sites_of = table[table["scope"] == "local"]
     target = Path(path) / "figures" if out is None else Path(out)
+    if Path(path) in target.parents:
+        check_own(Path(path), names=[target.name])
     written = []
     with matplotlib.rc_context(STYLE):
 
@@ -1230,6 +1235,4 @@ def _figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def _save(figure: Figure, file: Path) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=DPI)
-    return file
+    return write_figure(file, figure, DPI)

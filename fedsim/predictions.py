@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 
 import numpy as np
 
@@ -34,17 +35,22 @@ def by_row(split: str, scores: Scores) -> ByRow:
 
 def save_by_row(folder: RunFolder, mode: str, found: dict[str, ByRow]) -> None:
     """Keep a finished mode's scores until the run is over."""
-    arrays = {f"{key}/{label}": value for label, each in found.items() for key, value in each.items()}
+    arrays = {f"{key}/{i}": value for i, each in enumerate(found.values()) for key, value in each.items()}
+    arrays["models"] = np.frombuffer(json.dumps(list(found)).encode(), np.uint8)  # a client's id can be any text
     save_arrays(folder, f"checkpoints/{mode}/by_row.npz", arrays)
 
 
 def load_by_row(folder: RunFolder, mode: str) -> dict[str, ByRow]:
     """What `save_by_row` kept."""
-    out: dict[str, ByRow] = {}
     with np.load(folder.path / "checkpoints" / mode / "by_row.npz", allow_pickle=False) as arrays:
-        for name in arrays.files:
-            key, _, label = name.partition("/")
-            out.setdefault(label, {})[key] = arrays[name]
+        found = {name: arrays[name] for name in arrays.files}
+    if "models" not in found:  # as runs wrote it before: KEY/MODEL
+        models = list(dict.fromkeys(name.partition("/")[2] for name in found))
+        return {m: {n.partition("/")[0]: a for n, a in found.items() if n.partition("/")[2] == m} for m in models}
+    out: dict[str, ByRow] = {model: {} for model in json.loads(found.pop("models").tobytes())}
+    for name, array in found.items():
+        key, _, i = name.partition("/")
+        list(out.values())[int(i)][key] = array
     return out
 
 

@@ -24,6 +24,7 @@ from matplotlib.lines import Line2D
 
 from fedsim import plots
 from fedsim.errors import UserError
+from fedsim.files import write_atomic, write_figure
 from fedsim.runs import SCOPES, load_runs
 from fedsim.verdicts import (
     PROPORTIONS,
@@ -184,9 +185,8 @@ def build(
     blocks += [Heading("Runs"), _runs_table(members, runs, out)]
     if str(spec.get("notes") or "").strip():
         blocks += [Heading("Notes"), Notes(str(spec["notes"]).strip())]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.html").write_text(to_html(blocks), encoding="utf-8")
-    (out / "report.md").write_text(to_markdown(blocks), encoding="utf-8")
+    write_atomic(out / "report.html", to_html(blocks).encode())
+    write_atomic(out / "report.md", to_markdown(blocks).encode())
     return out / "report.md"
 
 
@@ -850,9 +850,7 @@ def _partitions(members: Sequence[FinishedRun]) -> int:
 
 
 def _save(figure: Figure, out: Path, name: str, shows: str, caption: str) -> Picture:
-    file = out / "figures" / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=plots.DPI)
+    file = write_figure(out / "figures" / name, figure, plots.DPI)
     return Picture(file, f"figures/{name}", shows, f"{shows}: {caption}")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from fedsim.config import Experiment, expand_path, read_yaml, results_of
 from fedsim.errors import UserError
+from fedsim.files import check_own
 from fedsim.report import check as check_report
 from fedsim.report import zero_shot_file
 from fedsim.sweep_plan import Job
@@ -190,6 +191,7 @@ def reproduce(
     from fedsim.report import Member, build
     from fedsim.sweep import run_jobs
 
+    check_own(plan.path, results_of(plan.jobs[0].exp))
     workers = 1 if workers is None and len(plan.jobs) == 1 else workers
     run_jobs(plan.jobs, workers=workers, progress=progress, on_jobs=on_jobs)
     if any(job.state != "finished" for job in plan.jobs):

@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,38 +28,16 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import UserError
+from fedsim.files import check_own, follow_umask, read_checked, read_json, sync_folder, write_atomic, write_checked
 from fedsim.numerics import promise
 from fedsim.types import Row
 
-_CHECK = re.compile(rb', "check": "([0-9a-f]{64})"\}\s*\Z')
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        beside.replace(path)
-        _sync_folder(path.parent)
-    except BaseException:  # a full disk gets its room back
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk, so that a file that names another is never there without it."""
-    with contextlib.suppress(OSError):  # some file systems cannot
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _open_own(file: Path, how: int) -> int:
+    return os.open(file, how | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def _missing(path: Path) -> list[Path]:
@@ -79,12 +56,14 @@ class RunFolder:
 
     Args:
         path: the folder; made if it is not there.
+        root: the folder of all results, which may be a link; those between it and `path` may not.
 
     Raises:
-        UserError: if it cannot be written to.
+        UserError: if it cannot be written to, or is or holds a link or a special file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, root: Path | None = None) -> None:
+        check_own(path, root)
         self.path = path
         self._made = _missing(path)
         self._lock: int | None = None
@@ -92,7 +71,7 @@ class RunFolder:
         self._begin, self._sum = 0, hashlib.sha256()  # where the rows of the mode begin, and the hash of those so far
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._metrics = (path / "metrics.jsonl").open("ab")
+            self._metrics = os.fdopen(_open_own(path / "metrics.jsonl", os.O_WRONLY | os.O_APPEND), "ab")
         except OSError as error:
             _remove_empty(self._made)
             raise UserError(
@@ -110,7 +89,7 @@ class RunFolder:
         """
         file = self.path / ".lock"
         while True:
-            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = _open_own(file, os.O_RDWR)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -140,10 +119,10 @@ class RunFolder:
         write_atomic(self.path / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
     def read_json(self, name: str) -> Any:
-        """A JSON file's content, or None where there is none that can be read."""
+        """The object in a JSON file, or None where there is none that can be read."""
         try:
-            return json.loads((self.path / name).read_bytes())
-        except (OSError, ValueError, RecursionError):
+            return read_json(self.path / name)
+        except (OSError, UserError):
             return None
 
     def write_text(self, name: str, text: str) -> None:
@@ -202,12 +181,12 @@ class RunFolder:
         found = None if info is None else self._found(mode, info, begin)
         assert info is None or found is not None, "rows that are not whole"
         rows = found or b""
-        file = self.path / "metrics.jsonl"
         here = self.rows(begin, begin + len(rows))
         end = begin + (len(rows) if here == rows else 0)
         self._metrics.flush()
-        tail = _stretch(file, max(end, file.stat().st_size - 1), file.stat().st_size)
-        os.truncate(file, end)
+        size = os.fstat(self._metrics.fileno()).st_size
+        tail = self.rows(max(end, size - 1), size)
+        self._metrics.truncate(end)
         self._metrics.seek(end)
         if here != rows:
             self._metrics.write(rows)
@@ -217,7 +196,7 @@ class RunFolder:
     def cut_metrics(self, length: int) -> None:
         """Drop what is behind the last mode's rows."""
         self._metrics.flush()
-        os.truncate(self.path / "metrics.jsonl", length)
+        self._metrics.truncate(length)
         self._metrics.seek(length)
 
     def put_aside(self, mode: str) -> None:
@@ -267,29 +246,6 @@ class RunFolder:
             (self.path / ".lock").unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
-
-    def files(self, places: Iterable[str]) -> dict[str, list[int]]:
-        """Size and CRC-32 of these files, and of those in these folders; by path in the run folder."""
-        out = {}
-        for place in places:
-            found = self.path / place
-            for file in sorted(found.iterdir()) if found.is_dir() else [found]:
-                if file.is_file():
-                    out[str(file.relative_to(self.path))] = [file.stat().st_size, _crc32(file)]
-        return out
-
-    def damaged(self, files: dict[str, list[int]], most: int | None = None) -> list[str]:
-        """Which of these files are missing or not what they were; those of more than `most` bytes by size alone."""
-        out = []
-        for name, (size, crc) in files.items():
-            large = most is not None and size > most
-            try:
-                whole = (self.path / name).stat().st_size == size and (large or _crc32(self.path / name) == crc)
-            except OSError:
-                whole = False
-            if not whole:
-                out.append(name)
-        return out
 
     def discard_new(self) -> None:
         """Remove the folder, with those around it that were made for it, if it is new, no metrics row is in it, and nobody else
@@ -357,6 +313,13 @@ class RunFolder:
         except OSError:
             return False
 
+    def drop_checkpoint(self, mode: str, round: int) -> None:
+        """Remove one checkpoint of a mode that is done."""
+        folder = self.path / "checkpoints" / mode
+        for kind in ("json", "safetensors"):  # what makes it count goes first
+            for file in folder.glob(f"round-{round:05d}*.{kind}"):
+                file.unlink()
+
     def drop_checkpoints(self, mode: str, after: int) -> None:
         """Remove a mode's checkpoints of rounds after this one: they are damaged, or their rounds are done again."""
         folder = self.path / "checkpoints" / mode
@@ -389,33 +352,12 @@ def _check_inside(file: Path, names: Iterable[str]) -> None:
     """Refuse a checkpoint whose files do not lie beside it.
 
     Raises:
-        UserError: for a name that is a path, or a link that leads elsewhere.
+        UserError: for a name that is a path.
     """
     for name in names:
-        inside = name == Path(name).name and (file.parent / name).resolve().parent == file.parent.resolve()
-        if not inside:
+        if name != Path(name).name:
             way = "it was not written by fedsim; delete it to go on from the checkpoint before"
             raise UserError(f"{file}: {name!r} is no file of its own folder; {way}")
-
-
-def write_checked(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object whole, ended by a hash of what stands before: one wrong digit is found."""
-    text = json.dumps(value).encode()
-    check = hashlib.sha256(text).hexdigest()
-    write_atomic(path, text[:-1] + f', "check": "{check}"}}'.encode())
-
-
-def read_checked(path: Path) -> dict[str, Any] | None:
-    """What `write_checked` wrote; None where it is missing or not what it was."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    found = _CHECK.search(data)
-    if found is None:
-        return None
-    text = data[: found.start()] + b"}"
-    return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == found[1] else None
 
 
 def disk_error(error: BaseException, path: Path) -> UserError | None:
@@ -443,6 +385,7 @@ def disk_error(error: BaseException, path: Path) -> UserError | None:
 
 def replace_folder(beside: Path, place: Path) -> None:
     """Files of a folder take the place of those in another, each at once; folders inside it stay."""
+    follow_umask(*(file for file in beside.rglob("*") if file.is_file()))
     if not place.exists():
         beside.rename(place)
         return
@@ -473,14 +416,6 @@ def _by_round(files: Iterable[Path]) -> list[Path]:
     return sorted(files, key=_round_of)
 
 
-def _crc32(path: Path) -> int:
-    found = 0
-    with path.open("rb") as handle:
-        while data := handle.read(1 << 22):
-            found = zlib.crc32(data, found)
-    return found
-
-
 def _shards(tensors: dict[str, Tensor], most: int) -> list[list[str]]:
     """Names in files of at most `most` bytes."""
     out: list[list[str]] = []
@@ -501,11 +436,12 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, beside)
+        follow_umask(beside)
         with beside.open("rb") as handle:
             os.fsync(handle.fileno())
         found = _sha256(beside)
         beside.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 
 from fedsim.errors import Notice, UserError
+from fedsim.files import read_file, read_json, warn_of_damage, warn_of_damaged_rows
 
 COLUMNS = ("round", "step", "scope", "client", "split", "name", "value", "weight", "seconds")
 SCOPES = ("local", "federated", "central")
@@ -68,7 +69,7 @@ def load_runs(path: PathLike | Iterable[PathLike], names: Sequence[str] | None =
     """
     folders = find_runs(path)
     configs = [read_config(folder) for folder in folders]
-    frames = [_metrics(folder / "metrics.jsonl") for folder in folders]
+    frames = [_metrics(folder) for folder in folders]
     if names is not None:
         known = sorted({str(name) for frame in frames for name in frame["name"].unique()})
         for name in names:
@@ -104,7 +105,7 @@ def list_runs(path: PathLike | Iterable[PathLike]) -> pd.DataFrame:
     """
     rows = []
     for folder in find_runs(path):
-        config, df = read_config(folder), _metrics(folder / "metrics.jsonl")
+        config, df = read_config(folder), _metrics(folder)
         best = config.get("best") or {}
         metric = str(best.get("metric", "accuracy"))
         sign = 1.0 if str(best.get("mode", _mode(metric))) == "max" else -1.0
@@ -136,12 +137,8 @@ def load_partition(run: PathLike) -> dict[str, Any]:
     file = Path(run) / "partition.json"
     if not file.is_file():
         raise UserError(f"no partition report {str(file)!r}; give the folder of a run that has built its partition")
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error}); run the experiment again to write it anew") from None
-    if not isinstance(report, dict):
-        raise UserError(f"{file}: holds {type(report).__name__}, no report; run the experiment again to write it anew")
+    report = read_json(file)
+    warn_of_damage(Path(run), "partition.json")
     return report
 
 
@@ -406,8 +403,9 @@ def require_metric(df: pd.DataFrame, metric: str, split: str | None = None) -> N
         raise UserError(f"no metric {metric!r} in {where}; recorded: {known}")
 
 
-def _metrics(file: Path) -> pd.DataFrame:
-    lines = file.read_bytes().decode("utf-8", errors="replace").split("\n")
+def _metrics(folder: Path) -> pd.DataFrame:
+    file = folder / "metrics.jsonl"
+    lines = read_file(file).decode("utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     torn = len(lines) if lines and _problem(lines[-1]) else 0
@@ -432,6 +430,8 @@ def _metrics(file: Path) -> pd.DataFrame:
         raise UserError(f"{file}: not a metrics file; every line must be one JSON object with {', '.join(COLUMNS)}")
     if torn:
         warnings.warn(f"{file}: the last line ({torn}) is torn and left out", Notice, stacklevel=3)
+    warn_of_damage(folder, "config.yaml")
+    warn_of_damaged_rows(folder)
     return frame.drop_duplicates(["round", "step", "scope", "client", "split", "name"], keep="last", ignore_index=True)
 
 
@@ -460,7 +460,7 @@ def _problem(text: str) -> str | None:
 def read_config(folder: Path) -> dict[str, Any]:
     """A run folder's `config.yaml` as a nested dict; a UserError where it cannot be read."""
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load(read_file(folder / "config.yaml").decode())
     except (yaml.YAMLError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"{folder / 'config.yaml'}: not YAML ({why}); restore the file") from None
@@ -482,10 +482,13 @@ def experiment_name(config: dict[str, Any], folder: Path) -> str:
 
 
 def read_state(folder: Path) -> str:
-    """running, finished or failed, from `status.json`; "unknown" where that says nothing."""
+    """running, finished, stopped or failed, from `status.json`; "unknown", with a `Notice`, where that cannot be read."""
     try:
-        return str(json.loads((folder / "status.json").read_text(encoding="utf-8"))["state"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(folder / "status.json").get("state", "unknown"))
+    except OSError:
+        return "unknown"
+    except UserError as error:
+        warnings.warn(str(error), Notice, stacklevel=2)
         return "unknown"
 
 

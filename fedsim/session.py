@@ -9,10 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Collection
@@ -30,6 +28,7 @@ from fedsim.config import Experiment
 from fedsim.errors import UserError, WorkerDied
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.executors.fleet import FleetExecutor, Member
+from fedsim.files import CLIENT_FOLDERS, differing, folder_names, read_checked, record, write_checked
 from fedsim.messages import codec
 from fedsim.models import adapters, base
 from fedsim.models.card import write_card
@@ -56,21 +55,17 @@ from fedsim.rounds import (
     state_info,
     state_tensors,
 )
-from fedsim.run_folder import (
-    RunFolder,
-    disk_error,
-    environment,
-    read_checked,
-    replace_folder,
-    save_arrays,
-    write_checked,
-)
+from fedsim.run_folder import RunFolder, disk_error, environment, replace_folder, save_arrays
 from fedsim.seeding import stream
 from fedsim.store import Records, Store
 from fedsim.trackers import Trackers
 from fedsim.training.trainer import Trainer, filled, stores_of
 from fedsim.types import Engine, Report, Row, Scores, Scoring
 
+_PRODUCTS = (
+    *("config.yaml", "environment.json", "plan.json", "memory.json", "model.json", "partition.npz", "partition.json"),
+    *(CLIENT_FOLDERS, "metrics.jsonl", "scores.npz", "predictions.csv", "comparison.json", "figures/examples.md"),
+)
 BY_ROW_SITES = 100  # sites alone whose last models are scored row by row; of more, only the chosen ones
 
 
@@ -198,6 +193,9 @@ class Session:
         folder.write_json("environment.json", about)
         save_arrays(folder, "partition.npz", parts.partition.to_arrays())
         folder.write_json("partition.json", parts.report)
+        self.folders = folder_names(parts.partition.names or ())
+        if unlike := {place: client for client, place in self.folders.items() if place != client}:
+            folder.write_json(CLIENT_FOLDERS, unlike)
         write_checked(folder.path / "checkpoints" / "rounds.json", {"rounds": self.exp.rounds})
         self._status("running")
 
@@ -238,11 +236,13 @@ class Session:
         return f"stopped {where}; the same command goes on from there"
 
     def _note_files(self) -> None:
-        """Write down what a finished run holds, so that what is lost later can be told."""
-        files = self.folder.files(["metrics.jsonl", "scores.npz", "predictions.csv", "comparison.json"])
+        """Record sizes and checksums of what a finished run holds, so that later damage is found."""
+        run = self.folder.path
+        records = [f"checkpoints/{file.name}" for file in sorted((run / "checkpoints").glob("*.bin"))]
+        files = record(run, [*_PRODUCTS, *records, "init", *(f"checkpoints/{mode}" for mode in self._modes())])
         for mode in self._modes():
             files |= (self.folder.done(mode) or {}).get("files", {})
-        write_checked(self.folder.path / "checkpoints" / "files.json", files)
+        write_checked(run / "checkpoints" / "files.json", files)
 
     def _status(self, state: str, reason: str | None = None, figures: bool = True) -> None:
         value = {"state": state, "rounds": self.exp.rounds, "seconds": round(self._seconds(), 3)}
@@ -355,9 +355,9 @@ class Session:
             self.first.write_at(0, start, parameter.data.reshape(-1))
             start += parameter.numel()
         kept = read_checked(self.folder.path / "checkpoints" / "init.json")
-        if kept is None or self.folder.damaged(kept) or not (self.folder.path / "init").is_dir():
+        if kept is None or differing(self.folder.path, kept) or not (self.folder.path / "init").is_dir():
             self._save_model(None, self.folder.path / "init")
-            write_checked(self.folder.path / "checkpoints" / "init.json", self.folder.files(["init"]))
+            write_checked(self.folder.path / "checkpoints" / "init.json", record(self.folder.path, ["init"]))
 
     def _read(self, store: Store, record: int, into: Tensor) -> None:
         """Copy parameters from a record into a flat vector, a chunk at a time."""
@@ -544,7 +544,7 @@ class Session:
             self.show.warn(f"{mode}: its rows in metrics.jsonl are damaged or missing")
             done = None
         if done is not None:
-            damaged = folder.damaged(done["files"])
+            damaged = differing(folder.path, done["files"])
         if done is None or damaged:
             if damaged:
                 self.show.warn(f"{mode}: damaged or missing, and made anew: {', '.join(damaged)}")
@@ -554,10 +554,14 @@ class Session:
             done |= folder.stretch()
             folder.end_mode(mode, done)
         self.by_row |= load_by_row(folder, mode)
-        for round, info in folder.checkpoints(mode)[-1:]:
+        for round, info in folder.checkpoints(mode):
             if info is None or not folder.has_tensors(mode, info) or not self._has_records(mode, info):
+                folder.drop_checkpoint(mode, round)  # else the end of the run would record it as it is now
+                left = [r for r, _ in folder.checkpoints(mode)]
+                where = f"go on from round {left[-1]}" if left else "train this mode from the start"
                 self.show.warn(
-                    f"{mode}: done, but its checkpoint of round {round} is damaged: more rounds would start afresh"
+                    f"{mode}: its models and scores are whole, but its checkpoint of round {round} is damaged and is "
+                    f"removed: a run with more rounds would {where}"
                 )
         self._track(done["metrics_bytes"])
         return done["metrics_bytes"]
@@ -712,7 +716,7 @@ class Session:
             done = folder.stretch()
         self._write_cards(mode)
         about = {"models": len(found), "rounds": exp.rounds, "plan": dataclasses.asdict(self.plan)}
-        about["files"] = folder.files([*self.exported, f"checkpoints/{mode}/by_row.npz"])
+        about["files"] = record(folder.path, [*self.exported, f"checkpoints/{mode}/by_row.npz"])
         about |= {key: done[key] for key in ("metrics_begin", "metrics_bytes", "metrics_sha256")}
         folder.end_mode(mode, about)
         self._track(about["metrics_bytes"])
@@ -846,7 +850,7 @@ class Session:
             labels, records, best_records = [], [], []
             for client, record in sorted(state.records.table.items()):
                 name = CENTRAL if client == CENTRAL_CLIENT else self.parts.partition.name(client)
-                place = CENTRAL if client == CENTRAL_CLIENT else f"local/{folder_name(name)}"
+                place = CENTRAL if client == CENTRAL_CLIENT else f"local/{self.folders.get(name, name)}"
                 label = CENTRAL if client == CENTRAL_CLIENT else f"local {name}"
                 self._read(self.stores[mode], record, executor.weights)
                 who = None if client == CENTRAL_CLIENT else name
@@ -945,12 +949,6 @@ def draw_figures(folder: RunFolder, show: Progress) -> None:
     folder.sync_metrics()
     for path in save_figures(folder.path):
         show.note(f"figure: {path}")
-
-
-def folder_name(client: str) -> str:
-    """A client's id as a folder's name; an id with other characters gets a hash so that no two collide."""
-    safe = re.sub(r"[^\w.+-]", "_", client).strip(".") or "_"
-    return safe if safe == client else f"{safe[:60]}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
 
 
 def _headline(rows: list[Row], round: int, metric: str) -> str:

@@ -71,7 +71,7 @@ class Store:
         Raises:
             OSError: if it cannot be written: the disk is full, say.
         """
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             for i in range(0, part.numel(), _AT_ONCE):
                 piece = part[i : i + _AT_ONCE].detach().to("cpu", self.dtype).contiguous()

@@ -27,7 +27,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fedsim.build import Parts, Shared, prepare
-from fedsim.config import Experiment
+from fedsim.config import Experiment, results_of
 from fedsim.errors import ClientError, UserError
 from fedsim.executors.fleet import Fleet, Member
 from fedsim.executors.processes import (
@@ -35,15 +35,14 @@ from fedsim.executors.processes import (
     die_with_parent,
     died_of,
     main_not_imported,
-    remove_temp_dir,
     without_interrupt,
 )
 from fedsim.experiment import run, run_folder_of
+from fedsim.files import check_own, damage, read_checked, read_json, write_atomic
 from fedsim.numerics import settled
 from fedsim.progress import Board, Progress
 from fedsim.pulse import LOOK_S, Watch, pulses, silence, watched_by
 from fedsim.resolve import devices_of
-from fedsim.run_folder import write_atomic
 from fedsim.schema import plain
 from fedsim.sections import Pool
 from fedsim.signals import ended_by_signals
@@ -114,6 +113,7 @@ def run_sweep(
         plan = Sweep.from_dict(plan) if isinstance(plan, dict) else Sweep.load(plan)
     jobs = [Job(settings, exp) for settings, exp in zip(plan.settings, plan.experiments, strict=True)]
     path = plan.path
+    check_own(path, results_of(plan.experiments[0]), names=["sweep.json"])
 
     def save() -> None:
         runs = [
@@ -228,6 +228,8 @@ def _prepare(jobs: list[Job], shared: Shared, twins: dict[int, list[int]]) -> li
     """Find each run's folder, and what cannot be; the runs that are to be made. Jobs that come to the same run go into `twins`."""
     waiting: list[tuple[int, Parts]] = []
     first: dict[Path, int] = {}
+    for place in {run_folder_of(job.exp, "errors") for job in jobs}:
+        check_own(place, results_of(jobs[0].exp))
     for i, job in enumerate(jobs):
         try:
             parts = prepare(job.exp, shared)
@@ -242,7 +244,7 @@ def _prepare(jobs: list[Job], shared: Shared, twins: dict[int, list[int]]) -> li
         if other != i:
             twins.setdefault(other, []).append(i)
             job.state, job.skipped = jobs[other].state, jobs[other].skipped
-        elif _finished(job.path, job.exp.rounds):
+        elif _finished(job.path, job.exp.rounds) and not damage(job.path):
             job.state, job.skipped = "finished", True
         else:
             waiting.append((i, parts))
@@ -266,8 +268,8 @@ def _places(devices: list[str] | str, workers: int | None, threads: int | None) 
 
 def _finished(path: Path, rounds: int) -> bool:
     try:
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        status = read_json(path / "status.json")
+    except (OSError, UserError):  # the run says so, and writes it anew
         return False
     return status.get("state") == "finished" and status.get("rounds") == rounds and status.get("figures", True)
 
@@ -366,9 +368,15 @@ def _run_one(
     try:
         tree = exp.to_dict()
         # The last bits depend on the threads: a run that was started before keeps its own.
-        known = (_json(path / "plan.json") or {}).get("threads") if path is not None else None
+        known = None
+        if path is not None:
+            with contextlib.suppress(OSError, UserError):  # the run itself says that the file is damaged
+                plan = read_checked(path / "checkpoints" / "plan.json") or read_json(path / "plan.json")
+                known = plan.get("threads")
         tree["executor"] = {"name": "serial", "device": device, "threads": known or threads}
-        done = run(Experiment.from_dict(tree), progress=progress, shared=shared, member=member)
+        # A finished run is here only if it is damaged: what can be made again is.
+        resume = path if path is not None and _finished(path, exp.rounds) else None
+        done = run(Experiment.from_dict(tree), progress=progress, shared=shared, member=member, resume=resume)
         return "finished", _result(done.path), ""
     except (UserError, ClientError) as error:
         lines = str(error).strip().split("\n")
@@ -378,12 +386,6 @@ def _run_one(
     finally:
         if device.startswith("cuda") and member is None:
             torch.cuda.empty_cache()  # what the last run's allocator keeps would look taken to the next one's planner
-
-
-def _json(file: Path) -> Any:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(file.read_text(encoding="utf-8"))
-    return None
 
 
 def _result(path: Path) -> str:
@@ -493,7 +495,6 @@ def _run_apart(
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
-        remove_temp_dir()
 
 
 def _spawn(shared: Shared, device: str, threads: int) -> _Worker:

@@ -6,7 +6,6 @@ folders will do as well: what was changed is then read from their configs. No to
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.errors import UserError
+from fedsim.files import check_own, read_json, write_atomic
 from fedsim.runs import (
     SCOPES,
     PathLike,
@@ -178,7 +178,7 @@ def cells(
 def write_tables(path: PathLike, metric: str | None = None) -> list[Path]:
     """Write `table.csv`, `table.parquet` (both `sweep_table`) and `cells.csv` (`cells`) into the sweep's folder.
 
-    Each file is written beside its place and renamed, so that a reader never sees a part of it.
+    A reader never sees a part of a file.
 
     Args:
         path: the sweep's folder.
@@ -191,22 +191,15 @@ def write_tables(path: PathLike, metric: str | None = None) -> list[Path]:
         UserError: as `sweep_table`.
     """
     table = sweep_table(path, metric)
-    folder = Path(path)
-    return [
-        _write(folder / "table.csv", lambda file: table.to_csv(file, index=False)),
-        _write(folder / "table.parquet", lambda file: table.to_parquet(file, index=False)),
-        _write(folder / "cells.csv", lambda file: cells(table).to_csv(file, index=False)),
-    ]
-
-
-def _write(file: Path, write: Any) -> Path:
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        write(beside)
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
-    return file
+    files = {
+        "table.csv": table.to_csv(index=False).encode(),
+        "table.parquet": table.to_parquet(index=False),
+        "cells.csv": cells(table).to_csv(index=False).encode(),
+    }
+    check_own(Path(path), names=files)
+    for name, data in files.items():
+        write_atomic(Path(path) / name, data)
+    return [Path(path) / name for name in files]
 
 
 def _members(path: PathLike | Iterable[PathLike]) -> tuple[list[str] | None, list[tuple[Path, dict[str, Any] | None]]]:
@@ -229,9 +222,9 @@ def _members(path: PathLike | Iterable[PathLike]) -> tuple[list[str] | None, lis
 
 def _read_sweep(file: Path) -> tuple[list[str], list[tuple[str | None, dict[str, Any]]]]:
     try:
-        sweep = json.loads(file.read_text(encoding="utf-8"))
+        sweep = read_json(file)
         return [str(key) for key in sweep["keys"]], [(run["run"], dict(run["settings"])) for run in sweep["runs"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{file}: not a sweep's list of runs ({why}); run the sweep again to write it anew") from None
 

@@ -12,7 +12,6 @@ by the metric's direction, and with several runs (seeds) of a label a demand is 
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fedsim import files
 from fedsim.errors import UserError
 from fedsim.runs import Traces, load_runs, mode_of, traces
 
@@ -150,6 +150,7 @@ def load_run(path: Path) -> FinishedRun:
     rows = load_runs(path)
     if rows.empty or rows["run"].nunique() != 1:
         raise UserError(f"{str(path)!r} is not the folder of one run with metrics; give RESULTS/NAME/ID")
+    files.warn_of_damage(path, "partition.json", "comparison.json", "scores.npz")
     scores = _row_scores(path / "scores.npz")
     return FinishedRun(path, rows, read_json(path / "partition.json"), read_json(path / "comparison.json"), scores)
 
@@ -158,14 +159,11 @@ def read_json(file: Path) -> Any:
     """A JSON file's content; None where there is no file.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: it is not JSON, or holds no object.
     """
     if not file.is_file():
         return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); restore the file or do the run again") from None
+    return files.read_json(file)
 
 
 def _row_scores(file: Path) -> RowScores | None:

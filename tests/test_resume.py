@@ -266,11 +266,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an environment of numbers": (lambda r: put(r / "environment.json", devices=3, versions=[1]), "cannot be told"),
     "a checkpoint of a mode that is done": (
         lambda r: cut(r / "checkpoints/federated/round-00003.safetensors"),
-        "federated: done, but its checkpoint of round 3 is damaged",
+        "federated: its models and scores are whole, but its checkpoint of round 3 is damaged and is removed",
     ),
     "records of a mode that is done": (
         lambda r: change(r / "checkpoints/local.bin", -5),
-        "local: done, but its checkpoint of round 3 is damaged",
+        "local: its models and scores are whole, but its checkpoint of round 3 is damaged and is removed",
     ),
     "the start": (lambda r: change(r / "init/adapter_model.safetensors", -1), ""),
     "all else": (
@@ -304,9 +304,11 @@ def test_what_is_damaged_is_found_and_made_again(
     said = notes(monkeypatch)
     assert lab.run(**{**keys, "name": "stopped"}) == run
     assert any(line in text for text in said), said
-    if what == "a checkpoint of a mode that is done":  # which nothing rests on by now
+    if "of a mode that is done" in what:  # nothing rests on its checkpoint by now
+        mode = line.partition(":")[0]
+        assert not list((run / "checkpoints" / mode).glob("round-00003*"))
         whole = next((lab.root / "results" / "whole").iterdir())
-        shutil.copy(whole / "checkpoints/federated/round-00003.safetensors", run / "checkpoints/federated")
+        shutil.copy(whole / "checkpoints" / mode / "round-00003.safetensors", run / "checkpoints" / mode)
     lab.same_bits(run, damaged_from["whole"])
     assert not [f for f in run.rglob("*") if f.name in ("rows.jsonl", "start.bin") or f.name.startswith(".")]
 

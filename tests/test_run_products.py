@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import fedsim
 from fedsim.build import prepare
 from fedsim.config import Experiment
-from fedsim.session import folder_name
+from fedsim.files import folder_names
 
 
 def _exp(folder: Path, **keys: Any) -> Experiment:
@@ -160,8 +161,43 @@ def test_a_tsv_without_quoting_keeps_its_rows(tmp_path: Path) -> None:
     assert sorted(texts) == sorted(line.split("\t")[0] for line in lines)
 
 
-@pytest.mark.parametrize("name", ["site-1", "a/b", "..", "north west", "Klinik Köln"])
-def test_a_sites_folder_stays_inside_the_run(name: str, tmp_path: Path) -> None:
-    place = (tmp_path / "local" / folder_name(name)).resolve()
-    assert place.parent == tmp_path / "local"
-    assert folder_name(name) != folder_name(name + "_"), "two ids, two folders"
+NAMES = [
+    *("site-1", "Klinik-Köln", "a.b", "-rf", "x" * 246, "best", "clients.json"),  # folders' names as they are
+    *(
+        "a/b",
+        "a_b",
+        "..",
+        ".",
+        "/",
+        "north west",
+        "x ",
+        ".hidden",
+        "x.",
+        "a\0b",
+        "a\0c",
+        'CON<>:"|?*\\',
+        "\n",
+        "\N{BABY}",
+    ),
+    *("x" * 247, "x" * 250, "x" * 5000, "\u533b" * 90, "\u533b" * 91, "\U00020000" * 70, "\N{BABY}" * 70),
+    *("Ko\u0308ln", "K\u00f6ln"),  # one name to a reader, two ids
+    "a_b-c14cddc0",  # what "a/b" would be called
+]
+
+
+def test_each_client_has_a_folder_of_its_own_inside_the_run(tmp_path: Path) -> None:
+    names = folder_names(NAMES)
+    assert sorted(names) == sorted(NAMES)
+    assert len(set(names.values())) == len(NAMES)
+    assert [names[n] for n in (*NAMES[:7], "a_b", "a_b-c14cddc0", "K\u00f6ln")] == [
+        *(*NAMES[:7], "a_b", "a_b-c14cddc0", "K\u00f6ln")
+    ]
+    assert names["north west"] == "north_west-" + hashlib.sha256(b"north west").hexdigest()[:8], (
+        "as in earlier versions"
+    )
+    for name in names.values():
+        beside = tmp_path / f".{name}.{4194304}"  # the largest pid
+        beside.mkdir()
+        place = beside.replace(tmp_path / name)
+        assert place.parent == tmp_path and place.is_dir() and not name.startswith(".")
+    assert len(list(tmp_path.iterdir())) == len(NAMES)

@@ -36,7 +36,6 @@ from fedsim.executors.processes import (
     die_with_parent,
     died_of,
     main_not_imported,
-    remove_temp_dir,
     without_interrupt,
 )
 from fedsim.executors.serial import MakeTrainer, client_failed, clients
@@ -360,7 +359,6 @@ class PoolExecutor:
             resource_sharer.stop(timeout=5)
             self._unread = False
         self._pool = []
-        remove_temp_dir()
         self.weights = self.total = None
 
     # ------------------------------------------------------------------------------------------- messages

@@ -5,34 +5,29 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
+import secrets
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
-from multiprocessing import resource_sharer, util
-from multiprocessing.connection import wait
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Listener, wait
 from typing import Any
 
 import torch.multiprocessing as mp
 
 DEATHS = 3  # processes that may die of the same work before it is given up
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_ROOM = 107 - len("/pymp-12345678/listener-12345678")  # bytes of a temporary directory's path
 
 
 def die_with_parent() -> None:
-    """End at once when the main process is gone, even in the middle of a step; what it can no longer remove goes first.
+    """End at once when the main process is gone, even in the middle of a step.
 
     On Linux a process that is stopped is woken for it by the kernel.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
     wait([mp.parent_process().sentinel])
-    left = mp.current_process()._config.get("tempdir")  # that of multiprocessing, which a process takes from its parent
-    if left is not None:
-        shutil.rmtree(left, ignore_errors=True)
     os._exit(1)
 
 
@@ -60,7 +55,7 @@ def main_not_imported() -> Iterator[None]:
 @contextlib.contextmanager
 def without_interrupt() -> Iterator[None]:
     """Start processes that ignore Ctrl-C from their first moment: it reaches the whole group, and the main process decides."""
-    _make_temp_dir()  # made here, workers know it and remove it should this process be killed
+    _share_handles()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may say what signals do
         yield
         return
@@ -71,36 +66,20 @@ def without_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _make_temp_dir() -> None:
-    """Make multiprocessing's temporary folder, for its sockets: their paths may have 107 bytes, which a long TMPDIR, as clusters
-    have them, leaves no room for. /tmp takes its place then."""
-    before = tempfile.gettempdir()
-    try:
-        if len(os.fsencode(before)) > _ROOM and os.access("/tmp", os.W_OK | os.X_OK):
-            tempfile.tempdir = "/tmp"
-        util.get_temp_dir()
-    finally:
-        tempfile.tempdir = before
+def _share_handles() -> None:
+    """Let multiprocessing pass file handles over a socket that has a name but no file.
 
-
-def remove_temp_dir() -> None:
-    """Remove multiprocessing's temporary folder once the last worker has ended: a main process that is killed later, when
-    nobody is left to do it, leaves nothing. It is made again where it is needed again.
-
-    A folder that something else still uses, a process or a file in it, stays until the process ends.
+    It would make a folder in the temporary directory for its socket, which nobody is left to remove when a signal kills the
+    whole process group. A key that the workers inherit guards either socket.
     """
-    made = mp.current_process()._config.get("tempdir")
-    if made is None or mp.active_children():
-        return
-    resource_sharer.stop(timeout=5)  # its socket lies there
-    try:
-        if os.listdir(made):
-            return
-    except OSError:
-        return
-    for finalizer in list(util._finalizer_registry.values()):  # removing it behind their back fails at the exit
-        if getattr(finalizer, "_callback", None) is util._remove_temp_dir:
-            finalizer()
+    sharer = resource_sharer._resource_sharer
+    with sharer._lock:
+        if sharer._address is None:
+            name = f"\0fedsim-{os.getpid()}-{secrets.token_hex(8)}"
+            sharer._listener = Listener(name, "AF_UNIX", backlog=128, authkey=mp.current_process().authkey)
+            sharer._address = sharer._listener.address
+            sharer._thread = threading.Thread(target=sharer._serve, daemon=True)
+            sharer._thread.start()
 
 
 def died_of(process: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from fedsim.errors import UserError
+from fedsim.files import client_folders, differing, model_name, read_json, recorded
 from fedsim.models import base as bases
 from fedsim.models.bottleneck import CONFIG as BOTTLENECK
 from fedsim.runs import experiment_name, find_runs, read_config, read_state
@@ -92,7 +92,19 @@ def find_models(
             run = group[0].run if len(homes) == 1 else ""
             out.append(Candidate(run, "base" if len(named) == 1 else f"base {name}", name, None))
         out += [*plain, *(one for one in group if one.folder is not None)]
+    for one in out:
+        if one.folder is not None:
+            _check_whole(one.folder.resolve())
     return out
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse a model that is not what its run wrote."""
+    for run in filter(_is_run, folder.parents):
+        own = {name: about for name, about in recorded(run).items() if (run / name).parent == folder}
+        if bad := differing(run, own):
+            way = f"make it again with fedsim run {run / 'config.yaml'} --resume {run}, or leave it out with --only"
+            raise UserError(f"{run / bad[0]} was changed or damaged after the run wrote it; {way}")
 
 
 def _candidates(path: str, which: str, only: Sequence[str] | None, base_path: str | None) -> list[Candidate]:
@@ -139,12 +151,16 @@ def _of_run(run: Path, which: str, only: Sequence[str] | None, base_path: str | 
         raise UserError(
             f"{run}: holds no {'' if which == 'both' else which + ' '}model yet ({read_state(run)}); let the run finish"
         )
-    chosen = [n for n in there if only is None or any(fnmatch.fnmatchcase(n, pattern) for pattern in only)]
+    clients = client_folders(run)
+    names = {n: model_name(n, clients) for n in there}
+    chosen = [n for n in there if only is None or any(fnmatch.fnmatchcase(names[n], p) for p in only)]
     if not chosen:
-        raise UserError(f"--only: {', '.join(only or [])} fits no model of {run}, which has: {', '.join(there)}")
+        raise UserError(
+            f"--only: {', '.join(only or [])} fits no model of {run}, which has: {', '.join(names.values())}"
+        )
     label = f"{experiment_name(config, run)}/{run.resolve().name}"
     known = base_path or _base_of_run(config, run)
-    return [Candidate(label, name, known, run / name, run) for name in chosen]
+    return [Candidate(label, names[place], known, run / place, run) for place in chosen]
 
 
 def _natural(name: str) -> list[Any]:
@@ -158,10 +174,7 @@ def _base_of_run(config: dict[str, Any], run: Path) -> str:
 
 def _base_of_adapter(folder: Path) -> str:
     file = next(folder / name for name in _ADAPTERS if (folder / name).is_file())
-    try:
-        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        name = None
+    name = read_json(file).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{file}: names no base model; give it with --base-path")
     return _resolved(str(name), str(folder))

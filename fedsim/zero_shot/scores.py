@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.errors import UserError
-from fedsim.run_folder import write_atomic
+from fedsim.files import check_own, write_atomic
 from fedsim.zero_shot.models import Candidate
 
 NOISE = 1.96  # standard errors: 95 % of a normal distribution
@@ -215,6 +215,8 @@ class Evaluation:
         models = [r.model for r in self.results]
         own = {m.home for m in models} if out is None else set()
         places = homes(models, out)
+        for place in own & set(places):
+            check_own(place)
         return [p for place in places for p in (self._of_run(place) if place in own else self)._write(place)]
 
     def _write(self, folder: Path) -> list[Path]:
@@ -247,6 +249,8 @@ def check_writable(folders: list[Path], key: str) -> None:
         UserError: for a file in a folder's place, a folder in a file's, or one that cannot be written to.
     """
     for folder in folders:
+        if (folder / "metrics.jsonl").exists():
+            check_own(folder)
         there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         if not there.is_dir():
             what = "is" if there == folder else f"lies below {str(there)!r},"

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.errors import UserError
-from fedsim.run_folder import write_atomic
+from fedsim.files import write_atomic
 
 TASKS = ("hellaswag", "piqa", "winogrande")
 
