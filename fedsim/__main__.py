@@ -88,7 +88,8 @@ def run(
     metrics = load_runs(done.path)
     for metric in ("accuracy", "exact_match", "loss"):
         if (metrics["name"] == metric).any():
-            _table(summary(metrics, metric=metric), f"{metric} of {done.path}")
+            by = metrics["best.metric"].iloc[0]
+            _table(summary(metrics, metric=metric), f"{metric} of {done.path}; models chosen by validation {by}")
     for figure in sorted((done.path / "figures").glob("*")):
         print(figure)
 
