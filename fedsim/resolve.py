@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fedsim.build import Parts, draw_of
 from fedsim.config import Experiment
@@ -129,6 +130,15 @@ def devices_of(exp: Experiment) -> tuple[str, list[str]]:
                 f"model.dtype: 'bfloat16', which {device} ({name}) does not compute in; use float32 or float16"
             )
     return kind, devices
+
+
+def token_bytes(model: nn.Module) -> int:
+    """Bytes of one token's activation in the widest frozen layer; vocabulary-sized ones see few positions and do not count."""
+    seen = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    left_out = {id(w) for w in (*seen, getattr(head, "weight", None))}
+    frozen = [p for p in model.parameters() if p.dim() == 2 and not p.requires_grad and id(p) not in left_out]
+    return max((max(p.shape) * p.element_size() for p in frozen), default=1)
 
 
 WORKER_BYTES = 300 << 20  # of memory of its own: Python with its libraries, measured on the CPU

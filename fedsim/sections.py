@@ -715,8 +715,8 @@ class Evaluate:
 class Training:
     """How clients share a device."""
 
-    lanes: int | Literal["auto"] = "auto"
-    """Clients trained side by side in one forward and backward pass; auto = measured once, at the run's first start; 1 = one after another, PEFT's own model in padded batches."""
+    lanes: int | Literal["auto", "measure"] = "auto"
+    """Clients trained side by side in one forward and backward pass. auto = by the sizes of the experiment and the base and the kind of device, the same wherever it runs; measure = timed once, at the run's first start, so another start may choose otherwise, and its last bits differ; 1 = one after another, PEFT's own model in padded batches."""
     checkpointing: bool | Literal["auto"] = "auto"
     """Compute activations a second time in the backward pass instead of keeping them; auto = where one lane would not fit otherwise."""
 
@@ -726,8 +726,8 @@ class Training:
     """Where the whole model is trained under a 16-bit model.dtype: weights, gradients and moments in float32, computing in 16 bits; false = everything in 16 bits, in half the memory. Sums over clients are float32 either way."""
 
     def check(self, path: str) -> None:
-        whole = self.lanes == "auto" or (isinstance(self.lanes, int) and self.lanes >= 1)
-        check_that(whole, f"{path}.lanes", self.lanes, "is no number of lanes; give 1 or more, or auto")
+        whole = not isinstance(self.lanes, int) or self.lanes >= 1
+        check_that(whole, f"{path}.lanes", self.lanes, "is no number of lanes; give 1 or more, auto or measure")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ from fedsim.params import Layout, Params, clone
 from fedsim.planner import Packs, Plan, choose_lanes, describe
 from fedsim.predictions import ByRow, by_row, load_by_row, save_by_row, write_predictions
 from fedsim.progress import Progress
-from fedsim.resolve import check_memory, free_memory, recipe_of, schedule_of
+from fedsim.resolve import check_memory, free_memory, recipe_of, schedule_of, token_bytes
 from fedsim.rounds import CENTRAL as CENTRAL_CLIENT
 from fedsim.rounds import (
     MERGED,
@@ -427,20 +427,27 @@ class Session:
             if plan.packed or whole:
                 on_gpu, here = device.startswith("cuda"), self.devices.count(device)
                 frozen = [*self.model.buffers(), *([] if whole else self.model.parameters())]
+                first = self._first_packs()
                 choose_lanes(
                     plan,
-                    self._first_packs(),
+                    first,
                     executor.measure,
                     executor.configure,
                     workers=len(self.devices),
                     lanes=1 if whole else exp.training.lanes,
                     checkpointing=exp.training.checkpointing if layers_of(self.model) else False,
                     base_bytes=sum(t.nbytes for t in frozen),
+                    token_bytes=token_bytes(self.model),
+                    total=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
                     free=None if (free := free_memory(device)) is None else free // here,
                     # A whole model's weights are there already, and are counted with its gradient and moments.
                     resident=executor.peaks()[0] - (self.layout.nbytes if whole and not on_gpu else 0),
                     on_gpu=on_gpu,
                 )
+                packs = -(-first.clients // plan.lanes)
+                if packs < len(self.devices) and first.clients > packs:
+                    way = f"lower training.lanes (now {plan.lanes})"
+                    self.show.note(f"{packs} pack(s) a round for {len(self.devices)} workers: {way} to give each one")
                 if whole:
                     plan.memory |= dict.fromkeys(("global", "sum"), self.layout.nbytes)
                     plan.memory["chunk"] = min(self.layout.nbytes, 4 * (self.bundle.recipe.chunk or 0))
@@ -510,7 +517,8 @@ class Session:
 
         some = batches(next(iter(tasks)))
         short = len(some) > 1 and len(some[-1]) < len(some[0])
-        return Packs(len(tasks), first, largest, last if short else None, len(some))
+        mean = float(tokens.lengths_of(tokens.kept()).mean()) + front
+        return Packs(len(tasks), first, largest, last if short else None, len(some), mean)
 
     # ------------------------------------------------------------------------------------------- a mode
 

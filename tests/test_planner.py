@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ import fedsim
 import fedsim.session
 from fedsim.errors import UserError
 from fedsim.models.stacked import StackedNet
-from fedsim.planner import Packs, Plan, choose_lanes, describe
+from fedsim.planner import Packs, Plan, choose_lanes, describe, lanes_of
+from fedsim.training.trainer import Trainer
 from fedsim.types import Engine, Measured
 
 MB = 1_000_000
@@ -54,14 +56,16 @@ class Device:
         """Each client's pass has `micro_batch` tokens."""
         plan = Plan(1, packed=True, micro_batch=8)
         packs = Packs(clients, lambda k, m: [np.zeros(m)] * min(k, clients), lambda k, m: k * m)
-        asked = {"lanes": "auto", "checkpointing": "auto", "base_bytes": self.base, "resident": 500 * MB, **keys}
+        asked = {"lanes": "measure", "checkpointing": "auto", "base_bytes": self.base, "resident": 500 * MB, **keys}
         choose_lanes(
             plan,
             packs,
             self.measure,
             self.configure,
             workers=workers,
+            token_bytes=1024,
             free=self.room - self.base,
+            total=self.room if on_gpu else None,
             on_gpu=on_gpu,
             **asked,
         )
@@ -222,21 +226,64 @@ def test_a_run_that_does_not_fit_with_one_lane_ends_with_a_line(lab: Any, monkey
         lab.run(**FOUR)
 
 
-def test_auto_is_resolved_once(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second start measures nothing, whatever the first one chose, and reads the same number."""
-    auto = {**FOUR, "training": {"lanes": "auto"}}
+def test_auto_is_a_function_of_sizes_alone() -> None:
+    """Tokens of a pass: at most 2,048 on the CPU, of which the widest layer makes 8 MiB; 16,384 on a GPU, as memory allows."""
+
+    def lanes(clients: int = 100, rows: int = 4, mean: float = 32, on_gpu: bool = False, **sizes: Any) -> int:
+        packs = Packs(clients, lambda k, m: [], lambda k, m: 0, mean=mean)
+        given = {"token_bytes": 1024, "lane_bytes": MB, "kept": 1000.0, "room": None, **sizes}
+        return lanes_of(packs, rows, on_gpu=on_gpu, **given)
+
+    assert lanes() == 16 and lanes(rows=1) == 64 and lanes(rows=16) == 4 and lanes(rows=200) == 1
+    assert lanes(clients=10) == 10, "no more than there are clients"
+    assert lanes(token_bytes=16 << 10) == 4, "512 tokens of 16 KiB"
+    assert lanes(lane_bytes=512 << 20) == 2, "a GiB for parameters, gradients and moments"
+    assert lanes(on_gpu=True) == 100 and lanes(on_gpu=True, clients=500) == 128
+    assert lanes(on_gpu=True, room=100 * MB, kept=125_000.0) == 5, "85 MB hold 5 of 1 + 16 MB"
+    assert lanes(on_gpu=True, room=MB, kept=125_000.0) == 1
+    plans = [Device(seconds, 10**6 * MB).choose(lanes="auto", workers=w) for seconds in (flat, linear) for w in (1, 4)]
+    assert len({plan.lanes for plan in plans}) == 1 and not any(plan.measured for plan in plans)
+
+
+@pytest.mark.parametrize("asked", ["auto", "measure"])
+def test_lanes_are_resolved_once(lab: Any, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    """The second start decides nothing, whatever the first one chose, and reads the same number."""
+    keys = {**FOUR, "training": {"lanes": asked}}
     with monkeypatch.context() as patch:
         patch.setattr(fedsim.session.Session, "_run_mode", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            lab.run(**auto)
+            lab.run(**keys)
     (folder,) = (lab.root / "results" / "lab").iterdir()
     before = plan_of(folder)
-    assert before["packed"] and 1 <= before["lanes"] <= 4 and before["measured"]
-    monkeypatch.setattr(fedsim.session, "choose_lanes", lambda *args, **keys: pytest.fail("measured again"))
-    assert lab.run(**auto) == folder
+    assert before["packed"] and 1 <= before["lanes"] <= 4 and bool(before["measured"]) == (asked == "measure")
+    monkeypatch.setattr(fedsim.session, "choose_lanes", lambda *args, **keys: pytest.fail("chosen again"))
+    assert lab.run(**keys) == folder
     assert plan_of(folder) == before
     memory = json.loads((folder / "memory.json").read_text())
     assert memory["predicted_bytes"] == before["memory"]["predicted"] and min(memory["measured_bytes"]) > 0
+
+
+def test_by_default_every_start_has_the_same_lanes_and_bits_whatever_passes_take(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine on which each pass takes another time, in one process and in two: the same plan, the same bits."""
+    keys = {**FOUR, "rounds": 2, "modes": ["local", "federated", "central"], "training": {"lanes": "auto"}}
+    first = lab.run(**keys, name="first")
+    measure, slow = Trainer.measure, itertools.count(1)
+
+    def by_chance(self: Trainer, rows: Any, weights: Any) -> Measured:
+        found = measure(self, rows, weights)
+        return dataclasses.replace(found, seconds=found.seconds * 10 ** (next(slow) % 3))
+
+    monkeypatch.setattr(Trainer, "measure", by_chance)
+    for name, executor in (("again", {"name": "serial"}), ("pool", {"name": "pool", "devices": ["cpu"], "workers": 2})):
+        other = lab.run(**keys, name=name, executor={"threads": 1, **executor})
+        assert {k: plan_of(other)[k] for k in ("lanes", "micro_batch", "checkpointing")} == {
+            k: plan_of(first)[k] for k in ("lanes", "micro_batch", "checkpointing")
+        }
+        lab.same_bits(first, other)
+    assert plan_of(first)["lanes"] == 4
+    assert lab.run(**{**keys, "training": {"lanes": "measure"}}, name="first") != first, "measuring is another run"
 
 
 def test_a_method_without_a_stacked_form_trains_one_at_a_time_and_says_why(lab: Any) -> None:
