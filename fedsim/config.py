@@ -190,7 +190,7 @@ class Experiment:
         )
         check_that(self.seed >= 0, "seed", self.seed, "is negative")
         check_that(self.rounds >= 1, "rounds", self.rounds, "is below 1")
-        check_that(self.rounds <= 10**7, "rounds", self.rounds, "is above 10000000, which no run comes to the end of")
+        check_that(self.rounds <= 10**6, "rounds", self.rounds, "is above 1000000, more than any run can finish")
         check_that(bool(self.results), "results", self.results, "is empty; give a folder, or . for this one")
         check_that(len(self.modes) > 0, "modes", self.modes, "is empty; name some of local, federated, central")
         check_that(len(set(self.modes)) == len(self.modes), "modes", self.modes, "names a mode twice")

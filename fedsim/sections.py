@@ -544,6 +544,9 @@ class CohortKeys:
         check_that(self.size == "all" or self.size >= 1, f"{path}.size", self.size, "is below 1; give a number or all")
 
 
+MOST_EXAMPLES = 10**8  # of a model per round: their order is drawn at once and held in memory
+
+
 @dataclass(frozen=True, kw_only=True)
 class LocalWork:
     """What one client does in one round."""
@@ -600,10 +603,12 @@ class LocalWork:
             )
         if self.epochs is not None:
             check_that(self.epochs >= 1, f"{path}.epochs", self.epochs, "is below 1")
+            way = f"passes over the data per round are more than {MOST_EXAMPLES} examples; lower it"
+            check_that(self.epochs <= MOST_EXAMPLES, f"{path}.epochs", self.epochs, way)
         check_that(self.batch_size >= 1, f"{path}.batch_size", self.batch_size, "is below 1")
         if self.steps is not None:
-            way = f"x batch_size={self.batch_size} are more rows a round than 2^31; lower one of them"
-            check_that(self.steps * self.batch_size < 2**31, f"{path}.steps", self.steps, way)
+            way = f"x batch_size={self.batch_size} are more than {MOST_EXAMPLES} examples per round; lower one of them"
+            check_that(self.steps * self.batch_size <= MOST_EXAMPLES, f"{path}.steps", self.steps, way)
         if self.micro_batch is not None:
             fits = 1 <= self.micro_batch <= self.batch_size
             check_that(fits, f"{path}.micro_batch", self.micro_batch, f"is outside 1 to batch_size={self.batch_size}")
