@@ -39,7 +39,7 @@ from fedsim.params import Layout, Params, clone
 from fedsim.planner import Packs, Plan, choose_lanes, describe
 from fedsim.predictions import ByRow, by_row, load_by_row, save_by_row, write_predictions
 from fedsim.progress import Progress
-from fedsim.resolve import check_memory, free_memory, recipe_of, schedule_of, token_bytes
+from fedsim.resolve import check_memory, free_memory, recipe_of, schedule_of, token_bytes, work_of
 from fedsim.rounds import CENTRAL as CENTRAL_CLIENT
 from fedsim.rounds import (
     MERGED,
@@ -112,6 +112,7 @@ class Session:
         try:
             executor = self._build()
             end = 0
+            self.show.plan({mode: (work_of(self.parts, mode), self._rounds_left(mode)) for mode in self._modes()})
             for mode in self._modes():
                 end = self._mode(mode, end, executor)
             folder.cut_metrics(end)
@@ -141,6 +142,9 @@ class Session:
         self._status("finished", figures=False)
         draw_figures(self.folder, self.show)
         self._status("finished")
+
+    def _rounds_left(self, mode: str) -> int:
+        return self.exp.rounds - max((r for r, info in self.folder.checkpoints(mode) if info is not None), default=0)
 
     def _goes_on(self) -> str:
         """Where the next start takes the run up."""

@@ -139,6 +139,7 @@ class Report:
         tokens: tokens trained on.
         computed: tokens that went through the base to train on those, pads and virtual tokens included.
         seconds: wall-clock of the pack.
+        scoring: seconds of these that went into evaluation.
         faults: what went wrong with clients of the pack.
     """
 
@@ -149,6 +150,7 @@ class Report:
     tokens: int = 0
     computed: int = 0
     seconds: float = 0.0
+    scoring: float = 0.0
     faults: list[Fault] = field(default_factory=list)
 
 

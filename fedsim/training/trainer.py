@@ -180,7 +180,7 @@ class Trainer:
         self.aggregator = WeightedMean(self.layout.sums)
         self.stores = stores_of(state, algorithms, self.layout, recipe)
         self.cuts: dict[str, tuple[list[Chunk], int]] = {}  # by mode
-        self._trimmed = -math.inf
+        self._trimmed, self._scoring = -math.inf, 0.0
         self.beat: Callable[[], None] = beat
         self._allocate(1)
         if not isinstance(net, StackedNet) or isinstance(net, StreamNet):
@@ -225,6 +225,7 @@ class Trainer:
         began = time.monotonic()
         parts = [_Part(share, share.trainer.algorithms[share.pack.mode]) for share in shares]
         first, task = shares[0].trainer, shares[0].pack.tasks[0]
+        self._scoring = 0.0
         with torch.random.fork_rng(devices=[self.net.device] if self.net.device.type == "cuda" else []):
             # What draws from torch's own stream trains one client at a time: dropout of the base, or deep in a method.
             torch.manual_seed(stream_seed(first.seed, "dropout", task.name, task.round))
@@ -232,7 +233,7 @@ class Trainer:
         self._give_back()
         for part in parts:
             part.report.weight = part.partial.weight
-            part.report.seconds = time.monotonic() - began
+            part.report.seconds, part.report.scoring = time.monotonic() - began, self._scoring
         return [part.report for part in parts]
 
     def guest(self, sites: Sites, algorithms: dict[str, Algorithm], recipe: Recipe, seed: int, state: Path) -> Trainer:
@@ -553,6 +554,9 @@ class Trainer:
         """
         if not lanes:
             return []
+        if self.net.device.type == "cuda":
+            torch.cuda.synchronize(self.net.device)  # training that is under way is not evaluation
+        began = time.monotonic()
         steps = [steps] * len(lanes) if isinstance(steps, int) else steps
         whose = [every[j] for j in lanes]
         own = [{t.client: p.trainer.sites.own(t.client)} if t.client >= 0 else {} for p, t in whose]
@@ -565,6 +569,7 @@ class Trainer:
             for values in scores.sites.values():
                 rows += [Row(task.round, step, mode, name, "site", n, v, w) for n, (v, w) in values.items()]
             out.append(rows)
+        self._scoring += time.monotonic() - began
         return out
 
     def _score(
