@@ -84,7 +84,17 @@ def run(
 
     done = run_experiment(Experiment.load(file, overrides or []), progress=not quiet, resume=resume)
     from fedsim.runs import load_runs, summary
+    from fedsim.seeds import SeedRuns
 
+    if isinstance(done, SeedRuns):
+        for metric in (file.stem for file in done.figures):
+            _table(
+                done.table(metric),
+                f"{metric} of {len(done.runs)} seeds: mean and 95 % t interval, models chosen by validation",
+            )
+        for path in (*(run.path for run in done.runs), *sorted(done.path.iterdir())):
+            print(path)
+        return
     metrics = load_runs(done.path)
     for metric in ("accuracy", "exact_match", "loss"):
         if (metrics["name"] == metric).any():

@@ -378,6 +378,10 @@ def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
     Raises:
         UserError: for whatever can be known to be impossible before a model is loaded.
     """
+    if exp.seeds is not None:
+        raise UserError(
+            f"seeds: {exp.seeds!r} is for fedsim run and sweeps; give one seed here, e.g. seed={exp.seeds[0]}"
+        )
     exp = _with_max_length(exp)
     made = load_rows(exp) if shared is None else shared.rows(exp)
     source, tokens = made.source, made.tokens

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fedsim.algorithms import ALGORITHMS, Algorithm
 from fedsim.build import CENTRAL, Parts, Shared
 from fedsim.bundle import Bundle, shareable
 from fedsim.config import Experiment
-from fedsim.errors import UserError, WorkerDied
+from fedsim.errors import CallbackError, UserError, WorkerDied
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.executors.fleet import FleetExecutor, Member
 from fedsim.messages import codec
@@ -68,7 +68,7 @@ from fedsim.seeding import stream
 from fedsim.store import Records, Store
 from fedsim.trackers import Trackers
 from fedsim.training.trainer import Trainer, filled, stores_of
-from fedsim.types import Engine, Report, Row, Scores, Scoring
+from fedsim.types import Engine, Report, RoundEnd, Row, Scores, Scoring
 
 BY_ROW_SITES = 100  # sites alone whose last models are scored row by row; of more, only the chosen ones
 
@@ -87,9 +87,10 @@ class Session:
         status: dict,
         shared: Shared,
         member: Member | None,
+        callback: Callable[[RoundEnd], object] | None = None,
     ) -> None:
         self.exp, self.parts, self.folder, self.show = exp, parts, folder, show
-        self.shared, self.member = shared, member
+        self.shared, self.member, self.callback = shared, member, callback
         self.kind, self.devices, self.status = kind, devices, status
         before = status.get("seconds")
         self.before, self.began = before if isinstance(before, (int, float)) else 0.0, time.monotonic()
@@ -120,7 +121,8 @@ class Session:
             write_predictions(folder, parts.source, parts.tokens, exp.data.columns, self.by_row)
             self._compare_memory(executor)
         except BaseException as error:
-            stopped = not isinstance(error, Exception)  # Ctrl-C, a signal, or the end of a fleet
+            # Ctrl-C, a signal, the end of a fleet, or the user's own callback.
+            stopped = not isinstance(error, Exception) or isinstance(error, CallbackError)
             reason = str(disk_error(error, folder.path) or error).split("\n")[0][:300] or type(error).__name__
             if stopped:
                 error.add_note(self._stopped_at())
@@ -674,6 +676,11 @@ class Session:
             if round % exp.checkpoint.every == 0 or round == exp.rounds:
                 self._checkpoint(mode, state, algorithm)
             self.show.round(round, _headline(rows, round, self.choice.metric))
+            if self.callback is not None:
+                try:
+                    self.callback(RoundEnd(mode, round, exp.rounds, list(rows)))
+                except Exception as error:
+                    raise CallbackError(error) from error
 
         run_rounds(
             schedule,

@@ -110,6 +110,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class RoundEnd:
+    """What a callback of `fedsim.run` is given.
+
+    Attributes:
+        mode: local | federated | central.
+        round: the round that ended, from 1.
+        rounds: how many the mode has.
+        metrics: the round's metrics, as in `metrics.jsonl`.
+    """
+
+    mode: str
+    round: int
+    rounds: int
+    metrics: list[Row]
+
+
+@dataclass(frozen=True)
 class Fault:
     """What went wrong with a client's round.
 
