@@ -133,6 +133,8 @@ def choose_lanes(
     packs: Packs,
     measure: Callable[[Sequence[np.ndarray]], Measured | None],
     configure: Callable[[Engine], None],
+    peak: Callable[[], int],
+    evaluate: Callable[[], object],
     *,
     workers: int,
     lanes: int | str,
@@ -154,6 +156,8 @@ def choose_lanes(
         packs: what round 1 trains.
         measure: a pass over these rows, one array a lane; None where it does not fit.
         configure: tells the trainers of another micro-batch or of checkpointing.
+        peak: highest memory so far, in bytes: of the GPU's allocator since the last pass, or resident in the process.
+        evaluate: evaluates the initial model, which takes what every evaluation takes.
         workers: workers that must have something to do, under `measure`.
         lanes, checkpointing: as the config says.
         base_bytes: of the base.
@@ -202,11 +206,21 @@ def choose_lanes(
         plan.lanes = lanes_of(packs, plan.micro_batch, **sizes, room=room, on_gpu=on_gpu)
     else:
         plan.lanes = most
+    largest = packs.largest(plan.lanes, plan.micro_batch)
+    if on_gpu:
+        predicted = predict(plan.lanes)
+    else:
+        # A pass also holds what it does not keep, and the C heap what passes left in it: one is done as rounds will do it.
+        rows = packs.first(plan.lanes, plan.micro_batch)
+        found = (None if plan.lanes == 1 else measure(rows)) or one
+        taken = (peak() - resident) * max(1.0, largest / max(1, found.tokens)) if found.lanes == plan.lanes else 0.0
+        predicted = max(predict(plan.lanes), int(resident + taken))
+    evaluate()
     plan.memory = {
         "base": base_bytes,
         "lane": state,
-        "activations": int(per_token * packs.largest(plan.lanes, plan.micro_batch)),
-        "predicted": predict(plan.lanes),
+        "activations": int(per_token * largest),
+        "predicted": max(predicted, peak()),
     }
 
 

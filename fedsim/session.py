@@ -95,7 +95,7 @@ class Session:
         before = status.get("seconds")
         self.before, self.began = before if isinstance(before, (int, float)) else 0.0, time.monotonic()
         self.choice = Choice(exp.best.metric, exp.best.mode)
-        self.initial: list[Row] | None = None
+        self.initial: Scores | None = None
         self.by_row: dict[str, ByRow] = {}
         self.at: tuple[str, int] | None = None  # the mode at work and its last committed round
         self.costs: list[tuple[list[Row], float]] = []  # what checkpoints took, not logged yet
@@ -439,6 +439,8 @@ class Session:
                     first,
                     executor.measure,
                     executor.configure,
+                    lambda: executor.peaks()[0],
+                    lambda: self._initial_scores(executor),
                     workers=len(self.devices),
                     lanes=1 if whole else exp.training.lanes,
                     checkpointing=exp.training.checkpointing if layers_of(self.model) else False,
@@ -814,11 +816,16 @@ class Session:
         """
         if self.initial is None:
             executor.broadcast(state.params, state.server)
-            scores = executor.score([Scoring("validation", generate=self.exp.evaluate.generate)])[0][0]
-            self.initial = merged_rows(0, 0, scores, "", schedule.name)
+        initial = merged_rows(0, 0, self._initial_scores(executor), "", schedule.name)
         clients = sorted(set(schedule.last_rounds) - set(known)) if mode == "local" else []
         names = [schedule.name(c) for c in clients] if mode == "local" else [None]
-        return [dataclasses.replace(row, scope=mode, client=name) for name in names for row in self.initial]
+        return [dataclasses.replace(row, scope=mode, client=name) for name in names for row in initial]
+
+    def _initial_scores(self, executor: SerialExecutor | PoolExecutor) -> Scores:
+        """Scores of the global parameters that training starts from, which the executor has."""
+        if self.initial is None:
+            self.initial = executor.score([Scoring("validation", generate=self.exp.evaluate.generate)])[0][0]
+        return self.initial
 
     # ------------------------------------------------------------------------------------------- the end
 

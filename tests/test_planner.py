@@ -41,6 +41,7 @@ class Device:
         self.seconds, self.room, self.per_token, self.base, self.state = seconds, room, per_token, base, state
         self.engine = Engine(True, 8)
         self.tried: list[tuple[int, int, bool]] = []
+        self.peak, self.of_evaluation = base, 0
 
     def configure(self, engine: Engine) -> None:
         self.engine = engine
@@ -50,18 +51,29 @@ class Device:
         self.tried.append((k, tokens, self.engine.checkpointing))
         kept = tokens * self.per_token // (5 if self.engine.checkpointing else 1)
         peak = self.base + k * self.state + kept
+        self.peak = max(self.peak, peak)
         return None if peak > self.room else Measured(k, tokens, self.seconds(k), kept, k * self.state, peak)
+
+    def highest(self) -> int:
+        return self.peak
+
+    def evaluate(self) -> None:
+        self.peak = max(self.peak, self.base + self.of_evaluation)
 
     def choose(self, clients: int = 32, workers: int = 1, on_gpu: bool = True, **keys: Any) -> Plan:
         """Each client's pass has `micro_batch` tokens."""
         plan = Plan(1, packed=True, micro_batch=8)
-        packs = Packs(clients, lambda k, m: [np.zeros(m)] * min(k, clients), lambda k, m: k * m)
+        packs = keys.pop("packs", None) or Packs(
+            clients, lambda k, m: [np.zeros(m)] * min(k, clients), lambda k, m: k * m
+        )
         asked = {"lanes": "measure", "checkpointing": "auto", "base_bytes": self.base, "resident": 500 * MB, **keys}
         choose_lanes(
             plan,
             packs,
             self.measure,
             self.configure,
+            self.highest,
+            self.evaluate,
             workers=workers,
             token_bytes=1024,
             free=self.room - self.base,
@@ -124,7 +136,25 @@ def test_an_explicit_number_depends_on_nothing_measured() -> None:
     assert Device(flat, 10**6 * MB).choose(lanes=50, clients=20).lanes == 20, "there are no more clients"
     device = Device(linear, 10**6 * MB)
     device.choose(lanes=8, on_gpu=False)
-    assert [k for k, _, _ in device.tried] == [1], "one lane, to tell what it takes"
+    assert [k for k, _, _ in device.tried] == [1, 8], "one lane and all of them, to tell what they take"
+
+
+def test_the_peak_on_the_cpu_is_that_of_a_pass_of_all_lanes_or_of_evaluation() -> None:
+    """Of 8 lanes, 8 tokens each: 4 MB that a pass needs and does not keep; the largest pass is half as large again."""
+    device = Device(flat, 10**6 * MB, base=500 * MB)
+    measure = device.measure
+
+    def more(rows: Sequence[np.ndarray]) -> Measured | None:
+        found = measure(rows)
+        device.peak += 4 * MB * (len(rows) == 8)
+        return found
+
+    device.measure = more  # type: ignore[method-assign]
+    packs = Packs(8, lambda k, m: [np.zeros(m)] * k, lambda k, m: 3 * k * m // 2)
+    keys = {"lanes": 8, "on_gpu": False, "packs": packs}
+    assert device.choose(**keys).memory["predicted"] == 500 * MB + (8 + 64 + 4) * MB * 3 // 2
+    device.of_evaluation = 300 * MB
+    assert device.choose(**keys).memory["predicted"] == 800 * MB
 
 
 def test_the_plan_says_what_was_found() -> None:
@@ -174,12 +204,12 @@ def plan_of(folder: Path) -> dict[str, Any]:
 def test_too_little_memory_halves_the_lanes_and_goes_on(
     lab: Any, distance: Any, monkeypatch: pytest.MonkeyPatch, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Round 1 runs with 4 lanes (after one pass of the planner's), round 2 does not: it starts again with 2."""
+    """Round 1 runs with 4 lanes (after two passes of the planner), round 2 does not: it starts again with 2."""
     with monkeypatch.context() as patch:
-        ran = too_small(patch, most=2, after=1 + 2)
+        ran = too_small(patch, most=2, after=2 + 2)
         found = fedsim.run(lab.exp(**FOUR, name="small", modes=[mode]), progress=True).path
     assert f"{mode}: out of memory in round 2; it starts again with 2 lane(s)" in capsys.readouterr().err
-    assert ran == [1, 4, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert ran == [1, 4, 4, 4, 2, 2, 2, 2, 2, 2, 2, 2]
     assert plan_of(found)["lanes"] == 4 and plan_of(found)["halved"] == [{"mode": mode, "round": 2, "lanes": 2}]
     whole = lab.run(**FOUR, name="whole", modes=[mode])
     places = ["global"] if mode == "federated" else [f"local/site-{i}" for i in (1, 2, 3, 4)]
@@ -196,14 +226,14 @@ def test_too_little_memory_halves_the_lanes_and_goes_on(
 def test_a_resume_keeps_the_plan_and_its_halvings(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after the halving, resumed where there is room enough: the same bits as the run that was not stopped."""
     with monkeypatch.context() as patch:
-        too_small(patch, most=2, after=1 + 2)
+        too_small(patch, most=2, after=2 + 2)
         whole = lab.run(**FOUR, name="whole")
 
     class Stopped(Exception):
         pass
 
     with monkeypatch.context() as patch:
-        too_small(patch, most=2, after=1 + 2)
+        too_small(patch, most=2, after=2 + 2)
         save = fedsim.session.Session._checkpoint
 
         def stop(self: Any, mode: str, state: Any, algorithm: Any) -> None:
