@@ -207,7 +207,7 @@ def choose_lanes(
     else:
         plan.lanes = most
     largest = packs.largest(plan.lanes, plan.micro_batch)
-    if on_gpu:
+    if on_gpu or not plan.packed:
         predicted = predict(plan.lanes)
     else:
         # A pass also holds what it does not keep, and the C heap what passes left in it: one is done as rounds will do it.
