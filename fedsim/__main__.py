@@ -160,11 +160,22 @@ def run(
 
     done = run_experiment(exp, progress=not quiet, resume=resume)
     from fedsim.runs import load_runs, summary
+    from fedsim.seeds import SeedRuns
 
+    if isinstance(done, SeedRuns):
+        for metric in (file.stem for file in done.figures):
+            _table(
+                done.table(metric),
+                f"{metric} of {len(done.runs)} seeds: mean and 95 % t interval, models chosen by validation",
+            )
+        for path in (*(run.path for run in done.runs), *sorted(done.path.iterdir())):
+            print(path)
+        return
     metrics = load_runs(done.path)
     for metric in ("accuracy", "macro_f1", "exact_match", "loss", "perplexity"):
         if (metrics["name"] == metric).any():
-            _table(summary(metrics, metric=metric), f"{metric} of {done.path}")
+            by = metrics["best.metric"].iloc[0]
+            _table(summary(metrics, metric=metric), f"{metric} of {done.path}; models chosen by validation {by}")
     for figure in sorted((done.path / "figures").glob("*")):
         print(figure)
 

@@ -29,9 +29,11 @@ from fedsim.data.tokens import CHAT_DATE, Template, Tokens, encode, encode_chats
 from fedsim.errors import UserError, nearest_first
 from fedsim.models import base
 from fedsim.schema import plain
+from fedsim.sections import MOST_EXAMPLES
 from fedsim.seeding import stream
 
 CENTRAL = "central"
+MOST_STEPS = 10**9  # of a client in a run: weeks, even at a millisecond each
 
 
 @dataclass
@@ -404,6 +406,10 @@ def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
     Raises:
         UserError: for whatever can be known to be impossible before a model is loaded.
     """
+    if exp.seeds is not None:
+        raise UserError(
+            f"seeds: {exp.seeds!r} is for fedsim run and sweeps; give one seed here, e.g. seed={exp.seeds[0]}"
+        )
     exp = _with_max_length(exp)
     made = load_rows(exp) if shared is None else shared.rows(exp)
     source, tokens = made.source, made.tokens
@@ -562,6 +568,7 @@ def _check(parts: Parts) -> None:
                 f"local.drop_last: true leaves {name} ({rows} rows, {len(small)} such client(s)) without a step at local.batch_size={work.batch_size}; "
                 f"set drop_last=false, batch_size={int(sizes[clients].min())} or less, or local.steps"
             )
+    _check_work(parts)
     _check_vocabulary(parts)
     positions = base.max_positions(base.load_config(parts.model))
     extra = _virtual_tokens(exp)
@@ -594,6 +601,30 @@ def _check_room(parts: Parts, positions: int | None, extra: int) -> None:
     raise UserError(
         f"data.max_length: {parts.exp.data.max_length} allows a prompt of {prompt - extra} tokens{virtual}, and with the longest label ({labels} tokens) it exceeds the {positions} positions of the base; set it to at most {max(2, positions - extra - labels)}"
     )
+
+
+def _check_work(parts: Parts) -> None:
+    """Refuse a round, or a run, that is too long to be finished; its batches alone would fill the memory."""
+    exp, sizes = parts.exp, parts.partition.sizes[parts.clients]
+    work, draw = exp.local, draw_of(exp)
+    cohort = len(sizes) if exp.cohort.size == "all" else exp.cohort.size
+    # The centralised model takes as many examples as the cohort together, unless steps are matched.
+    each = np.full(len(sizes), work.batch_size * work.steps) if work.steps is not None else sizes * (work.epochs or 1)
+    per_client = examples = int(each.max())
+    if "central" in exp.modes and exp.central.match == "epochs":
+        examples = int(np.sort(each)[-cohort:].sum())
+    key, value = ("steps", work.steps) if work.steps is not None else ("epochs", work.epochs)
+    if examples > MOST_EXAMPLES:
+        whose = "the centralised model" if examples > per_client else "a client"
+        raise UserError(
+            f"local.{key}: {value} makes {examples:,} examples per round for {whose}; lower it to at most "
+            f"{max(1, int(value * MOST_EXAMPLES / examples))}"
+        )
+    steps = draw.count(int(sizes.max()), work.steps)
+    if exp.rounds * steps > MOST_STEPS:
+        raise UserError(
+            f"rounds: {exp.rounds} of {steps:,} optimiser steps each are more than {MOST_STEPS:,} steps; lower rounds or local.{key}"
+        )
 
 
 def _check_vocabulary(parts: Parts) -> None:

@@ -111,7 +111,7 @@ __all__ = [
     "results_of",
 ]
 
-_NOT_IN_ID = ("rounds", "results", "executor", "tracking", "checkpoint", "aggregation")
+_NOT_IN_ID = ("seeds", "rounds", "results", "executor", "tracking", "checkpoint", "aggregation")
 _NEWER = (
     "messages",
     "faults",
@@ -135,6 +135,8 @@ class Experiment:
     """Name of the experiment, and of the folder of its runs under `results`."""
     seed: int = 0
     """Random seed; every random draw depends on it."""
+    seeds: list[int] | None = None
+    """Instead of `seed`: one run for each of these, with their mean and interval."""
     modes: list[Literal["local", "federated", "central"]] = field(
         default_factory=lambda: ["local", "federated", "central"]
     )
@@ -225,8 +227,13 @@ class Experiment:
             len(self.name) <= 200, "name", self.name, "is longer than a folder's name can be; give a shorter one"
         )
         check_that(self.seed >= 0, "seed", self.seed, "is negative")
+        if self.seeds is not None:
+            _check_one_of_seed_and_seeds(self.seeds, self.seed if self.seed != 0 else None)
+            check_that(len(self.seeds) > 0, "seeds", self.seeds, "is empty; give one seed or more, e.g. [0, 1, 2]")
+            check_that(min(self.seeds) >= 0, "seeds", self.seeds, "holds a negative seed")
+            check_that(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "names a seed twice")
         check_that(self.rounds >= 1, "rounds", self.rounds, "is below 1")
-        check_that(self.rounds <= 10**7, "rounds", self.rounds, "is above 10000000, which no run comes to the end of")
+        check_that(self.rounds <= 10**6, "rounds", self.rounds, "is above 1000000, more than any run can finish")
         check_that(bool(self.results.strip()), "results", self.results, "is empty; give a folder, or . for this one")
         check_that(len(self.modes) > 0, "modes", self.modes, "is empty; name some of local, federated, central")
         check_that(len(set(self.modes)) == len(self.modes), "modes", self.modes, "names a mode twice")
@@ -292,11 +299,14 @@ class Experiment:
     ) -> Experiment:
         """The experiment of what a YAML file in `folder` holds; see `load`."""
         tree = copy.deepcopy(tree)
-        # Whole sections first, then names: neither drops a key that stands beside it on the command line.
-        for path, value in sorted(map(_parse_override, overrides), key=_rank):
-            _override(tree, path, value)
-        for path, value in sorted(((str(k).split("."), v) for k, v in (settings or {}).items()), key=_rank):
-            _override(tree, path, copy.deepcopy(value))
+        given = [(str(key).split("."), copy.deepcopy(value)) for key, value in (settings or {}).items()]
+        for changes in ([_parse_override(text) for text in overrides], given):
+            named = {path[0] for path, _ in changes} & {"seed", "seeds"}
+            if len(named) == 1:  # over whichever of the two the file has
+                tree.pop("seeds" if named == {"seed"} else "seed", None)
+            # Whole sections first, then names: neither drops a key that stands beside it on the command line.
+            for path, value in sorted(changes, key=_rank):
+                _override(tree, path, value)
         tree = _interpolate(tree)
         _absolute_paths(tree, folder)
         return cls.from_dict(tree)
@@ -306,11 +316,15 @@ class Experiment:
     def from_dict(cls, tree: dict[str, Any]) -> Experiment:
         """The experiment of a nested dict, as YAML gives it."""
         check_keys(cls, tree, "")
+        if tree.get("seeds") is not None:
+            _check_one_of_seed_and_seeds(tree["seeds"], tree.get("seed"))
         return cls(**tree)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, lists and scalars; `Experiment.from_dict` takes them back."""
-        return plain(self)
+        tree = plain(self)
+        tree.pop("seeds" if self.seeds is None else "seed")
+        return tree
 
     def to_yaml(self) -> str:
         """The resolved config; `fedsim run` takes it as it is."""
@@ -334,6 +348,10 @@ class Experiment:
             elif f.default is dataclasses.MISSING or value != f.default:
                 tree[f.name] = value
         return tree
+
+
+def _check_one_of_seed_and_seeds(seeds: Any, seed: Any) -> None:
+    check_that(seed is None, "seeds", seeds, f"and seed={seed} are both given; leave one of them out")
 
 
 def _with_known_keys(init: Callable[..., None]) -> Callable[..., None]:

@@ -58,6 +58,14 @@ class ClientError(RuntimeError):
     """A client's training raised: the message opens with round and client and carries its own traceback."""
 
 
+class CallbackError(RuntimeError):
+    """A user's callback raised `cause`."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"the callback raised {type(cause).__name__}: {cause}")
+        self.cause = cause
+
+
 class WorkerDied(ClientError):
     """Worker processes died of the same work again and again: what they were at, and how each has ended, in its first line."""
 

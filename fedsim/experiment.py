@@ -10,14 +10,15 @@ import contextlib
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsim.build import Parts, Shared, identity_of, prepare
 from fedsim.config import Experiment, expand_path, results_of
-from fedsim.errors import UserError
+from fedsim.errors import CallbackError, UserError
 from fedsim.executors.fleet import Member
 from fedsim.files import SMALL, damage, read_checked
 from fedsim.numerics import settled
@@ -26,6 +27,10 @@ from fedsim.resolve import devices_of
 from fedsim.run_folder import RunFolder, disk_error
 from fedsim.session import Session, draw_figures
 from fedsim.trackers import check_trackers
+from fedsim.types import RoundEnd
+
+if TYPE_CHECKING:
+    from fedsim.seeds import SeedRuns
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,9 @@ def run(
     shared: Shared | None = None,
     member: Member | None = None,
     resume: str | Path | None = None,
-) -> Run:
-    """Run an experiment, or go on with it from the last complete round of its run folder.
+    callback: Callable[[RoundEnd], object] | None = None,
+) -> Run | SeedRuns:
+    """Run an experiment, or resume it from the last complete round of its run folder.
 
     Args:
         exp: the config, as `Experiment` or as the nested dict that YAML gives.
@@ -76,9 +82,13 @@ def run(
         member: of a fleet of runs whose packs share passes.
         resume: go on with exactly this run: its folder, or its id under `exp.results`. Keys that the numbers depend on must be
             its own; `rounds` may be raised where no learning rate depends on them.
+        callback: called in this process after each round that this call trains, once the round is logged and checkpointed. What
+            it returns is ignored. An exception that it raises stops the run as Ctrl-C does, and is raised here: the same
+            call resumes after that round.
 
     Returns:
-        The run: its folder holds `config.yaml`, `metrics.jsonl`, the partition, the models and the figures.
+        The run: its folder holds `config.yaml`, `metrics.jsonl`, the partition, the models and the figures. With
+        `exp.seeds` a `fedsim.seeds.SeedRuns`: the run of each seed, and mean and interval over them.
 
     Raises:
         UserError: for what the user can put right; nothing has been trained then.
@@ -86,10 +96,19 @@ def run(
     """
     if isinstance(exp, dict):
         exp = Experiment.from_dict(exp)
+    if exp.seeds is not None:
+        for name, given in (("resume", resume), ("callback", callback)):
+            if given is not None:
+                raise UserError(
+                    f"{name}: applies to a single run, and seeds={exp.seeds} asks for several; set seed instead"
+                )
+        from fedsim.seeds import run_seeds  # brings pandas
+
+        return run_seeds(exp, progress=progress if isinstance(progress, bool) else progress.show)
     kind, devices = devices_of(exp)
     # A fleet's runs take turns in one process: who starts the fleet settles it.
     with settled(devices) if member is None else nullcontext():
-        return _run(exp, kind, devices, progress, shared, member, resume)
+        return _run(exp, kind, devices, progress, shared, member, resume, callback)
 
 
 def _run(
@@ -100,6 +119,7 @@ def _run(
     shared: Shared | None,
     member: Member | None,
     resume: str | Path | None,
+    callback: Callable[[RoundEnd], object] | None,
 ) -> Run:
     check_trackers(exp.tracking.with_)
     place = None if resume is None else _find_run(resume, exp)
@@ -136,7 +156,11 @@ def _run(
                 draw_figures(folder, show)
                 folder.write_json("status.json", {k: v for k, v in status.items() if k != "figures"})
         else:
-            Session(exp, parts, folder, show, kind, devices, status, shared or Shared(), member).run()
+            Session(exp, parts, folder, show, kind, devices, status, shared or Shared(), member, callback).run()
+    except CallbackError as error:
+        for note in getattr(error, "__notes__", []):  # where it stopped
+            error.cause.add_note(note)
+        raise error.cause from None
     except UserError:
         folder.discard_new()
         raise

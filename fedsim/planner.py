@@ -1,8 +1,9 @@
 """How many clients train side by side: resolved once, at a run's first start, and written into `plan.json`.
 
-`lanes: auto` measures passes on the first device - the clients of round 1, their own first batches - and takes the fewest
-lanes beyond which a pass does no more tokens a second, if they fit. Bits are promised at equal lane counts, so a resume
-reads the plan and measures nothing; an explicit number depends on nothing measured.
+`lanes: auto` is a rule: a pass holds as many tokens as still pay, by the base's sizes and the kind of device, so the same
+experiment has the same lanes, and the same bits, wherever and beside whatever it runs. `lanes: measure` times passes on the
+first device - the clients of round 1, their own first batches - and takes the fewest lanes beyond which a pass does no more
+tokens a second, if they fit. A resume reads the plan.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ import numpy as np
 from fedsim.errors import UserError
 from fedsim.types import Engine, Measured
 
+# Tokens of a pass beyond which more lanes bring nothing; on the CPU also bytes of a layer's widest activation: larger blocks
+# are mapped and zeroed anew in every layer (docs/log.md, "Too many lanes collapse").
+_PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
+_WIDEST_BYTES = 8 << 20
+_LANE_BYTES = 1 << 30  # parameters, gradients and moments of all lanes on the CPU
 _GAIN = 1.03  # tokens a second that more lanes must bring to be worth their memory
 _PATIENCE_S = 4.0  # on the CPU, where a pass may take seconds
 _TRIAL_S = 0.4  # short passes are repeated for so long
@@ -87,6 +93,7 @@ class Packs:
         last: the same of their last steps, which may be short; None where all steps are alike.
         steps: optimiser steps of a client.
         largest: (lanes, rows) -> tokens of the largest pass of round 1.
+        mean: tokens of a training row in the mean, virtual ones included.
     """
 
     clients: int
@@ -94,6 +101,31 @@ class Packs:
     largest: Callable[[int, int], int]
     last: Callable[[int, int], list[np.ndarray]] | None = None
     steps: int = 1
+    mean: float = 1.0
+
+
+def lanes_of(
+    packs: Packs, rows: int, *, token_bytes: int, lane_bytes: int, kept: float, room: int | None, on_gpu: bool
+) -> int:
+    """Lanes of `auto`: a function of the experiment, the sizes of the base and the kind of device.
+
+    Args:
+        packs: what round 1 trains.
+        rows: of a client in one pass.
+        token_bytes: of a token's activation in the widest layer.
+        lane_bytes: of a lane's parameters, gradient and moments.
+        kept: bytes a token that are kept for the backward pass.
+        room: bytes for lanes and activations on a GPU: of the device, not what happens to be free; None = unknown.
+        on_gpu: the kind of device.
+    """
+    tokens = rows * packs.mean
+    if on_gpu:
+        most = _PASS_TOKENS["cuda"] / tokens
+        most = most if room is None else min(most, _ROOM * room / (lane_bytes + kept * tokens))
+    else:
+        most = min(_PASS_TOKENS["cpu"], _WIDEST_BYTES / token_bytes) / tokens
+        most = min(most, _LANE_BYTES / max(1, lane_bytes))
+    return max(1, min(packs.clients, int(most)))
 
 
 def choose_lanes(
@@ -101,25 +133,36 @@ def choose_lanes(
     packs: Packs,
     measure: Callable[[Sequence[np.ndarray]], Measured | None],
     configure: Callable[[Engine], None],
+    peak: Callable[[], int],
+    evaluate: Callable[[], object],
     *,
     workers: int,
     lanes: int | str,
     checkpointing: bool | str,
     base_bytes: int,
+    token_bytes: int,
     free: int | None,
+    total: int | None,
     resident: int,
     on_gpu: bool,
 ) -> None:
-    """Measure, and fill in the plan: lanes, micro-batch, checkpointing, memory.
+    """Fill in the plan: lanes, micro-batch, checkpointing, memory.
+
+    What a pass takes is counted on one of one lane. Time is looked at for `measure` alone; memory that is free decides where
+    one lane does not fit, and bounds the lanes of `measure`.
 
     Args:
         plan: changed in place; its `micro_batch` is the config's.
         packs: what round 1 trains.
         measure: a pass over these rows, one array a lane; None where it does not fit.
         configure: tells the trainers of another micro-batch or of checkpointing.
-        workers: workers that must have something to do.
+        peak: highest memory so far, in bytes: of the GPU's allocator since the last pass, or resident in the process.
+        evaluate: evaluates the initial model, which takes what every evaluation takes.
+        workers: workers that must have something to do, under `measure`.
         lanes, checkpointing: as the config says.
         base_bytes: of the base.
+        token_bytes: of a token's activation in the base's widest layer.
+        total: bytes of a GPU's memory; None on the CPU.
         free: bytes that a worker may still take on its device, or None where nobody knows.
         resident: bytes that are taken whatever the lanes: on the CPU those of the process.
         on_gpu: whether peaks are those of the GPU's allocator.
@@ -127,7 +170,8 @@ def choose_lanes(
     Raises:
         UserError: if one lane does not fit however it is cut.
     """
-    most = max(1, -(-packs.clients // workers)) if lanes == "auto" else int(lanes)
+    most = max(1, -(-packs.clients // workers)) if lanes == "measure" else packs.clients
+    most = min(most, lanes) if isinstance(lanes, int) else most
     plan.checkpointing = checkpointing is True
     configure(plan.engine)
     may_checkpoint = checkpointing == "auto"
@@ -153,13 +197,30 @@ def choose_lanes(
     def fits(k: int) -> bool:
         return free is None or k == 1 or predict(k) - (fixed if on_gpu else resident) <= _ROOM * free
 
-    plan.lanes = min(most, packs.clients) if lanes != "auto" else _fastest(plan, packs, measure, most, fits, on_gpu)
     state = one.state // one.lanes
+    if lanes == "measure":
+        plan.lanes = _fastest(plan, packs, measure, most, fits, on_gpu)
+    elif lanes == "auto":
+        room, kept = None if total is None else total - base_bytes, one.activations / max(1, one.tokens)
+        sizes = {"token_bytes": token_bytes, "lane_bytes": state, "kept": kept}
+        plan.lanes = lanes_of(packs, plan.micro_batch, **sizes, room=room, on_gpu=on_gpu)
+    else:
+        plan.lanes = most
+    largest = packs.largest(plan.lanes, plan.micro_batch)
+    if on_gpu or not plan.packed:
+        predicted = predict(plan.lanes)
+    else:
+        # A pass also holds what it does not keep, and the C heap what passes left in it: one is done as rounds will do it.
+        rows = packs.first(plan.lanes, plan.micro_batch)
+        found = (None if plan.lanes == 1 else measure(rows)) or one
+        taken = (peak() - resident) * max(1.0, largest / max(1, found.tokens)) if found.lanes == plan.lanes else 0.0
+        predicted = max(predict(plan.lanes), int(resident + taken))
+    evaluate()
     plan.memory = {
         "base": base_bytes,
         "lane": state,
-        "activations": int(per_token * packs.largest(plan.lanes, plan.micro_batch)),
-        "predicted": predict(plan.lanes),
+        "activations": int(per_token * largest),
+        "predicted": max(predicted, peak()),
     }
 
 

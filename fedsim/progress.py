@@ -11,7 +11,11 @@ from fedsim.types import Report
 
 
 class Progress:
-    """Round, phase, clients done, tokens per second and time left.
+    """Round, phase, clients done, training tokens per second and time left.
+
+    The time left is one estimate for the run: the rounds of all modes to come, training and evaluation, without the final
+    evaluation and export of each mode. It is renewed at the end of each round and counts down in between. Throughput is of
+    training alone.
 
     Args:
         show: False shows warnings alone.
@@ -23,8 +27,16 @@ class Progress:
         self._live: Any = None
         self._task: Any = None
         self._terminal = show and sys.stderr.isatty()
-        self._mode, self._began, self._tokens, self._first = "", 0.0, 0, 0
-        self._clients, self._round = 0, 0
+        self._mode, self._clients, self._round = "", 0, 0
+        self._tokens, self._training = 0, 0.0  # trained on in this mode, and seconds of it
+        self._mark = self._last = 0.0  # of the last report, and of the last end of a round
+        self._work: dict[str, tuple[float, int]] = {}
+        self._done: dict[str, list[float]] = {}  # mode -> seconds of its rounds
+        self._ends: float | None = None
+
+    def plan(self, work: dict[str, tuple[float, int]]) -> None:
+        """What is to come: mode -> (work of a round, in a unit that all modes share; rounds left), in order."""
+        self._work = work
 
     def note(self, text: str) -> None:
         """One line."""
@@ -40,7 +52,11 @@ class Progress:
 
     def begin(self, mode: str, done: int) -> None:
         """A mode begins, `done` of its rounds behind it."""
-        self._mode, self._began, self._tokens, self._first, self._round = mode, time.monotonic(), 0, done, done
+        self._mode, self._tokens, self._training, self._round = mode, 0, 0.0, done
+        now = time.monotonic()
+        if self._ends is not None:  # what came between, final evaluation and export, is no part of the estimate
+            self._ends += now - self._last
+        self._mark = self._last = now
         self._clients = 0
         if not self._terminal:
             return
@@ -60,23 +76,28 @@ class Progress:
 
     def pack(self, round: int, report: Report) -> None:
         """A pack is done."""
+        # Packs of several workers overlap: the time since the last report, less the share that went into evaluation.
+        now = time.monotonic()
+        evaluated = min(1.0, report.scoring / report.seconds) if report.seconds > 0 else 0.0
+        self._training += (now - self._mark) * (1.0 - evaluated)
+        self._mark = now
         self._tokens += report.tokens
         self._clients = (self._clients if report.index else 0) + len(report.steps)  # a round may start again
         if self._live is not None:
-            rate = self._tokens / max(1e-9, time.monotonic() - self._began)
-            text = f"round {round}/{self.rounds}, {self._clients} clients done, {rate:,.0f} tokens/s{self._left()}"
+            text = f"round {round}/{self.rounds}, {self._clients} clients done{self._pace()}"
             self._live.update(self._task, text=text)
 
     def round(self, round: int, text: str) -> None:
         """A round is done; `text` says what came out."""
+        now = time.monotonic()
+        self._done.setdefault(self._mode, []).append(now - self._last)
+        self._mark = self._last = now
         self._round = round
+        self._estimate(now)
         if self._live is not None:
-            self._live.update(self._task, completed=round)
+            self._live.update(self._task, completed=round, text=f"round {round}/{self.rounds} done{self._pace()}")
         if self.show:
-            rate = self._tokens / max(1e-9, time.monotonic() - self._began)
-            self._print(
-                f"{self._mode:9s} round {round}/{self.rounds}  {self._clients} clients  {rate:,.0f} tokens/s{self._left()}  {text}"
-            )
+            self._print(f"{self._mode:9s} round {round}/{self.rounds}  {self._clients} clients{self._pace()}  {text}")
         self._clients = 0
 
     def end(self) -> None:
@@ -85,12 +106,31 @@ class Progress:
             self._live.stop()
             self._live = None
 
-    def _left(self) -> str:
-        done = self._round - self._first
-        if done == 0 or self._round >= self.rounds:
-            return ""
-        seconds = (time.monotonic() - self._began) / done * (self.rounds - self._round)
-        return f", {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
+    def _to_come(self) -> list[str]:
+        """Modes that have rounds left, the present one first."""
+        modes = list(self._work)
+        later = modes[modes.index(self._mode) + 1 :] if self._mode in modes else []
+        now = [self._mode] if self._round < self.rounds else []
+        return now + [mode for mode in later if self._work[mode][1] > 0]
+
+    def _estimate(self, now: float) -> None:
+        """When the last round will have ended: this mode at its own pace, later ones at that of all work so far."""
+        own = self._done[self._mode]
+        left = (self.rounds - self._round) * sum(own) / len(own)
+        worked = sum(len(each) * self._work.get(mode, (0.0, 0))[0] for mode, each in self._done.items())
+        if worked > 0:
+            later = [self._work[mode] for mode in self._to_come() if mode != self._mode]
+            left += sum(work * rounds for work, rounds in later) * sum(map(sum, self._done.values())) / worked
+        self._ends = now + left if self._to_come() else None
+
+    def _pace(self) -> str:
+        rate = f", {self._tokens / self._training:,.0f} training tokens/s" if self._training > 0 else ""
+        if self._ends is None:
+            return rate
+        seconds = max(0.0, self._ends - time.monotonic())
+        near = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        about = near if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return f"{rate}, about {about} left ({', '.join(self._to_come())})"
 
     def _print(self, text: str) -> None:
         text = visible(text)  # clients' ids and label words come from the user's data

@@ -6,17 +6,17 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fedsim.build import Parts, draw_of
 from fedsim.config import Experiment
 from fedsim.data.partition import VirtualPartition
 from fedsim.errors import UserError
 from fedsim.rounds import CENTRAL as CENTRAL_CLIENT
-from fedsim.rounds import (
-    Schedule,
-)
+from fedsim.rounds import Schedule, State
 from fedsim.sections import Simulation
 from fedsim.simulation import Life, by_number
+from fedsim.store import Records
 from fedsim.training.optim import Optim
 from fedsim.training.trainer import Recipe
 
@@ -101,6 +101,20 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
     )
 
 
+def work_of(parts: Parts, mode: str) -> float:
+    """What a round of a mode takes, in tokens trained on; evaluating a token counts as a third of that: no backward pass.
+
+    An estimate from round 1 with all clients available, for the time left.
+    """
+    schedule = dataclasses.replace(schedule_of(parts, mode), life=None)
+    packs = schedule.packs(1, State(torch.empty(0), {}, Records(), keeps=False), 1)
+    models = len(packs) if mode != "federated" or schedule.scores_clients else 0
+    models += mode == "federated"
+    held = parts.tokens["validation"]
+    scored = float(held.lengths_of(held.kept()).sum()) * models / schedule.every_rounds
+    return sum(pack.tokens for pack in packs) + scored / 3
+
+
 def devices_of(exp: Experiment) -> tuple[str, list[str]]:
     """(serial | pool, the device of each worker) for this machine.
 
@@ -129,6 +143,15 @@ def devices_of(exp: Experiment) -> tuple[str, list[str]]:
                 f"model.dtype: 'bfloat16', which {device} ({name}) does not compute in; use float32 or float16"
             )
     return kind, devices
+
+
+def token_bytes(model: nn.Module) -> int:
+    """Bytes of one token's activation in the widest frozen layer; vocabulary-sized ones see few positions and do not count."""
+    seen = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    left_out = {id(w) for w in (*seen, getattr(head, "weight", None))}
+    frozen = [p for p in model.parameters() if p.dim() == 2 and not p.requires_grad and id(p) not in left_out]
+    return max((max(p.shape) * p.element_size() for p in frozen), default=1)
 
 
 WORKER_BYTES = 300 << 20  # of memory of its own: Python with its libraries, measured on the CPU

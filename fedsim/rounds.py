@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -235,11 +236,12 @@ def round_half_up(x: float) -> int:
 
 @dataclass
 class Chosen:
-    """The best model so far: its validation score, and the round and step it was reached at."""
+    """The best model so far: its score and loss on the validation rows, and the round and step it was reached at."""
 
     value: float
     round: int
     step: int
+    loss: float = math.inf
 
 
 @dataclass
@@ -283,11 +285,21 @@ class Choice:
     metric: str
     mode: str
 
-    def better(self, value: float, than: Chosen | None) -> bool:
-        """Whether a score beats the best one; a tie keeps the earlier model, and NaN never wins."""
-        if np.isnan(value):
-            return False
-        return than is None or (value > than.value if self.mode == "max" else value < than.value)
+    def better(self, scores: Mapping[str, float], round: int, step: int, than: Chosen | None) -> Chosen | None:
+        """The model with these scores, where it replaces the best one; `fedsim.runs` reads runs by the same rule.
+
+        The better score wins, of equal ones the lower loss, of equal losses the later round. A score that is missing or NaN
+        never wins, a loss that is NaN loses every tie.
+        """
+        value, loss = scores.get(self.metric, math.nan), scores.get("loss", math.nan)
+        if math.isnan(value):
+            return None
+        found = Chosen(value, round, step, math.inf if math.isnan(loss) else loss)
+        if than is None:
+            return found
+        if value != than.value:
+            return found if (value > than.value) == (self.mode == "max") else None
+        return found if found.loss <= than.loss else None
 
 
 def run_rounds(
@@ -550,9 +562,9 @@ def _score_merged(
 ) -> list[Row]:
     scores = executor.score([Scoring("validation", generate=generate, sites=True)])[0][0]
     step = max(state.steps.values(), default=0)
-    value = scores.values[choice.metric][0]
-    if choice.better(value, state.best):
-        state.best = Chosen(value, round, step)
+    found = choice.better({n: v for n, (v, _) in scores.values.items()}, round, step, state.best)
+    if found is not None:
+        state.best = found
         _keep_best(state, MERGED, None, copy_best)
     return merged_rows(round, step, scores, "federated", schedule.name)
 
@@ -560,12 +572,15 @@ def _score_merged(
 def _choose_by_site(
     packs: list[Pack], rows: list[Row], state: State, choice: Choice, copy_best: Callable[[int | None, int], None]
 ) -> None:
-    scored = {(r.client, r.step): r.value for r in rows if r.split == "validation" and r.name == choice.metric}
+    scored: dict[tuple[str | None, int], dict[str, float]] = {}
+    for r in (r for r in rows if r.split == "validation"):
+        scored.setdefault((r.client, r.step), {})[r.name] = r.value
     for task in (t for p in packs for t in p.tasks if t.evaluate):
         name, step = None if task.client == CENTRAL else task.name, state.steps.get(task.client)
-        value = scored.get((name, step))
-        if value is not None and choice.better(value, state.site_best.get(task.client)):
-            state.site_best[task.client] = Chosen(value, task.round, step)
+        best = state.site_best.get(task.client)
+        found = choice.better(scored.get((name, step), {}), task.round, step, best)
+        if found is not None:
+            state.site_best[task.client] = found
             _keep_best(state, task.client, task.write, copy_best)
 
 

@@ -7,6 +7,7 @@ no torch. `traces` turns one run's rows into curves on an axis of rounds, which 
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 import zipfile
@@ -107,16 +108,13 @@ def list_runs(path: PathLike | Iterable[PathLike]) -> pd.DataFrame:
     for folder in find_runs(path):
         config, df = read_config(folder), _metrics(folder)
         best = config.get("best") or {}
-        metric = str(best.get("metric", "accuracy"))
-        sign = 1.0 if str(best.get("mode", _mode(metric))) == "max" else -1.0
-        scored = _trained(df[(df["split"] == "validation") & (df["name"] == metric)])
+        metric = str(best.get("metric") or "accuracy")
+        df = df.assign(**{"best.metric": metric, "best.mode": str(best.get("mode") or _mode(metric))})
+        models = pd.DataFrame(model_scores(df, metric), columns=["scope", "best"])
         modes = list(config.get("modes") or [scope for scope in SCOPES if (df["scope"] == scope).any()])
         bests, done = {}, []
         for scope in SCOPES:
-            own = rows_of(scored, scope)
-            own = own.loc[_at_round_ends(own, rows_of(df, scope)).index]
-            by_client = (sign * own["value"]).groupby(own["client"], dropna=False).max()
-            bests[f"best_{scope}"] = sign * float(by_client.mean()) if len(by_client) else float("nan")
+            bests[f"best_{scope}"] = float(models.loc[models["scope"] == scope, "best"].mean())
             if scope in modes:
                 rounds = rows_of(df, scope)["round"]
                 done.append(int(rounds.max()) if rounds.notna().any() else 0)
@@ -198,94 +196,140 @@ def class_predictions(run: PathLike, split: str) -> dict[str, tuple[np.ndarray, 
     return {str(n): (true, p) for n, p in zip(names, predicted, strict=True) if known and (p >= 0).all()}
 
 
-def summary(df: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
-    """The table that closes a run: each site alone, their mean, federated, central.
+def summary(df: pd.DataFrame, metric: str = "accuracy", which: str = "both") -> pd.DataFrame:
+    """The table that closes a run: each site alone, their mean, federated, central; a row is of one model.
 
     Args:
         df: rows from `load_runs`; with several runs a column `run` comes first.
         metric: "accuracy", "loss", "exact_match" or any other recorded name.
+        which: "best" = the models that validation chose, "last" = those of the last round; "both" = the chosen ones, and
+            where the last one is another model, a row `... (last)` after it.
 
     Returns:
-        Columns `model`, `validation (last)`, `validation (best)` (over all evaluated after training began), `site` (own
-        validation rows, last; the mean over sites for the merged model), `test` (the best model's), `steps` (optimiser
-        steps, Int64). NaN where nothing was recorded. The mean over sites is unweighted.
+        Columns `model`, `round` (after which the model was scored, Int64; NA in the mean over sites), `validation`, `site`
+        (own validation rows; the mean over sites for the merged model), `test` (scored for the chosen models alone), `steps`
+        (optimiser steps by then, Int64). NaN where nothing was recorded. The mean over sites is unweighted.
 
     Raises:
-        UserError: no run recorded the metric.
+        UserError: no run recorded the metric, or `which` is none of these.
     """
+    if which not in ("best", "last", "both"):
+        raise UserError(f"which={which!r} is unknown; use best, last or both")
     require_metric(df, metric)
     blocks = []
     for run, rows in df.groupby("run", sort=False, observed=True):
-        block = pd.DataFrame(_summary_rows(rows, metric))
+        block = pd.DataFrame(_summary_rows(rows, metric, which), columns=_SUMMARY)
         if df["run"].nunique() > 1:
             block.insert(0, "run", str(run))
         blocks.append(block)
-    return pd.concat(blocks, ignore_index=True).astype({"steps": "Int64"})
+    return pd.concat(blocks, ignore_index=True).astype({"round": "Int64", "steps": "Int64"})
 
 
-def _summary_rows(df: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
+_SUMMARY = ("model", "round", "validation", "site", "test", "steps")
+
+
+def _summary_rows(df: pd.DataFrame, metric: str, which: str) -> list[dict[str, Any]]:
+    table, of_sites = [], []
     models = model_scores(df, metric)
-    table = [
-        {
-            "model": f"local {model['client']}" if model["scope"] == "local" else model["scope"],
-            "validation (last)": model["last"],
-            "validation (best)": model["best"],
-            "site": model["own"],
-            "test": model["test"],
-            "steps": model["steps"],
-        }
-        for model in models
-    ]
-    if count := sum(model["scope"] == "local" for model in models):
-        sites = pd.DataFrame(table[:count])
-        mean = {"model": "local mean", **sites.drop(columns=["model", "steps"]).mean(), "steps": sites["steps"].max()}
-        table.insert(count, mean)
+    for place, model in enumerate(models):
+        name = f"local {model['client']}" if model["scope"] == "local" else model["scope"]
+        best = dict(
+            zip(_SUMMARY, (name, *(model[k] for k in ("round", "best", "best_own", "test", "best_steps"))), strict=True)
+        )
+        last = dict(
+            zip(_SUMMARY, (name, *(model[k] for k in ("last_round", "last", "own")), None, model["steps"]), strict=True)
+        )
+        if model["round"] == model["last_round"]:
+            last["test"] = best["test"]
+        pair = (best, last) if which == "both" else (best, best) if which == "best" else (last, last)
+        table += _with_last(*pair)
+        if model["scope"] == "local":
+            of_sites.append(pair)
+            if place + 1 == len(models) or models[place + 1]["scope"] != "local":
+                table += _with_last(*(_mean_over_sites([p[i] for p in of_sites]) for i in (0, 1)))
     return table
+
+
+def _with_last(best: dict[str, Any], last: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chosen model's row, then that of the last one where it is another."""
+    return [best] if repr(best) == repr(last) else [best, {**last, "model": f"{last['model']} (last)"}]
+
+
+def _mean_over_sites(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    sites = pd.DataFrame(rows, columns=_SUMMARY).drop(columns=["model", "round"]).astype(float)
+    return {"model": "local mean", "round": None, **sites.mean(), "steps": sites["steps"].max()}
 
 
 def model_scores(df: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
     """The models that one run kept, with their scores: each site alone, then the merged one, then the centralised one.
+
+    Of each there are two, that of the last round and the one that validation chose: the one whose test score is recorded;
+    where none is, the best at the ends of rounds by the run's `best.metric`, of equal ones the one with the lower loss, then
+    the later one.
 
     Args:
         df: the rows of one run from `load_runs`.
         metric: a recorded name.
 
     Returns:
-        A dict a model: `scope`, `client` (None for the merged and the centralised one), `last` and `best` (validation
-        score, the last one and the best one at the ends of rounds), `own` (a site's validation rows, last; of the merged
-        model the mean over sites), `test`, `steps` (optimiser steps). NaN where nothing was recorded.
+        A dict a model: `scope` and `client` (None for the merged and the centralised one); of the last model `last_round`,
+        `last` (validation), `own` (a site's validation rows; of the merged model the mean over sites) and `steps` (optimiser
+        steps); of the chosen one `round`, `best` (validation), `best_own`, `test` and `best_steps`. NaN where nothing was
+        recorded.
     """
-    best_max = mode_of(df, metric) == "max"
     models = []
     for scope in SCOPES:
         rows = rows_of(df, scope)
         if rows.empty:
             continue
         # The other scopes have one model each, here called "".
-        who = rows["client"] if scope == "local" else pd.Series("", index=rows.index, dtype=object)
-        named = rows[rows["name"] == metric]
-        at_ends = _at_round_ends(_trained(named[named["split"] == "validation"]), rows).groupby(who)
-        last, best = at_ends.last(), at_ends.max() if best_max else at_ends.min()
-        own, test = (named.loc[named["split"] == split, "value"].groupby(who).last() for split in ("site", "test"))
-        if scope != "local":
-            name = f"merged_{metric}" if scope == "federated" else metric
-            site = df[(df["scope"] == scope) & (df["split"] == "site") & (df["name"] == name)]
-            own = {"": _mean_of_last(site)}
-        for client, steps in rows["step"].groupby(who, sort=False).max().items():
-            found = {"last": last, "best": best, "own": own, "test": test}
-            scores = {key: float(values.get(client, float("nan"))) for key, values in found.items()}
-            models.append({"scope": scope, "client": client or None, **scores, "steps": steps})
+        who = rows["client"].astype(object) if scope == "local" else pd.Series("", index=rows.index, dtype=object)
+        rows = rows.assign(client=who)
+        ends = rows.groupby(["client", "round"])["step"].max()
+        keys = pd.MultiIndex.from_frame(rows[["client", "round"]])
+        at_end = rows[(rows["step"].to_numpy() == ends.reindex(keys).to_numpy()) & (rows["round"] > 0).to_numpy()]
+        validation = at_end[at_end["split"] == "validation"].set_index(["client", "round"])[["name", "value"]]
+        validation = {name: part["value"].dropna() for name, part in validation.groupby("name", observed=True)}
+        tested = rows[rows["split"] == "test"]
+        if scope == "federated":
+            site = df[(df["scope"] == scope) & (df["split"] == "site") & (df["name"] == f"merged_{metric}")]
+            own = site.assign(client="").groupby(["client", "round"])["value"].mean()
+        else:
+            own = at_end[(at_end["split"] == "site") & (at_end["name"] == metric)]
+            own = own.groupby(["client", "round"])["value"].last()
+        score = validation.get(metric, pd.Series(dtype=float))
+        last = {c: r for part in validation.values() for c, r in sorted(part.index)}
+        best = _chosen(df, metric, validation) | tested.groupby("client")["round"].last().to_dict()
+        test = tested[tested["name"] == metric].groupby("client")["value"].last()
+        for client in dict.fromkeys(who):
+            model: dict[str, Any] = {"scope": scope, "client": client or None}
+            model |= {"last_round": last.get(client), "round": best.get(client)}
+            at, chosen = (client, model["last_round"]), (client, model["round"])
+            model |= {
+                "last": _at(score, at),
+                "best": _at(score, chosen),
+                "own": _at(own, at),
+                "best_own": _at(own, chosen),
+            }
+            model |= {"test": _at(test, client), "steps": ends.loc[client].max(), "best_steps": ends.get(chosen)}
+            models.append(model)
     return models
 
 
-def _at_round_ends(scored: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
-    """Scores at the ends of each client's rounds: the models that are kept, among which validation chooses."""
+def _chosen(df: pd.DataFrame, metric: str, validation: dict[str, pd.Series]) -> dict[str, int]:
+    """Client -> the round whose model is the best: the rule of `fedsim.rounds.Choice`, for a run without test scores."""
+    said = df["best.metric"].dropna() if "best.metric" in df else ()
+    by = str(said.iloc[0]) if len(said) else metric
+    if by not in validation:
+        return {}
+    table = pd.DataFrame({"score": validation[by] * (1.0 if mode_of(df, by) == "max" else -1.0)})
+    table["loss"] = -validation["loss"].reindex(table.index) if "loss" in validation else np.nan
+    table = table.reset_index().sort_values(["score", "loss", "round"], na_position="first")
+    return table.groupby("client")["round"].last().to_dict()
 
-    def keys(df: pd.DataFrame) -> pd.MultiIndex:
-        return pd.MultiIndex.from_arrays([df["client"].astype(object).fillna(""), df["round"]])
 
-    ends = rows["step"].groupby(keys(rows)).max()
-    return scored.loc[scored["step"].to_numpy() == ends.reindex(keys(scored)).to_numpy(), "value"].dropna()
+def _at(values: pd.Series, key: Any) -> float:
+    return float(values.get(key, math.nan))
 
 
 def mode_of(df: pd.DataFrame, metric: str) -> str:
@@ -379,15 +423,6 @@ def rows_of(df: pd.DataFrame, scope: str) -> pd.DataFrame:
     """A scope's models that are kept: the sites of `local`, the merged model of `federated`, the one of `central`."""
     rows = df[df["scope"] == scope]
     return rows if scope == "central" else rows[rows["client"].notna() == (scope == "local")]
-
-
-def _trained(df: pd.DataFrame) -> pd.DataFrame:
-    return df[df["round"] > 0]
-
-
-def _mean_of_last(rows: pd.DataFrame) -> float:
-    last = rows.dropna(subset=["value"]).groupby("client", dropna=False)["value"].last()
-    return float(last.mean()) if len(last) else float("nan")
 
 
 def _mode(metric: str) -> str:

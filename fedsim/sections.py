@@ -592,6 +592,9 @@ class CohortKeys:
         check_that(self.size == "all" or self.size >= 1, f"{path}.size", self.size, "is below 1; give a number or all")
 
 
+MOST_EXAMPLES = 10**8  # of a model per round: their order is drawn at once and held in memory
+
+
 @dataclass(frozen=True, kw_only=True)
 class LocalWork:
     """What one client does in one round."""
@@ -648,10 +651,12 @@ class LocalWork:
             )
         if self.epochs is not None:
             check_that(self.epochs >= 1, f"{path}.epochs", self.epochs, "is below 1")
+            way = f"passes over the data per round are more than {MOST_EXAMPLES} examples; lower it"
+            check_that(self.epochs <= MOST_EXAMPLES, f"{path}.epochs", self.epochs, way)
         check_that(self.batch_size >= 1, f"{path}.batch_size", self.batch_size, "is below 1")
         if self.steps is not None:
-            way = f"x batch_size={self.batch_size} are more rows a round than 2^31; lower one of them"
-            check_that(self.steps * self.batch_size < 2**31, f"{path}.steps", self.steps, way)
+            way = f"x batch_size={self.batch_size} are more than {MOST_EXAMPLES} examples per round; lower one of them"
+            check_that(self.steps * self.batch_size <= MOST_EXAMPLES, f"{path}.steps", self.steps, way)
         if self.micro_batch is not None:
             fits = 1 <= self.micro_batch <= self.batch_size
             check_that(fits, f"{path}.micro_batch", self.micro_batch, f"is outside 1 to batch_size={self.batch_size}")
@@ -772,8 +777,8 @@ class Evaluate:
 class Training:
     """How clients share a device."""
 
-    lanes: int | Literal["auto"] = "auto"
-    """Clients trained side by side in one forward and backward pass; auto = measured once, at the run's first start; 1 = one after another, PEFT's own model in padded batches."""
+    lanes: int | Literal["auto", "measure"] = "auto"
+    """Clients trained side by side in one forward and backward pass. auto = by the sizes of the experiment and the base and the kind of device, the same wherever it runs; measure = timed once, at the run's first start, so another start may choose otherwise, and its last bits differ; 1 = one after another, PEFT's own model in padded batches."""
     checkpointing: bool | Literal["auto"] = "auto"
     """Compute activations a second time in the backward pass instead of keeping them; auto = where one lane would not fit otherwise."""
 
@@ -783,8 +788,8 @@ class Training:
     """Where the whole model is trained under a 16-bit model.dtype: weights, gradients and moments in float32, computing in 16 bits; false = everything in 16 bits, in half the memory. Sums over clients are float32 either way."""
 
     def check(self, path: str) -> None:
-        whole = self.lanes == "auto" or (isinstance(self.lanes, int) and self.lanes >= 1)
-        check_that(whole, f"{path}.lanes", self.lanes, "is no number of lanes; give 1 or more, or auto")
+        whole = not isinstance(self.lanes, int) or self.lanes >= 1
+        check_that(whole, f"{path}.lanes", self.lanes, "is no number of lanes; give 1 or more, auto or measure")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fedsim.algorithms import ALGORITHMS, Algorithm
 from fedsim.build import CENTRAL, Parts, Shared
 from fedsim.bundle import Bundle, shareable
 from fedsim.config import Experiment
-from fedsim.errors import UserError, WorkerDied
+from fedsim.errors import CallbackError, UserError, WorkerDied
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.executors.fleet import FleetExecutor, Member
 from fedsim.files import CLIENT_FOLDERS, differing, folder_names, read_checked, record, write_checked
@@ -39,7 +39,7 @@ from fedsim.params import Layout, Params, clone
 from fedsim.planner import Packs, Plan, choose_lanes, describe
 from fedsim.predictions import ByRow, by_row, load_by_row, save_by_row, write_predictions
 from fedsim.progress import Progress
-from fedsim.resolve import check_memory, free_memory, recipe_of, schedule_of
+from fedsim.resolve import check_memory, free_memory, recipe_of, schedule_of, token_bytes, work_of
 from fedsim.rounds import CENTRAL as CENTRAL_CLIENT
 from fedsim.rounds import (
     MERGED,
@@ -60,7 +60,7 @@ from fedsim.seeding import stream
 from fedsim.store import Records, Store
 from fedsim.trackers import Trackers
 from fedsim.training.trainer import Trainer, filled, stores_of
-from fedsim.types import Engine, Report, Row, Scores, Scoring
+from fedsim.types import Engine, Report, RoundEnd, Row, Scores, Scoring
 
 _PRODUCTS = (
     *("config.yaml", "environment.json", "plan.json", "memory.json", "model.json", "partition.npz", "partition.json"),
@@ -83,14 +83,15 @@ class Session:
         status: dict,
         shared: Shared,
         member: Member | None,
+        callback: Callable[[RoundEnd], object] | None = None,
     ) -> None:
         self.exp, self.parts, self.folder, self.show = exp, parts, folder, show
-        self.shared, self.member = shared, member
+        self.shared, self.member, self.callback = shared, member, callback
         self.kind, self.devices, self.status = kind, devices, status
         before = status.get("seconds")
         self.before, self.began = before if isinstance(before, (int, float)) else 0.0, time.monotonic()
         self.choice = Choice(exp.best.metric, exp.best.mode)
-        self.initial: list[Row] | None = None
+        self.initial: Scores | None = None
         self.by_row: dict[str, ByRow] = {}
         self.at: tuple[str, int] | None = None  # the mode at work and its last committed round
         self.costs: list[tuple[list[Row], float]] = []  # what checkpoints took, not logged yet
@@ -109,6 +110,7 @@ class Session:
         try:
             executor = self._build()
             end = 0
+            self.show.plan({mode: (work_of(self.parts, mode), self._rounds_left(mode)) for mode in self._modes()})
             for mode in self._modes():
                 end = self._mode(mode, end, executor)
             folder.cut_metrics(end)
@@ -116,7 +118,8 @@ class Session:
             write_predictions(folder, parts.source, parts.tokens, exp.data.columns, self.by_row)
             self._compare_memory(executor)
         except BaseException as error:
-            stopped = not isinstance(error, Exception)  # Ctrl-C, a signal, or the end of a fleet
+            # Ctrl-C, a signal, the end of a fleet, or the user's own callback.
+            stopped = not isinstance(error, Exception) or isinstance(error, CallbackError)
             reason = str(disk_error(error, folder.path) or error).split("\n")[0][:300] or type(error).__name__
             if stopped:
                 error.add_note(self._stopped_at())
@@ -138,6 +141,9 @@ class Session:
         self._status("finished", figures=False)
         draw_figures(self.folder, self.show)
         self._status("finished")
+
+    def _rounds_left(self, mode: str) -> int:
+        return self.exp.rounds - max((r for r, info in self.folder.checkpoints(mode) if info is not None), default=0)
 
     def _goes_on(self) -> str:
         """Where the next start takes the run up."""
@@ -436,20 +442,29 @@ class Session:
             if plan.packed or whole:
                 on_gpu, here = device.startswith("cuda"), self.devices.count(device)
                 frozen = [*self.model.buffers(), *([] if whole else self.model.parameters())]
+                first = self._first_packs()
                 choose_lanes(
                     plan,
-                    self._first_packs(),
+                    first,
                     executor.measure,
                     executor.configure,
+                    lambda: executor.peaks()[0],
+                    lambda: self._initial_scores(executor),
                     workers=len(self.devices),
                     lanes=1 if whole else exp.training.lanes,
                     checkpointing=exp.training.checkpointing if layers_of(self.model) else False,
                     base_bytes=sum(t.nbytes for t in frozen),
+                    token_bytes=token_bytes(self.model),
+                    total=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
                     free=None if (free := free_memory(device)) is None else free // here,
                     # A whole model's weights are there already, and are counted with its gradient and moments.
                     resident=executor.peaks()[0] - (self.layout.nbytes if whole and not on_gpu else 0),
                     on_gpu=on_gpu,
                 )
+                packs = -(-first.clients // plan.lanes)
+                if packs < len(self.devices) and first.clients > packs:
+                    way = f"lower training.lanes (now {plan.lanes})"
+                    self.show.note(f"{packs} pack(s) a round for {len(self.devices)} workers: {way} to give each one")
                 if whole:
                     plan.memory |= dict.fromkeys(("global", "sum"), self.layout.nbytes)
                     plan.memory["chunk"] = min(self.layout.nbytes, 4 * (self.bundle.recipe.chunk or 0))
@@ -519,7 +534,8 @@ class Session:
 
         some = batches(next(iter(tasks)))
         short = len(some) > 1 and len(some[-1]) < len(some[0])
-        return Packs(len(tasks), first, largest, last if short else None, len(some))
+        mean = float(tokens.lengths_of(tokens.kept()).mean()) + front
+        return Packs(len(tasks), first, largest, last if short else None, len(some), mean)
 
     # ------------------------------------------------------------------------------------------- a mode
 
@@ -680,6 +696,11 @@ class Session:
             if round % exp.checkpoint.every == 0 or round == exp.rounds:
                 self._checkpoint(mode, state, algorithm)
             self.show.round(round, _headline(rows, round, self.choice.metric))
+            if self.callback is not None:
+                try:
+                    self.callback(RoundEnd(mode, round, exp.rounds, list(rows)))
+                except Exception as error:
+                    raise CallbackError(error) from error
 
         run_rounds(
             schedule,
@@ -823,11 +844,16 @@ class Session:
         """
         if self.initial is None:
             executor.broadcast(state.params, state.server)
-            scores = executor.score([Scoring("validation", generate=self.exp.evaluate.generate)])[0][0]
-            self.initial = merged_rows(0, 0, scores, "", schedule.name)
+        initial = merged_rows(0, 0, self._initial_scores(executor), "", schedule.name)
         clients = sorted(set(schedule.last_rounds) - set(known)) if mode == "local" else []
         names = [schedule.name(c) for c in clients] if mode == "local" else [None]
-        return [dataclasses.replace(row, scope=mode, client=name) for name in names for row in self.initial]
+        return [dataclasses.replace(row, scope=mode, client=name) for name in names for row in initial]
+
+    def _initial_scores(self, executor: SerialExecutor | PoolExecutor) -> Scores:
+        """Scores of the global parameters that training starts from, which the executor has."""
+        if self.initial is None:
+            self.initial = executor.score([Scoring("validation", generate=self.exp.evaluate.generate)])[0][0]
+        return self.initial
 
     # ------------------------------------------------------------------------------------------- the end
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import math
@@ -122,10 +123,12 @@ class Sweep:
         if not settings:
             raise UserError(f"{path}: names no run; give grid: {{key: [values]}} or list: [{{key: value}}]")
         name = tree.get("name") or base.get("name") or path.stem
-        experiments = []
-        for one in settings:
+        asked, settings, experiments = settings, [], []
+        for one in asked:
             try:
-                experiments.append(Experiment.from_tree({**base, "name": str(name)}, folder, overrides, one))
+                exp = Experiment.from_tree({**base, "name": str(name)}, folder, overrides, one)
+                settings += [one] if exp.seeds is None else [{**one, "seed": seed} for seed in exp.seeds]
+                experiments += seed_by_seed(exp)
             except UserError as error:
                 raise UserError(f"{path}, run with {said(one) or 'no setting'}: {error}") from None
         devices, workers, threads, together = (tree.get(k) for k in ("devices", "workers", "threads", "together"))
@@ -151,6 +154,11 @@ class Sweep:
         one = getattr(asked, "device", "auto")
         devices = devices or (given if given != "auto" else "auto" if one == "auto" else [one])
         return cls(str(name), keys, settings, experiments, devices, workers, threads or asked.threads, together or 1)
+
+
+def seed_by_seed(exp: Experiment) -> list[Experiment]:
+    """The experiment once for each of its seeds."""
+    return [exp] if exp.seeds is None else [dataclasses.replace(exp, seeds=None, seed=seed) for seed in exp.seeds]
 
 
 def _settings(path: Path, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -35,7 +35,7 @@ from fedsim.seeding import stream
 VALUES = ("last", "best", "own", "test", "merged_own", "gain_own", "gain")
 MODEL_COLUMNS = (
     *("scope", "client", "rows", "js", "js_mean", "size_gini", "num_clients"),
-    *("metric", "last", "best", "own", "test", "steps", "merged_own", "gain_own", "gain"),
+    *("metric", "last", "best", "round", "own", "test", "steps", "merged_own", "gain_own", "gain"),
 )
 RESAMPLES = 10_000
 # No model's scores depend on these.
@@ -65,8 +65,9 @@ def sweep_table(path: PathLike | Iterable[PathLike], metric: str | None = None) 
           model beside virtual clients, which does not hold what they draw), `js` (divergence of the site's labels from
           those of all, Jensen-Shannon, bits), and of the run's partition `js_mean` (bits, weighted by rows),
           `size_gini` and `num_clients`. NaN where the partition report has no such site, as most virtual clients.
-        - `metric`, `last` and `best` (shared validation rows, at the end and the best at the ends of rounds), `own`
-          (a site's own validation rows; of the merged model the mean over sites), `test`, `steps` (optimiser steps).
+        - `metric`, `last` and `best` (shared validation rows: the model of the last round, and the one that validation chose,
+          after `round`), `own`
+          (a site's own validation rows; of the merged model the mean over sites), `test` (the chosen model), `steps` (optimiser steps).
         - for local models also `merged_own` (the merged model of the same run on that site's own rows), `gain_own` =
           `merged_own` - `own`, and `gain` = the merged model's `last` - the site's. Both gains are turned so that a
           positive one means that the merged model is better, whichever way the metric goes.
@@ -105,7 +106,7 @@ def sweep_table(path: PathLike | Iterable[PathLike], metric: str | None = None) 
     table = {key: column.take(of).reset_index(drop=True) for key, column in columns.items()}
     for key in MODEL_COLUMNS:
         dtype = {"scope": object, "client": object, "metric": object}.get(key, "float64")
-        dtype = "Int64" if key in ("rows", "num_clients", "steps") else dtype
+        dtype = "Int64" if key in ("rows", "num_clients", "round", "steps") else dtype
         table[key] = pd.Series(
             [model.get(key, np.nan if dtype == "float64" else None) for model in models], dtype=dtype
         )

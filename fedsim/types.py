@@ -110,6 +110,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class RoundEnd:
+    """What a callback of `fedsim.run` is given.
+
+    Attributes:
+        mode: local | federated | central.
+        round: the round that ended, from 1.
+        rounds: how many the mode has.
+        metrics: the round's metrics, as in `metrics.jsonl`.
+    """
+
+    mode: str
+    round: int
+    rounds: int
+    metrics: list[Row]
+
+
+@dataclass(frozen=True)
 class Fault:
     """What went wrong with a client's round.
 
@@ -139,7 +156,7 @@ class Report:
         tokens: tokens trained on.
         computed: tokens that went through the base to train on those, pads and virtual tokens included.
         seconds: wall-clock of the pack.
-        scoring: those of them that evaluation took.
+        scoring: seconds of these that went into evaluation.
         faults: what went wrong with clients of the pack.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ import fedsim
 import fedsim.session
 from fedsim.errors import UserError
 from fedsim.models.stacked import StackedNet
-from fedsim.planner import Packs, Plan, choose_lanes, describe
+from fedsim.planner import Packs, Plan, choose_lanes, describe, lanes_of
+from fedsim.training.trainer import Trainer
 from fedsim.types import Engine, Measured
 
 MB = 1_000_000
@@ -39,6 +41,7 @@ class Device:
         self.seconds, self.room, self.per_token, self.base, self.state = seconds, room, per_token, base, state
         self.engine = Engine(True, 8)
         self.tried: list[tuple[int, int, bool]] = []
+        self.peak, self.of_evaluation = base, 0
 
     def configure(self, engine: Engine) -> None:
         self.engine = engine
@@ -48,20 +51,33 @@ class Device:
         self.tried.append((k, tokens, self.engine.checkpointing))
         kept = tokens * self.per_token // (5 if self.engine.checkpointing else 1)
         peak = self.base + k * self.state + kept
+        self.peak = max(self.peak, peak)
         return None if peak > self.room else Measured(k, tokens, self.seconds(k), kept, k * self.state, peak)
+
+    def highest(self) -> int:
+        return self.peak
+
+    def evaluate(self) -> None:
+        self.peak = max(self.peak, self.base + self.of_evaluation)
 
     def choose(self, clients: int = 32, workers: int = 1, on_gpu: bool = True, **keys: Any) -> Plan:
         """Each client's pass has `micro_batch` tokens."""
         plan = Plan(1, packed=True, micro_batch=8)
-        packs = Packs(clients, lambda k, m: [np.zeros(m)] * min(k, clients), lambda k, m: k * m)
-        asked = {"lanes": "auto", "checkpointing": "auto", "base_bytes": self.base, "resident": 500 * MB, **keys}
+        packs = keys.pop("packs", None) or Packs(
+            clients, lambda k, m: [np.zeros(m)] * min(k, clients), lambda k, m: k * m
+        )
+        asked = {"lanes": "measure", "checkpointing": "auto", "base_bytes": self.base, "resident": 500 * MB, **keys}
         choose_lanes(
             plan,
             packs,
             self.measure,
             self.configure,
+            self.highest,
+            self.evaluate,
             workers=workers,
+            token_bytes=1024,
             free=self.room - self.base,
+            total=self.room if on_gpu else None,
             on_gpu=on_gpu,
             **asked,
         )
@@ -120,7 +136,25 @@ def test_an_explicit_number_depends_on_nothing_measured() -> None:
     assert Device(flat, 10**6 * MB).choose(lanes=50, clients=20).lanes == 20, "there are no more clients"
     device = Device(linear, 10**6 * MB)
     device.choose(lanes=8, on_gpu=False)
-    assert [k for k, _, _ in device.tried] == [1], "one lane, to tell what it takes"
+    assert [k for k, _, _ in device.tried] == [1, 8], "one lane and all of them, to tell what they take"
+
+
+def test_the_peak_on_the_cpu_is_that_of_a_pass_of_all_lanes_or_of_evaluation() -> None:
+    """Of 8 lanes, 8 tokens each: 4 MB that a pass needs and does not keep; the largest pass is half as large again."""
+    device = Device(flat, 10**6 * MB, base=500 * MB)
+    measure = device.measure
+
+    def more(rows: Sequence[np.ndarray]) -> Measured | None:
+        found = measure(rows)
+        device.peak += 4 * MB * (len(rows) == 8)
+        return found
+
+    device.measure = more  # type: ignore[method-assign]
+    packs = Packs(8, lambda k, m: [np.zeros(m)] * k, lambda k, m: 3 * k * m // 2)
+    keys = {"lanes": 8, "on_gpu": False, "packs": packs}
+    assert device.choose(**keys).memory["predicted"] == 500 * MB + (8 + 64 + 4) * MB * 3 // 2
+    device.of_evaluation = 300 * MB
+    assert device.choose(**keys).memory["predicted"] == 800 * MB
 
 
 def test_the_plan_says_what_was_found() -> None:
@@ -170,12 +204,12 @@ def plan_of(folder: Path) -> dict[str, Any]:
 def test_too_little_memory_halves_the_lanes_and_goes_on(
     lab: Any, distance: Any, monkeypatch: pytest.MonkeyPatch, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Round 1 runs with 4 lanes (after one pass of the planner's), round 2 does not: it starts again with 2."""
+    """Round 1 runs with 4 lanes (after two passes of the planner), round 2 does not: it starts again with 2."""
     with monkeypatch.context() as patch:
-        ran = too_small(patch, most=2, after=1 + 2)
+        ran = too_small(patch, most=2, after=2 + 2)
         found = fedsim.run(lab.exp(**FOUR, name="small", modes=[mode]), progress=True).path
     assert f"{mode}: out of memory in round 2; it starts again with 2 lane(s)" in capsys.readouterr().err
-    assert ran == [1, 4, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert ran == [1, 4, 4, 4, 2, 2, 2, 2, 2, 2, 2, 2]
     assert plan_of(found)["lanes"] == 4 and plan_of(found)["halved"] == [{"mode": mode, "round": 2, "lanes": 2}]
     whole = lab.run(**FOUR, name="whole", modes=[mode])
     places = ["global"] if mode == "federated" else [f"local/site-{i}" for i in (1, 2, 3, 4)]
@@ -192,14 +226,14 @@ def test_too_little_memory_halves_the_lanes_and_goes_on(
 def test_a_resume_keeps_the_plan_and_its_halvings(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after the halving, resumed where there is room enough: the same bits as the run that was not stopped."""
     with monkeypatch.context() as patch:
-        too_small(patch, most=2, after=1 + 2)
+        too_small(patch, most=2, after=2 + 2)
         whole = lab.run(**FOUR, name="whole")
 
     class Stopped(Exception):
         pass
 
     with monkeypatch.context() as patch:
-        too_small(patch, most=2, after=1 + 2)
+        too_small(patch, most=2, after=2 + 2)
         save = fedsim.session.Session._checkpoint
 
         def stop(self: Any, mode: str, state: Any, algorithm: Any) -> None:
@@ -222,21 +256,64 @@ def test_a_run_that_does_not_fit_with_one_lane_ends_with_a_line(lab: Any, monkey
         lab.run(**FOUR)
 
 
-def test_auto_is_resolved_once(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second start measures nothing, whatever the first one chose, and reads the same number."""
-    auto = {**FOUR, "training": {"lanes": "auto"}}
+def test_auto_is_a_function_of_sizes_alone() -> None:
+    """Tokens of a pass: at most 2,048 on the CPU, of which the widest layer makes 8 MiB; 16,384 on a GPU, as memory allows."""
+
+    def lanes(clients: int = 100, rows: int = 4, mean: float = 32, on_gpu: bool = False, **sizes: Any) -> int:
+        packs = Packs(clients, lambda k, m: [], lambda k, m: 0, mean=mean)
+        given = {"token_bytes": 1024, "lane_bytes": MB, "kept": 1000.0, "room": None, **sizes}
+        return lanes_of(packs, rows, on_gpu=on_gpu, **given)
+
+    assert lanes() == 16 and lanes(rows=1) == 64 and lanes(rows=16) == 4 and lanes(rows=200) == 1
+    assert lanes(clients=10) == 10, "no more than there are clients"
+    assert lanes(token_bytes=16 << 10) == 4, "512 tokens of 16 KiB"
+    assert lanes(lane_bytes=512 << 20) == 2, "a GiB for parameters, gradients and moments"
+    assert lanes(on_gpu=True) == 100 and lanes(on_gpu=True, clients=500) == 128
+    assert lanes(on_gpu=True, room=100 * MB, kept=125_000.0) == 5, "85 MB hold 5 of 1 + 16 MB"
+    assert lanes(on_gpu=True, room=MB, kept=125_000.0) == 1
+    plans = [Device(seconds, 10**6 * MB).choose(lanes="auto", workers=w) for seconds in (flat, linear) for w in (1, 4)]
+    assert len({plan.lanes for plan in plans}) == 1 and not any(plan.measured for plan in plans)
+
+
+@pytest.mark.parametrize("asked", ["auto", "measure"])
+def test_lanes_are_resolved_once(lab: Any, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    """The second start decides nothing, whatever the first one chose, and reads the same number."""
+    keys = {**FOUR, "training": {"lanes": asked}}
     with monkeypatch.context() as patch:
         patch.setattr(fedsim.session.Session, "_run_mode", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            lab.run(**auto)
+            lab.run(**keys)
     (folder,) = (lab.root / "results" / "lab").iterdir()
     before = plan_of(folder)
-    assert before["packed"] and 1 <= before["lanes"] <= 4 and before["measured"]
-    monkeypatch.setattr(fedsim.session, "choose_lanes", lambda *args, **keys: pytest.fail("measured again"))
-    assert lab.run(**auto) == folder
+    assert before["packed"] and 1 <= before["lanes"] <= 4 and bool(before["measured"]) == (asked == "measure")
+    monkeypatch.setattr(fedsim.session, "choose_lanes", lambda *args, **keys: pytest.fail("chosen again"))
+    assert lab.run(**keys) == folder
     assert plan_of(folder) == before
     memory = json.loads((folder / "memory.json").read_text())
     assert memory["predicted_bytes"] == before["memory"]["predicted"] and min(memory["measured_bytes"]) > 0
+
+
+def test_by_default_every_start_has_the_same_lanes_and_bits_whatever_passes_take(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine on which each pass takes another time, in one process and in two: the same plan, the same bits."""
+    keys = {**FOUR, "rounds": 2, "modes": ["local", "federated", "central"], "training": {"lanes": "auto"}}
+    first = lab.run(**keys, name="first")
+    measure, slow = Trainer.measure, itertools.count(1)
+
+    def by_chance(self: Trainer, rows: Any, weights: Any) -> Measured:
+        found = measure(self, rows, weights)
+        return dataclasses.replace(found, seconds=found.seconds * 10 ** (next(slow) % 3))
+
+    monkeypatch.setattr(Trainer, "measure", by_chance)
+    for name, executor in (("again", {"name": "serial"}), ("pool", {"name": "pool", "devices": ["cpu"], "workers": 2})):
+        other = lab.run(**keys, name=name, executor={"threads": 1, **executor})
+        assert {k: plan_of(other)[k] for k in ("lanes", "micro_batch", "checkpointing")} == {
+            k: plan_of(first)[k] for k in ("lanes", "micro_batch", "checkpointing")
+        }
+        lab.same_bits(first, other)
+    assert plan_of(first)["lanes"] == 4
+    assert lab.run(**{**keys, "training": {"lanes": "measure"}}, name="first") != first, "measuring is another run"
 
 
 def test_a_method_without_a_stacked_form_trains_one_at_a_time_and_says_why(lab: Any) -> None:

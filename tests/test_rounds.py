@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -14,6 +15,7 @@ import torch
 
 import fedsim
 from fedsim.data.batches import Draw
+from fedsim.progress import Progress
 from fedsim.rounds import CENTRAL, Choice, Chosen, Schedule, State
 from fedsim.seeding import stream
 from fedsim.store import Records
@@ -159,12 +161,22 @@ def test_central_steps_with_sampled_cohorts() -> None:
 # --------------------------------------------------------------------------------------------------- choice
 
 
-def test_the_best_is_the_earliest_of_equals_and_never_nan() -> None:
-    more, less = Choice("accuracy", "max"), Choice("loss", "min")
-    assert more.better(0.1, None) and more.better(0.2, Chosen(0.1, 1, 1))
-    assert not more.better(0.1, Chosen(0.1, 1, 1)) and not more.better(float("nan"), None)
-    assert less.better(0.1, Chosen(0.2, 1, 1)) and not less.better(0.2, Chosen(0.2, 1, 1))
-    assert not less.better(float("nan"), Chosen(9.0, 1, 1))
+def test_the_best_of_equals_has_the_lower_loss_then_the_later_round_and_nan_never_wins() -> None:
+    nan = float("nan")
+    for metric, sign in (("accuracy", 1), ("macro_f1", 1), ("perplexity", -1)):
+        choice = Choice(metric, "max" if sign == 1 else "min")
+        one = choice.better({metric: 0.5 * sign, "loss": 2.0}, 1, 10, None)
+        assert one == Chosen(0.5 * sign, 1, 10, 2.0)
+        assert choice.better({metric: 0.6 * sign, "loss": 9.0}, 2, 20, one) == Chosen(0.6 * sign, 2, 20, 9.0)
+        assert choice.better({metric: 0.4 * sign, "loss": 0.1}, 2, 20, one) is None
+        assert choice.better({metric: 0.5 * sign, "loss": 1.9}, 2, 20, one) == Chosen(0.5 * sign, 2, 20, 1.9)
+        assert choice.better({metric: 0.5 * sign, "loss": 2.1}, 2, 20, one) is None
+        assert choice.better({metric: 0.5 * sign, "loss": 2.0}, 2, 20, one) == Chosen(0.5 * sign, 2, 20, 2.0)
+        assert choice.better({metric: 0.5 * sign, "loss": nan}, 2, 20, one) is None
+        assert choice.better({metric: nan, "loss": 0.1}, 2, 20, None) is None
+    less = Choice("loss", "min")
+    assert less.better({"loss": 0.2}, 2, 20, Chosen(0.2, 1, 10, 0.2)) == Chosen(0.2, 2, 20, 0.2)
+    assert less.better({"loss": 0.3}, 2, 20, Chosen(0.2, 1, 10, 0.2)) is None
 
 
 # ----------------------------------------------------------------------------------------- rows of real runs
@@ -291,3 +303,44 @@ def test_clients_need_not_be_scored_before_a_merge(lab: Any) -> None:
     own = {k for k in with_them if k[2] == "federated" and k[3] and k[4] != "train" and not k[5].startswith("merged_")}
     assert own
     assert without == {k: v for k, v in with_them.items() if k not in own}
+
+
+def test_of_equal_accuracies_the_run_keeps_the_model_of_lower_loss_whenever_it_is_stopped(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps too small to change an answer: every round ties in accuracy, and the loss alone tells models apart."""
+    keys = {
+        **THREE,
+        "local": {"steps": 1, "batch_size": 4, "lr": 1e-5, "clip": None},
+        "evaluate": {"every_steps": None},
+    }
+    keys |= {"rounds": 4, "best": {"metric": "accuracy"}}
+    whole = lab.run(**keys, name="whole")
+    rows = lab.metrics(whole)
+    found = 0
+    for scope, client in {(r["scope"], r["client"]) for r in rows if r["split"] == "test"}:
+        own = [r for r in rows if (r["scope"], r["client"]) == (scope, client) and r["round"] > 0]
+        by = {
+            n: {r["round"]: r["value"] for r in own if r["split"] == "validation" and r["name"] == n}
+            for n in ("accuracy", "loss")
+        }
+        best = max(by["accuracy"], key=lambda r: (by["accuracy"][r], -by["loss"][r], r))
+        assert {r["round"] for r in own if r["split"] == "test"} == {best}
+        found += len(set(by["accuracy"].values())) == 1 and best > 1
+        table = fedsim.summary(fedsim.load_runs(whole), "loss", which="best").set_index("model")
+        row = table.loc[scope if client is None else f"local {client}"]
+        test = next(r["value"] for r in own if r["split"] == "test" and r["name"] == "loss")
+        assert (row["round"], row["validation"], row["test"]) == (best, by["loss"][best], test)
+    assert found >= 3, "ties that the earliest round would have won otherwise"
+
+    class Stopped(Exception):
+        pass
+
+    def stop(self: Progress, done: int, headline: str) -> None:
+        raise Stopped
+
+    for _ in range(5):
+        with monkeypatch.context() as patch, contextlib.suppress(Stopped):
+            patch.setattr(Progress, "round", stop)
+            lab.run(**keys, name="stopped")
+    lab.same_bits(lab.run(**keys, name="stopped"), whole)

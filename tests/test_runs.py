@@ -117,6 +117,12 @@ def write_run(
             log(number, longer * number * steps, "central", None, 9000.0 * sites, "tokens", "train")
         log(rounds, longer * rounds * steps, "central", None, 0.97, "accuracy", "test")
 
+    for row in (row for row in rows if row["split"] == "test"):  # the chosen model's
+        alike = [r for r in rows if r["split"] == "validation" and r["name"] == "accuracy" and r["round"] > 0]
+        alike = [r for r in alike if (r["scope"], r["client"]) == (row["scope"], row["client"])]
+        ends = [r for r in alike if r["step"] == max(a["step"] for a in alike if a["round"] == r["round"])]
+        row |= {key: max(ends, key=lambda r: r["value"])[key] for key in ("round", "step")}
+
     resolved: dict[str, Any] = {"name": folder.parent.name, "seed": seed, "modes": list(modes), "rounds": rounds}
     resolved |= {
         "partition": {"name": "dirichlet", "alpha": 1.0},
@@ -320,30 +326,55 @@ def test_summary_by_hand() -> None:
         (1, 20, "federated", None, *acc, 0.9),
         (2, 40, "federated", "a", "site", "merged_accuracy", 0.6),
         (2, 40, "federated", None, *acc, 0.85),
-        (2, 40, "federated", None, "test", "accuracy", 0.87),
+        (1, 20, "federated", None, "test", "accuracy", 0.87),  # of the chosen model, after round 1
+        (1, 20, "federated", None, "validation", "loss", 0.5),
         (2, 40, "federated", None, "validation", "loss", 0.3),
     )
     table = summary(df)
-    assert list(table.columns) == ["model", "validation (last)", "validation (best)", "site", "test", "steps"]
-    assert table["model"].tolist() == ["local a", "local b", "local mean", "federated"]
-    assert table["validation (last)"].tolist() == pytest.approx([0.6, 0.4, 0.5, 0.85])
-    assert table["validation (best)"].tolist() == pytest.approx([0.6, 0.4, 0.5, 0.9]), "0.8 was inside a round"
-    assert table["site"].tolist() == pytest.approx([0.7, np.nan, 0.7, 0.5], nan_ok=True)
-    assert table["test"].tolist() == pytest.approx([0.5, np.nan, 0.5, 0.87], nan_ok=True)
-    assert table["steps"].tolist() == [20, 30, 30, 40]
-    loss = summary(df, "loss").set_index("model")
-    assert loss.loc["federated", "validation (best)"] == 0.3 and np.isnan(loss.loc["local a", "validation (last)"])
+    assert list(table.columns) == ["model", "round", "validation", "site", "test", "steps"]
+    assert table["model"].tolist() == ["local a", "local b", "local mean", "federated", "federated (last)"]
+    assert table["round"].tolist() == [1, 1, pd.NA, 1, 2]
+    assert table["validation"].tolist() == pytest.approx([0.6, 0.4, 0.5, 0.9, 0.85]), "0.8 was inside a round"
+    assert table["site"].tolist() == pytest.approx([0.7, np.nan, 0.7, 0.3, 0.6], nan_ok=True)
+    assert table["test"].tolist() == pytest.approx([0.5, np.nan, 0.5, 0.87, np.nan], nan_ok=True)
+    assert table["steps"].tolist() == [20, 30, 30, 20, 40]
+    assert summary(df, which="last")["model"].tolist() == ["local a", "local b", "local mean", "federated"]
+    assert summary(df, which="last")["validation"].tolist() == pytest.approx([0.6, 0.4, 0.5, 0.85])
+    assert summary(df, which="best")["validation"].tolist() == pytest.approx([0.6, 0.4, 0.5, 0.9])
+    loss = summary(df, "loss", which="best").set_index("model")
+    assert loss.loc["federated", "validation"] == 0.5, "the loss of the model that accuracy chose, not the lowest loss"
+    assert np.isnan(loss.loc["local a", "validation"])
     with pytest.raises(UserError, match="no metric 'f1' in these rows; recorded: accuracy, loss, merged_accuracy"):
         summary(df, "f1")
+    with pytest.raises(UserError, match="which='first' is unknown; use best, last or both"):
+        summary(df, which="first")
 
 
 def test_summary_of_a_metric_that_is_better_when_low_and_of_several_runs() -> None:
     rows = [(1, 10, "central", None, "validation", "loss", 0.2), (2, 20, "central", None, "validation", "loss", 0.4)]
     table = summary(pd.concat([_rows(*rows, run="x"), _rows(*rows, run="y")], ignore_index=True), "loss")
-    assert table["run"].tolist() == ["x", "y"] and table["model"].tolist() == ["central", "central"]
-    assert table["validation (best)"].tolist() == [0.2, 0.2] and table["validation (last)"].tolist() == [0.4, 0.4]
+    assert (
+        table["run"].tolist() == ["x", "x", "y", "y"] and table["model"].tolist() == ["central", "central (last)"] * 2
+    )
+    assert table["validation"].tolist() == [0.2, 0.4] * 2
     own = _rows(*rows).assign(**{"best.metric": "loss", "best.mode": "max"})
-    assert summary(own, "loss")["validation (best)"].tolist() == [0.4], "the config's word on the direction holds"
+    assert summary(own, "loss")["validation"].tolist() == [0.4], "the config's word on the direction holds"
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [([0.5, 0.3, 0.4, 0.2], 2), ([0.5, 0.3, 0.3, 0.2], 3), ([0.3, np.nan, 0.4, 0.2], 1), ([np.nan] * 4, 3)],
+)
+def test_without_test_rows_ties_go_to_the_lower_loss_then_to_the_later_round(losses: list[float], chosen: int) -> None:
+    rows = []
+    for number, (value, loss) in enumerate(zip([0.8, 0.8, 0.8, 0.7], losses, strict=True), start=1):
+        rows.append((number, 10 * number, "federated", None, "validation", "accuracy", value))
+        rows.append((number, 10 * number, "federated", None, "validation", "loss", loss))
+    df = _rows(*rows).assign(**{"best.metric": "accuracy", "best.mode": "max"})
+    for metric, value in (("accuracy", 0.8), ("loss", losses[chosen - 1])):
+        table = summary(df, metric, which="best")
+        assert table["round"].tolist() == [chosen] and table["steps"].tolist() == [10 * chosen]
+        assert table["validation"].tolist() == pytest.approx([value], nan_ok=True)
 
 
 def test_traces_place_points_by_each_models_own_steps() -> None:

@@ -54,7 +54,7 @@ def write_run(
             step = 10 * number * (3 if scope == "central" else 1)
             log(number, step, scope, client, value + 0.01 * sign * (number == 1), "validation", metric)
     for scope, client, value in finals:
-        log(2, 60 if scope == "central" else 20, scope, client, value + 0.02, "test", metric)
+        log(1, 30 if scope == "central" else 10, scope, client, value + 0.02, "test", metric)
     for number in (1, 2):
         for client, value in (own or {}).items():
             log(number, 10 * number, "local", client, value - 0.5 * (number == 1), "site", metric)
@@ -129,6 +129,7 @@ def test_every_number_of_the_table_by_hand(sweep: Path) -> None:
     assert set(table["js_mean"]) == {0.09} and set(table["size_gini"]) == {0.25}
     first = table[table["run"] == "run0"].set_index("client")
     a, b, merged = first.loc["a"], first.loc["b"], first.iloc[2]
+    assert (a["round"], merged["round"]) == (1, 1), "best and test are of the model of round 1, last and own of round 2"
     assert (a["last"], a["best"], a["own"], a["test"], a["steps"]) == pytest.approx((0.8, 0.81, 0.72, 0.82, 20))
     assert (merged["last"], merged["best"], merged["test"]) == pytest.approx((0.9, 0.91, 0.92))
     assert merged["own"] == pytest.approx(0.65), "the mean over sites of 0.75 and 0.55, at the end"

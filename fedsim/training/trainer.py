@@ -180,7 +180,7 @@ class Trainer:
         self.aggregator = WeightedMean(self.layout.sums)
         self.stores = stores_of(state, algorithms, self.layout, recipe)
         self.cuts: dict[str, tuple[list[Chunk], int]] = {}  # by mode
-        self._trimmed = -math.inf
+        self._trimmed, self._scoring = -math.inf, 0.0
         self.beat: Callable[[], None] = beat
         self._allocate(1)
         if not isinstance(net, StackedNet) or isinstance(net, StreamNet):
@@ -553,13 +553,14 @@ class Trainer:
         """
         if not lanes:
             return []
+        if self.net.device.type == "cuda":
+            torch.cuda.synchronize(self.net.device)  # training that is under way is not evaluation
         began = time.monotonic()
         steps = [steps] * len(lanes) if isinstance(steps, int) else steps
         whose = [every[j] for j in lanes]
         own = [{t.client: p.trainer.sites.own(t.client)} if t.client >= 0 else {} for p, t in whose]
         out = []
         scored = self._score(self.flat[: len(every)], "validation", self.recipe.generate, own, lanes=lanes)
-        self._scoring += time.monotonic() - began
         for (part, task), n, scores in zip(whose, steps, scored, strict=True):
             mode = part.pack.mode
             name, step = None if mode == "central" else task.name, task.steps_done + n
@@ -567,6 +568,7 @@ class Trainer:
             for values in scores.sites.values():
                 rows += [Row(task.round, step, mode, name, "site", n, v, w) for n, (v, w) in values.items()]
             out.append(rows)
+        self._scoring += time.monotonic() - began
         return out
 
     def _score(
