@@ -110,7 +110,7 @@ class Session:
         known = self._told()
         settings = exp.tracking
         self.trackers = Trackers(
-            settings.with_, exp.name, folder.path, exp.to_dict(), known.get("ids"), settings.clients
+            settings.with_, exp.name, folder.path, exp.to_dict(), known.get("trackers"), settings.clients
         )
         with contextlib.closing(self.trackers):
             if self.trackers:
@@ -752,7 +752,7 @@ class Session:
             self._note_tracked(end)
 
     def _note_tracked(self, end: int) -> None:
-        value = {"metrics_bytes": end, "ids": self.trackers.ids}
+        value = {"metrics_bytes": end, "trackers": self.trackers.state}
         write_checked(self.folder.path / "checkpoints" / "tracked.json", value)
 
     def _tracked(self) -> int:

@@ -1,6 +1,6 @@
 """Experiment trackers - TensorBoard, W&B, MLflow - through accelerate: one step per round, with a few named metrics.
 
-A name is `scope/split/metric`: `federated/validation/loss` is of the global model, `local/validation/loss/mean` (`min`, `max`)
+A name is `scope/split/metric`: `federated/validation/loss` is of the global model, `local/validation/loss_mean` (`_min`, `_max`)
 of all clients; tokens and bytes are sums over clients. The step is the round.
 """
 
@@ -44,11 +44,11 @@ class Trackers:
         experiment: the experiment's or sweep's name: project and group in W&B, experiment in MLflow.
         folder: the run folder; TensorBoard writes into it.
         config: the resolved config.
-        ids: what an earlier start of this run had as `ids`, so that a resumed run goes on in the same places.
+        state: what an earlier start of this run had as `state`: a resumed run goes on in the same places.
         clients: log each client's metrics, too.
 
     Attributes:
-        ids: the run's name, and its id in W&B and MLflow.
+        state: the run's name, its id in W&B and MLflow, and the last round that was logged of each scope.
     """
 
     def __init__(
@@ -57,19 +57,21 @@ class Trackers:
         experiment: str,
         folder: Path,
         config: dict[str, Any],
-        ids: Mapping[str, str] | None = None,
+        state: Mapping[str, Any] | None = None,
         clients: bool = False,
     ) -> None:
         self._trackers: list[Any] = []
         self._clients = clients
-        self.ids = dict(ids or {})
+        self.state: dict[str, Any] = {"rounds": {}, **(state or {})}
         if not names:
             return
-        from accelerate import tracking
+        from accelerate import PartialState, tracking
 
-        run_name = self.ids.setdefault("name", _name(folder, config))
+        PartialState()  # what the trackers log with; W&B alone would not make it
+
+        run_name = self.state.setdefault("name", _name(folder, config))
         for name in names:
-            known = self.ids.get(name)
+            known = self.state.get(name)
             if name == "tensorboard":
                 place = re.sub(r"[^\w.,=+-]", "_", run_name)[:100]
                 tracker = tracking.TensorBoardTracker(run_name=place, logging_dir=folder / "tensorboard")
@@ -84,14 +86,24 @@ class Trackers:
                 tracker.run.define_metric("*", step_metric="round")
             if known is None:  # MLflow refuses a second value of a parameter
                 tracker.store_init_configuration(_flat(config))
-            self.ids[name] = _id(name, tracker)
+            self.state[name] = _id(name, tracker)
             self._trackers.append(tracker)
 
     def __bool__(self) -> bool:
         return bool(self._trackers)
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log committed metrics rows, as `metrics.jsonl` has them: one call for each round of a scope."""
+        """Log committed metrics rows, as `metrics.jsonl` has them: one call for each round of a scope.
+
+        Rounds that were logged before are left out: a run with more rounds writes rows of its later modes again.
+        """
+        logged = self.state["rounds"]
+
+        def is_new(row: Mapping[str, Any]) -> bool:
+            before = logged.get(row["scope"], -1)
+            return row["split"] == "test" or row["round"] > before - (row["split"] == "run")
+
+        rows = [row for row in rows if is_new(row)]
         for round, values in by_round(rows, self._clients) if self._trackers else ():
             for tracker in self._trackers:
                 # W&B drops what is logged for a step behind its last one, and each scope starts at round 0.
@@ -99,6 +111,9 @@ class Trackers:
                     tracker.log({"round": round, **values})
                 else:
                     tracker.log(values, step=round)
+        for row in rows:
+            if row["split"] not in _LATE:
+                logged[row["scope"]] = max(row["round"], logged.get(row["scope"], 0))
 
     def log_figures(self, folder: Path, round: int) -> None:
         """Log the figures in a folder: as an artifact, in TensorBoard as images.
@@ -131,7 +146,7 @@ def by_round(rows: Sequence[Mapping[str, Any]], clients: bool = False) -> Iterat
 
     Args:
         rows: as `metrics.jsonl` has them. Counts of predictions by word are left out.
-        clients: give each client's values under `scope/split/metric/client`, too.
+        clients: give each client's values under `clients/scope/split/metric/client`, too.
     """
     groups: list[tuple[str, int, list[Mapping[str, Any]]]] = []
     late: list[Mapping[str, Any]] = []
@@ -177,10 +192,10 @@ def _values(scope: str, rows: Sequence[Mapping[str, Any]], clients: bool) -> dic
         elif split == "fault":
             values[key] = float(len(found))  # clients
         else:
-            values |= {f"{key}/mean": sum(found.values()) / len(found)}
-            values |= {f"{key}/min": min(found.values()), f"{key}/max": max(found.values())}
+            values |= {f"{key}_mean": sum(found.values()) / len(found)}
+            values |= {f"{key}_min": min(found.values()), f"{key}_max": max(found.values())}
         for client, value in found.items() if clients else ():
-            values[f"{key}/{_UNUSABLE.sub('_', client)}"] = value
+            values[f"clients/{key}/{_UNUSABLE.sub('_', client)}"] = value
     seconds = [row["seconds"] for row in rows if row.get("seconds") is not None]
     return values | ({f"{scope}/seconds": max(seconds)} if seconds else {})
 

@@ -392,7 +392,7 @@ def test_trackers_get_every_committed_row_once(lab: Any, monkeypatch: pytest.Mon
 
     class Told(Trackers):
         def __init__(self, *args: Any) -> None:
-            self.ids = {"name": "kept"} if args[4] is None else args[4]
+            self.state = {"name": "kept"} if args[4] is None else args[4]
             assert args[4] == (None if not starts or damaged_now else {"name": "kept"})
             starts.append(args)
 

@@ -132,7 +132,7 @@ def test_tensorboard_gets_one_step_per_round_and_the_figures(tmp_path: Path) -> 
         assert [p.value for p in points] == pytest.approx(own.groupby("round")["value"].last().tolist(), rel=1e-6)
     local = rows[(rows["scope"] == "local") & (rows["round"] == 2)].groupby("client")["value"].last()
     for name, value in (("mean", local.mean()), ("min", local.min()), ("max", local.max())):
-        assert log.Scalars(f"local/validation/accuracy/{name}")[-1].value == pytest.approx(value, rel=1e-6)
+        assert log.Scalars(f"local/validation/accuracy_{name}")[-1].value == pytest.approx(value, rel=1e-6)
     sent = df[(df["name"] == "bytes_up") & (df["round"] == 1)]["value"].sum()
     assert log.Scalars("federated/train/bytes_up")[0].value == sent
     assert set(log.Tags()["images"]) == {"figures/accuracy", "figures/loss", "figures/partition"}
@@ -163,20 +163,28 @@ def test_rows_become_one_step_per_round() -> None:
     found = list(by_round(ROWS))
     assert [round for round, _ in found] == [0, 1, 2, 0, 1]
     assert found[1][1] == {
-        **{"local/validation/loss/mean": 3.0, "local/validation/loss/min": 2.0, "local/validation/loss/max": 4.0},
+        **{"local/validation/loss_mean": 3.0, "local/validation/loss_min": 2.0, "local/validation/loss_max": 4.0},
         **{"local/train/tokens": 11.0, "local/seconds": 1.0},
     }
     assert found[2][1]["local/run/checkpoint_seconds"] == 0.7 and found[2][1]["local/fault/dropped"] == 1.0
-    assert found[2][1]["local/test/loss/mean"] == 1.5
+    assert found[2][1]["local/test/loss_mean"] == 1.5
     assert found[4][1] == {"federated/validation/loss": 8.0, "federated/seconds": 1.0}
     each = list(by_round(ROWS, clients=True))[1][1]
-    assert each["local/validation/loss/a"] == 2.0 and each["local/train/tokens/b"] == 6.0
+    assert each["clients/local/validation/loss/a"] == 2.0 and each["clients/local/train/tokens/b"] == 6.0
+    for names in (
+        set(found[2][1]),
+        set(each),
+    ):  # MLflow makes a file of a name and folders of what is before its slashes
+        assert not any(other.startswith(f"{name}/") for name in names for other in names)
     (late,) = by_round([_row(2, "local", None, "run", "checkpoint_seconds", 0.7), ROWS[-3]])
     assert late[0] == 2, "what comes alone after the last round is of that round"
 
 
 def test_wandb_and_mlflow_are_called_once_per_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fakes with what accelerate calls of both; a resumed run goes on under its ids, and keeps its parameters."""
+    from accelerate import PartialState
+
+    PartialState._reset_state()  # as in a process of its own
     calls: list[tuple[Any, ...]] = []
 
     class Run:
@@ -225,9 +233,13 @@ def test_wandb_and_mlflow_are_called_once_per_round(tmp_path: Path, monkeypatch:
     assert [values["round"] for _, values, _ in logged] == [0, 1, 2, 0, 1] and not any(keys for *_, keys in logged)
     assert [step for kind, *_, step in calls if kind == "mlflow.log"] == [0, 1, 2, 0, 1]
     trackers.close()
-    assert trackers.ids == {"name": name, "wandb": "w1", "mlflow": "m1"}
+    state = {"rounds": {"local": 2, "federated": 1}, "name": name, "wandb": "w1", "mlflow": "m1"}
+    assert trackers.state == state == json.loads(json.dumps(state))
     calls.clear()
-    again = Trackers(["wandb", "mlflow"], "rates", folder, config, trackers.ids)
+    again = Trackers(["wandb", "mlflow"], "rates", folder, config, trackers.state)
+    again.log([*ROWS[-2:], _row(2, "federated", None, "validation", "loss", 7.0)])
+    (logged,) = [call[1] for call in calls if call[0] == "wandb.log"]
+    assert (logged["round"], logged["federated/validation/loss"]) == (2, 7.0), "no round twice"
     again.log_figures(folder / "figures", 2)
     assert calls[0][1] == {"project": "rates", "name": name, "group": "rates", "id": "w1", "resume": "allow"}
     assert not any(call[0] in ("wandb.config", "mlflow.params") for call in calls), "set once"
