@@ -61,6 +61,13 @@ Overrides = Annotated[
     ),
 ]
 
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format", metavar="FORMAT", help="Of the figures: png (default), pdf, svg; several with commas, or repeated."
+    ),
+]
+
 
 def _print_version(asked: bool) -> None:
     if asked:
@@ -159,7 +166,7 @@ def run(
     from fedsim.experiment import run as run_experiment
 
     done = run_experiment(exp, progress=not quiet, resume=resume)
-    from fedsim.runs import load_runs, summary
+    from fedsim.runs import central_budget, load_runs, summary
     from fedsim.seeds import SeedRuns
 
     if isinstance(done, SeedRuns):
@@ -172,10 +179,14 @@ def run(
             print(path)
         return
     metrics = load_runs(done.path)
+    central = metrics["scope"] == "central"
+    budget = central_budget(metrics.loc[central, "central.match"].unique()) if "central.match" in metrics else ""
+    said = f" (centralized: {budget})" if budget else ""
     for metric in ("accuracy", "macro_f1", "exact_match", "loss", "perplexity"):
         if (metrics["name"] == metric).any():
             by = metrics["best.metric"].iloc[0]
-            _table(summary(metrics, metric=metric), f"{metric} of {done.path}; models chosen by validation {by}")
+            title = f"{metric} of {done.path}; models chosen by validation {by}{said}"
+            _table(summary(metrics, metric=metric), title)
     for figure in sorted((done.path / "figures").glob("*")):
         print(figure)
 
@@ -197,6 +208,7 @@ def sweep(
         str | None, typer.Option(help="Metric shown in tables and figures (default: each run's best.metric).")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no live table, only the results.")] = False,
+    formats: Formats = None,
 ) -> None:
     """Run a grid or a list of settings; finished runs are skipped, stopped ones resumed, failed ones tried again.
 
@@ -209,19 +221,23 @@ def sweep(
     """
     from fedsim.sweep_plan import Sweep, said
 
+    kinds = _formats(formats)
     plan = Sweep.load(file, overrides or [])  # before torch is imported
     from fedsim.sweep import run_sweep
 
-    done = run_sweep(plan, progress=not quiet, workers=workers, metric=metric)
+    done = run_sweep(plan, progress=not quiet, workers=workers, metric=metric, formats=kinds)
     jobs, failed = done.jobs, done.failed
     finished = [job for job in jobs if job.state == "finished"]
     if finished and done.problem is None:
-        import pandas as pd
+        from fedsim.tables import cells, swept_keys
 
-        _table(pd.read_csv(done.path / "cells.csv"), f"{len(finished)} of {len(jobs)} run(s) in {done.path}")
+        table = done.table(metric)
+        budget = table.attrs.get("central_budget")
+        said_of = f" (centralized: {budget})" if budget else ""
+        _table(cells(table), f"{len(finished)} of {len(jobs)} run(s) in {done.path}{said_of}", swept_keys(table))
         for name in ("table.csv", "table.parquet", "cells.csv"):
             print(done.path / name)
-        for figure in sorted((done.path / "figures").glob("*.png")):
+        for figure in sorted(f for f in (done.path / "figures").iterdir() if f.suffix[1:] in kinds):
             print(figure)
     if failed:
         print(f"\n{len(failed)} of {len(jobs)} run(s) failed:", file=sys.stderr)
@@ -260,6 +276,7 @@ def reproduce(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show no live table, only the checks and the paths.")
     ] = False,
+    formats: Formats = None,
 ) -> None:
     """Reproduce a published experiment and compare the results with the published numbers.
 
@@ -272,11 +289,12 @@ def reproduce(
     from fedsim.reproduce import reproduce as make
     from fedsim.sweep_plan import said
 
+    kinds = _formats(formats)
     plan = Reproduction.load(experiment, size, budget, overrides or [])
     words = ["fedsim", "reproduce", experiment, "--size", size]
     words += ["--budget", plan.budget] if plan.budget is not None else []
     command = shlex.join([*words, *(overrides or [])])
-    report = make(plan, command=command, progress=not quiet, workers=workers)
+    report = make(plan, command=command, progress=not quiet, workers=workers, formats=kinds)
     if report is None:
         failed = [job for job in plan.jobs if job.state == "failed"]
         print(f"{len(failed)} of {len(plan.jobs)} run(s) failed, so there is no report:", file=sys.stderr)
@@ -340,30 +358,51 @@ def plot(
             help="accuracy, macro_f1, loss, perplexity, exact_match, ...; default: accuracy, loss and exact_match."
         ),
     ] = None,
-    x: Annotated[str, typer.Option(help="step, round, tokens, bytes, seconds or simulated.")] = "step",
+    x: Annotated[
+        str | None,
+        typer.Option(
+            help="step, round, tokens, bytes, seconds or simulated; default: steps if all models do as many, else tokens."
+        ),
+    ] = None,
+    formats: Formats = None,
 ) -> None:
     """Redraw a run's figures, compare several runs, or rebuild a sweep's tables and figures."""
     from fedsim.plots import plot_runs, save_sweep
     from fedsim.runs import find_runs
     from fedsim.tables import write_tables
 
+    kinds = _formats(formats)
     runs, out = [_place(run, "RUNS") for run in runs], _place(out, "--out")
     if len(runs) == 1 and (runs[0] / "sweep.json").is_file():
-        if x != "step":
+        if x is not None:
             raise UserError(f"--x: {x!r} has no use for a sweep's folder, which has no curves; name some of its runs")
         tables = write_tables(runs[0], metric) if out is None and metric is None else []
-        written = [*tables, *save_sweep(runs[0], out, metric)]
+        written = [*tables, *save_sweep(runs[0], out, metric, kinds)]
     else:
         found = find_runs(runs)
         place = out or (found[0] / "figures" if len(found) == 1 else Path("figures"))
-        written = plot_runs(found, place, metric=metric, x=x)
+        written = plot_runs(found, place, metric=metric, x=x, formats=kinds)
     for path in written:
         print(path)
 
 
 @app.command("list")
 def list_(
-    path: Annotated[Path, typer.Argument(help="A results folder, an experiment's or a run's.")] = Path("results"),
+    path: Annotated[
+        Path | None, typer.Argument(help="A results folder, an experiment's or a run's; default: results.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Only runs with this value of a config key or a column; also != < <= > >=. May be repeated.",
+        ),
+    ] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Sort by a config key, a column or a metric; -KEY in the other order."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list with an object for each run.")] = False,
     components: Annotated[
         bool,
         typer.Option(
@@ -372,15 +411,36 @@ def list_(
         ),
     ] = False,
 ) -> None:
-    """List runs with their state and best scores, or the components a config can name."""
+    """List runs with their state, the config keys that vary, and their best scores; or the components a config can name.
+
+    \b
+      fedsim list results/rates --where 'local.lr<1e-3' --where adapter=lora --sort best_federated
+    """
     if components:
         _components()
         return
-    from fedsim.runs import list_runs
+    import json
 
-    path = _place(path, "PATH")
-    frame = list_runs(path)
-    _table(frame, f"{len(frame)} run(s) in {path}")
+    from fedsim.runs import find_runs
+    from fedsim.tables import list_table
+
+    place = _place(path or Path("results"), "PATH")
+    found: list[Path] = []
+    try:
+        found = find_runs(place)
+    except UserError:
+        if path is not None and not place.is_dir():  # a slip; without runs a folder is no fault
+            raise
+    frame = list_table(found, where or [], sort) if found else None
+    if as_json:
+        # Missing values are null; sections stay objects.
+        records = [] if frame is None else frame.astype(object).where(frame.notna(), None).to_dict("records")
+        print(json.dumps(records, indent=1, default=lambda value: value.item()))
+    elif frame is None:
+        print(visible(f"no runs in {place}"))
+    else:
+        counted = f"{len(frame)} run(s)" if len(frame) == len(found) else f"{len(frame)} of {len(found)} run(s)"
+        _table(frame, f"{counted} in {place}", frame.attrs["exact"])
 
 
 @app.command()
@@ -630,26 +690,22 @@ def _place(path: Path | None, key: str) -> Path | None:
     return None if path is None else Path(_expanded(str(path), key))
 
 
-def _table(frame: Any, title: str) -> None:
-    """Print a DataFrame, whole words and whole paths whatever the width of the terminal."""
-    import pandas as pd
+def _table(frame: Any, title: str, exact: Sequence[str] = ()) -> None:
+    """Print a DataFrame; `exact` names the columns of config values."""
+    from fedsim.tables import text_table
 
-    def cell(value: Any) -> str:
-        if value is None or value is pd.NA or (isinstance(value, float) and pd.isna(value)):
-            return "-"
-        return f"{value:.4f}" if isinstance(value, float) else visible(str(value))
+    print(f"\n{visible(title)}\n{text_table(frame, exact)}")
 
-    columns = [visible(str(c)) for c in frame.columns]
-    rows = [[cell(v) for v in row] for row in frame.itertuples(index=False)]
-    numeric = [
-        all(r[i] == "-" or r[i].replace(".", "", 1).lstrip("-").isdigit() for r in rows) for i in range(len(columns))
-    ]
-    widths = [max(len(c), *(len(r[i]) for r in rows)) if rows else len(c) for i, c in enumerate(columns)]
-    print(f"\n{visible(title)}")
-    for line in [columns, ["-" * w for w in widths], *rows]:
-        print(
-            "  ".join(v.rjust(w) if n else v.ljust(w) for v, w, n in zip(line, widths, numeric, strict=True)).rstrip()
-        )
+
+def _formats(given: list[str] | None) -> list[str]:
+    """The formats asked for, several in one option with commas between them."""
+    from fedsim.plots import FORMATS
+
+    formats = [name.strip().lower() for text in given or ["png"] for name in text.split(",")]
+    for name in formats:
+        if name not in FORMATS:
+            raise UserError(f"--format: {name!r} is not available; use {', '.join(FORMATS)}, several with commas")
+    return formats
 
 
 def main(argv: Sequence[str] | None = None) -> int:

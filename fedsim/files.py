@@ -93,10 +93,10 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
-def write_figure(path: Path, figure: Any, dpi: int) -> Path:
+def write_figure(path: Path, figure: Any, dpi: int, metadata: dict[str, Any] | None = None) -> Path:
     """Write a matplotlib figure as `write_atomic` does, in the format that its name says."""
     data = io.BytesIO()
-    figure.savefig(data, dpi=dpi, format=path.suffix[1:])
+    figure.savefig(data, dpi=dpi, format=path.suffix[1:], metadata=metadata)
     write_atomic(path, data.getvalue())
     return path
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import offset_copy
 
@@ -32,17 +34,21 @@ from fedsim.errors import Notice, UserError, visible
 from fedsim.files import check_own, write_figure
 from fedsim.runs import (
     COLUMNS,
+    MISSING,
     SCOPES,
     PathLike,
     Traces,
+    central_budget,
     class_predictions,
     confusion_matrix,
+    differences,
     find_runs,
     load_partition,
     load_runs,
     require_metric,
     round_ends,
     rows_of,
+    say,
     traces,
 )
 from fedsim.tables import cells, sweep_table, swept_keys
@@ -51,16 +57,18 @@ LOCAL, FEDERATED, MERGED, CENTRAL = "#0072B2", "#E69F00", "#C8102E", "#000000"
 CYCLE = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
 METRICS = ("accuracy", "loss", "exact_match")
 DPI = 150
+FORMATS = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}  # and what their files say of themselves
 WIDTH = 4.5  # inches; text of 9 points is still 7 when the figure is set 3.5 inches wide
 NAMED = 30  # clients whose names and numbers still fit
 STYLE = {"font.size": 9.0, "axes.titlesize": 9.0, "axes.labelsize": 9.0, "legend.fontsize": 8.0}
 STYLE |= {"xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "axes.spines.top": False, "axes.spines.right": False}
 X_LABELS = {
-    "step": "optimiser steps per site",
+    "step": "optimizer steps per client",
+    "own_step": "optimizer steps of each model",
     "round": "rounds",
-    "tokens": "tokens trained, all sites",
+    "tokens": "tokens trained on, all clients",
     "seconds": "wall-clock time (s)",
-    "bytes": "sent up and down, all sites (MiB)",
+    "bytes": "sent up and down, all clients (MiB)",
     "simulated": "simulated seconds",
 }
 SKEW_LABELS = {
@@ -72,7 +80,7 @@ KEY_LABELS = {"partition.alpha": "Dirichlet alpha", "partition.num_clients": "cl
 SCOPE_LOOKS = {  # colour of the line, colour of the marks, name in the legend
     "local": (LOCAL, LOCAL, "local, mean of sites"),
     "federated": (FEDERATED, MERGED, "federated, merged model"),
-    "central": (CENTRAL, CENTRAL, "central"),
+    "central": (CENTRAL, CENTRAL, "centralized"),
 }
 SITE_LOOKS = (
     ("#0072B2", "o"),
@@ -85,28 +93,31 @@ SITE_LOOKS = (
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # further settings than these are drawn thin, without names
 DASHED = (0, (4, 2))
 WIDE = 20.0  # values that span more than this many times the least one stand on a log axis
+SHARES = ("accuracy", "exact_match", "macro_f1")  # between 0 and 1
+LEAST_SPAN = 0.1
 WIDE_LOSS = 4  # highest over lowest loss, above which its axis is logarithmic
 Y_LABELS = {"accuracy": "accuracy", "loss": "loss (nats per answer token)", "exact_match": "exact match"}
 Y_LABELS |= {"macro_f1": "macro-F1", "perplexity": "perplexity"}
 
 
 def curves(
-    df: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy", x: str = "step", split: str = "validation"
+    df: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy", x: str | None = None, split: str = "validation"
 ) -> Axes:
-    """Local, federated and central over the course of training.
+    """Local, federated and centralized over the course of training.
 
     Local sites: a thin line each, their mean and their range. Federated: the mean of the cohort's clients inside each
-    round, the jump at each merge, a red dot on each merged model. Central: dashed; what it did in a round is stretched
-    to where the sites' round ends, so that at one x all have spent the same budget. With several runs each line is the
-    mean over runs, as far as all of them have come, and each band their range.
+    round, the jump at each merge, a red dot on each merged model. Centralized: dashed; the legend says what of the clients'
+    budget it has, by `central.match`. With several runs each line is the mean over runs, as far as all of them have
+    come, and each band their range.
 
     Args:
         df: rows of one or more runs from `load_runs`; a warning says so where they differ in more than the seed.
         ax: axes to draw on; None makes new ones.
         metric: "accuracy", "loss", "exact_match" or any other recorded name.
-        x: "step" (optimiser steps per site; the furthest site's where they differ), "round", or the scope's own
-            running total of "tokens" (trained, all clients), "seconds" (wall clock since the scope's training began) or
-            "bytes" (up and down, all clients). A scope without that total, as one that sends nothing, is left out.
+        x: "step" (optimizer steps: of a client, the furthest where they differ, and the centralized model's own),
+            "round", or the scope's own running total of "tokens" (trained on, all clients), "seconds" (wall clock since
+            the scope's training began) or "bytes" (up and down, all clients). A scope without that total, as one that
+            sends nothing, is left out. None: steps where the centralized model does as many as a client, else tokens.
         split: "validation", or "site" for each site's own validation rows.
 
     Raises:
@@ -121,13 +132,16 @@ def curves(
             stacklevel=2,
         )
     with _style(ax):
+        own = ax is None
         ax = ax or _new_axes(3.4)
         _legend_below(ax, _draw_curves(ax, df, metric, x, split, name_sites=True))
+        if own:
+            _grow(ax)
     return ax
 
 
 def each_site(
-    df: pd.DataFrame, ax: Axes | None = None, metric: str = "loss", x: str = "step", split: str = "validation"
+    df: pd.DataFrame, ax: Axes | None = None, metric: str = "loss", x: str | None = None, split: str = "validation"
 ) -> Axes:
     """A few sites that differ in kind: each alone in a colour and with a mark of its own, against federated and central.
 
@@ -144,17 +158,14 @@ def each_site(
         UserError: an unknown x or metric, more sites than there are colours, or no curve on that axis.
     """
     require_metric(df, metric, split)
-    if x not in X_LABELS:
-        raise UserError(f"x={x!r} is not an axis; use one of {', '.join(X_LABELS)}")
     found = [traces(rows, metric, split) for _, rows in df.groupby("run", observed=True)]
     names = [name for name in found[0].local if all(name in one.local for one in found)]
     if len(names) > len(SITE_LOOKS):
         raise UserError(f"{len(names)} sites trained alone, and {len(SITE_LOOKS)} can be told apart; use curves")
     looks = dict(zip(names, SITE_LOOKS, strict=False))
-    scales = {scope: _scale(df, scope, x) for scope in SCOPES}
-    if all(scale is None for scale in scales.values()):
-        raise _no_axis(x)
+    x, scales = _axis(df, x)
     entries: list[tuple[Any, str]] = []
+    ends: dict[str, tuple[float, float]] = {}
     with _style(ax):
         own = ax is None
         ax = ax or _new_axes(3.6)
@@ -162,13 +173,14 @@ def each_site(
             curve = _mean([one.local[name] for one in found])
             at, look = np.interp(curve[:, 0], *scales["local"]), {"markersize": 3.0, "linewidth": 1.3}
             (line,) = ax.plot(at, curve[:, 1], color=looks[name][0], marker=looks[name][1], zorder=3, **look)
+            ends[name] = (float(at[-1]), float(curve[-1, 1]))
             entries.append((line, f"{name} alone"))
         central = [one.central for one in found if len(one.central)]
         if central and scales["central"]:
             curve = _mean(central)
             at = np.interp(curve[:, 0], *scales["central"])
             (line,) = ax.plot(at, curve[:, 1], color=CENTRAL, linewidth=1.6, linestyle=(0, DASHED[1]), zorder=4)
-            entries.append((line, "central, all rows together"))
+            entries.append((line, _central_name(df)))
         federated = [one for one in found if one.clients or len(one.merged)]
         if federated and (scale := scales["federated"]):
             _draw_clients(ax, df, federated, metric, split, scale, looks)
@@ -179,7 +191,6 @@ def each_site(
             entries += [(line, "federated clients, mean"), (dots, "merged model")]
         _draw_start(ax, found, entries)
         _dress(ax, metric, x, split)
-        ends = {name: float(np.mean([one.local[name][-1, 1] for one in found])) for name in names}
         if scales["local"]:
             _label_ends(ax, ends, {name: look[0] for name, look in looks.items()})
         _legend_below(ax, entries)
@@ -313,12 +324,13 @@ def sites(df: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy") ->
         _name_ticks(ax.yaxis, [str(name) for name in table.index], NAMED)
         ax.set(ylim=(len(table) - 0.5, -0.5), xlabel=_value_label(metric, "validation"))
         ax.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+        _fit(ax.xaxis, metric)
         _legend_below(ax, entries)
     return ax
 
 
 def compare(
-    df: pd.DataFrame, metric: str = "accuracy", x: str = "step", axes: Sequence[Axes] | None = None
+    df: pd.DataFrame, metric: str = "accuracy", x: str | None = None, axes: Sequence[Axes] | None = None
 ) -> np.ndarray:
     """Settings against each other: a panel for each scope, a line for each setting (the mean over its seeds).
 
@@ -336,20 +348,20 @@ def compare(
     Raises:
         UserError: no run recorded the metric, none recorded what x asks for, or `axes` is not one for each scope.
     """
-    groups, shown = _lines_by_scope(df, metric, x)
+    groups, shown, x = _lines_by_scope(df, metric, x)
     if axes is not None and len(axes) != len(shown):
         raise UserError(f"axes: {len(axes)} given, but these runs have {len(shown)} scopes: {', '.join(shown)}")
     with _style(None if axes is None else axes[0]):
         if axes is not None:
             panels = np.array(list(axes), dtype=object)
-            entries = _draw_settings(panels, groups, shown, metric, x)
+            entries = _draw_settings(panels, groups, shown, metric, x, _central_name(df))
             _legend_below(panels[len(panels) // 2], entries)
         else:
             import matplotlib.pyplot as plt
 
             width, height = _compare_size(groups, shown)
             figure = plt.figure(figsize=(width, height), layout="constrained")
-            panels = _compare_panels(figure, groups, shown, metric, x)
+            panels = _compare_panels(figure, groups, shown, metric, x, _central_name(df))
     return panels
 
 
@@ -406,6 +418,9 @@ def scores(table: pd.DataFrame, x: str = "partition.alpha", ax: Axes | None = No
         shift = min(0.16, 0.7 / max(1, len(scopes) * min(len(settings), len(LINES)))) if names is not None else 0.0
         entries = _draw_cells(ax, means, len(settings), shift, with_interval=x not in SKEW_LABELS, joined=names is None)
         entries += _draw_levels(ax, levels, len(settings), named="central" not in scopes)
+        if budget := table.attrs.get("central_budget"):
+            central = SCOPE_LOOKS["central"][2]
+            entries = [(handle, f"{name} ({budget})" if name == central else name) for handle, name in entries]
         if 1 < len(settings) <= len(LINES):
             for setting, look in zip(settings, LINES, strict=False):
                 entries.append((_handle("#666666", look, names is None), _say_setting(apart, setting)))
@@ -477,7 +492,7 @@ def gains(table: pd.DataFrame, x: str = "rows", ax: Axes | None = None, value: s
         ax.set_ylabel(
             "gain from federation,\n" + _value_label(str(table["metric"].iloc[0]), whose).replace(" (", "\n(")
         )
-        _grid(ax)
+        _grid(ax, str(table["metric"].iloc[0]), signed=True)
         _name_decades(ax.xaxis)
         _legend_below(ax, entries, title)
         if own:
@@ -486,18 +501,23 @@ def gains(table: pd.DataFrame, x: str = "rows", ax: Axes | None = None, value: s
 
 
 def save_figures(
-    run_path: PathLike, out: PathLike | None = None, metric: str | None = None, x: str = "step"
+    run_path: PathLike,
+    out: PathLike | None = None,
+    metric: str | None = None,
+    x: str | None = None,
+    formats: Sequence[str] = ("png",),
 ) -> list[Path]:
     """Write one run's figures: `accuracy.png`, `loss.png`, `exact_match.png`, `partition.png`, those it has data for, and
     `confusion.png` of the chosen merged and centralised models on the test examples.
 
-    Curves over anything but steps are `accuracy_by_bytes.png` and so on.
+    Curves over an axis that is asked for, other than steps, are `accuracy_by_bytes.png` and so on.
 
     Args:
         run_path: the run folder.
         out: folder to write to; the run's own `figures/` if None.
         metric: draw only this metric's curves, beside the partition; None draws all there are.
         x: as in `curves`.
+        formats: of `FORMATS`; a file for each.
 
     Returns:
         The files written.
@@ -510,7 +530,9 @@ def save_figures(
     figures = {}
     with matplotlib.rc_context(STYLE):  # figures of their own, which pyplot does not know and nobody has to close
         for name in _recorded(df, metric):
-            figures[_curves_file(name, x)] = curves(df, _figure(3.4).add_subplot(), name, x).figure
+            ax = curves(df, _figure(3.4).add_subplot(), name, x)
+            _grow(ax)
+            figures[_curves_file(name, x)] = ax.figure
         if (folder / "partition.json").is_file() and (report := load_partition(folder)).get("class_counts"):
             height = min(1.5 + 0.27 * len(report["class_counts"]), 5.5)
             figures["partition"] = partition(report, _figure(height).add_subplot()).figure
@@ -523,10 +545,12 @@ def save_figures(
     target = folder / "figures" if out is None else Path(out)
     if folder in target.parents:
         check_own(folder)
-    return [_save(figure, target / f"{name}.png") for name, figure in figures.items()]
+    return [file for name, figure in figures.items() for file in save_figure(figure, target / name, formats)]
 
 
-def save_sweep(path: PathLike, out: PathLike | None = None, metric: str | None = None) -> list[Path]:
+def save_sweep(
+    path: PathLike, out: PathLike | None = None, metric: str | None = None, formats: Sequence[str] = ("png",)
+) -> list[Path]:
     """Write a sweep's figures, those it has data for.
 
     `score_by_<key>.png` for each swept key (but seed) with two or more values, `score_by_skew.png` (against the mean JS
@@ -536,6 +560,7 @@ def save_sweep(path: PathLike, out: PathLike | None = None, metric: str | None =
         path: the sweep's folder.
         out: folder to write to; the sweep's own `figures/` if None.
         metric: as in `sweep_table`.
+        formats: as in `save_figures`.
 
     Returns:
         The files written.
@@ -554,7 +579,7 @@ def save_sweep(path: PathLike, out: PathLike | None = None, metric: str | None =
         def save(name: str, draw: Any, **how: Any) -> None:
             ax = draw(ax=_figure(3.4).add_subplot(), **how)
             _grow(ax, _tick_lines(ax))
-            written.append(_save(ax.figure, target / f"{name}.png"))
+            written.extend(save_figure(ax.figure, target / name, formats))
 
         scored = table[table["last"].notna()]
         for key in swept_keys(table):
@@ -569,12 +594,16 @@ def save_sweep(path: PathLike, out: PathLike | None = None, metric: str | None =
     return written
 
 
-def _curves_file(metric: str, x: str) -> str:
-    return metric if x == "step" else f"{metric}_by_{x}"
+def _curves_file(metric: str, x: str | None) -> str:
+    return metric if x in (None, "step") else f"{metric}_by_{x}"
 
 
 def plot_runs(
-    paths: PathLike | Iterable[PathLike], out: PathLike, metric: str | None = None, x: str = "step"
+    paths: PathLike | Iterable[PathLike],
+    out: PathLike,
+    metric: str | None = None,
+    x: str | None = None,
+    formats: Sequence[str] = ("png",),
 ) -> list[Path]:
     """Write the figures of one run, or of several together, to the folder `out`, made where missing.
 
@@ -586,21 +615,22 @@ def plot_runs(
         out: the folder for the files.
         metric: the only metric drawn; None draws all that were recorded.
         x: as in `curves`.
+        formats: as in `save_figures`.
 
     Raises:
         UserError: a missing path, no run in it, or no run recorded `metric` or what x asks for.
     """
     folders = find_runs(paths)
     if len(folders) == 1:
-        return save_figures(folders[0], out, metric, x)
+        return save_figures(folders[0], out, metric, x, formats)
     df = load_runs(folders)
     written = []
     for name in _recorded(df, metric):
         scored = df.loc[(df["name"] == name) & (df["split"] == "validation"), "run"].unique()
         rows = df[df["run"].isin(scored)]
         groups = settings(rows, seeds_apart=len(scored) <= 4)
-        figure = _panels(groups, name, x) if len(groups) <= 4 else _compared(rows, name, x)
-        written.append(_save(figure, Path(out) / f"{_curves_file(name, x)}.png"))
+        figure = panels(groups, name, x) if len(groups) <= 4 else _compared(rows, name, x)
+        written += save_figure(figure, Path(out) / _curves_file(name, x), formats)
     return written
 
 
@@ -608,58 +638,122 @@ def settings(df: pd.DataFrame, seeds_apart: bool = False) -> list[tuple[str, pd.
     """Runs by setting: (what tells it from the others, its rows), in the order of the rows.
 
     A setting is the config but for `seed` (unless `seeds_apart`) and but for what no result depends on: `results`,
-    `executor`, `tracking`, `checkpoint`. A run that nothing tells from the others is labelled by its id.
+    `executor`, `tracking`, `checkpoint`. The label is what varies, as `alpha = 0.1, lr = 1e-05`; of more than three keys
+    those that tell most; a run's id where nothing else tells it from the others.
     """
     skip = {*COLUMNS, "run", "results", "executor", "tracking", "checkpoint", "aggregation"} | (
         set() if seeds_apart else {"seed"}
     )
     config = df.drop_duplicates("run").set_index("run").rename_axis(None)
     config = config[[key for key in config if key.split(".")[0] not in skip]].astype(object)
-    config = config.where(config.notna(), None).map(str)
-    config = config.loc[:, config.nunique() > 1]
-    if seeds_apart:
-        config["run"] = config.index.astype(str)
+    config = config.map(lambda value: None if value != value else value)
+    told = config.map(str)
+    told = told.loc[:, told.nunique() > 1]
+    by = [*told, "run"] if seeds_apart else list(told)
+    told["run"] = told.index.astype(str)
+    members = [runs.index for _, runs in told.groupby(by, sort=False)] if by else [told.index]
+    labels = _tell_apart([config.loc[runs[0]].dropna().to_dict() for runs in members])
     groups = []
-    for _, runs in config.groupby(list(config), sort=False) if config.shape[1] else [(None, config)]:
-        said = runs.iloc[0].drop("run", errors="ignore")
-        label = ", ".join(f"{key} = {value}" for key, value in said.items() if value != "None")
-        unlike = str(runs.index[0]) if len(runs) == 1 else f"{len(runs)} runs"
-        groups.append((label or unlike, df[df["run"].isin(runs.index)]))
+    for label, runs in zip(labels, members, strict=True):
+        unlike = str(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
+        shown = label if label and labels.count(label) == 1 else ", ".join(filter(None, (label, unlike)))
+        groups.append((shown, df[df["run"].isin(runs)]))
     return groups
 
 
-def _panels(groups: Sequence[tuple[str, pd.DataFrame]], metric: str, x: str) -> Figure:
+def _tell_apart(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A label for each flat config that says what varies; of more than three keys those that tell most, and an ellipsis."""
+    found = {key: values for key, values in differences(configs).items() if key != "experiment"}
+    found = {key: [None if value is MISSING else value for value in values] for key, values in found.items()}
+    # A key that only some configs have differs in earnest only where nothing else does.
+    several = [key for key, values in found.items() if len({say(value) for value in values if value is not None}) > 1]
+    keys, said = several or list(found), {key: _say_all(values) for key, values in found.items()}
+    if len({config.get("experiment") for config in configs}) > 1 and (len(keys) > 3 or not keys):
+        said["experiment"] = [str(config.get("experiment")) for config in configs]
+        keys = ["experiment", *keys]
+    chosen = keys if len(keys) <= 3 else []
+    while len(chosen) < len(keys) > 3:
+
+        def tells(key: str) -> tuple[int, int]:
+            texts = [said[one] for one in [*chosen, key]]
+            return len(set(zip(*texts, strict=True))), -max(map(len, said[key]))
+
+        best = max((key for key in keys if key not in chosen), key=tells)
+        if chosen and tells(best)[0] == len(set(zip(*(said[key] for key in chosen), strict=True))):
+            break
+        chosen.append(best)
+    chosen = [key for key in keys if key in chosen]
+    last = [key.rpartition(".")[2] for key in chosen]
+    names = [end if last.count(end) == 1 else key for key, end in zip(chosen, last, strict=True)]
+    labels = []
+    for number in range(len(configs)):
+        parts = []
+        for key, name in zip(chosen, names, strict=True):
+            bare = key == "experiment" or name == "name" or isinstance(found[key][number], Mapping)
+            if key not in several or key == "experiment" or found[key][number] is not None:
+                parts.append(said[key][number] if bare else f"{name} = {said[key][number]}")
+        left_out = ["\N{HORIZONTAL ELLIPSIS}"] if set(keys) - {*chosen, "experiment"} else []
+        labels.append(", ".join(parts + left_out))
+    return labels
+
+
+def panels(groups: Sequence[tuple[str, pd.DataFrame]], metric: str, x: str | None = None) -> Figure:
+    """Curves of one to four settings, a panel each, with one scale and one legend.
+
+    Args:
+        groups: title and rows from `load_runs` of each setting.
+        metric: a name recorded on the validation rows of all.
+        x: as in `curves`, of all the rows together.
+    """
     columns = len(groups) if len(groups) <= 3 else 2
     lines = -(-len(groups) // columns)
+    every = pd.concat([rows for _, rows in groups])
+    x, _ = _axis(every, x)
+    central = _central_name(every)
+    titles = [textwrap.fill(title, 60 if columns == 1 else 34 if columns == 2 else 30) for title, _ in groups]
     with matplotlib.rc_context(STYLE):
-        figure = _figure(0.9 + 2.2 * lines, width=max(WIDTH, 2.4 * columns + 0.4))
-        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        entries: dict[str, Any] = {}
-        for panel, (label, rows) in zip(panels, groups, strict=True):
-            for handle, text in _draw_curves(panel, rows, metric, x, "validation"):
-                entries.setdefault(text, handle)
-            panel.set_title(textwrap.fill(label, 38) if len(groups) > 1 else "")
-            panel.label_outer()
-        ncols = 4 if columns == 3 else 2
-        figure.legend(entries.values(), entries, loc="outside lower center", ncols=ncols, frameon=False)
+        height = 1.1 + (2.5 if columns == 1 else 2.2) * lines + 0.14 * max(title.count("\n") for title in titles)
+        figure = _figure(height, width=WIDTH if columns == 1 else 2.7 * columns + 0.4)
+        axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        entries: dict[str, dict[str, Any]] = {}  # kind of line -> what panels call it -> its handle
+        for ax, title, (_, rows) in zip(axes, titles, groups, strict=True):
+            for handle, text in _draw_curves(ax, rows, metric, x, "validation", name_sites=True):
+                entries.setdefault(text.split()[0].rstrip(","), {})[text] = handle
+            own = _central_name(rows)
+            if own != central and (rows["scope"] == "central").any():  # the legend cannot say it for all panels
+                title += f"\n{own.replace(' (', ': ').rstrip(')')}"
+            ax.set_title(title, fontsize=STYLE["axes.titlesize"] - (columns > 1))
+            ax.label_outer()
+        _settle(*axes)
+        common = {"local": "local sites, mean", "federated": "federated clients, mean", "centralized": central}
+        texts = [next(iter(found)) if len(found) == 1 else common[kind] for kind, found in entries.items()]
+        handles = [next(iter(found.values())) for found in entries.values()]
+        _figure_legend(figure, handles, texts, 4 if columns == 3 else 2)
     return figure
 
 
-def _compared(df: pd.DataFrame, metric: str, x: str) -> Figure:
+def _figure_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], most: int) -> None:
+    """A legend below all panels, in at most so many columns, as many as fit."""
+    ncols = max(1, min(most, int(14 * figure.get_figwidth() / max(map(len, labels)))))
+    figure.legend(handles, list(map(_plain, labels)), loc="outside lower center", ncols=ncols, frameon=False)
+
+
+def _compared(df: pd.DataFrame, metric: str, x: str | None) -> Figure:
     """`compare` on a figure that pyplot does not know."""
-    groups, shown = _lines_by_scope(df, metric, x)
+    groups, shown, x = _lines_by_scope(df, metric, x)
     with matplotlib.rc_context(STYLE):
         width, height = _compare_size(groups, shown)
         figure = _figure(height, width)
-        _compare_panels(figure, groups, shown, metric, x)
+        _compare_panels(figure, groups, shown, metric, x, _central_name(df))
     return figure
 
 
 def _lines_by_scope(
-    df: pd.DataFrame, metric: str, x: str
-) -> tuple[list[tuple[str, pd.DataFrame]], dict[str, dict[int, np.ndarray]]]:
-    """The settings, and of each scope that has any: number of a setting -> its mean line [points, 2]."""
+    df: pd.DataFrame, metric: str, x: str | None
+) -> tuple[list[tuple[str, pd.DataFrame]], dict[str, dict[int, np.ndarray]], str]:
+    """The settings; of each scope that has any: number of a setting -> its mean line [points, 2]; and the axis."""
     require_metric(df, metric, "validation")
+    x, _ = _axis(df, x)
     groups = settings(df)
     lines: dict[str, dict[int, np.ndarray]] = {scope: {} for scope in SCOPES}
     for number, (_, rows) in enumerate(groups):
@@ -674,10 +768,7 @@ def _lines_by_scope(
                 grid, values = _bundle(runs)
                 line = np.column_stack([np.interp(grid, *scale), values.mean(axis=0)])
                 lines[scope][number] = line[grid > 0]
-    shown = {scope: found for scope, found in lines.items() if found}
-    if not shown:
-        raise _no_axis(x)
-    return groups, shown
+    return groups, {scope: found for scope, found in lines.items() if found}, x
 
 
 def _compare_size(groups: Sequence[Any], shown: dict[str, Any]) -> tuple[float, float]:
@@ -685,15 +776,18 @@ def _compare_size(groups: Sequence[Any], shown: dict[str, Any]) -> tuple[float, 
 
 
 def _compare_panels(
-    figure: Figure, groups: Sequence[tuple[str, Any]], shown: dict[str, dict[int, np.ndarray]], metric: str, x: str
+    figure: Figure,
+    groups: Sequence[tuple[str, Any]],
+    shown: dict[str, dict[int, np.ndarray]],
+    metric: str,
+    x: str,
+    central: str,
 ) -> np.ndarray:
     panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
-    entries = _draw_settings(panels, groups, shown, metric, x)
+    entries = _draw_settings(panels, groups, shown, metric, x, central)
     for panel in panels:
         panel.label_outer()
-    handles, labels = [handle for handle, _ in entries], [_plain(label) for _, label in entries]
-    columns = max(1, min(len(shown), int(14 * figure.get_figwidth() / max(map(len, labels)))))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    _figure_legend(figure, [handle for handle, _ in entries], [label for _, label in entries], len(shown))
     return panels
 
 
@@ -703,10 +797,15 @@ def _draw_settings(
     shown: dict[str, dict[int, np.ndarray]],
     metric: str,
     x: str,
+    central: str,
 ) -> list[tuple[Any, str]]:
     """Draw a scope's settings on each panel; returns the legend's entries."""
     entries: dict[int, Any] = {}
-    titles = {"local": "local, mean of sites", "federated": "federated, merged", "central": "central"}
+    titles = {
+        "local": "local, mean of sites",
+        "federated": "federated, merged",
+        "central": central.replace(" (", "\n("),
+    }
     for panel, (scope, found) in zip(panels, shown.items(), strict=True):
         for at, line in found.items():
             look = {"color": CYCLE[at % 7], "linestyle": ("-", "--", ":")[at // 7 % 3], "marker": "os^Dv"[at % 5]}
@@ -767,9 +866,18 @@ def _number_settings(means: pd.DataFrame, levels: pd.DataFrame, keys: Sequence[s
     return settings
 
 
-def _say(value: Any) -> str:
-    text = str(value) if isinstance(value, str) else f"{value:g}"
-    return text if len(text) <= 30 else f"{text[:18]}\N{HORIZONTAL ELLIPSIS}{text[-11:]}"
+def _say(value: Any, most: int = 30) -> str:
+    text = say(value)
+    return text if len(text) <= most else f"{text[: most - 12]}\N{HORIZONTAL ELLIPSIS}{text[-11:]}"
+
+
+def _say_all(values: Sequence[Any]) -> list[str]:
+    """Each value in as few letters as tell all of them apart, from 30 on."""
+    for most in (30, 60, 120):
+        texts = [_say(value, most) for value in values]
+        if len(set(texts)) == len({say(value) for value in values}):
+            return texts
+    return [say(value) for value in values]
 
 
 def _say_setting(keys: Sequence[str], setting: Sequence[Any]) -> str:
@@ -839,7 +947,11 @@ def _draw_levels(ax: Axes, levels: pd.DataFrame, settings: int, named: bool) -> 
         ax.axhline(mean, color=color, linestyle=look, linewidth=1.3, zorder=3)
         if np.isfinite(low):
             ax.axhspan(low, high, color=color, alpha=0.1, linewidth=0, zorder=1)
-    return [(Line2D([], [], color=color, linestyle=DASHED, linewidth=1.3), "central")] if named and len(levels) else []
+    return (
+        [(Line2D([], [], color=color, linestyle=DASHED, linewidth=1.3), SCOPE_LOOKS["central"][2])]
+        if named and len(levels)
+        else []
+    )
 
 
 def _legend_note(means: pd.DataFrame, levels: pd.DataFrame, x: str, settings: int) -> str:
@@ -866,34 +978,65 @@ def _is_wide(values: Any) -> bool:
     return len(values) > 0 and bool(values.min() > 0) and bool(values.max() > WIDE * values.min())
 
 
-def _grid(ax: Axes, metric: str = "") -> None:
+def _grid(ax: Axes, metric: str, signed: bool = False) -> None:
     ax.grid(color="#E5E5E5", linewidth=0.6)
     ax.set_axisbelow(True)
-    _log_loss(ax, metric)
+    _fit(ax.yaxis, metric, signed)
 
 
-def _log_loss(ax: Axes, metric: str) -> None:
-    low, high = ax.dataLim.intervaly
-    if "loss" in metric and low > 0 and high > WIDE_LOSS * low:  # or the first point would flatten all the rest
-        ax.set_yscale("log")
-        _name_decades(ax.yaxis)
+def _fit(axis: Axis, metric: str, signed: bool = False) -> None:
+    """Scale an axis of scores, or of their differences (`signed`): logarithmic where a loss falls far, and never zoomed into noise.
+
+    Shares of examples span a tenth at least, other metrics a tenth of their mean.
+    """
+    along_y = axis.axis_name == "y"
+    low, high = axis.axes.dataLim.intervaly if along_y else axis.axes.dataLim.intervalx
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return
+    if (
+        "loss" in metric and not signed and low > 0 and high > WIDE_LOSS * low
+    ):  # or the first point would flatten all the rest
+        (axis.axes.set_yscale if along_y else axis.axes.set_xscale)("log")
+        _name_decades(axis)
+        return
+    share = metric in SHARES
+    middle, least = (low + high) / 2.0, LEAST_SPAN * (1.0 if share else abs(low + high) / 2.0)
+    if high - low < least:
+        if share and not signed and low >= 0.0 and high <= 1.0:
+            middle = float(np.clip(middle, least / 2.0, 1.0 - least / 2.0))
+        ends = np.array([middle - least / 2.0, middle + least / 2.0])
+        at = axis.axes.dataLim.intervalx if along_y else axis.axes.dataLim.intervaly
+        # as if there were points: the axis goes on scaling itself, with others that share it
+        axis.axes.update_datalim(np.column_stack([at, ends] if along_y else [ends, at]))
+        axis.axes.autoscale_view()
+
+
+class _LogTicks(LogLocator):
+    """Ticks of a log axis at the roundest values of which at least three are in view."""
+
+    def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
+        low, high = sorted((vmin, vmax))
+        for subs in ((1.0,), (1.0, 2.0, 5.0), np.arange(1.0, 10.0)):
+            self.set_params(subs=subs)
+            ticks = np.asarray(super().tick_values(low, high))
+            if np.count_nonzero((ticks >= low) & (ticks <= high)) >= 3:
+                return ticks
+        return MaxNLocator(4).tick_values(low, high)
 
 
 def _name_decades(axis: Axis) -> None:
-    """Ticks 1, 2, 5, 10, 20, ... on a log axis, those of tens alone where it is long; others are left as they are."""
-    if axis.get_scale() != "log":
-        return
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    """Labelled ticks on a log axis; others are left as they are."""
+    if axis.get_scale() == "log":
+        axis.set_major_locator(_LogTicks())
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _tick_values(ax: Axes, values: np.ndarray, log: bool) -> None:
     """Ticks at the values that were swept, named where the names do not touch; the first and the last always."""
     place = np.log10(values) if log else values
     inches = 0.9 * _inches(ax) * (place - place[0]) / max(place[-1] - place[0], 1e-12)
-    half = 0.5 * np.array([0.058 * len(f"{value:g}") + 0.05 for value in values])  # of a name, in inches
+    half = 0.5 * np.array([0.058 * len(say(float(value))) + 0.05 for value in values])  # of a name, in inches
 
     def apart(one: int, other: int) -> bool:
         return abs(inches[one] - inches[other]) >= half[one] + half[other]
@@ -904,7 +1047,7 @@ def _tick_values(ax: Axes, values: np.ndarray, log: bool) -> None:
             named.append(number)
     named += [last] if last > 0 else []
     ax.xaxis.set_major_locator(FixedLocator(values[named]))
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_major_formatter(lambda value, _: say(float(value)))
     ax.xaxis.set_minor_locator(FixedLocator([value for n, value in enumerate(values) if n not in named]))
     ax.xaxis.set_minor_formatter(NullFormatter())
 
@@ -957,14 +1100,10 @@ def _bin_medians(at: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _draw_curves(
-    ax: Axes, df: pd.DataFrame, metric: str, x: str, split: str, name_sites: bool = False
+    ax: Axes, df: pd.DataFrame, metric: str, x: str | None, split: str, name_sites: bool = False
 ) -> list[tuple[Any, str]]:
     """Draw one setting's runs; returns the legend's entries."""
-    if x not in X_LABELS:
-        raise UserError(f"x={x!r} is not an axis; use one of {', '.join(X_LABELS)}")
-    scales = {scope: _scale(df, scope, x) for scope in SCOPES}
-    if all(scale is None for scale in scales.values()):
-        raise _no_axis(x)
+    x, scales = _axis(df, x)
     found = [traces(rows, metric, split) for _, rows in df.groupby("run", observed=True)]
     several = len(found) > 1
     of_runs = f"range of {len(found)} runs"
@@ -981,8 +1120,7 @@ def _draw_curves(
     if central and (scale := scales["central"]):
         grid, values = _bundle(central)
         band, line = _banded(ax, np.interp(grid, *scale), values, CENTRAL, 0.12, linewidth=1.3, linestyle=(0, (4, 2)))
-        name = "central (same budget)" if x in ("step", "round") and scales["local"] is not None else "central"
-        entries.append(((band, line) if several else line, name))
+        entries.append(((band, line) if several else line, _central_name(df)))
     federated = [one for one in found if one.clients or len(one.merged)]
     if federated and (scale := scales["federated"]):
         places, values, at_merge = _saw_tooth(federated)
@@ -994,7 +1132,8 @@ def _draw_curves(
         entries.append((dots, "merged model"))
     _dress(ax, metric, x, split)
     if name_sites and local and not several and scales["local"] and len(found[0].local) <= 6:
-        _label_ends(ax, {name: float(curve[-1, 1]) for name, curve in found[0].local.items()})
+        last = {name: curve[-1] for name, curve in found[0].local.items()}
+        _label_ends(ax, {n: (float(np.interp(at, *scales["local"])), float(v)) for n, (at, v) in last.items()})
     return entries
 
 
@@ -1070,6 +1209,35 @@ def _bundle(runs: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarra
     return _stack(runs[0]) if len(runs) == 1 else _stack([_mean(run) for run in runs])
 
 
+def _axis(df: pd.DataFrame, x: str | None) -> tuple[str, dict[str, tuple[np.ndarray, np.ndarray] | None]]:
+    """The axis that `x` stands for, a key of `X_LABELS`, and each scope's scale on it."""
+    if x not in (None, *X_LABELS):
+        raise UserError(f"x={x!r} is not an axis; use one of {', '.join(key for key in X_LABELS if key != 'own_step')}")
+    alike = _same_steps(df)
+    if x is None:
+        there = [scope for scope in SCOPES if (df["scope"] == scope).any()]
+        known = all(_scale(df, scope, "tokens") for scope in there)
+        x = "step" if alike else "tokens" if known else "round"
+    scales = {scope: _scale(df, scope, x) for scope in SCOPES}
+    if all(scale is None for scale in scales.values()):
+        raise _no_axis(x)
+    return "own_step" if x == "step" and not alike else x, scales
+
+
+def _same_steps(df: pd.DataFrame) -> bool:
+    """Whether centralized models do as many optimizer steps in each round as the clients of their run, or of some run."""
+    runs = [rows for _, rows in df.groupby("run", observed=True)]
+    sites_of = [_steps(rows, "local") for rows in runs if (rows["scope"] != "central").any()]
+    for rows in runs:
+        if not (rows["scope"] == "central").any():
+            continue
+        own = [_steps(rows, "local")] if (rows["scope"] != "central").any() else sites_of
+        pairs = [pd.concat([_steps(rows, "central"), other], axis=1, join="inner") for other in own]
+        if pairs and not any((pair[0] == pair[1]).all() for pair in pairs):
+            return False
+    return True
+
+
 def _scale(df: pd.DataFrame, scope: str, x: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Rounds and where their ends lie on axis `x` for a scope (mean over runs); None where it has no rows for that."""
     ends = []
@@ -1079,8 +1247,8 @@ def _scale(df: pd.DataFrame, scope: str, x: str) -> tuple[np.ndarray, np.ndarray
             continue
         if x == "round":
             ends.append(pd.Series(np.arange(int(run["round"].max()) + 1.0)))
-        elif x == "step":
-            ends.append(_site_steps(run))
+        elif x in ("step", "own_step"):
+            ends.append(_steps(run, scope))
         elif x == "seconds":
             clock = rows[~rows["split"].isin(("test", "run"))].groupby("round")["seconds"].max().dropna()
             ends.append(clock - clock.get(0, rows["seconds"].min()))
@@ -1096,16 +1264,17 @@ def _scale(df: pd.DataFrame, scope: str, x: str) -> tuple[np.ndarray, np.ndarray
     return (mean.index.to_numpy(float), mean.to_numpy(float)) if len(mean) else None
 
 
-def _site_steps(run: pd.DataFrame) -> pd.Series:
-    """Steps of the sites at each round's end: the centralised model's own only where it ran alone."""
-    sites_of = [scope for scope in ("federated", "local") if (run["scope"] == scope).any()] or ["central"]
-    ends = pd.concat([round_ends(run, scope) for scope in sites_of], axis=1).max(axis=1).sort_index()
-    last = int(run["round"].max())
-    if (
-        last > ends.index[-1] > 0
-    ):  # the central mode is ahead of the sites: their next rounds will be as long as the last ones
-        ends.loc[last] = ends.iloc[-1] * last / ends.index[-1]
-    return ends
+def _steps(run: pd.DataFrame, scope: str) -> pd.Series:
+    """Optimizer steps at each round's end: the centralized model's, or those of the client that is furthest."""
+    scopes = [scope] if scope == "central" else [s for s in ("federated", "local") if (run["scope"] == s).any()]
+    return pd.concat([round_ends(run, s) for s in scopes], axis=1).max(axis=1).sort_index()
+
+
+def _central_name(df: pd.DataFrame) -> str:
+    """The centralized model's name in a legend, with what of the clients' budget it has."""
+    found = df.loc[df["scope"] == "central"]
+    budget = central_budget(found["central.match"].dropna().unique()) if "central.match" in df else ""
+    return f"centralized ({budget})" if budget else "centralized"
 
 
 def _no_axis(x: str) -> UserError:
@@ -1121,8 +1290,8 @@ def _dress(ax: Axes, metric: str, x: str, split: str) -> None:
     ax.set_axisbelow(True)
     if x == "tokens":
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=x in ("step", "round")))
-    _log_loss(ax, metric)
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=x in ("step", "own_step", "round")))
+    _fit(ax.yaxis, metric)
 
 
 def _value_label(metric: str, split: str) -> str:
@@ -1130,23 +1299,61 @@ def _value_label(metric: str, split: str) -> str:
     return f"{whose} {Y_LABELS.get(metric, metric.replace('_', ' '))}"
 
 
-def _label_ends(ax: Axes, ends: dict[str, float], colors: dict[str, str] | None = None) -> None:
-    """Name the sites' curves at the right, at the height where they end, pushed apart where names would touch."""
-    to_axes = ax.transData + ax.transAxes.inverted()
-    least = 9.0 / (72.0 * ax.get_window_extent().height / ax.figure.dpi)
-    below = -np.inf
-    for name, value in sorted(ends.items(), key=lambda item: item[1]):
-        at = to_axes.transform((ax.get_xlim()[1], value))[1]
-        below = max(at, below + least)
-        ax.text(
-            1.015,
-            below,
-            _plain(name),
-            transform=ax.transAxes,
-            va="center",
-            fontsize=7.5,
-            color=(colors or {}).get(name, LOCAL),
-        )
+class _EndLabel(Annotation):
+    """A name at the end of a curve; names that would touch are moved up or down as little as can be, when they are drawn."""
+
+    group: list[_EndLabel]
+
+    def update_positions(self, renderer: Any) -> None:
+        axes, fontsize = self.axes, renderer.points_to_pixels(self.get_fontsize())
+        ends = np.array([axes.transData.transform(label.xy) for label in self.group])
+        # a name stands in the way of those that begin left of its own end
+        near = np.abs(ends[:, 0] - axes.transData.transform(self.xy)[0]) < 8.0 * fontsize
+        group = [label for label, one in zip(self.group, near, strict=True) if one]
+        places = _spread(ends[near, 1], 1.15 * fontsize)
+        at = group.index(self)
+        shift = (places[at] - ends[near][at, 1]) / renderer.points_to_pixels(1.0)
+        self.set_position((4.0, shift))
+        super().update_positions(renderer)
+
+
+def _spread(at: np.ndarray, least: float) -> np.ndarray:
+    """Places at least so far apart, in the same order, with the least sum of squared moves: isotonic regression."""
+    order = np.argsort(at, kind="stable")
+    slack = np.arange(len(at)) * least
+    blocks: list[list[float]] = []  # mean, count
+    for value in at[order] - slack:
+        blocks.append([float(value), 1])
+        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
+            (mean, count), (before, more) = blocks.pop(), blocks.pop()
+            blocks.append([(mean * count + before * more) / (count + more), count + more])
+    out = np.empty(len(at))
+    out[order] = np.repeat([mean for mean, _ in blocks], [int(count) for _, count in blocks]) + slack
+    return out
+
+
+def _label_ends(ax: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, str] | None = None) -> None:
+    """Name curves where they end: name -> its last point."""
+    group: list[_EndLabel] = []
+    for name, point in ends.items():
+        look = {
+            "color": (colors or {}).get(name, LOCAL),
+            "fontsize": 7.5,
+            "va": "center",
+            "zorder": 8,
+            "clip_on": False,
+        }
+        label = _EndLabel(_plain(name), point, xytext=(4.0, 0.0), textcoords="offset points", **look)
+        label.set_path_effects([withStroke(linewidth=2.0, foreground="white")])
+        label.group = group
+        group.append(ax.add_artist(label))
+    _settle(ax)
+
+
+def _settle(*axes: Axes) -> None:
+    """Scale the axes now: the layout leaves no room for labels that lie outside the limits of before."""
+    for ax in axes:
+        ax.get_xlim(), ax.get_ylim()
 
 
 def _inches(ax: Axes) -> float:
@@ -1234,5 +1441,17 @@ def _figure(height: float, width: float = WIDTH) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, file: Path) -> Path:
-    return write_figure(file, figure, DPI)
+def save_figure(figure: Figure, file: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Write a figure as `file`, without a suffix, in each format; returns the files.
+
+    Text in PDF is TrueType, and no file holds the time at which it was written.
+
+    Raises:
+        UserError: a format that is not one of `FORMATS`.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise UserError(f"format {name!r} is not available; use one of {', '.join(FORMATS)}")
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "fedsim"}):
+        files = {file.with_name(f"{file.name}.{name}"): FORMATS[name] for name in formats}
+        return [write_figure(path, figure, DPI, metadata) for path, metadata in files.items()]

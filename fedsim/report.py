@@ -20,12 +20,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from fedsim import plots
 from fedsim.errors import UserError
-from fedsim.files import write_atomic, write_figure
-from fedsim.runs import SCOPES, load_runs
+from fedsim.files import write_atomic
+from fedsim.runs import SCOPES, central_budget, load_runs, model_scores
 from fedsim.verdicts import (
     PROPORTIONS,
     TINY,
@@ -139,8 +138,11 @@ def build(
     out: Path,
     about: Mapping[str, str],
     unscored: str | None = None,
+    formats: Sequence[str] = (),
 ) -> Path:
     """Write `report.md`, `report.html` and `figures/*.png`.
+
+    A summary and the checks, failed ones first, stand at the top.
 
     Args:
         spec: the experiment's `reproduce.yaml`, parsed: `title`, `source`, `metric`, `published`, `verdicts`, `figures`,
@@ -149,6 +151,7 @@ def build(
         out: the folder, made where missing.
         about: lines for the head of the report, such as size, budget and command.
         unscored: why there are no zero-shot scores; None: the run's `eval.json` is looked for.
+        formats: of the figures beside PNG, see `fedsim.plots.FORMATS`.
 
     Returns:
         The path of `report.md`.
@@ -170,17 +173,18 @@ def build(
     blocks: list[Block] = [Heading(str(spec.get("title", "Report")), 1)]
     if spec.get("source"):
         blocks.append(Paragraph(f"Published in: {spec['source']}"))
+    blocks += [Heading("Summary"), *_summary(metric, runs, titles)]
+    if verdicts:
+        blocks += [Heading("Expected behaviour"), *_judged(verdicts)]
     if facts := [(f"{key}:", str(value)) for key, value in about.items()] + _environment(members):
-        blocks.append(Items(facts))
-    blocks += _figures(spec, metric, runs, titles, out)
+        blocks += [Heading("Setup"), Items(facts)]
+    blocks += _figures(spec, metric, runs, titles, out, ["png", *formats])
     if spec.get("published"):
         blocks += [Heading("Published and ours"), *_published(spec, runs)]
     if spec.get("zero_shot"):
         blocks += [Heading("Zero-shot"), *_zero_shot(spec["zero_shot"], runs, unscored)]
     if spec.get("messages"):
         blocks += [Heading("Size of a message"), *_messages(spec["messages"], runs)]
-    if verdicts:
-        blocks += [Heading("What theory demands"), *_judged(verdicts)]
     blocks += _examples(members[0])
     blocks += [Heading("Runs"), _runs_table(members, runs, out)]
     if str(spec.get("notes") or "").strip():
@@ -519,6 +523,24 @@ def _published(spec: Mapping[str, Any], runs: Mapping[str, Sequence[FinishedRun]
     return [*blocks, Paragraph(what + ERRORS)]
 
 
+def _summary(metric: str, runs: Mapping[str, Sequence[FinishedRun]], titles: Mapping[str, str]) -> list[Block]:
+    """Last validation scores of each setting: local models' mean, federated and centralized, means over runs."""
+    names = {"local": "local, mean of clients", "federated": "federated", "central": "centralized"}
+    recorded = {str(name) for found in runs.values() for run in found for name in run.rows["name"].unique()}
+    rows = []
+    for label, found in runs.items():
+        for name in dict.fromkeys((metric, *(extra for extra in ("macro_f1", "perplexity") if extra in recorded))):
+            tables = [pd.DataFrame(model_scores(run.rows, name)) for run in found if (run.rows["name"] == name).any()]
+            if not tables:
+                continue
+            means = pd.concat([table.groupby("scope")["last"].mean() for table in tables], axis=1).mean(axis=1)
+            cells = [format_score(float(means.get(scope, np.nan)), name) for scope in names]
+            budget = central_budget(found[0].rows["central.match"].unique()) if "central.match" in found[0].rows else ""
+            rows.append([titles[label], name, *cells, budget if "central" in means else "", str(len(tables))])
+    head = ["setting", "metric", *names.values(), "centralized has", "runs"]
+    return [Table(head, rows, frozenset({2, 3, 4, 6})), Paragraph("Validation scores of the last models.")]
+
+
 def _as_given(value: float) -> str:
     """A published value, no more exact than it was given; 2.00 is 2.0 once it is read."""
     text = f"{value:g}"
@@ -527,7 +549,8 @@ def _as_given(value: float) -> str:
 
 def _judged(verdicts: Sequence[Verdict]) -> list[Block]:
     counts = [(word, sum(one.passed is passed for one in verdicts)) for passed, word in WORDS.items()]
-    items = [(WORDS[one.passed], f"{one.name}. Demanded: {one.demanded}. Seen: {one.seen}.") for one in verdicts]
+    in_order = sorted(verdicts, key=lambda one: [False, None, True].index(one.passed))
+    items = [(WORDS[one.passed], f"{one.name}. Expected: {one.demanded}. Observed: {one.seen}.") for one in in_order]
     return [Paragraph(", ".join(f"{count} {word}" for word, count in counts) + "."), Items(items)]
 
 
@@ -731,6 +754,7 @@ def _figures(
     runs: Mapping[str, Sequence[FinishedRun]],
     titles: Mapping[str, str],
     out: Path,
+    formats: Sequence[str],
 ) -> list[Block]:
     """Curves, up to four panels in one figure or else three a figure, and each different partition once."""
     wanted = [_panel(panel) for panel in spec.get("figures") or runs]
@@ -749,19 +773,19 @@ def _figures(
         with matplotlib.rc_context(plots.STYLE):
             figure = Figure(figsize=(plots.WIDTH, 4.2), layout="constrained")
             plots.each_site(rows, figure.add_subplot(), metric).set_title(textwrap.fill(title, 60))
-        name = f"{_file_name(metric)}-sites{f'-{number}' if len(alone) > 1 else ''}.png"
+        name = f"{_file_name(metric)}-sites{f'-{number}' if len(alone) > 1 else ''}"
         over = f" Means over {len(runs[label])} runs." if len(runs[label]) > 1 else ""
         caption = f"{title}.{over} Thin, from dot to dot: each client in the colour of its site."
-        blocks.append(_save(figure, out, name, f"Validation {metric}, each site alone", caption))
+        blocks.append(_save(figure, out, name, formats, f"Validation {metric}, each site alone", caption))
     each = 4 if len(drawn) <= 4 else 3
     parts = [drawn[at : at + each] for at in range(0, len(drawn), each)]
     for number, part in enumerate(parts, start=1):
-        figure = panels([(title, rows) for _, title, rows in part], metric)
-        name = f"{_file_name(metric)}{f'-{number}' if len(parts) > 1 else ''}.png"
+        figure = plots.panels([(title, rows) for _, title, rows in part], metric)
+        name = f"{_file_name(metric)}{f'-{number}' if len(parts) > 1 else ''}"
         whose = "; ".join(dict.fromkeys(title for _, title, _ in part))
         seeds = max(len(runs[label]) for label, _, _ in part)
         over = f" Means and ranges of {seeds} runs where there are several." if seeds > 1 else ""
-        blocks.append(_save(figure, out, name, f"Validation {metric}", f"{whose}.{over}"))
+        blocks.append(_save(figure, out, name, formats, f"Validation {metric}", f"{whose}.{over}"))
     if missing:
         blocks.append(Paragraph(f"Not drawn, without a finished run or its validation {metric}: {', '.join(missing)}."))
     partitions: dict[str, list[str]] = {}
@@ -778,64 +802,9 @@ def _figures(
         caption = f"{'; '.join(titles[label] for label in labels)}."
         if any(_partitions(runs[label]) > 1 for label in labels):
             caption += f" Drawn by seed {runs[labels[0]][0].seed}; other seeds draw other rows."
-        name = f"partition{f'-{number}' if len(partitions) > 1 else ''}.png"
-        blocks.append(_save(figure, out, name, "Training rows per client and class", caption))
+        name = f"partition{f'-{number}' if len(partitions) > 1 else ''}"
+        blocks.append(_save(figure, out, name, formats, "Training rows per client and class", caption))
     return blocks if len(blocks) > 1 else []
-
-
-def panels(groups: Sequence[tuple[str, pd.DataFrame]], metric: str) -> Figure:
-    """Curves of one to four settings, a panel each with one scale and one legend.
-
-    Args:
-        groups: title and rows from `load_runs` of each setting.
-        metric: a name recorded on the validation rows of all.
-    """
-    if len(groups) == 1:
-        with matplotlib.rc_context(plots.STYLE):
-            figure = Figure(figsize=(plots.WIDTH, 3.6), layout="constrained")
-            plots.curves(groups[0][1], figure.add_subplot(), metric).set_title(textwrap.fill(groups[0][0], 60))
-        return figure
-    tried = _panels(groups, metric)  # names at the ends of curves are set for the scale that the axes have by then
-    named = any(ax.texts for ax in tried.axes)
-    return _panels(groups, metric, tried.axes[0].get_ylim(), named)
-
-
-def _panels(
-    groups: Sequence[tuple[str, pd.DataFrame]],
-    metric: str,
-    limits: tuple[float, float] | None = None,
-    named: bool = False,
-) -> Figure:
-    columns = len(groups) if len(groups) <= 3 else 2
-    lines = -(-len(groups) // columns)
-    with matplotlib.rc_context(plots.STYLE):
-        width = (2.8 if named else 2.4) * columns + 0.4
-        figure = Figure(figsize=(max(plots.WIDTH, width), 0.9 + 2.3 * lines), layout="constrained")
-        axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
-        if limits is not None:
-            axes[0, 0].set_ylim(limits)
-        said: dict[str, set[str]] = {}  # what the panels' own legends say of each kind of line
-        for number, (ax, (title, rows)) in enumerate(zip(axes.ravel(), groups, strict=True)):
-            plots.curves(rows, ax, metric)
-            for text in ax.get_legend().get_texts():
-                said.setdefault(text.get_text().split()[0].rstrip(","), set()).add(text.get_text())
-            ax.get_legend().remove()
-            ax.set_title(textwrap.fill(title, 28 if columns == 3 else 34))
-            if number % columns:
-                ax.set_ylabel("")
-        texts = [min(texts) if len(texts) == 1 else _LEGEND[kind][0] for kind, texts in said.items()]
-        look = {"loc": "outside lower center", "ncols": 4 if columns == 3 else 2, "frameon": False}
-        figure.legend([_LEGEND[kind][1] for kind in said], texts, **look)
-    return figure
-
-
-# One legend for several panels: what a kind of line is called where the panels' legends differ, and its look.
-_LEGEND = {
-    "local": ("local sites, mean", Line2D([], [], color=plots.LOCAL, linewidth=2.2)),
-    "federated": ("federated clients, mean", Line2D([], [], color=plots.FEDERATED, linewidth=1.7)),
-    "merged": ("merged model", Line2D([], [], color=plots.MERGED, linestyle="", marker="o", markersize=4.5)),
-    "central": ("central", Line2D([], [], color=plots.CENTRAL, linewidth=1.3, linestyle=(0, (4, 2)))),
-}
 
 
 def _together(members: Sequence[FinishedRun]) -> pd.DataFrame:
@@ -849,9 +818,9 @@ def _partitions(members: Sequence[FinishedRun]) -> int:
     return len({str((run.partition or {}).get("class_counts")) for run in members})
 
 
-def _save(figure: Figure, out: Path, name: str, shows: str, caption: str) -> Picture:
-    file = write_figure(out / "figures" / name, figure, plots.DPI)
-    return Picture(file, f"figures/{name}", shows, f"{shows}: {caption}")
+def _save(figure: Figure, out: Path, name: str, formats: Sequence[str], shows: str, caption: str) -> Picture:
+    file, *_ = plots.save_figure(figure, out / "figures" / name, formats)
+    return Picture(file, f"figures/{file.name}", shows, f"{shows}: {caption}")
 
 
 def _file_name(text: str) -> str:

@@ -173,6 +173,7 @@ def reproduce(
     progress: bool = True,
     workers: int | None = None,
     on_jobs: Callable[[list[Job]], None] | None = None,
+    formats: Sequence[str] = (),
 ) -> Path | None:
     """Make the runs that are not finished yet, score them where the experiment asks for it, and write the report.
 
@@ -184,6 +185,7 @@ def reproduce(
         progress: show what goes on, on standard error.
         workers: runs at once.
         on_jobs: as in `sweep.run_jobs`.
+        formats: further formats of the figures, see `fedsim.plots.FORMATS`; the report has PNG.
 
     Returns:
         `report.md`, or None where a run failed: a report without it would leave verdicts out.
@@ -207,7 +209,7 @@ def reproduce(
     if spec.get("zero_shot"):
         first = next(member for member in members if member.label == spec["zero_shot"]["run"])
         unscored = score(first.path, spec["zero_shot"]["tasks"], limit_of(plan), progress)
-    return build(spec, members, plan.path, about, unscored)
+    return build(spec, members, plan.path, about, unscored, formats)
 
 
 def limit_of(plan: Reproduction) -> int | None:

@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ from fedsim.files import read_file, read_json, warn_of_damage, warn_of_damaged_r
 COLUMNS = ("round", "step", "scope", "client", "split", "name", "value", "weight", "seconds")
 SCOPES = ("local", "federated", "central")
 PathLike = str | os.PathLike[str]
+MATCHED = {"epochs": "same examples as all clients", "steps": "same steps as one client"}  # by `central.match`
+MISSING = object()  # a key that a run's settings and config do not have; None is a value
+# No model's scores depend on these.
+_NO_SETTING = ("name", "results", "executor", "tracking", "checkpoint", "aggregation", "modes")
 
 
 def find_runs(path: PathLike | Iterable[PathLike]) -> list[Path]:
@@ -109,7 +113,7 @@ def list_runs(path: PathLike | Iterable[PathLike]) -> pd.DataFrame:
         config, df = read_config(folder), _metrics(folder)
         best = config.get("best") or {}
         metric = str(best.get("metric") or "accuracy")
-        df = df.assign(**{"best.metric": metric, "best.mode": str(best.get("mode") or _mode(metric))})
+        df = df.assign(**{"best.metric": metric, "best.mode": str(best.get("mode") or metric_mode(metric))})
         models = pd.DataFrame(model_scores(df, metric), columns=["scope", "best"])
         modes = list(config.get("modes") or [scope for scope in SCOPES if (df["scope"] == scope).any()])
         bests, done = {}, []
@@ -124,6 +128,56 @@ def list_runs(path: PathLike | Iterable[PathLike]) -> pd.DataFrame:
             | {"metric": metric, **bests, "path": str(folder)}
         )
     return pd.DataFrame(rows)
+
+
+def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The config keys in which runs differ, and each run's value (`MISSING` where its config lacks the key).
+
+    Keys that no result depends on are left out. A section whose `name` differs is one entry.
+    """
+    flat = [flatten_config(dict(config)) for config in configs]
+    differing: list[str] = []
+    for key in dict.fromkeys(key for one in flat for key in one):
+        if key.split(".")[0] not in _NO_SETTING and len({repr(one.get(key, MISSING)) for one in flat}) > 1:
+            differing.append(key)
+    settings: dict[str, list[Any]] = {}
+    for key in differing:
+        section = key.rpartition(".")[0]
+        if not section or f"{section}.name" not in differing:
+            settings[key] = [one.get(key, MISSING) for one in flat]
+        elif section not in settings:
+            settings[section] = _sections(flat, section, [k for k in differing if k.startswith(f"{section}.")])
+    return settings
+
+
+def _sections(flat: Sequence[Mapping[str, Any]], section: str, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each run the section's name, and those of the keys in which runs of the same name differ."""
+    sections = []
+    for one in flat:
+        name = one.get(f"{section}.name")
+        alike = [other for other in flat if other.get(f"{section}.name") == name]
+        apart = [key for key in keys if len({repr(other.get(key)) for other in alike}) > 1]
+        sections.append({"name": name} | {key.removeprefix(f"{section}."): one[key] for key in apart if key in one})
+    return sections
+
+
+def say(value: Any) -> str:
+    """A config value as short text in which different values look different: `1e-05`, `lora r=8`, `[1, 2]`."""
+    if isinstance(value, Mapping):
+        parts = [str(value["name"])] if "name" in value else []
+        return " ".join(parts + [f"{key}={say(one)}" for key, one in value.items() if key != "name"])
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(say, value))}]"
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value or value != value else repr(float(value))
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def central_budget(matches: Iterable[Any]) -> str:
+    """What of the clients' budget the centralized runs have, from their `central.match`; "" where they differ or do not say."""
+    found = set(matches)
+    return MATCHED.get(found.pop(), "") if len(found) == 1 else ""
 
 
 def load_partition(run: PathLike) -> dict[str, Any]:
@@ -338,7 +392,7 @@ def mode_of(df: pd.DataFrame, metric: str) -> str:
         said = df.loc[df["best.metric"] == metric, "best.mode"].dropna()
         if len(said):
             return str(said.iloc[0])
-    return _mode(metric)
+    return metric_mode(metric)
 
 
 @dataclass(frozen=True)
@@ -425,7 +479,8 @@ def rows_of(df: pd.DataFrame, scope: str) -> pd.DataFrame:
     return rows if scope == "central" else rows[rows["client"].notna() == (scope == "local")]
 
 
-def _mode(metric: str) -> str:
+def metric_mode(metric: str) -> str:
+    """ "max" or "min": which way a metric is better, by its name."""
     return "min" if metric.endswith(("loss", "perplexity")) else "max"
 
 

@@ -974,7 +974,9 @@ class Tracking:
     """Experiment trackers, through accelerate."""
 
     with_: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list, metadata={"key": "with"})
-    """Trackers that get every metrics row; each needs its own package."""
+    """Trackers that get the metrics of each round, and the figures; each needs its own package."""
+    clients: bool = False
+    """Log each client's metrics, too; otherwise their mean, minimum and maximum."""
 
     def check(self, path: str) -> None:
         pass

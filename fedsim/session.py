@@ -105,7 +105,24 @@ class Session:
         self.plan = self._plan()
         folder.clear()
         self._write_inputs()
-        self.trackers = Trackers(exp.tracking.with_, exp.name, folder.path, exp.to_dict())
+        known = self._told()
+        settings = exp.tracking
+        self.trackers = Trackers(
+            settings.with_, exp.name, folder.path, exp.to_dict(), known.get("trackers"), settings.clients
+        )
+        with contextlib.closing(self.trackers):
+            if self.trackers:
+                self._note_tracked(known.get("metrics_bytes", 0))
+            self._run_modes()
+            gc.collect()
+            self._note_files()
+            self._status("finished", figures=False)
+            draw_figures(folder, self.show)
+            self.trackers.log_figures(folder.path / "figures", exp.rounds)
+            self._status("finished")
+
+    def _run_modes(self) -> None:
+        exp, folder = self.exp, self.folder
         executor = None
         try:
             executor = self._build()
@@ -133,14 +150,8 @@ class Session:
                 (folder.path / "checkpoints" / "start.bin").unlink(missing_ok=True)
             if executor is not None:
                 executor.close()
-            self.trackers.close()
             # The base need not lie in memory while figures are drawn.
             executor = self.executor = self.model = self.bundle = None
-        gc.collect()
-        self._note_files()
-        self._status("finished", figures=False)
-        draw_figures(self.folder, self.show)
-        self._status("finished")
 
     def _rounds_left(self, mode: str) -> int:
         return self.exp.rounds - max((r for r, info in self.folder.checkpoints(mode) if info is not None), default=0)
@@ -786,17 +797,19 @@ class Session:
         """Tell the trackers all committed rows that they have not been told of."""
         begin = self._tracked() if self.trackers else end
         if begin < end:
-            rows = [json.loads(line) for line in self.folder.rows(begin, end).splitlines()]
-            self.trackers.log([Row(**{k: v for k, v in row.items() if k != "seconds"}) for row in rows])
+            self.trackers.log([json.loads(line) for line in self.folder.rows(begin, end).splitlines()])
             self._note_tracked(end)
 
     def _note_tracked(self, end: int) -> None:
-        write_checked(self.folder.path / "checkpoints" / "tracked.json", {"metrics_bytes": end})
+        value = {"metrics_bytes": end, "trackers": self.trackers.state}
+        write_checked(self.folder.path / "checkpoints" / "tracked.json", value)
 
     def _tracked(self) -> int:
         """Bytes of the metrics file that trackers were told of."""
-        known = read_checked(self.folder.path / "checkpoints" / "tracked.json")
-        return 0 if known is None else known["metrics_bytes"]
+        return self._told().get("metrics_bytes", 0)
+
+    def _told(self) -> dict[str, Any]:
+        return read_checked(self.folder.path / "checkpoints" / "tracked.json") or {}
 
     def _checkpoint(self, mode: str, state: State, algorithm: Algorithm) -> None:
         began = time.monotonic()

@@ -90,6 +90,7 @@ def run_sweep(
     workers: int | None = None,
     metric: str | None = None,
     on_jobs: Callable[[list[Job]], None] | None = None,
+    formats: Sequence[str] = ("png",),
 ) -> Swept:
     """Run what is not finished yet, and write the tables and figures of all that is.
 
@@ -99,6 +100,7 @@ def run_sweep(
         workers: runs at once; over the file's own.
         metric: of the tables and figures; None = the runs' own `best.metric`.
         on_jobs: called with all runs when their folders are known, before the first starts.
+        formats: of the figures, see `fedsim.plots.FORMATS`.
 
     Returns:
         The runs; those that failed say why.
@@ -142,7 +144,7 @@ def run_sweep(
     if any(job.state == "finished" for job in jobs):
         try:
             write_tables(path, metric)
-            save_sweep(path, metric=metric)
+            save_sweep(path, metric=metric, formats=formats)
         except UserError as error:
             problem = str(error)
     return Swept(path, jobs, problem)

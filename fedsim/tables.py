@@ -1,4 +1,4 @@
-"""What comes out of a sweep, as tables: a row for each model, and a row for each cell with its bootstrap interval.
+"""Tables of runs: of a sweep a row for each model, and for each cell with its bootstrap interval; runs by what varies.
 
 A sweep is a folder of run folders with `sweep.json` beside them, which says what was changed in which run. Any other run
 folders will do as well: what was changed is then read from their configs. No torch is needed.
@@ -6,7 +6,9 @@ folders will do as well: what was changed is then read from their configs. No to
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedsim.errors import UserError
+from fedsim.errors import UserError, visible
 from fedsim.files import check_own, read_json, write_atomic
 from fedsim.runs import (
+    MISSING,
     SCOPES,
     PathLike,
+    central_budget,
+    differences,
     experiment_name,
     find_runs,
     flatten_config,
+    list_runs,
     load_partition,
     load_runs,
+    metric_mode,
     mode_of,
     model_scores,
     read_config,
     read_state,
     require_metric,
+    say,
 )
 from fedsim.seeding import stream
 
@@ -38,9 +46,6 @@ MODEL_COLUMNS = (
     *("metric", "last", "best", "round", "own", "test", "steps", "merged_own", "gain_own", "gain"),
 )
 RESAMPLES = 10_000
-# No model's scores depend on these.
-_NOT_SWEPT = ("name", "results", "executor", "tracking", "checkpoint", "aggregation", "modes")
-_MISSING = object()  # a key that a run's settings and config do not have; None is a value
 
 
 def sweep_table(path: PathLike | Iterable[PathLike], metric: str | None = None) -> pd.DataFrame:
@@ -91,13 +96,13 @@ def sweep_table(path: PathLike | Iterable[PathLike], metric: str | None = None) 
         models += found
         of += [number] * len(found)
     if keys is None:
-        settings = _differences(configs)
+        settings = differences(configs)
     else:
         of_sites = {number for number, model in zip(of, models, strict=True) if model["scope"] != "central"}
         given = [chosen or {} for _, chosen in members]
         settings = {key: [_setting(key, n, given, configs, n in of_sites) for n in range(len(given))] for key in keys}
     if "seed" not in settings:
-        settings["seed"] = [config.get("seed", _MISSING) for config in configs]
+        settings["seed"] = [config.get("seed", MISSING) for config in configs]
     columns: dict[str, pd.Series] = {"run": pd.Series(labels, dtype=object)}
     columns["experiment"] = pd.Series(
         [experiment_name(c, f) for c, f in zip(configs, folders, strict=True)], dtype=object
@@ -110,7 +115,13 @@ def sweep_table(path: PathLike | Iterable[PathLike], metric: str | None = None) 
         table[key] = pd.Series(
             [model.get(key, np.nan if dtype == "float64" else None) for model in models], dtype=dtype
         )
-    return pd.DataFrame(table)
+    out = pd.DataFrame(table)
+    matches = [(configs[n].get("central") or {}).get("match") for n in dict.fromkeys(of)]
+    central = {n for n, model in zip(of, models, strict=True) if model["scope"] == "central"}
+    out.attrs["central_budget"] = central_budget(
+        m for n, m in zip(dict.fromkeys(of), matches, strict=True) if n in central
+    )
+    return out
 
 
 def swept_keys(table: pd.DataFrame) -> list[str]:
@@ -203,6 +214,137 @@ def write_tables(path: PathLike, metric: str | None = None) -> list[Path]:
     return [Path(path) / name for name in files]
 
 
+def list_table(path: PathLike | Iterable[PathLike], where: Sequence[str] = (), sort: str | None = None) -> pd.DataFrame:
+    """`list_runs` with a column for each config key that varies within an experiment, filtered and sorted.
+
+    Args:
+        path: as in `list_runs`.
+        where: conditions `KEY=VALUE`, all of which hold; also with `!=`, `<`, `<=`, `>` and `>=`. A key is a column of
+            the table, a config key, or the end of one config key (`lr` for `local.lr`).
+        sort: a key as in `where`, ascending, or a recorded metric: then the global model's last validation value
+            (else the centralized model's, else the mean of local ones) is a column, and the best run comes first.
+            A `-` before it turns the order.
+
+    Raises:
+        UserError: as `list_runs`, an unknown key, or a condition that cannot be read.
+    """
+    frame = list_runs(path)
+    configs = [read_config(Path(folder)) for folder in frame["path"]]
+    varied: dict[str, list[Any]] = {}
+    for places in frame.groupby("experiment", sort=False).indices.values():
+        for key, values in differences([configs[place] for place in places]).items():
+            if key not in frame and len({say(value) for value in values if value is not MISSING}) > 1:
+                column = varied.setdefault(key, [None] * len(frame))
+                for place, value in zip(places, values, strict=True):
+                    column[place] = None if value is MISSING else value
+    at = list(frame.columns).index("metric")
+    for key, values in reversed(varied.items()):
+        frame.insert(at, key, pd.Series(values, dtype=object))
+    frame.attrs["exact"] = list(varied)
+    flat = [flatten_config(config) for config in configs]
+    kept = np.ones(len(frame), dtype=bool)
+    for condition in where:
+        found = re.fullmatch(r"([^=<>!]+)(==|!=|<=|>=|=|<|>)(.*)", condition, re.DOTALL)
+        if found is None:
+            raise UserError(f"--where: {condition!r} is not a condition; write KEY=VALUE, or with != < <= > >=")
+        key, sign, text = (part.strip() for part in found.groups())
+        kept &= [_holds(value, sign, text, condition) for value in _values_of(key, frame, flat, "--where")]
+    if sort is not None:
+        key, backwards = sort.removeprefix("-"), sort.startswith("-")
+        try:
+            values = _values_of(key, frame, flat, "--sort")
+            best_first = key.startswith("best_") and set(map(metric_mode, frame["metric"])) == {"max"}
+        except UserError:
+            values = [_last_value(Path(folder), key) for folder in frame["path"]]
+            if all(value is None for value in values):
+                raise
+            frame.insert(list(frame.columns).index("path"), key, pd.Series(values, dtype="float64"))
+            best_first = metric_mode(key) == "max"
+        order = sorted(range(len(frame)), key=lambda n: _order(values[n]), reverse=best_first != backwards)
+        order.sort(key=lambda n: values[n] is None or values[n] != values[n])  # runs without a value come last
+        frame, kept = frame.iloc[order], kept[order]
+    return frame[kept].reset_index(drop=True)
+
+
+def _values_of(key: str, frame: pd.DataFrame, flat: Sequence[Mapping[str, Any]], option: str) -> list[Any]:
+    """Each run's value of a column or a config key; None where it has none."""
+    if key in frame:
+        return frame[key].tolist()
+    known = dict.fromkeys(name for one in flat for name in one)
+    ends = [name for name in known if name in (key, f"{key}.name")] or [n for n in known if n.endswith(f".{key}")]
+    if len(ends) > 1:
+        raise UserError(f"{option}: {key!r} may be {' or '.join(ends)}; give the whole key")
+    if not ends:
+        short = [name.rpartition(".")[2] for name in known]
+        near = difflib.get_close_matches(key, [*frame.columns, *known, *short], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"{option}: no run has {key!r}; {hint}use a config key, or one of {', '.join(frame.columns)}")
+    return [one.get(ends[0]) for one in flat]
+
+
+def _holds(value: Any, sign: str, text: str, condition: str) -> bool:
+    wanted = _number(text)
+    if sign in ("=", "==", "!="):
+        same = value == wanted if _is_number(value) and wanted is not None else say(value) == text
+        if isinstance(value, Mapping):  # of a section its name
+            same = same or value.get("name") == text
+        return same == (sign != "!=")
+    if wanted is None:
+        raise UserError(f"--where: {condition!r}: {text!r} is not a number, and {sign} compares numbers")
+    if not _is_number(value):
+        return False
+    return {"<": value < wanted, "<=": value <= wanted, ">": value > wanted, ">=": value >= wanted}[sign]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    return (False, float(value), "") if _is_number(value) else (True, 0.0, say(value))
+
+
+def _last_value(folder: Path, metric: str) -> float | None:
+    df = load_runs(folder)
+    if not (df["name"] == metric).any():
+        return None
+    models = pd.DataFrame(model_scores(df, metric)).groupby("scope")["last"].mean()
+    return next((float(models[scope]) for scope in ("federated", "central", "local") if scope in models), None)
+
+
+def text_table(frame: pd.DataFrame, exact: Iterable[str] = ()) -> str:
+    """A table as lines of text, whole words and whole paths whatever the width of the terminal.
+
+    Scores have four decimals, small ones three digits. `exact` names the columns of config values, in which different
+    values look different.
+    """
+    exact = set(exact)
+
+    def cell(value: Any, key: str) -> str:
+        if value is None or value is pd.NA or (isinstance(value, float) and pd.isna(value)):
+            return "-"
+        if not isinstance(value, float) or key in exact:
+            return visible(say(value))
+        return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
+
+    columns = [visible(str(c)) for c in frame.columns]
+    rows = [[cell(v, k) for v, k in zip(row, frame.columns, strict=True)] for row in frame.itertuples(index=False)]
+    numeric = [all(row[i] == "-" or _number(row[i]) is not None for row in rows) for i in range(len(columns))]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = []
+    for line in [columns, ["-" * width for width in widths], *rows]:
+        parts = [v.rjust(w) if n else v.ljust(w) for v, w, n in zip(line, widths, numeric, strict=True)]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
 def _members(path: PathLike | Iterable[PathLike]) -> tuple[list[str] | None, list[tuple[Path, dict[str, Any] | None]]]:
     """The swept keys, and of each finished run its folder and settings; keys and settings None without `sweep.json`."""
     if isinstance(path, (str, os.PathLike)) and (Path(path) / "sweep.json").is_file():
@@ -278,65 +420,27 @@ def _setting(
     if key in given[number]:
         return given[number][key]
     if not of_sites and key != "seed":
-        return _MISSING
+        return MISSING
     value: Any = configs[number]
     for part in key.split("."):
-        value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
+        value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
     if isinstance(value, dict):  # of a whole section what the other runs name of it
         named = {part for one in given if isinstance(one.get(key), dict) for part in one[key]} | {"name"}
         return {part: kept for part, kept in value.items() if part in named}
     return value
 
 
-def _differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The config keys in which runs differ, with each run's value; a section whose `name` differs as one column."""
-    flat = [flatten_config(dict(config)) for config in configs]
-    differing: list[str] = []
-    for key in dict.fromkeys(key for one in flat for key in one):
-        if key.split(".")[0] not in _NOT_SWEPT and len({repr(one.get(key, _MISSING)) for one in flat}) > 1:
-            differing.append(key)
-    settings: dict[str, list[Any]] = {}
-    for key in differing:
-        section = key.rpartition(".")[0]
-        if not section or f"{section}.name" not in differing:
-            settings[key] = [one.get(key, _MISSING) for one in flat]
-        elif section not in settings:
-            settings[section] = _sections(flat, section, [k for k in differing if k.startswith(f"{section}.")])
-    return settings
-
-
-def _sections(flat: Sequence[Mapping[str, Any]], section: str, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each run the section's name, and those of the keys in which runs of the same name differ."""
-    sections = []
-    for one in flat:
-        name = one.get(f"{section}.name")
-        alike = [other for other in flat if other.get(f"{section}.name") == name]
-        apart = [key for key in keys if len({repr(other.get(key)) for other in alike}) > 1]
-        sections.append({"name": name} | {key.removeprefix(f"{section}."): one[key] for key in apart if key in one})
-    return sections
-
-
 def _column(values: Sequence[Any]) -> pd.Series:
     """One value a run: numbers as numbers where all are, else text; missing ones NaN, NA or None."""
-    given = [value for value in values if value is not _MISSING]
+    given = [value for value in values if value is not MISSING]
     missing = len(given) < len(values)
     if given and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in given):
         if all(isinstance(value, int) for value in given):
             return pd.Series(
-                [None if value is _MISSING else value for value in values], dtype="Int64" if missing else "int64"
+                [None if value is MISSING else value for value in values], dtype="Int64" if missing else "int64"
             )
-        return pd.Series([np.nan if value is _MISSING else float(value) for value in values], dtype="float64")
-    return pd.Series([None if value is _MISSING else _text(value) for value in values], dtype=object)
-
-
-def _text(value: Any) -> str:
-    """A value as short text: `lora r=8` of a section, `[1, 2]` of a list."""
-    if isinstance(value, Mapping):
-        parts = [str(value["name"])] if "name" in value else []
-        return " ".join(parts + [f"{key}={_text(one)}" for key, one in value.items() if key != "name"])
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_text, value))}]"
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+        return pd.Series([np.nan if value is MISSING else float(value) for value in values], dtype="float64")
+    return pd.Series([None if value is MISSING else say(value) for value in values], dtype=object)
 
 
 def _interval(values: np.ndarray, level: float, seed: int) -> tuple[float, float]:

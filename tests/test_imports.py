@@ -72,7 +72,7 @@ MAY = {
     "rounds": {"algorithms", "aggregators", "errors", "params", "seeding", "simulation", "store", "types"},
     "planner": {"errors", "types"},
     "run_folder": {"errors", "files", "types", "numerics"},
-    "trackers": {"errors", "types"},
+    "trackers": {"errors", "runs"},
 }
 # Third-party packages; numerics do no input or output, and a notebook reads runs without torch.
 PURE = {"torch", "numpy", "scipy"}

@@ -59,7 +59,7 @@ def _close_figures() -> Iterator[None]:
 
 def test_curves_draw_the_measured_saw_tooth(run: Path) -> None:
     df = load_runs(run)
-    ax = plots.curves(df)
+    ax = plots.curves(df, x="step")
     merged = _values(df, "federated", merged=True)
     dots = _line(ax, plots.MERGED, "o")
     np.testing.assert_allclose(dots.get_xydata(), merged.loc[merged["step"] > 0, ["step", "value"]], rtol=1e-12)
@@ -72,12 +72,12 @@ def test_curves_draw_the_measured_saw_tooth(run: Path) -> None:
         assert at[2:] == pytest.approx([after] * len(at[2:])), "the next round starts from the merged model"
     middle = tooth[tooth[:, 0] == 500.0, 1]
     assert middle == pytest.approx([clients[500.0]])
-    assert ax.get_xlabel() == "optimiser steps per site" and ax.get_ylabel() == "validation accuracy"
+    assert ax.get_xlabel() == "optimizer steps of each model" and ax.get_ylabel() == "validation accuracy"
 
 
-def test_curves_local_mean_range_and_central_on_the_sites_budget(run: Path) -> None:
+def test_curves_local_mean_range_and_central_at_its_own_steps(run: Path) -> None:
     df = load_runs(run)
-    ax = plots.curves(df)
+    ax = plots.curves(df, x="step")
     local = _values(df, "local", merged=False).groupby("step")["value"]
     np.testing.assert_allclose(_line(ax, plots.LOCAL, width=2.2).get_xydata(), local.mean().reset_index(), rtol=1e-12)
     corners = ax.collections[0].get_paths()[0].vertices
@@ -86,10 +86,10 @@ def test_curves_local_mean_range_and_central_on_the_sites_budget(run: Path) -> N
         assert (at.min(), at.max()) == pytest.approx((low, high))
     central = _values(df, "central", merged=True)
     drawn = _line(ax, plots.CENTRAL).get_xydata()
-    np.testing.assert_allclose(drawn[:, 0], central["step"] / 6.0, err_msg="6,000 steps are the sites' 1,000")
+    np.testing.assert_allclose(drawn[:, 0], central["step"])
     np.testing.assert_allclose(drawn[:, 1], central["value"])
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert "central (same budget)" in texts and len(texts) == 4
+    assert "centralized" in texts and len(texts) == 4, "the config does not say what is matched"
     assert {text.get_text() for text in ax.texts} == {"site-1", "site-2", "site-3"}
 
 
@@ -147,7 +147,7 @@ def test_seeds_become_a_mean_with_their_range(tmp_path: Path) -> None:
     df = load_runs(folders)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ax = plots.curves(df)
+        ax = plots.curves(df, x="step")
     final = _values(df, "federated", merged=True).query("step == 1000")["value"]
     assert len(final) == 3 and _line(ax, plots.MERGED, "o").get_ydata()[-1] == pytest.approx(final.mean())
     sites = _values(df, "local", merged=False).query("step == 1000").groupby("run", observed=True)["value"].mean()
@@ -159,14 +159,14 @@ def test_seeds_become_a_mean_with_their_range(tmp_path: Path) -> None:
 
 def test_a_shorter_run_shortens_the_mean(tmp_path: Path) -> None:
     df = load_runs([write_run(tmp_path / "e" / "a"), write_run(tmp_path / "e" / "b", seed=1, rounds=3)])
-    ax = plots.curves(df[df["rounds"].notna()].assign(rounds=5))
+    ax = plots.curves(df[df["rounds"].notna()].assign(rounds=5), x="step")
     assert _line(ax, plots.MERGED, "o").get_xdata().tolist() == [200, 400, 600]
     assert _line(ax, plots.LOCAL, width=2.2).get_xdata()[-1] == 600
 
 
 def test_a_mean_over_unlike_settings_is_warned_of(tmp_path: Path) -> None:
     df = load_runs([write_run(tmp_path / "e" / f"r{a}", **{"partition.alpha": a}) for a in (1.0, 10.0)])
-    with pytest.warns(UserWarning, match=r"2 settings \(partition.alpha = 1.0; partition.alpha = 10.0\)"):
+    with pytest.warns(UserWarning, match=r"2 settings \(alpha = 1; alpha = 10\)"):
         plots.curves(df)
 
 
@@ -179,7 +179,7 @@ def test_settings_ignore_what_no_result_depends_on(tmp_path: Path) -> None:
 
 def test_a_cohort_whose_clients_sat_rounds_out(tmp_path: Path) -> None:
     df = load_runs(write_run(tmp_path / "e" / "c", sites=12, cohort=3, rounds=6, every=50))
-    ax = plots.curves(df)
+    ax = plots.curves(df, x="step")
     tooth = _line(ax, plots.FEDERATED).get_xdata()
     assert set(np.round(tooth, 6)) == set(np.arange(0.0, 1201.0, 50.0)), "a client's own count is put into the round"
     assert not ax.texts, "twelve names would not fit"
@@ -266,11 +266,11 @@ def test_plot_runs_one_run_and_beyond_four_settings(tmp_path: Path) -> None:
         write_run(tmp_path / "e" / f"r{n}", **{"local.lr": 0.5 + n})
     assert [file.name for file in plots.plot_runs([tmp_path], tmp_path / "all")] == ["accuracy.png", "loss.png"]
     panels = plots.compare(load_runs(tmp_path))
-    assert [panel.get_title() for panel in panels] == ["local, mean of sites", "federated, merged", "central"]
+    assert [panel.get_title() for panel in panels] == ["local, mean of sites", "federated, merged", "centralized"]
     assert [len(panel.lines) for panel in panels] == [6, 6, 6]
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in panels[1].lines}
     assert len(looks) == 6
-    assert panels[1].lines[0].get_xdata().tolist() == [200, 400, 600, 800, 1000]
+    assert panels[1].lines[0].get_xdata().tolist() == [27000, 54000, 81000, 108000, 135000], "tokens of three clients"
     assert len(panels[0].figure.legends[0].get_texts()) == 6
     with pytest.raises(UserError, match="no metric 'exact_match'"):
         plots.plot_runs([tmp_path], tmp_path / "none", "exact_match")
@@ -304,7 +304,7 @@ def test_compare_on_axes_of_ones_own(tmp_path: Path) -> None:
     )
     assert given == new and len(given) == 4
     assert not own[1, 0].lines and not own[0, 0].figure.legends
-    assert [t.get_text() for t in own[0, 1].get_legend().get_texts()] == ["local.lr = 0.5", "local.lr = 1.5"]
+    assert [t.get_text() for t in own[0, 1].get_legend().get_texts()] == ["lr = 0.5", "lr = 1.5"]
     with pytest.raises(UserError, match="axes: 3 given, but these runs have 2 scopes: local, federated"):
         plots.compare(df, axes=[*own[0], own[1, 0]])
 
@@ -373,7 +373,7 @@ def test_scores_are_the_cells_of_the_table(tmp_path: Path) -> None:
     )
     assert [text.get_text() for text in ax.get_xticklabels()] == ["0.05", "0.5", "5", "100"]
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert texts == ["local, mean of sites", "federated, merged model", "central"]
+    assert texts == ["local, mean of sites", "federated, merged model", "centralized"]
     assert ax.get_legend().get_title().get_text() == "mean and 95 % interval over 3 runs"
     inside(ax)
 
@@ -387,7 +387,7 @@ def test_further_keys_have_lines_and_names_of_their_own(tmp_path: Path) -> None:
     best = table[(table["scope"] == "local") & (table["partition.num_clients"] == 2)]
     np.testing.assert_allclose(local["o"].get_ydata(), best.groupby("partition.alpha")["best"].mean())
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert texts[2:] == ["central", "num_clients = 2", "num_clients = 3"]
+    assert texts[2:] == ["centralized", "num_clients = 2", "num_clients = 3"]
     assert ax.get_legend().get_title().get_text() == "one run each" and not ax.patches
     assert ax.get_ylabel() == "best validation accuracy"
     few = plots.scores(table, "partition.num_clients")
@@ -562,7 +562,7 @@ def test_scores_and_gains_on_axes_of_ones_own(tmp_path: Path) -> None:
 
 def test_each_site_has_a_curve_of_its_own(run: Path) -> None:
     df = load_runs(run)
-    ax = plots.each_site(df, metric="loss")
+    ax = plots.each_site(df, metric="loss", x="step")
     rows = df[(df["name"] == "loss") & (df["split"] == "validation")].astype({"step": float})
     local = rows[rows["scope"] == "local"]
     for name, (color, marker) in zip(("site-1", "site-2", "site-3"), plots.SITE_LOOKS, strict=False):
@@ -613,3 +613,136 @@ def test_each_site_of_what_ran(tmp_path: Path) -> None:
         plots.each_site(alone, x="epoch")
     with pytest.raises(UserError, match="recorded no"):
         plots.each_site(alone, x="bytes")
+
+
+# ------------------------------------------------------------------------- budgets, axes, labels, titles, formats
+
+
+def _central(folder: Path, match: str, factor: float, **config: Any) -> pd.DataFrame:
+    """A run whose centralized model did `factor` times the steps and tokens of one client in each round."""
+    df = load_runs(write_run(folder, **{"central.match": match, **config}))
+    central = df["scope"] == "central"
+    df.loc[central, "step"] = (df.loc[central, "step"].astype(float) * factor / 6.0).round().astype("Int64")
+    df.loc[central & (df["name"] == "tokens"), "value"] = 9000.0 * factor
+    return df
+
+
+@pytest.mark.parametrize(
+    ("match", "factor", "label", "axis", "ends"),
+    [
+        ("epochs", 3.0, "same examples as all clients", "tokens", (135000.0, 135000.0)),
+        ("steps", 1.0, "same steps as one client", "step", (1000.0, 1000.0)),
+        ("steps", 0.7, "same steps as one client", "tokens", (135000.0, 31500.0)),  # the mean of unequal clients
+    ],
+)
+def test_the_centralized_curve_says_its_budget_and_ends_where_it_is_spent(
+    tmp_path: Path, match: str, factor: float, label: str, axis: str, ends: tuple[float, float]
+) -> None:
+    df = _central(tmp_path / "e" / "r", match, factor)
+    for ax in (plots.curves(df), plots.each_site(df, metric="accuracy"), *plots.compare(df)[1:]):
+        assert ax.get_xlabel() in (plots.X_LABELS[axis], "")
+    texts = [text.get_text() for text in plots.curves(df).get_legend().get_texts()]
+    assert f"centralized ({label})" in texts and not any("budget" in text for text in texts)
+    ax = plots.curves(df)
+    assert _line(ax, plots.MERGED, "o").get_xdata()[-1] == pytest.approx(ends[0])
+    assert _line(ax, plots.CENTRAL).get_xdata()[-1] == pytest.approx(ends[1])
+    assert label in plots.compare(df)[2].get_title()
+    without_tokens = df[df["name"] != "tokens"]
+    assert plots.curves(without_tokens).get_xlabel() == plots.X_LABELS[axis if axis == "step" else "round"]
+
+
+def test_panels_of_other_budgets_say_them_apart(tmp_path: Path) -> None:
+    groups = [(match, _central(tmp_path / match, match, n)) for match, n in (("epochs", 3.0), ("steps", 1.0))]
+    figure = plots.panels(groups, "accuracy")
+    assert [ax.get_title().replace("\n", " ") for ax in figure.axes] == [
+        "epochs centralized: same examples as all clients",
+        "steps centralized: same steps as one client",
+    ]
+    assert "centralized" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_labels_stay_at_the_ends_of_their_curves(tmp_path: Path) -> None:
+    """Each name begins at its curve's last point; names that would touch are moved no further than they have to be."""
+    ends = {"a": (5.0, 0.5), "b": (5.0, 0.5001), "c": (5.0, 0.9), "d": (2.0, 0.5)}
+    for scale in ("linear", "log"):
+        ax = Figure(figsize=(4, 3), layout="constrained").subplots()
+        ax.plot([0, 10], [0.2, 1.0])
+        ax.set_yscale(scale)
+        plots._label_ends(ax, ends)
+        ax.figure.canvas.draw()
+        ax.set_ylim(0.1, 2.0)  # others that share the axis come later
+        ax.figure.canvas.draw()
+        boxes = {text.get_text(): text.get_window_extent() for text in ax.texts}
+        for name, point in ends.items():
+            at, box = ax.transData.transform(point), boxes[name]
+            assert at[0] < box.x0 < at[0] + 10
+            assert abs((box.y0 + box.y1) / 2 - at[1]) < (12 if name in "ab" else 1.5), name
+        assert not boxes["a"].overlaps(boxes["b"]) and boxes["a"].y0 < boxes["b"].y0
+
+
+def test_names_are_spread_with_the_least_moves() -> None:
+    assert plots._spread(np.array([0.0, 100.0, 50.0]), 10.0).tolist() == [0.0, 100.0, 50.0]
+    assert plots._spread(np.array([4.0, 4.0]), 10.0).tolist() == [-1.0, 9.0]
+    assert plots._spread(np.array([9.0, 0.0, 3.0]), 6.0).tolist() == [10.0, -2.0, 4.0], "one block: mean move is zero"
+
+
+@pytest.mark.parametrize(
+    ("level", "metric"), [(0.9, "accuracy"), (0.999, "accuracy"), (0.0, "accuracy"), (2.9, "loss")]
+)
+def test_a_flat_curve_is_not_stretched(run: Path, level: float, metric: str) -> None:
+    df = load_runs(run)
+    df["value"] = df["value"].where(~df["name"].isin([metric, f"merged_{metric}"]), level + 1e-4 * (df["value"] % 1))
+    least = 0.1 if metric == "accuracy" else 0.29
+    for ax in (plots.curves(df, metric=metric), plots.sites(df, metric=metric)):
+        low, high = ax.get_ylim() if ax.get_xlabel() == plots.X_LABELS["tokens"] else ax.get_xlim()
+        assert least * 0.99 < high - low < 1.3 * least and low < level < high
+        assert metric != "accuracy" or (low >= -0.011 and high <= 1.011)
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.1, 9.5), (1.2, 4.9), (0.3, 1.9), (0.011, 0.049), (1.0, 1e6), (5.1, 5.9)])
+def test_a_log_axis_has_labelled_ticks(low: float, high: float) -> None:
+    ax = Figure().subplots()
+    ax.plot([0, 1], [low, high])
+    ax.set_yscale("log")
+    plots._name_decades(ax.yaxis)
+    ax.figure.canvas.draw()
+    a, b = ax.get_ylim()
+    named = [t.get_text() for t, at in zip(ax.get_yticklabels(), ax.get_yticks(), strict=True) if a <= at <= b]
+    assert len(named) >= 3 and all(named) and len(set(named)) == len(named)
+
+
+def test_values_that_differ_look_different(tmp_path: Path) -> None:
+    rates = (1e-5, 2e-5, 0.1234567, 0.1234568)
+    runs = [{"settings": {"local.lr": lr}, "federated": 0.9, "local": {"a": 0.5}} for lr in rates[:2]]
+    ax = plots.scores(sweep_table(write_sweep(tmp_path / "s", runs)), "local.lr")
+    ax.figure.canvas.draw()
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1e-05", "2e-05"]
+    df = load_runs([write_run(tmp_path / "e" / f"r{n}", **{"local.lr": lr}) for n, lr in enumerate(rates)])
+    assert [label for label, _ in plots.settings(df)] == [f"lr = {lr!r}" for lr in rates]
+
+
+def test_titles_say_what_varies(tmp_path: Path) -> None:
+    lora = {"adapter.name": "lora", "adapter.r": 8}
+    for name, keys in {"a": lora, "b": lora | {"adapter.r": 4}, "c": {"adapter.name": "ia3"}}.items():
+        write_run(tmp_path / "e" / name, **keys)
+    titles = [label for label, _ in plots.settings(load_runs(tmp_path / "e"))]
+    assert titles == ["lora r=8", "lora r=4", "ia3"]
+    for n in range(2):  # more than can be read: those that tell most
+        keys = {f"local.k{key}": n for key in range(5)}
+        write_run(tmp_path / "f" / f"r{n}", **keys)
+    titles = [label for label, _ in plots.settings(load_runs(tmp_path / "f"))]
+    assert titles == ["k0 = 0, \N{HORIZONTAL ELLIPSIS}", "k0 = 1, \N{HORIZONTAL ELLIPSIS}"]
+    write_run(tmp_path / "g" / "r1", **{f"local.k{key}": 1 for key in range(5)})
+    both = load_runs([tmp_path / "f" / "r1", tmp_path / "g" / "r1"])
+    assert [label for label, _ in plots.settings(both)] == ["f", "g"]
+
+
+def test_figures_in_other_formats(run: Path) -> None:
+    written = plots.save_figures(run, run.parent / "out", "loss", formats=["pdf", "svg"])
+    assert [file.name for file in written] == ["loss.pdf", "loss.svg", "partition.pdf", "partition.svg"]
+    assert written[0].read_bytes().startswith(b"%PDF") and b"<svg" in written[1].read_bytes()
+    first = [file.read_bytes() for file in written]
+    plots.save_figures(run, run.parent / "out", "loss", formats=["pdf", "svg"])
+    assert [file.read_bytes() for file in written] == first, "the same figure is the same file"
+    with pytest.raises(UserError, match="format 'jpg' is not available; use one of png, pdf, svg"):
+        plots.save_figures(run, formats=["jpg"])

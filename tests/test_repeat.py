@@ -337,7 +337,7 @@ def test_progress_trackers_and_checkpoints_change_nothing(
     keys = {**UNEVEN, "tracking": {"with": ["tensorboard"]}, "checkpoint": {"every": 2, "keep": 1}}
     run = fedsim.run(lab.exp(name="tracked", **keys), progress=True).path
     told = (run / "metrics.jsonl").read_text().splitlines()  # what checkpoints took, too
-    assert len(logged) == len(told) > len(lab.metrics(plain))
+    assert 0 < len(logged) < len(told) / 5
     assert lab.metrics(run) == lab.metrics(plain)
     found = diff_runs(plain, run)
     assert found.agree, str(found)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
+from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from fedsim import plots, report
@@ -28,7 +29,6 @@ from fedsim.report import (
     Table,
     build,
     check,
-    panels,
     published_table,
     to_html,
     to_markdown,
@@ -373,10 +373,10 @@ def test_build_writes_both_documents(members: list[Member], tmp_path: Path) -> N
     markdown, page_text = found.read_text(), (out / "report.html").read_text()
     kinds, texts = rendered(markdown)
     assert "html_inline" not in kinds and "html_block" not in kinds and "link_open" not in kinds
-    headings = ["LoRA <b>on</b> | sentiment", "Figures", "Published and ours", "What theory demands"]
+    headings = ["LoRA <b>on</b> | sentiment", "Summary", "Expected behaviour", "Setup", "Figures", "Published and ours"]
     headings += ["Examples: LoRA, alpha = 1", "Runs", "Notes"]
     assert [text for text in texts if text in headings] == headings
-    assert kinds.count("image") == 3 and kinds.count("table_open") == 3
+    assert kinds.count("image") == 3 and kinds.count("table_open") == 4
     for place in re.findall(r"\]\((figures/[^)]+)\)", markdown):
         assert (out / place).is_file()
     page = Page(page_text)
@@ -395,6 +395,8 @@ def test_the_report_says_what_came_out(members: list[Member], tmp_path: Path) ->
     assert "| z | gone (2) | 0.500 | - | - | - | 0 |" in text
     assert "- **1:** asked for at 30 %, taken at 25 % of the steps" in text
     assert "1 PASSED, 1 FAILED, 1 NOT JUDGED." in text
+    words = ["**FAILED**", "**NOT JUDGED**", "**PASSED**", "# Setup", "![Validation accuracy]"]
+    assert sorted(words, key=text.index) == words, "failed checks come first, and before any figure"
     assert "- **PASSED** merged model above the mean of the sites (a)." in text and "held for 2 of 2 seeds" in text
     assert (
         "- **FAILED** federated ends above each site alone (b)." in text and "site-3 0.800, difference -0.200" in text
@@ -437,7 +439,7 @@ def test_examples_of_another_form_stand_as_they_are(members: list[Member], tmp_p
     (members[0].path / "figures/examples.md").write_text(odd)
     out = tmp_path / "report"
     kinds, _ = rendered(build(SPEC, members, out, {}).read_text())
-    assert kinds.count("fence") == 1 and kinds.count("table_open") == 2 and "html_block" not in kinds
+    assert kinds.count("fence") == 1 and kinds.count("table_open") == 3 and "html_block" not in kinds
     assert odd.strip() in Page((out / "report.html").read_text()).text["pre"]
 
 
@@ -453,13 +455,13 @@ def test_figures_are_chosen_by_label(members: list[Member], tmp_path: Path) -> N
 
 def test_panels_of_chosen_scopes(members: list[Member], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, set[str]]] = []
-    real = report.panels
+    real = plots.panels
 
     def spy(groups: Any, metric: str) -> Any:
         seen.extend((title, set(rows["scope"])) for title, rows in groups)
         return real(groups, metric)
 
-    monkeypatch.setattr(report, "panels", spy)
+    monkeypatch.setattr(plots, "panels", spy)
     left = {"run": "b", "scopes": ["federated", "central"], "title": "against centralised"}
     build({"figures": [left, {"run": "b", "scopes": ["federated", "local"]}, "a"]}, members, tmp_path / "out", {})
     assert seen == [
@@ -479,7 +481,7 @@ def test_more_than_four_labels_take_several_figures(members: list[Member], tmp_p
 @pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2))])
 def test_panels_have_one_legend_and_one_scale(members: list[Member], count: int, shape: tuple[int, int]) -> None:
     rows = load_runs(members[2].path)
-    figure = panels([(f"title {n}", rows) for n in range(count)], "accuracy")
+    figure = plots.panels([(f"title {n}", rows) for n in range(count)], "accuracy")
     axes = figure.axes
     grid = axes[0].get_subplotspec().get_gridspec()
     assert (grid.nrows, grid.ncols) == shape and [ax.get_title() for ax in axes] == [f"title {n}" for n in range(count)]
@@ -487,18 +489,18 @@ def test_panels_have_one_legend_and_one_scale(members: list[Member], count: int,
     legends = [*figure.legends, *(ax.get_legend() for ax in axes if ax.get_legend())]
     assert len(legends) == 1
     texts = [text.get_text() for text in legends[0].get_texts()]
-    words = ["local sites, mean and range", "central (same budget)", "federated clients, mean", "merged model"]
+    words = ["local sites, mean and range", "centralized", "federated clients, mean", "merged model"]
     assert texts == words
     if count > 1:
-        colors = [handle.get_color() for handle in legends[0].legend_handles]
-        assert colors == [plots.LOCAL, plots.CENTRAL, plots.FEDERATED, plots.MERGED]
+        colors = [to_hex(handle.get_color()).upper() for handle in legends[0].legend_handles[1:]]
+        assert colors == [plots.CENTRAL, plots.FEDERATED, plots.MERGED]
 
 
 def test_a_legend_names_what_panels_with_and_without_seeds_share(members: list[Member]) -> None:
     seeds = load_runs([member.path for member in members[:2]])
-    figure = panels([("seeds", seeds), ("one", load_runs(members[2].path))], "accuracy")
+    figure = plots.panels([("seeds", seeds), ("one", load_runs(members[2].path))], "accuracy")
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == ["local sites, mean", "central (same budget)", "federated clients, mean", "merged model"]
+    assert texts == ["local sites, mean", "centralized", "federated clients, mean", "merged model"]
 
 
 def test_figures_are_not_blank(members: list[Member], tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import csv
 import hashlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import fedsim
 from fedsim.build import prepare
 from fedsim.config import Experiment
 from fedsim.files import folder_names
+from fedsim.trackers import Trackers, _name, by_round
 
 
 def _exp(folder: Path, **keys: Any) -> Experiment:
@@ -112,19 +115,146 @@ def test_a_finished_run_without_figures_draws_them_again(run: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
-def test_tensorboard_gets_the_merged_models_scores(tmp_path: Path) -> None:
+def test_tensorboard_gets_one_step_per_round_and_the_figures(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    exp = _exp(tmp_path, modes=["federated"], tracking={"with": ["tensorboard"]})
+    exp = _exp(tmp_path, tracking={"with": ["tensorboard"]})
     path = fedsim.run(exp, progress=False).path
-    events = next((path / "tensorboard").rglob("events*"))
-    log = EventAccumulator(str(events.parent))
+    log = EventAccumulator(str(path / "tensorboard" / "seed=0"))
     log.Reload()
     df = fedsim.load_runs(path)
-    rows = df[df["client"].isna() & (df["split"] == "validation") & (df["name"] == "accuracy")]
-    points = log.Scalars("federated/merged/validation/accuracy")
-    assert [p.step for p in points] == rows["step"].tolist() == [0, 2, 4]
-    assert [p.value for p in points] == pytest.approx(rows["value"].tolist(), rel=1e-6)
+    rows = df[(df["split"] == "validation") & (df["name"] == "accuracy")]
+    for scope in ("federated", "central"):
+        points, own = (
+            log.Scalars(f"{scope}/validation/accuracy"),
+            rows[(rows["scope"] == scope) & rows["client"].isna()],
+        )
+        assert [p.step for p in points] == [0, 1, 2]
+        assert [p.value for p in points] == pytest.approx(own.groupby("round")["value"].last().tolist(), rel=1e-6)
+    local = rows[(rows["scope"] == "local") & (rows["round"] == 2)].groupby("client")["value"].last()
+    for name, value in (("mean", local.mean()), ("min", local.min()), ("max", local.max())):
+        assert log.Scalars(f"local/validation/accuracy_{name}")[-1].value == pytest.approx(value, rel=1e-6)
+    sent = df[(df["name"] == "bytes_up") & (df["round"] == 1)]["value"].sum()
+    assert log.Scalars("federated/train/bytes_up")[0].value == sent
+    assert set(log.Tags()["images"]) == {"figures/accuracy", "figures/loss", "figures/partition"}
+    assert not any("site-1" in tag for tag in log.Tags()["scalars"]) and len(log.Tags()["scalars"]) < 70
+
+
+def _row(round: int, scope: str, client: str | None, split: str, name: str, value: float) -> dict[str, Any]:
+    at = {"round": round, "step": 10 * round, "scope": scope, "client": client, "split": split, "name": name}
+    return at | {"value": value, "weight": 1.0, "seconds": float(round)}
+
+
+ROWS = [
+    *[_row(0, "local", c, "validation", "loss", 9.0) for c in ("a", "b")],
+    *[_row(1, "local", c, "validation", "loss", v) for c, v in (("a", 7.0), ("b", 4.0), ("a", 2.0))],
+    *[_row(1, "local", c, "train", "tokens", v) for c, v in (("a", 5.0), ("b", 6.0))],
+    _row(1, "local", "a", "validation", "predicted:x", 3.0),
+    _row(1, "local", None, "run", "checkpoint_seconds", 0.5),  # of round 1, known in round 2
+    *[_row(2, "local", c, "validation", "loss", v) for c, v in (("a", 1.0), ("b", 3.0))],
+    _row(2, "local", "b", "fault", "dropped", 1.0),
+    _row(2, "local", None, "run", "checkpoint_seconds", 0.7),
+    _row(1, "local", "a", "test", "loss", 1.5),  # the best round's model
+    _row(0, "federated", None, "validation", "loss", 9.0),
+    _row(1, "federated", None, "validation", "loss", 8.0),
+]
+
+
+def test_rows_become_one_step_per_round() -> None:
+    found = list(by_round(ROWS))
+    assert [round for round, _ in found] == [0, 1, 2, 0, 1]
+    assert found[1][1] == {
+        **{"local/validation/loss_mean": 3.0, "local/validation/loss_min": 2.0, "local/validation/loss_max": 4.0},
+        **{"local/train/tokens": 11.0, "local/seconds": 1.0},
+    }
+    assert found[2][1]["local/run/checkpoint_seconds"] == 0.7 and found[2][1]["local/fault/dropped"] == 1.0
+    assert found[2][1]["local/test/loss_mean"] == 1.5
+    assert found[4][1] == {"federated/validation/loss": 8.0, "federated/seconds": 1.0}
+    each = list(by_round(ROWS, clients=True))[1][1]
+    assert each["clients/local/validation/loss/a"] == 2.0 and each["clients/local/train/tokens/b"] == 6.0
+    for names in (
+        set(found[2][1]),
+        set(each),
+    ):  # MLflow makes a file of a name and folders of what is before its slashes
+        assert not any(other.startswith(f"{name}/") for name in names for other in names)
+    (late,) = by_round([_row(2, "local", None, "run", "checkpoint_seconds", 0.7), ROWS[-3]])
+    assert late[0] == 2, "what comes alone after the last round is of that round"
+
+
+def test_wandb_and_mlflow_are_called_once_per_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fakes with what accelerate calls of both; a resumed run goes on under its ids, and keeps its parameters."""
+    from accelerate import PartialState
+
+    PartialState._reset_state()  # as in a process of its own
+    calls: list[tuple[Any, ...]] = []
+
+    class Run:
+        def __init__(self, id: str) -> None:
+            self.id, self.info = id, SimpleNamespace(run_id=id)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **keys: calls.append((f"wandb.{name}", *args, {k: v for k, v in keys.items() if v}))
+
+    def init(**keys: Any) -> Run:
+        calls.append(("wandb.init", {k: v for k, v in keys.items() if v}))
+        return Run(keys.get("id") or "w1")
+
+    def start_run(**keys: Any) -> Run:
+        calls.append(("mlflow.start", {k: v for k, v in keys.items() if v}))
+        return Run(keys.get("run_id") or "m1")
+
+    wandb = SimpleNamespace(init=init, config=SimpleNamespace(update=lambda v, **_: calls.append(("wandb.config", v))))
+    limits = SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100)
+    mlflow = SimpleNamespace(
+        search_experiments=lambda **_: [],
+        create_experiment=lambda **keys: keys["name"],
+        start_run=start_run,
+        log_params=lambda values: calls.append(("mlflow.params", values)),
+        log_metrics=lambda values, step: calls.append(("mlflow.log", values, step)),
+        log_artifacts=lambda local_dir, artifact_path: calls.append(("mlflow.artifacts", local_dir, artifact_path)),
+        end_run=lambda: calls.append(("mlflow.end",)),
+        utils=SimpleNamespace(validation=limits),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    folder = tmp_path / "rates" / "abc"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "figures" / "loss.png").touch()
+    runs = [{"run": "abc", "settings": {"local.lr": 1e-5, "seed": 2}, "state": "running", "reason": None}]
+    (folder.parent / "sweep.json").write_text(json.dumps({"name": "rates", "keys": [], "runs": runs}))
+    config = {"seed": 2, "local": {"lr": 1e-5}}
+    trackers = Trackers(["wandb", "mlflow"], "rates", folder, config)
+    trackers.log(ROWS)
+    name = "local.lr=1e-05 seed=2"
+    assert calls[0] == ("wandb.init", {"project": "rates", "name": name, "group": "rates"})
+    assert calls[1:3] == [("wandb.define_metric", "round", {}), ("wandb.define_metric", "*", {"step_metric": "round"})]
+    assert ("wandb.config", {"seed": 2, "local.lr": 1e-5}) in calls
+    assert next(call for call in calls if call[0] == "mlflow.start")[1]["run_name"] == name
+    logged = [call for call in calls if call[0] == "wandb.log"]
+    assert [values["round"] for _, values, _ in logged] == [0, 1, 2, 0, 1] and not any(keys for *_, keys in logged)
+    assert [step for kind, *_, step in calls if kind == "mlflow.log"] == [0, 1, 2, 0, 1]
+    trackers.close()
+    state = {"rounds": {"local": 2, "federated": 1}, "name": name, "wandb": "w1", "mlflow": "m1"}
+    assert trackers.state == state == json.loads(json.dumps(state))
+    calls.clear()
+    again = Trackers(["wandb", "mlflow"], "rates", folder, config, trackers.state)
+    again.log([*ROWS[-2:], _row(2, "federated", None, "validation", "loss", 7.0)])
+    (logged,) = [call[1] for call in calls if call[0] == "wandb.log"]
+    assert (logged["round"], logged["federated/validation/loss"]) == (2, 7.0), "no round twice"
+    again.log_figures(folder / "figures", 2)
+    assert calls[0][1] == {"project": "rates", "name": name, "group": "rates", "id": "w1", "resume": "allow"}
+    assert not any(call[0] in ("wandb.config", "mlflow.params") for call in calls), "set once"
+    assert ("wandb.log_artifact", str(folder / "figures"), {"name": "figures-w1", "type": "figures"}) in calls
+    assert ("mlflow.artifacts", str(folder / "figures"), "figures") in calls
+
+
+def test_a_run_outside_a_sweep_is_named_by_what_varies(tmp_path: Path) -> None:
+    config = {"seed": 0, "adapter": {"name": "lora", "r": 8}, "rounds": 2, "tracking": {"with": []}}
+    for name, r in (("one", 8), ("two", 4)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(json.dumps(config | {"adapter": {"name": "lora", "r": r}}))
+        found = _name(tmp_path / name, config | {"adapter": {"name": "lora", "r": r}})
+        assert found == {"one": "seed=0", "two": "adapter.r=4"}[name]
 
 
 def test_keys_beside_a_name_hold_in_any_order(tmp_path: Path) -> None:

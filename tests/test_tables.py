@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from fedsim.__main__ import main
 from fedsim.errors import UserError
-from fedsim.tables import MODEL_COLUMNS, cells, sweep_table, swept_keys, write_tables
+from fedsim.tables import MODEL_COLUMNS, cells, list_table, sweep_table, swept_keys, text_table, write_tables
 
 SITES = {"a": 30, "b": 10}  # rows of each site
 JS = {"a": 0.02, "b": 0.3}
@@ -162,7 +163,7 @@ def test_sections_are_text_and_keys_left_out_come_from_the_config(tmp_path: Path
     (tmp_path / "s" / "sweep.json").write_text(json.dumps(listed))
     table = sweep_table(tmp_path / "s")
     assert table["adapter"].tolist()[2] == "lora r=16", "of the section what the sweep names elsewhere"
-    assert table["local.clip"].tolist() == ["null", "null", "1.0"] and table["seed"].tolist() == [0, 0, 7]
+    assert table["local.clip"].tolist() == ["null", "null", "1"] and table["seed"].tolist() == [0, 0, 7]
     assert swept_keys(table) == ["adapter", "local.clip"]
 
 
@@ -333,3 +334,97 @@ def test_tables_are_written_whole(sweep: Path, monkeypatch: pytest.MonkeyPatch) 
         write_tables(sweep)
     assert {file.name: file.read_bytes() for file in sweep.iterdir() if file.is_file()} == before
     assert [run.name for run in sweep.iterdir() if run.is_dir()], "run folders are left alone"
+
+
+# ------------------------------------------------------------------------------------------- lists and printed tables
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    runs = {
+        "a": (1e-5, {"name": "lora", "r": 8}, 0.5),
+        "b": (2e-5, {"name": "ia3"}, 0.9),
+        "c": (2e-5, {"name": "ia3"}, 0.7),
+    }
+    for n, (name, (lr, adapter, score)) in enumerate(runs.items()):
+        write_run(
+            tmp_path / "e" / name,
+            federated=score,
+            adapter=adapter,
+            seed=n,
+            **{"local.lr": lr, "local.clip": None, "local.alpha": 1},
+        )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("where", "sort", "found"),
+    [
+        ([], None, "abc"),
+        (["local.lr=1e-5"], None, "a"),
+        (["lr=0.00002"], "seed", "bc"),
+        (["lr>1e-5", "seed<=1"], None, "b"),
+        (["adapter=ia3"], "-seed", "cb"),
+        (["adapter!=ia3"], None, "a"),
+        (["adapter.r=8"], None, "a"),
+        (["r>4"], None, "a"),
+        (["clip=null", "state=finished"], None, "abc"),
+        (["best_federated >= 0.72"], None, "b"),
+        ([], "accuracy", "bca"),
+        ([], "-accuracy", "acb"),
+        ([], "best_federated", "bca"),
+        ([], "adapter", "bca"),
+        (["seed>7"], None, ""),
+    ],
+)
+def test_list_filters_and_sorts(listed: Path, where: list[str], sort: str | None, found: str) -> None:
+    table = list_table(listed, where, sort)
+    assert "".join(table["run"]) == found
+    assert {"local.lr", "adapter", "seed"} <= set(table) and "local.clip" not in table, "only what varies"
+
+
+@pytest.mark.parametrize(
+    ("where", "sort", "why"),
+    [
+        (["learning"], None, "'learning' is not a condition; write KEY=VALUE"),
+        (["lrr=1"], None, "no run has 'lrr'; did you mean lr?"),
+        (["lr<high"], None, "'high' is not a number"),
+        (["alpha=1"], None, "may be local.alpha or partition.alpha; give the whole key"),
+        ([], "f1", "--sort: no run has 'f1'"),
+    ],
+)
+def test_a_list_that_cannot_be_is_one_line(listed: Path, where: list[str], sort: str | None, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        list_table(listed, where, sort)
+
+
+def test_list_on_the_command_line(listed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    assert main(["list", str(listed), "--where", "adapter=ia3", "--sort", "accuracy", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [(one["run"], one["local.lr"], one["adapter"], one["best_local"]) for one in records] == [
+        ("b", 2e-5, {"name": "ia3"}, None),
+        ("c", 2e-5, {"name": "ia3"}, None),
+    ]
+    assert main(["list", str(listed)]) == 0
+    out = capsys.readouterr().out
+    assert "1e-05" in out and "2e-05" in out and "lora" in out and "3 run(s)" in out
+    (listed / "none").mkdir()
+    monkeypatch.chdir(listed / "none")
+    for argv, said in (([], "no runs in results\n"), (["."], "no runs in .\n"), ([".", "--json"], "[]\n")):
+        assert main(["list", *argv]) == 0 and capsys.readouterr().out == said
+    assert main(["list", "mistyped"]) == 2 and "no folder 'mistyped'" in capsys.readouterr().err
+
+
+def test_printed_values_that_differ_look_different() -> None:
+    rates = [1e-5, 2e-5, 0.1, 0.30000000000000004, 0.3, 1234567.0, 1234568.0, 10.0]
+    text = text_table(pd.DataFrame({"lr": rates, "loss": [0.00002, 0.5, 0.0, NAN, -2e-7, 1e9, 12.0, 1.0]}), ["lr"])
+    shown = [line.split() for line in text.splitlines()[2:]]
+    assert [float(lr) for lr, _ in shown] == rates
+    assert [loss for _, loss in shown] == ["2e-05", "0.5000", "0.0000", "-", "-2e-07", "1e+09", "12.0000", "1.0000"]
+
+
+def test_console_cells_of_a_sweep_tell_small_rates_apart(tmp_path: Path) -> None:
+    runs = [{"settings": {"local.lr": lr, "seed": s}, "federated": 0.5} for lr in (1e-5, 2e-5) for s in (0, 1)]
+    table = sweep_table(write_sweep(tmp_path / "s", runs))
+    lines = text_table(cells(table), swept_keys(table)).splitlines()[2:]
+    assert [line.split()[0] for line in lines] == ["1e-05", "2e-05"]
