@@ -189,12 +189,13 @@ class Experiment:
             *,
             name: str = ...,
             seed: int = ...,
+            seeds: Sequence[int] | None = ...,
             modes: Sequence[str] = ...,
             rounds: int = ...,
             results: str = ...,
             model: Model | Section = ...,
-            adapter: Adapter | Section = ...,
-            data: Data | Section = ...,
+            adapter: Adapter | Section | Any = ...,  # or a PEFT config
+            data: Data | Section | Any = ...,  # or examples in memory
             partition: PartitionKeys | Section = ...,
             cohort: CohortKeys | Section = ...,
             local: LocalWork | Section = ...,

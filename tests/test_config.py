@@ -717,7 +717,7 @@ def sections_module_sentence(cls: str, field: str) -> str:
 
 
 def test_keys_are_listed_as_the_user_writes_them() -> None:
-    assert keys_of(config.Tracking) == ["with"]
+    assert keys_of(config.Tracking) == ["with", "clients"]
     assert "name" in keys_of(config.Lora) and "max_length" in keys_of(config.Table)
     with pytest.raises(KeyError):
         components("local")

@@ -31,7 +31,8 @@ MAY = {
     "simulation": {"errors", "seeding"},
     "signals": {"errors"},
     "progress": {"errors", "types"},
-    "schema": {"errors", "reference"},  # what an unknown key probably means, in its error alone
+    # What an unknown key probably means, in its error alone; a PEFT config given in Python becomes a section.
+    "schema": {"errors", "reference", "models.adapters"},
     "synonyms": set(),
     "yaml_text": set(),
     "keys": {"schema"},
@@ -89,7 +90,7 @@ FILES_AND_PROCESSES = {
     *("multiprocessing", "threading", "concurrent"),
 }
 CONFIG_READERS = {
-    *("config", "reference", "build", "resolve", "session", "experiment", "sweep", "sweep_plan", "reproduce"),
+    *("config", "reference", "build", "resolve", "session", "experiment", "seeds", "sweep", "sweep_plan", "reproduce"),
     *("__main__", "__init__"),
 }
 
