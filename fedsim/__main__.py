@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedsim.errors import ClientError, Notice, UserError, visible
+from fedsim.errors import ClientError, Notice, UserError, cut, visible
 from fedsim.inductor import without_folder
 from fedsim.signals import ended_by_signals
 
@@ -765,14 +765,19 @@ def _main(argv: Sequence[str] | None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(visible(f"fedsim: {error.filename}: {error.strerror}; give another folder or file"), file=sys.stderr)
+        print(
+            visible(f"fedsim: {cut(str(error.filename))}: {error.strerror}; give another folder or file"),
+            file=sys.stderr,
+        )
         return 2
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)
             return 2
         if hasattr(error, "format_message"):  # the command line parser's own usage errors
-            print(visible(f"fedsim: {error.format_message()}; see fedsim --help"), file=sys.stderr)
+            print(
+                visible(f"fedsim: {cut(error.format_message().rstrip('.'), 500)}; see fedsim --help"), file=sys.stderr
+            )
             return 2
         raise
     if code == _INTERRUPTED:

@@ -9,7 +9,7 @@ _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u
 _UNSEEN_BUT_LINES = re.compile(_UNSEEN.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
 
 
-_LONGEST = 1500  # characters of an error: a longer line has its middle cut out, since the end says what to do
+_LONGEST = 1000  # characters of an error: a longer line has its middle cut out, since the end says what to do
 
 
 def shown(value: object) -> str:
@@ -27,7 +27,7 @@ class UserError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         text = str(message)
-        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} [...] {text[-400:]}")
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 400]} [...] {text[-390:]}")
 
 
 class Notice(UserWarning):

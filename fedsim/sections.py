@@ -56,13 +56,13 @@ class Lora:
     r: int = 8
     """Rank of the update."""
     alpha: float = 16.0
-    """Scale: the update is multiplied by alpha / r."""
+    """Scaling: the update is multiplied by alpha / r."""
     dropout: float = 0.0
     """Dropout on the input of A, in training only."""
     target_modules: list[str] | Literal["auto", "all-linear"] = "auto"
     """Leaf names of the layers to adapt; auto = the attention input projections: q, k and v, or the fused one."""
     init: Literal["kaiming", "xavier", "gaussian"] = "kaiming"
-    """How A starts (B starts at zero): kaiming is PEFT's default, xavier the one of the published runs."""
+    """Initialization of A (B starts at zero): kaiming is PEFT's default, xavier that of the published runs."""
     peft: dict[str, Any] = field(default_factory=dict)
     """Further options of PEFT's own config class for the method, e.g. {use_dora: true, modules_to_save: [score]}; they hold over the keys above."""
 
@@ -174,7 +174,7 @@ class Ia3:
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
-    """No adapter: every parameter of the base is trained and exchanged."""
+    """Full fine-tuning: every parameter of the base model is trained and exchanged."""
 
     name: Literal["none"] = "none"
 
@@ -445,7 +445,7 @@ class _ByClass(_Clients):
 
 @dataclass(frozen=True, kw_only=True)
 class Iid(_Clients):
-    """Rows dealt at random, sizes equal to within one."""
+    """Examples dealt at random; client sizes differ by at most one."""
 
     name: Literal["iid"] = "iid"
 
@@ -453,13 +453,13 @@ class Iid(_Clients):
 @dataclass(frozen=True, kw_only=True)
 class _Dirichlet(_ByClass):
     alpha: float = 1.0
-    """Concentration: small = each class on few clients, large = every client alike."""
+    """Concentration parameter: small = each class on few clients, large = all clients alike."""
     min_rows: int = 10
     """Minimum number of examples per client; the partition is resampled until this holds."""
     max_redraws: int = 100
-    """Draws before giving up or repairing."""
+    """Number of resampling attempts before the partition fails or is repaired."""
     repair: bool = False
-    """Take the best draw and move rows from the largest clients to those below `min_rows`, instead of failing."""
+    """Instead of failing, take the best attempt and move examples from the largest clients to those below `min_rows`."""
 
     def check(self, path: str) -> None:
         super().check(path)
@@ -480,14 +480,14 @@ class Dirichlet(_Dirichlet):
 
 @dataclass(frozen=True, kw_only=True)
 class DirichletFedma(_Dirichlet):
-    """The published sampler (FedMA, NVFlare, FedML): a client that holds N/K rows drops out of a class's draw."""
+    """The published sampler (FedMA, NVFlare, FedML): a client that already has N/K examples gets none of the remaining classes."""
 
     name: Literal["dirichlet_fedma"] = "dirichlet_fedma"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCounts:
-    """Explicit rows per class and client, drawn by the seed."""
+    """Explicit numbers of examples per class and client; which ones is drawn by the seed."""
 
     name: Literal["class_counts"] = "class_counts"
     counts: list[list[int]] = field(default_factory=list)
@@ -512,11 +512,11 @@ class ClassCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Shards(_ByClass):
-    """Each client gets rows of at most s classes."""
+    """Each client gets examples of at most s classes."""
 
     name: Literal["shards"] = "shards"
     classes_per_client: int = 2
-    """s, the most classes a client holds."""
+    """s, the maximum number of classes per client."""
 
     def check(self, path: str) -> None:
         super().check(path)
@@ -531,7 +531,7 @@ class ByColumn:
     column: str = ""
     """The column."""
     min_rows: int = 1
-    """Fewest rows of a client; a value with fewer is an error, since every row belongs to someone."""
+    """Minimum number of examples per client; a value with fewer is an error, since every example belongs to a client."""
 
     def check(self, path: str) -> None:
         check_that(
@@ -542,13 +542,13 @@ class ByColumn:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity(_Clients):
-    """Random rows, sizes by a power law."""
+    """Examples dealt at random; client sizes follow a power law."""
 
     name: Literal["quantity"] = "quantity"
     exponent: float = 1.0
-    """The k-th largest client is proportional to k to the power of minus this; 0 = equal sizes."""
+    """The size of the k-th largest client is proportional to k^-exponent; 0 = equal sizes."""
     min_rows: int = 10
-    """Fewest rows of a client."""
+    """Minimum number of examples per client."""
 
     def check(self, path: str) -> None:
         super().check(path)
@@ -563,15 +563,15 @@ class Quantity(_Clients):
 
 @dataclass(frozen=True, kw_only=True)
 class Virtual(_Clients):
-    """Any number of clients, each with rows drawn with repetition by the seed: clients may overlap."""
+    """Any number of clients, each with examples sampled with replacement: clients may overlap."""
 
     name: Literal["virtual"] = "virtual"
     num_clients: int = 1000
-    """Number of clients; a client's rows do not depend on it."""
+    """Number of clients; a client's examples do not depend on it."""
     min_rows: int = 10
-    """Fewest rows of a client."""
+    """Minimum number of examples per client."""
     max_rows: int = 100
-    """Most rows of a client; sizes are drawn uniformly between the two, both included."""
+    """Maximum number of examples per client; sizes are drawn uniformly between the two, both included."""
 
     def check(self, path: str) -> None:
         super().check(path, 10**8)  # 12 bytes of memory each
@@ -583,10 +583,10 @@ class Virtual(_Clients):
 
 @dataclass(frozen=True, kw_only=True)
 class CohortKeys:
-    """Who takes part in a round."""
+    """Client sampling."""
 
     size: int | Literal["all"] = "all"
-    """Clients drawn for each round, without repetition, or all of them."""
+    """Clients sampled per round, without replacement; or all."""
 
     def check(self, path: str) -> None:
         check_that(self.size == "all" or self.size >= 1, f"{path}.size", self.size, "is below 1; give a number or all")
@@ -597,30 +597,30 @@ MOST_EXAMPLES = 10**8  # of a model per round: their order is drawn at once and 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalWork:
-    """What one client does in one round."""
+    """Local training: what one client does in one round."""
 
     steps: int | None = None
-    """Optimiser steps a round; full batches from an endless stream of reshuffled passes. Not together with epochs."""
+    """Optimizer steps per client and round, each on a full batch; the examples are reshuffled after every pass. Excludes epochs."""
     epochs: int | None = None
-    """Passes over the client's rows a round; the last batch of a pass may be short. One pass where neither is given."""
+    """Passes over the client's examples per round; the last batch of a pass may be smaller. 1 if neither steps nor epochs is given."""
     batch_size: int = 32
-    """Rows of an optimiser step."""
+    """Examples per optimizer step."""
     micro_batch: int | None = None
-    """Rows in one forward and backward pass; null = the whole batch. Changes memory and speed, not the numbers."""
+    """Examples per forward and backward pass; null = the whole batch. Changes memory and speed, not the results."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """torch's AdamW or SGD."""
     lr: float = 1e-3
-    """Learning rate at the top of the schedule."""
+    """Peak learning rate."""
     weight_decay: float = 0.01
-    """Decay of every trained tensor, as torch's optimiser defines it."""
+    """Weight decay of every trained tensor, as torch's optimizer defines it."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """AdamW's decay rates of the two moments."""
+    """AdamW's decay rates of the two moment estimates."""
     eps: float = 1e-8
-    """AdamW's term in the denominator."""
+    """AdamW's epsilon."""
     momentum: float = 0.0
     """SGD's momentum."""
     clip: float | None = 1.0
-    """Largest global norm of a client's gradient; null = no clipping."""
+    """Maximum global norm of a client's gradient (gradient clipping); null = no clipping."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate after the warm-up: constant, or a half cosine or a straight line from lr to min_lr at the horizon."""
     warmup: int = 0
@@ -634,9 +634,9 @@ class LocalWork:
     keep_state: bool = True
     """Whether clients keep their optimizer state between rounds (otherwise it is reset). Local-only and centralized training always keep it."""
     shuffle: bool = True
-    """Reshuffle the client's rows before every pass."""
+    """Reshuffle the client's examples before every pass."""
     drop_last: bool = False
-    """With epochs: leave the short last batch of a pass out."""
+    """With epochs: drop the smaller last batch of a pass."""
 
     def check(self, path: str) -> None:
         if self.steps is not None:
@@ -689,10 +689,10 @@ class LocalWork:
 
 @dataclass(frozen=True, kw_only=True)
 class Central:
-    """How the centralised run is matched to the federated one."""
+    """How the budget of centralized training is matched to federated training."""
 
     match: Literal["epochs", "steps"] = "epochs"
-    """As many rows a round as all sites of the cohort together (the same passes over the data), or as many steps as one site."""
+    """`epochs`: as many examples per round as all sampled clients together; `steps`: as many optimizer steps as one client."""
 
     def check(self, path: str) -> None:
         pass
@@ -704,7 +704,7 @@ class FedAvgKeys:
 
     name: Literal["fedavg"] = "fedavg"
     weights: Literal["samples", "steps", "uniform"] = "samples"
-    """A client's weight in the mean: its rows, the optimiser steps it did in the round, or one."""
+    """A client's weight in the mean: its number of examples, its optimizer steps in the round, or 1."""
 
     def check(self, path: str) -> None:
         pass
@@ -712,12 +712,12 @@ class FedAvgKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """How the best model is chosen, on validation rows."""
+    """How the best model is selected on the validation examples."""
 
     metric: Literal["accuracy", "loss", "exact_match", "macro_f1", "perplexity"] | None = None
     """Validation metric; null = accuracy where there are label words or a head, else loss."""
     mode: Literal["max", "min"] | None = None
-    """Whether more or less is better; null = min for loss and perplexity, max otherwise."""
+    """Whether a higher or a lower value is better; null = min for loss and perplexity, max otherwise."""
 
     def check(self, path: str) -> None:
         pass
@@ -725,14 +725,14 @@ class Best:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """How often the state of the run is kept."""
+    """How often the state of the run is saved."""
 
     every: int = 1
-    """Rounds between two checkpoints; at most this many rounds are lost."""
+    """Rounds between two checkpoints; a crash loses at most this many rounds."""
     keep: int = 2
-    """Checkpoints kept; older ones are removed."""
+    """Number of checkpoints kept; older ones are deleted."""
     shard_mb: int = 1024
-    """Largest safetensors file of a checkpoint or of an exported whole model, in MiB; a tensor that is larger has one to itself."""
+    """Maximum size of a safetensors file in a checkpoint or an exported full model, in MiB; a larger tensor gets a file of its own."""
 
     def check(self, path: str) -> None:
         check_that(self.every >= 1, f"{path}.every", self.every, "is below 1")
@@ -794,12 +794,12 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregation:
-    """How updates are summed; the numbers do not depend on it."""
+    """How updates are summed; the results do not depend on it."""
 
     chunk_mb: int = 16
-    """Parameters that are summed, encoded or kept at a time, in MiB of float32: what a round needs besides the global parameters and their running sum."""
+    """Parameters that are summed, encoded or saved at a time, in MiB of float32; a round needs this much memory besides the global parameters and their running sum."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the global parameters and the running sum lie: auto = on the device that trains; cpu = in the host's memory, which leaves the device to training; cuda = as auto, and an error where there is none."""
+    """Where the global parameters and the running sum are kept: auto = on the training device; cpu = in host memory, which leaves device memory to training; cuda = as auto, but an error without a GPU."""
 
     def check(self, path: str) -> None:
         check_that(self.chunk_mb >= 1, f"{path}.chunk_mb", self.chunk_mb, "is below 1")
@@ -807,14 +807,14 @@ class Aggregation:
 
 @dataclass(frozen=True, kw_only=True)
 class Messages:
-    """What travels between server and clients; training and merging stay in full precision."""
+    """Compression of what server and clients send; training and aggregation stay in full precision."""
 
     up: str | None = None
-    """Type of a client's update: fp32, fp16, bf16, blockwise8 (8 bits a value) or nf4 (4 bits); null = as it is trained."""
+    """Data type of a client's update: fp32, fp16, bf16, blockwise8 (8 bits per value) or nf4 (4 bits); null = no conversion."""
     down: str | None = None
-    """Type of the global parameters that a client receives, and starts from; likewise."""
+    """Data type of the global parameters that a client receives and starts from; same values as `up`."""
     error_feedback: bool = False
-    """Each client keeps what the type of `up` lost of its update, and adds it to its next one."""
+    """Error feedback: each client keeps the compression error of its update and adds it to its next one."""
 
     def check(self, path: str) -> None:
         for key in ("up", "down"):
@@ -834,12 +834,12 @@ class Messages:
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """What becomes of a client whose training goes wrong: its loss or update is not finite, or its update is too large."""
+    """What happens to a client whose loss or update is not finite, or whose update is too large."""
 
     policy: Literal["fail", "skip", "clip"] = "fail"
     """`fail`: abort and name the client; `skip`: drop the client's update for this round; `clip`: scale an update above `max_norm` down to it, and skip one that is not finite."""
     max_norm: float | None = None
-    """Largest 2-norm of a client's update, over all that it trains; null = any. Only where clients are merged."""
+    """Maximum 2-norm of a client's update over all trained parameters; null = no limit. Federated rounds only."""
 
     def check(self, path: str) -> None:
         norm = self.max_norm
@@ -851,18 +851,18 @@ class Faults:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """The life of the clients in federated rounds, drawn by the seed; see docs/simulation.md."""
+    """Client availability, dropout and stragglers, drawn by the seed; see docs/simulation.md."""
 
     availability: float | dict[str, list[int]] = 1.0
     """Probability that a client is available in a round, or {client: [1, 0, ...]}, a 0/1 trace per client, repeated cyclically. In all modes the cohort is sampled from the available clients."""
     drop: float = 0.0
-    """How likely a client fails in the middle of a round: its work is lost."""
+    """Probability that a client fails during a round; its work is lost."""
     speeds: float | list[float] | dict[str, float] | None = None
-    """Tokens a second: one number, [least, most] between which each client's is drawn log-uniformly, or {client: number}; null = no clock."""
+    """Compute speed in tokens per second: one number, a range [min, max] from which each client's speed is drawn log-uniformly, or {client: number}; null = no simulated clock."""
     deadline_s: float | None = None
-    """Simulated seconds that the server waits in a round; null = for all."""
+    """Simulated seconds that the server waits in a round; null = until all clients have finished."""
     late: Literal["drop", "next"] = "drop"
-    """Updates that come later: their work is lost, or they are added in the next round, which the client sits out."""
+    """Updates after the deadline: `drop` discards them, `next` adds them in the next round, in which the client is not sampled."""
 
     def check(self, path: str) -> None:
         there = self.availability
@@ -894,7 +894,7 @@ class AutoExecutor:
 
     name: Literal["auto"] = "auto"
     workers: int | None = None
-    """That many worker processes on the default devices; null = as described."""
+    """Number of worker processes on the default devices; null = one per CUDA device, none on the CPU."""
     threads: int | None = None
     """CPU threads of a worker; null = the cores divided by the workers, fixed at the run's first start."""
     hang_s: float | None = 600.0

@@ -388,6 +388,9 @@ CASES: list[Case] = [
     ("scores into the usual place", put("eval", "x"), ["eval", "tiny"], "--out: 'eval' is a file; give a folder"),
     ("scores over a folder", folder("eval/eval.csv"), ["eval", "tiny"], "--out: 'eval/eval.csv' is a folder, where the scores"),
     ("partition of nothing", table(""), ["partition", "e.yaml"], "rows.csv' is empty; give a file with rows"),
+    ("long path", None, ["data.path=" + "x" * 9000], "^.{1,300}: File name too long; give another"),
+    ("long option", None, ["run", "e.yaml", "--" + "x" * 9000], "^.{1,600}; see fedsim --help"),
+    ("many labels", None, [f"data.labels=[{', '.join(f'w{i}' for i in range(9000))}]"], "^fedsim: .{1,1000}$"),
     ("no such option", None, ["run", "e.yaml", "--fast"], "No such option"),
 ]  # fmt: skip
 PROCESSES = (

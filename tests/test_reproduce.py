@@ -285,7 +285,7 @@ def test_a_run_that_fails_leaves_no_report(small: Path, capsys: pytest.CaptureFi
         ),
         (["lora_sentiment", "--budget", "more"], "--budget: 'more' is not there"),
         (["lora_sentiment", "--size", "smollm2", "--budget", "more"], "give one of: published, two-cores"),
-        (["lora_sentiment", "local.lrr=3"], "run lora-1: local.lrr"),
+        (["lora_sentiment", "local.lrr=3"], "run lora-1: unknown key local.lrr"),
         (["lora_sentiment", "seed=7"], "'seed=7': this experiment sets seed itself"),
         (["lora_sentiment", "partition.alpha=2"], "'partition.alpha=2': this experiment sets partition itself"),
     ],

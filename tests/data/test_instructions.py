@@ -615,7 +615,7 @@ def test_the_config_knows_the_formats_that_are_read() -> None:
         ({"sources": [{"format": "alpaca"}]}, "data.sources[0].path: None", ["hub id"]),
         ({"sources": [{"format": "alpaca", "path": []}]}, "data.sources[0].path: []", ["hub id"]),
         ({"sources": [{"format": "alpaca", "path": ["a", 3]}]}, "data.sources[0].path: ", ["hub id"]),
-        ({"sources": [{"format": "alpaca", "file": "a"}]}, "data.sources[0].file: 'a'", ["format, path, name"]),
+        ({"sources": [{"format": "alpaca", "file": "a"}]}, "unknown key data.sources[0].file", ["format, path, name"]),
         ({"sources": [{"format": "alpaca", "path": "a", "name": 3}]}, "data.sources[0].name: 3", ["no text"]),
         ({"sources": [{"format": "alpaca", "path": "a"}] * 2}, "data.sources[1].name: 'alpaca'", ["two sources"]),
         (
@@ -639,7 +639,7 @@ def test_the_config_knows_the_formats_that_are_read() -> None:
         ({"order_seed": -1}, "data.order_seed: -1", ["outside"]),
         ({"length_classes": 0}, "data.length_classes: 0", ["below 1"]),
         ({"turns": "first"}, "data.turns: 'first'", ["last, every"]),
-        ({"path": "a.json"}, "data.path: 'a.json'", ["sources"]),
+        ({"path": "a.json"}, "unknown key data.path", ["sources"]),
     ],
 )
 def test_an_impossible_config_names_the_key(data: dict[str, Any], start: str, parts: list[str]) -> None:
