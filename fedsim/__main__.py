@@ -28,8 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Federated fine-tuning of language models, simulated on one machine.
 
-State an experiment in a YAML file - base model, adapter, data, partition, rounds - and get each site alone, federated and
-centralised on matched budgets, on one validation set, as a run folder with metrics, models and figures.
+Describe an experiment in a YAML file - base model, adapter, data, partition, rounds - and get each site alone, federated and
+centralized, on one validation set, as a run folder with metrics, models and figures. central.match says which budget the
+centralized model has: as many examples as all clients together, or as many steps as one.
 
 \b
   fedsim run experiments/lora_sentiment/tiny.yaml
