@@ -677,7 +677,9 @@ def test_labels_stay_at_the_ends_of_their_curves(tmp_path: Path) -> None:
             at, box = ax.transData.transform(point), boxes[name]
             assert at[0] < box.x0 < at[0] + 10
             assert abs((box.y0 + box.y1) / 2 - at[1]) < (12 if name in "ab" else 1.5), name
-        assert max(box.x1 for box in boxes.values()) <= ax.figure.bbox.x1 + 8, "on the page, but for the layout's rounds"
+        assert max(box.x1 for box in boxes.values()) <= ax.figure.bbox.x1 + 8, (
+            "on the page, but for the layout's rounds"
+        )
         assert not boxes["a"].overlaps(boxes["b"]) and boxes["a"].y0 < boxes["b"].y0
 
 
