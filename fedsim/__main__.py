@@ -30,6 +30,7 @@ app = typer.Typer(
 
 Describe an experiment in a YAML file (base model, PEFT method, data, partition, rounds); one command trains the local-only,
 federated and centralized models, evaluates them on one validation set, and writes metrics, models and figures.
+central.match says which budget the centralized model has: as many examples as all clients together, or as many steps as one.
 
 \b
   fedsim init

@@ -28,7 +28,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
-from matplotlib.transforms import offset_copy
+from matplotlib.transforms import Bbox, offset_copy
 
 from fedsim.errors import Notice, UserError, visible
 from fedsim.files import check_own, write_figure
@@ -1315,6 +1315,12 @@ class _EndLabel(Annotation):
         shift = (places[at] - ends[near][at, 1]) / renderer.points_to_pixels(1.0)
         self.set_position((4.0, shift))
         super().update_positions(renderer)
+
+    def get_tightbbox(self, renderer: Any = None) -> Any:
+        # `Text` takes the offset for a place in the data, of which a log axis has none at 0. The room beside it is for the
+        # curve's end, which moves as the layout makes the axes narrower.
+        box = self.get_window_extent(renderer)
+        return Bbox.from_extents(box.x0, box.y0, box.x1 + 0.15 * box.width, box.y1)
 
 
 def _spread(at: np.ndarray, least: float) -> np.ndarray:

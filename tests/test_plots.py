@@ -663,7 +663,7 @@ def test_panels_of_other_budgets_say_them_apart(tmp_path: Path) -> None:
 
 def test_labels_stay_at_the_ends_of_their_curves(tmp_path: Path) -> None:
     """Each name begins at its curve's last point; names that would touch are moved no further than they have to be."""
-    ends = {"a": (5.0, 0.5), "b": (5.0, 0.5001), "c": (5.0, 0.9), "d": (2.0, 0.5)}
+    ends = {"a": (5.0, 0.5), "b": (5.0, 0.5001), "c": (5.0, 0.9), "d": (2.0, 0.5), "at the right": (10.0, 1.0)}
     for scale in ("linear", "log"):
         ax = Figure(figsize=(4, 3), layout="constrained").subplots()
         ax.plot([0, 10], [0.2, 1.0])
@@ -677,6 +677,9 @@ def test_labels_stay_at_the_ends_of_their_curves(tmp_path: Path) -> None:
             at, box = ax.transData.transform(point), boxes[name]
             assert at[0] < box.x0 < at[0] + 10
             assert abs((box.y0 + box.y1) / 2 - at[1]) < (12 if name in "ab" else 1.5), name
+        assert max(box.x1 for box in boxes.values()) <= ax.figure.bbox.x1 + 8, (
+            "on the page, but for the layout's rounds"
+        )
         assert not boxes["a"].overlaps(boxes["b"]) and boxes["a"].y0 < boxes["b"].y0
 
 
