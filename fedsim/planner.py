@@ -207,14 +207,12 @@ def choose_lanes(
     else:
         plan.lanes = most
     largest = packs.largest(plan.lanes, plan.micro_batch)
-    if on_gpu or not plan.packed:
-        predicted = predict(plan.lanes)
-    else:
+    predicted = predict(plan.lanes)
+    if plan.packed and not on_gpu:
         # A pass also holds what it does not keep, and the C heap what passes left in it: one is done as rounds will do it.
-        rows = packs.first(plan.lanes, plan.micro_batch)
-        found = (None if plan.lanes == 1 else measure(rows)) or one
-        taken = (peak() - resident) * max(1.0, largest / max(1, found.tokens)) if found.lanes == plan.lanes else 0.0
-        predicted = max(predict(plan.lanes), int(resident + taken))
+        full = one if plan.lanes == 1 else measure(packs.first(plan.lanes, plan.micro_batch))
+        if full is not None:
+            predicted = max(predicted, int(resident + (peak() - resident) * max(1.0, largest / max(1, full.tokens))))
     evaluate()
     plan.memory = {
         "base": base_bytes,
