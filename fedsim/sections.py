@@ -404,8 +404,6 @@ class _Clients:
 
     def check(self, path: str) -> None:
         check_that(self.num_clients >= 1, f"{path}.num_clients", self.num_clients, "is below 1")
-        way = "is above 10,000,000, more clients than a run holds in memory"
-        check_that(self.num_clients <= 10**7, f"{path}.num_clients", self.num_clients, way)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -225,7 +225,7 @@ CASES: list[Case] = [
     ("escape in a label", table(CSV.replace("5,b", "5,b\x1b[31m")), ["data.labels=[a, b]"], r"row 6 .* 'b\\x1b\[31m'"),
     ("no label", table(CSV.replace("5,b", "5,")), [], "row 6 of .* has the label empty; data.labels has: a, b"),
     ("no text", table(CSV.replace("some text 5,", " ,")), [], "row 6 of '.*rows.csv' has no text in text; fill it in"),
-    ("not UTF-8", table(CSV.encode().replace(b"text 5", b"text \xff")), [], "not UTF-8 .byte .*, line 7.; save it as UTF-8"),
+    ("not UTF-8", table(CSV.encode().replace(b"text 5", b"text \xff")), [], "not UTF-8 .byte .*, line 7.; give its encoding, e.g. encoding: latin-1, or save it as UTF-8"),
     ("column twice", table(CSV.replace("user", "text", 1)), [], "has the column 'text' twice; rename one"),
     ("empty file", table(""), [], "data.path: '.*rows.csv' is empty; give a file with rows"),
     ("only line ends", table("\n\n\n"), [], "data.path: '.*rows.csv' could not be read as csv"),
