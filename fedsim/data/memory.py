@@ -121,7 +121,9 @@ def _held(value: Any, key: str) -> Any:
         try:
             return InMemory(_table_of(value, key))
         except RecursionError:
-            raise UserError(f"{key}: a cell of the {type(value).__name__} is nested too deep; give flat columns") from None
+            raise UserError(
+                f"{key}: a cell of the {type(value).__name__} is nested too deep; give flat columns"
+            ) from None
     if type(value).__module__.split(".")[0] in ("pandas", "datasets", "polars", "pyarrow"):
         kind = type(value).__name__
         raise UserError(f"{key}: a {kind} cannot be read; give a pandas DataFrame, a datasets.Dataset or a DatasetDict")
