@@ -295,6 +295,16 @@ CASES: list[Case] = [
     ("no answers", source("alpaca", [{"instruction": "x", "output": " "}] * 30), [], "no row of the train split is left .24 empty answer"),
     ("unknown format", source("alpacca", [{}] * 3), [], r"data.sources\[0\].format: 'alpacca' is not known; one of alpaca"),
     ("no such source", source("alpaca", [{}], path="no.jsonl"), [], "path: 'no.jsonl' does not exist"),
+    ("chat cell too deep", put("d.csv", "messages\n" + "[" * 5000 + "]" * 5000 + "\n"),
+     ["data={name: instructions, sources: [{format: messages, path: d.csv}]}"], "row 1 of the messages .*nested too deep"),
+    # ---- empty paths
+    *((f"empty {key}", None, [f"{key}={value}"], re.escape(f"{key}: {value} is ")) for key in ("model.path", "data.path", "data.validation", "data.test", "results") for value in ("' '", "[]")),
+    *((f"empty source {i}", None, [f"data={{name: instructions, sources: [{{format: alpaca, path: {value}}}]}}"], r"data.sources\[0\].path: .* is (no path|empty)")
+      for i, value in enumerate(("[]", "' '", "[[]]", "null", "{}", "['x.json', '']"))),
+    *((f"empty argument {i}", None, command, "an argument is empty; give a value, or leave it out")
+      for i, command in enumerate((["run", ""], ["partition", "e.yaml", "--out", ""], ["plot", ""], ["plot", ".", "--out="], ["diff", "", "x"], ["eval", ""], ["list", ""], ["run", "e.yaml", " "]))),
+    ("clients beyond memory", None, ["partition={name: dirichlet, num_clients: 500000000, alpha: 1, min_rows: 0}"],
+     "partition.num_clients: 500000000 is above 1000000; .*partition.name=virtual"),
     # ---- bases
     ("no weights", base(change=without("*.safetensors")), [M], "model.path: '.*m' holds no .safetensors weights; give"),
     ("no config", base(change=without("config.json")), [M], "has no config.json; give a folder that save_pretrained wrote"),
