@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.errors import ClientError, UserError
+from fedsim.files import check_own, write_atomic, write_figure
 from fedsim.runs import SCOPES, load_runs, require_metric, rows_of, summary
 
 if TYPE_CHECKING:
@@ -75,11 +76,13 @@ def run_seeds(exp: Experiment, progress: bool = True) -> SeedRuns:
     runs = [Run(job.path, job.path.name) for job in jobs]
     digest = hashlib.sha256(" ".join(run.id for run in runs).encode()).hexdigest()[:12]
     path = results_of(exp) / exp.name / "seeds" / digest
-    path.mkdir(parents=True, exist_ok=True)
+    check_own(path, results_of(exp))
     df = load_runs([run.path for run in runs])
-    names = [name for name in ("accuracy", "exact_match", "loss") if (df["name"] == name).any()]
+    names = [
+        name for name in ("accuracy", "macro_f1", "exact_match", "loss", "perplexity") if (df["name"] == name).any()
+    ]
     for name in names:
-        over_seeds(df, name).to_csv(path / f"{name}.csv", index=False)
+        write_atomic(path / f"{name}.csv", over_seeds(df, name).to_csv(index=False).encode())
     return SeedRuns(runs, path, [_draw(df, name, path / f"{name}.png") for name in names])
 
 
@@ -169,5 +172,5 @@ def _draw(df: pd.DataFrame, metric: str, file: Path) -> Path:
             title=f"{df['run'].nunique()} seeds: mean and 95 % t interval",
         )
         ax.legend()
-        figure.savefig(file, dpi=150)
+        write_figure(file, figure, 150)
     return file

@@ -235,7 +235,7 @@ CASES: list[Case] = [
     ("escape in a label", table(CSV.replace("5,b", "5,b\x1b[31m")), ["data.labels=[a, b]"], r"row 6 .* 'b\\x1b\[31m'"),
     ("no label", table(CSV.replace("5,b", "5,")), [], "row 6 of .* has the label empty; data.labels has: a, b"),
     ("no text", table(CSV.replace("some text 5,", " ,")), [], "row 6 of '.*rows.csv' has no text in text; fill it in"),
-    ("not UTF-8", table(CSV.encode().replace(b"text 5", b"text \xff")), [], "not UTF-8 .byte .*, line 7.; save it as UTF-8"),
+    ("not UTF-8", table(CSV.encode().replace(b"text 5", b"text \xff")), [], "not UTF-8 .byte .*, line 7.; give its encoding, e.g. encoding: latin-1, or save it as UTF-8"),
     ("column twice", table(CSV.replace("user", "text", 1)), [], "has the column 'text' twice; rename one"),
     ("empty file", table(""), [], "data.path: '.*rows.csv' is empty; give a file with rows"),
     ("only line ends", table("\n\n\n"), [], "data.path: '.*rows.csv' could not be read as csv"),
@@ -307,6 +307,16 @@ CASES: list[Case] = [
     ("no answers", source("alpaca", [{"instruction": "x", "output": " "}] * 30), [], "no row of the train split is left .24 empty answer"),
     ("unknown format", source("alpacca", [{}] * 3), [], r"data.sources\[0\].format: 'alpacca' is not known; one of alpaca"),
     ("no such source", source("alpaca", [{}], path="no.jsonl"), [], "path: 'no.jsonl' does not exist"),
+    ("chat cell too deep", put("d.csv", "messages\n" + "[" * 5000 + "]" * 5000 + "\n"),
+     ["data={name: instructions, sources: [{format: messages, path: d.csv}]}"], "row 1 of the messages .*nested too deep"),
+    # ---- empty paths
+    *((f"empty {key}", None, [f"{key}={value}"], re.escape(f"{key}: {value} is ")) for key in ("model.path", "data.path", "data.validation", "data.test", "results") for value in ("' '", "[]")),
+    *((f"empty source {i}", None, [f"data={{name: instructions, sources: [{{format: alpaca, path: {value}}}]}}"], r"data.sources\[0\].path: .* is (no path|empty)")
+      for i, value in enumerate(("[]", "' '", "[[]]", "null", "{}", "['x.json', '']"))),
+    *((f"empty argument {i}", None, command, "an argument is empty; give a value, or leave it out")
+      for i, command in enumerate((["run", ""], ["partition", "e.yaml", "--out", ""], ["plot", ""], ["plot", ".", "--out="], ["diff", "", "x"], ["eval", ""], ["list", ""], ["run", "e.yaml", " "]))),
+    ("clients beyond memory", None, ["partition={name: dirichlet, num_clients: 500000000, alpha: 1, min_rows: 0}"],
+     "partition.num_clients: 500000000 is above 1000000; .*partition.name=virtual"),
     # ---- bases
     ("no weights", base(change=without("*.safetensors")), [M], "model.path: '.*m' holds no .safetensors weights; give"),
     ("no config", base(change=without("config.json")), [M], "has no config.json; give a folder that save_pretrained wrote"),

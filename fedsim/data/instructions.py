@@ -341,6 +341,8 @@ def _turns(value: Any, row: str) -> list[dict[str, str]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
+        except RecursionError:
+            raise UserError(f"{wanted}: it is nested too deep; {way}") from None
         except ValueError:
             raise UserError(f"{wanted} ({value[:40]!r} is no JSON); {way}") from None
     if missing(value):

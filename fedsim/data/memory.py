@@ -118,7 +118,12 @@ def _held(value: Any, key: str) -> Any:
     if isinstance(value, list):
         return [_held(v, f"{key}[{i}]") for i, v in enumerate(value)]
     if _is_rows(value):
-        return InMemory(_table_of(value, key))
+        try:
+            return InMemory(_table_of(value, key))
+        except RecursionError:
+            raise UserError(
+                f"{key}: a cell of the {type(value).__name__} is nested too deep; give flat columns"
+            ) from None
     if type(value).__module__.split(".")[0] in ("pandas", "datasets", "polars", "pyarrow"):
         kind = type(value).__name__
         raise UserError(f"{key}: a {kind} cannot be read; give a pandas DataFrame, a datasets.Dataset or a DatasetDict")

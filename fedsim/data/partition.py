@@ -23,6 +23,8 @@ from scipy.special import rel_entr
 
 from fedsim.errors import UserError
 
+_MOST_CLIENTS = 10**6  # where clients may be without rows
+
 
 @dataclass(frozen=True, eq=False)
 class Partition:
@@ -294,6 +296,11 @@ def _labels(labels: np.ndarray) -> np.ndarray:
 def _feasible(num_clients: Any, min_rows: Any, rows: int) -> tuple[int, int]:
     least = _whole("min_rows", min_rows, 0)
     clients = _whole("num_clients", num_clients, 1, f" and at most {rows // max(least, 1)}")
+    most = max(rows, _MOST_CLIENTS)  # those without rows take memory too
+    if clients > most and least == 0:
+        raise UserError(
+            f"partition.num_clients: {clients} is above {most}; for more clients use partition.name=virtual"
+        )
     if clients * least > rows:
         best = f"min_rows is {rows // clients} (or num_clients {rows // least})"
         if rows < least:  # then not even one client would do

@@ -812,3 +812,17 @@ def test_the_chat_template_of_smollm2(tmp_path: Path) -> None:
     k = int(tokens.prompts[0])
     assert tokenizer.decode(tokens.row(0)[k:]) == "sure<|im_end|>" and tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.decode(tokens.row(0)[:k]).endswith("<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_more_length_classes_than_rows_are_one_for_each_length(tmp_path: Path) -> None:
+    rows = [{"prompt": "x" * (i // 2 + 1), "response": "y"} for i in range(20)]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    for classes in (20, 10**9):
+        data = {"name": "instructions", "sources": [{"format": "prompt_response", "path": str(tmp_path / "p.json")}]}
+        source = load_source(Experiment(data={**data, "length_classes": classes}))
+        found = {
+            (p, n)
+            for s in source.splits.values()
+            for p, n in zip(s.columns["prompt"], s.columns["length"], strict=True)
+        }
+        assert found == {("x" * n, f"{n + 1:02d}-{n + 1:02d}") for n in range(1, 11)}

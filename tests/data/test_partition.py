@@ -715,3 +715,14 @@ def test_site_rows_by_column_match_names() -> None:
     assert [numbers.rows(c).tolist() for c in range(2)] == [[1], [0, 2]]
     with pytest.raises(UserError, match=r"partition.column: row 0 has None"):
         site_rows_by_column(train, [None])
+
+
+@pytest.mark.parametrize("clients", [2_000_000, 5 * 10**8, 10**12])
+@pytest.mark.parametrize("name", ["iid", "dirichlet", "dirichlet_fedma", "quantity", "shards"])
+def test_more_clients_than_memory_holds_are_one_line(name: str, clients: int) -> None:
+    """Also where clients may be without rows, and a table of clients by classes would be made."""
+    keys = {"quantity": {"exponent": 1.0}, "shards": {"classes_per_client": 1}}.get(name, {"alpha": 1.0})
+    keys = {} if name == "iid" else {**keys, "min_rows": 0} if name != "shards" else keys
+    with pytest.raises(UserError, match=rf"^partition\..*: {clients} ?.*(at most|above|feasible)") as caught:
+        PARTITIONERS[name](np.arange(200) % 3, rng(), num_clients=clients, **keys)
+    assert "\n" not in str(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,7 +19,8 @@ import pytest
 
 from fedsim.build import load_source, prepare
 from fedsim.config import Experiment
-from fedsim.data.sources import Source, Split, financial_phrasebank, headlines, hub, missing, read_table, table
+from fedsim.data.files import Form, read_table
+from fedsim.data.sources import Source, Split, financial_phrasebank, headlines, hub, missing, table
 from fedsim.errors import UserError
 
 SENTIMENT = ["negative", "neutral", "positive"]
@@ -476,3 +479,204 @@ def test_json_rows_are_columns_as_pandas_would_have_them_without_pandas(tmp_path
     assert held.columns == list(frame.columns) == ["b", "a", "c"] and len(held) == 4
     assert repr(held.values) == repr({c: frame[c].tolist() for c in frame.columns})
     assert repr(held.records()) == repr(frame.to_dict("records"))
+
+
+# ------------------------------------------------------------------------------------------------ forms of text files
+
+AG = [
+    ("3", "Oil: $46", 'Crude, they say ""rose""'),
+    ("1", "Peace talks", "In Oslo"),
+    ("4", "New chip", "It is \\ small"),
+]
+TOPICS = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
+
+
+def _news(path: Path, n: int = 40, delimiter: str = ",", encoding: str = "utf-8") -> Path:
+    """AG News as its authors publish it: class, title and description, all quoted, no header, classes from 1."""
+    lines = [delimiter.join(f'"{cell}"' for cell in (str(i % 4 + 1), *AG[i % 3][1:])) for i in range(n)]
+    return csv_of(path, "\n".join(lines) + "\n", encoding)
+
+
+def test_ag_news_as_published_loads_from_one_yaml(tmp_path: Path) -> None:
+    _news(tmp_path / "train.csv")
+    _news(tmp_path / "test.csv", 8)
+    (tmp_path / "e.yaml").write_text("""
+data:
+  name: table
+  path: train.csv
+  test: test.csv
+  names: [label, title, description]
+  labels: {1: World, 2: Sports, 3: Business, 4: Sci/Tech}
+  template: "{title}. {description} topic: {label}"
+partition: {name: iid, num_clients: 2}
+""")
+    parts = prepare(Experiment.load(tmp_path / "e.yaml"))
+    assert parts.source.labels == list(TOPICS.values()) and len(parts.source.splits["test"]) == 8
+    for name, split in parts.source.splits.items():
+        assert [TOPICS[v] for v in split.columns["label"]] == [parts.source.labels[c] for c in split.labels]
+        words = [parts.tokenizer.decode(parts.tokens[name].candidates[c]).strip() for c in split.labels]
+        assert words == [TOPICS[v] for v in split.columns["label"]]
+    assert parts.source.splits["test"].columns["description"][0] == 'Crude, they say "rose"'
+    (tmp_path / "again.yaml").write_text(parts.exp.to_yaml())
+    again = prepare(Experiment.load(tmp_path / "again.yaml"))
+    assert again.run_id() == parts.run_id(), "the resolved config is the same experiment"
+    turned = prepare(
+        Experiment.load(tmp_path / "e.yaml", ["data.labels={4: Sci/Tech, 3: Business, 2: Sports, 1: World}"])
+    )
+    assert turned.run_id() != parts.run_id(), "the order of the labels numbers the classes"
+
+
+def test_numbers_that_count_from_one_say_that_labels_count_from_zero(tmp_path: Path) -> None:
+    file = _news(tmp_path / "train.csv")
+    message = refusal(lambda: read(file, form=Form(names=["label", "a", "b"]), labels=list(TOPICS.values())))
+    assert "row 4 of" in message and "'4'" in message and "from 0, so 4 labels are 0 to 3" in message
+    assert "labels={4: WORD" in message
+    message = refusal(lambda: read(file, form=Form(names=["label", "a", "b"]), labels={"1": "x", "2": "y", "3": "z"}))
+    assert "row 4 of" in message and "'4'; data.labels has: 1, 2, 3" in message
+    merged = read(file, form=Form(names=["label", "a", "b"]), labels={"1": "x", "2": "y", "3": "x", "4": "y"})
+    assert merged.labels == ["x", "y"]
+    for split in merged.splits.values():
+        assert [(int(v) - 1) % 2 for v in split.columns["label"]] == split.labels.tolist()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "cp1252", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_same_rows_however_the_text_is_written(tmp_path: Path, encoding: str, delimiter: str) -> None:
+    """Oracle: the rows that were written, by Python's own writer."""
+    rows = [
+        (f"café {i}, „{delimiter}“ naïve" if "utf" in encoding else f"café {i}{delimiter}", "ab"[i % 2])
+        for i in range(20)
+    ]
+    for header in (True, False):
+        file = tmp_path / ("rows.csv" if delimiter != "|" else "rows.txt")
+        with file.open("w", encoding=encoding, newline="") as handle:
+            csv.writer(handle, delimiter=delimiter).writerows([*([("text", "label")] if header else []), *rows])
+        form = Form(
+            None, None if header else ["text", "label"], delimiter, None if encoding.startswith("utf-8") else encoding
+        )
+        assert all_rows(read(file, form=form), "text", "label") == sorted(rows)
+        if not header:
+            plain = read(
+                file, form=dataclasses.replace(form, header=False, names=None), columns={"text": "0", "label": "1"}
+            )
+            assert all_rows(plain, "0", "1") == sorted(rows)
+    renamed = read(_write(tmp_path / "h.csv", [{"a": t, "b": w} for t, w in rows]), form=Form(True, ["text", "label"]))
+    assert all_rows(renamed, "text", "label") == sorted(rows)
+
+
+def test_what_a_file_is_not_says_which_key_tells_what_it_is(tmp_path: Path) -> None:
+    for mark, name in ((";", "r.csv"), ("\t", "t.csv"), (",", "c.tsv"), ("|", "p.csv")):
+        file = csv_of(tmp_path / name, f"text{mark}label\n" + f"x{mark}a\ny{mark}b\n" * 9)
+        message = refusal(lambda file=file: read(file))
+        assert f"has {mark!r} between its cells" in message and "delimiter" in message
+        assert len(all_rows(read(file, form=Form(delimiter=mark)), "text")) == 18
+    bare = _news(tmp_path / "bare.csv")
+    for columns, needs in (({}, True), ({"text": "title"}, None)):
+        message = refusal(lambda columns=columns, needs=needs: read(bare, columns=columns, needs_labels=needs))
+        assert "does the first line name the columns?" in message and len(message) < 600
+    message = refusal(lambda: read(_write(tmp_path / "r.jsonl", [{"a": 1}]), needs_labels=True))
+    assert "first line" not in message
+    message = refusal(lambda: read(csv_of(tmp_path / "l.csv", "text,label\né,a\n", "latin-1")))
+    assert "is not UTF-8 (byte 11, line 2)" in message and "encoding: latin-1" in message
+    message = refusal(lambda: read(csv_of(tmp_path / "u.csv", "text,label\né,a\n"), form=Form(encoding="ascii")))
+    assert "is not ascii (byte 11, line 2)" in message
+    for names in (["a", "b"], ["a", "b", "c", "d"]):
+        assert "bare.csv" in refusal(lambda names=names: read(bare, form=Form(names=names)))
+    message = refusal(lambda: read(tmp_path / "r.jsonl", form=Form(names=["a"])))
+    assert "no separated text" in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"delimiter": ";;"}, "delimiter: ';;' is not one character"),
+        ({"delimiter": ""}, "delimiter: '' is not one character"),
+        ({"encoding": "utf-88"}, "encoding: 'utf-88' is not known"),
+        ({"encoding": "base64"}, "encoding: 'base64' is not known"),
+        ({"names": []}, "names: [] is not one name per column"),
+        ({"names": ["a", "a"]}, "names: ['a', 'a'] is not one name per column"),
+        ({"header": "no"}, "header: 'no' is not true or false"),
+    ],
+)
+def test_a_form_that_cannot_be_is_one_line(keys: dict[str, Any], why: str) -> None:
+    assert refusal(lambda: Experiment(data={"name": "table", "path": "x.csv", **keys})).startswith(f"data.{why}")
+    source = {"format": "prompt_response", "path": "x.csv", **keys}
+    data = {"name": "instructions", "sources": [source]}
+    assert refusal(lambda: Experiment(data=data)).startswith(f"data.sources[0].{why}")
+
+
+def test_prompts_and_answers_may_be_written_otherwise_too(tmp_path: Path) -> None:
+    csv_of(tmp_path / "p.csv", "".join(f"q{i};é{i}\n" for i in range(20)), "latin-1")
+    entry = {"format": "prompt_response", "path": str(tmp_path / "p.csv"), "names": ["prompt", "response"]}
+    data = {"name": "instructions", "sources": [{**entry, "delimiter": ";", "encoding": "latin-1"}]}
+    source = load_source(Experiment(data=data))
+    assert all_rows(source, "prompt", "response") == sorted((f"q{i}", f"é{i}") for i in range(20))
+
+
+# ------------------------------------------------------------------------------------------------ folders and the loader's cache
+
+
+@pytest.mark.parametrize("kind", ["hub", "financial_phrasebank", "instructions"])
+def test_a_folder_that_is_gone_is_an_error_whatever_was_read_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """By its bare name, as a user in the folder's parent writes it; also where the loader itself has filled its cache."""
+    import datasets
+
+    def load(path: str) -> Source:
+        if kind == "hub":
+            return from_hub(path)
+        if kind == "financial_phrasebank":
+            return financial_phrasebank(path=path, shuffle_seed=0, labels=None)
+        return load_source(Experiment(data={"name": kind, "sources": [{"format": "prompt_response", "path": path}]}))
+
+    names = ("prompt", "response") if kind == "instructions" else ("sentence", "label")
+    for file in folder.iterdir():
+        _write(file, [{names[0]: f"text {i}", names[1]: SENTIMENT[i % 3]} for i in range(30)])
+    monkeypatch.chdir(tmp_path)
+    if kind != "financial_phrasebank":  # which asks for a configuration of a name that a folder has not
+        assert load("my_data").splits["train"]
+    datasets.load_dataset(str(folder))
+    folder.rename(tmp_path / "elsewhere")
+    for path in ("my_data", "my_data/", "./my_data", str(folder)):
+        assert "my_data" in refusal(lambda path=path: load(path))
+
+
+def test_a_folder_is_read_as_it_is_now(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changed under the same path, with the same time and size; and beside another folder of the same name."""
+    first = all_rows(from_hub(folder), "text")
+    file = folder / "train.csv"
+    stat, text = file.stat(), file.read_text()
+    file.write_text(text.replace("train text", "other text"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    second = all_rows(from_hub(folder), "text")
+    assert [(t.replace("train", "other"),) for (t,) in first] == second
+    twin = tmp_path / "below" / "my_data"
+    twin.mkdir(parents=True)
+    _write(twin / "train.csv", [{"text": f"twin {t}", "label": w} for t, w in PAIRS])
+    monkeypatch.chdir(tmp_path / "below")
+    assert all(t.startswith("twin ") for (t,) in all_rows(from_hub("my_data"), "text"))
+    (tmp_path / "below" / "csv").mkdir()
+    _write(tmp_path / "below" / "csv" / "train.csv", [{"text": t, "label": w} for t, w in PAIRS])
+    assert len(all_rows(from_hub("csv"), "text")) == 20, "a folder with the name of one of the loader's own modules"
+    assert not list((tmp_path / "cache").glob("my_data*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("train.csv", "text,label\na,b\na,b,c,d\n", ("train.csv", "line 3")),
+        ("train.jsonl", '{"text": "a"}\n{"text": \n', ("train.jsonl", "JSON parse error")),
+        ("train.parquet", "PAR1", ("train.parquet",)),
+    ],
+)
+def test_the_loaders_errors_are_one_line_with_the_file_and_its_bars_stay_away(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, content: str, parts: tuple[str, ...]
+) -> None:
+    from_hub(folder)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / name).write_text(content)
+    message = refusal(lambda: from_hub(bad))
+    assert all(part in message for part in (*parts, "could not be loaded as a data set")), message
+    assert capfd.readouterr() == ("", "")
