@@ -176,6 +176,10 @@ class Experiment:
     """Trackers."""
 
     def __post_init__(self) -> None:
+        if hasattr(self.adapter, "peft_type"):  # a config of PEFT's, which has imported torch by then
+            from fedsim.models.adapters import section_of
+
+            object.__setattr__(self, "adapter", section_of(self.adapter))
         for f in dataclasses.fields(self):
             value = convert(hints_of(Experiment)[f.name], plain(getattr(self, f.name)), f.name)
             object.__setattr__(self, f.name, value)

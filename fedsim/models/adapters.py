@@ -132,7 +132,8 @@ def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str
         anew = {_head_of(n) for n in getattr(base, "starts_anew", ())} - _SAVED_BY_PEFT
         if anew:
             config.modules_to_save = sorted(anew.union(config.modules_to_save or ()))
-        if config.peft_type.value == "PREFIX_TUNING" and "past_key_values" not in signature(base.forward).parameters:
+        takes = [signature(m.forward).parameters for m in (base, getattr(base, base.base_model_prefix, base))]
+        if config.peft_type.value == "PREFIX_TUNING" and not any("past_key_values" in keys for keys in takes):
             raise ValueError(
                 "its layers take no keys and values in front of a text's own"
             )  # PEFT says so while it trains
