@@ -214,6 +214,10 @@ class Experiment:
         ) -> None: ...
 
     def __post_init__(self) -> None:
+        if hasattr(self.adapter, "peft_type"):  # a config of PEFT's, which has imported torch by then
+            from fedsim.models.adapters import section_of
+
+            object.__setattr__(self, "adapter", section_of(self.adapter))
         for f in dataclasses.fields(self):
             value = plain(getattr(self, f.name))
             value = convert(hints_of(Experiment)[f.name], hold(value) if f.name == "data" else value, f.name)

@@ -38,10 +38,6 @@ def keys_of(cls: type) -> list[str]:
 
 def plain(value: Any) -> Any:
     """Nested dicts, lists and scalars of a dataclass; `convert` takes them back."""
-    if hasattr(value, "peft_type"):  # a config object of PEFT's, which has imported torch by then
-        from fedsim.models.adapters import section_of
-
-        return section_of(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         out = {_key(f): plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if "settings" in out:  # a component whose keys are somebody else's

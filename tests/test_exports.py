@@ -113,6 +113,7 @@ def test_a_config_object_of_peft_is_a_section_of_plain_keys(lab: Any, what: str)
     [
         ({"name": "lora", "peft": {"use_dorra": True}}, ["adapter.peft.use_dorra: True", "did you mean use_dora?"]),
         ({"name": "lora", "peft": {"lora_alpha": 32}}, ["adapter.peft.lora_alpha: 32", "write adapter.alpha"]),
+        ({"name": "lora", "peft": {"use_dora": "maybe"}}, ["adapter.peft.use_dora: 'maybe'", "true or false"]),
         ({"name": "prefix", "peft": {"rank": 2}}, ["adapter.peft.rank: 2", "num_layers"]),
         ({"name": "adalora", "target_r": 2}, ["adapter.name: 'adalora'", "rank_pattern"]),
         (
@@ -125,7 +126,7 @@ def test_a_config_object_of_peft_is_a_section_of_plain_keys(lab: Any, what: str)
         ),
         ({"name": "lora", "peft": {"bias": "no such"}}, ["adapter.name: 'lora'", "bias"]),
     ],
-    ids=["key", "own key", "foreign key", "adalora", "pissa", "olora", "value"],
+    ids=["key", "own key", "type", "foreign key", "adalora", "pissa", "olora", "value"],
 )
 def test_options_that_cannot_be_are_one_line(lab: Any, adapter: dict, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:

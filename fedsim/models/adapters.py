@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,11 @@ def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str
         anew = {_head_of(n) for n in getattr(base, "starts_anew", ())} - _SAVED_BY_PEFT
         if anew:
             config.modules_to_save = sorted(anew.union(config.modules_to_save or ()))
+        takes = [signature(m.forward).parameters for m in (base, getattr(base, base.base_model_prefix, base))]
+        if config.peft_type.value == "PREFIX_TUNING" and not any("past_key_values" in keys for keys in takes):
+            raise ValueError(
+                "its layers take no keys and values in front of a text's own"
+            )  # PEFT says so while it trains
         model = peft.get_peft_model(base, config)
     except UserError:
         raise
@@ -236,6 +242,11 @@ def _check_options(cls: type, name: str, options: dict[str, Any], path: str) -> 
                 f"{path}.{key}: {options[key]!r} is for no known key; {hint}PEFT's {name} takes: {', '.join(sorted(fields))}"
             )
 
+    for f in dataclasses.fields(cls):
+        wanted = {"bool": bool, "int": int}.get(getattr(f.type, "__name__", str(f.type)))
+        if wanted and f.name in options and type(options[f.name]) is not wanted:
+            way = "true or false" if wanted is bool else "a whole number"
+            raise UserError(f"{path}.{f.name}: {options[f.name]!r} is not {way}")
     start = options.get("init_lora_weights", True)
     if "init_lora_weights" in fields and not isinstance(start, bool) and start not in _STARTS:
         why = "writes into the base's weights, which the export does not hold, or needs data of its own"
