@@ -135,6 +135,17 @@ def write_checked(path: Path, value: dict[str, Any]) -> None:
 
 # ------------------------------------------------------------------------------------------------ reading
 
+_NUMBER, _NONE = (int, float), type(None)
+_HOLDS: dict[str, dict[str, Any]] = {  # what readers rely on; any of it may be missing
+    "status.json": {"state": str, "rounds": int, "seconds": _NUMBER},
+    "partition.json": {
+        **{"num_clients": int, "rows": int, "js_mean": (*_NUMBER, _NONE), "size_gini": (*_NUMBER, _NONE)},
+        **{"client_names": [str], "class_names": [str], "class_counts": [[int]], "sizes": [int]},
+        **{"js": [(*_NUMBER, _NONE)]},
+    },
+    "environment.json": {"devices": [str], "gpus": [str], "versions": dict, "commit": (str, _NONE)},
+}
+
 
 def read_file(path: Path) -> bytes:
     """A file's content.
@@ -166,7 +177,16 @@ def read_json(path: Path, kind: type = dict) -> Any:
         names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
         found = names.get(type(value), "a number")
         raise UserError(f"{path}: holds {found} instead of {names[kind]}; {way}")
+    for key, like in _HOLDS.get(path.name, {}).items():
+        if key in value and not _fits(value[key], like):
+            raise UserError(f"{path}: {key}: {str(value[key])[:60]!r} is nothing that a run writes there; {way}")
     return value
+
+
+def _fits(value: Any, like: Any) -> bool:
+    if isinstance(like, list):
+        return isinstance(value, list) and all(_fits(one, like[0]) for one in value)
+    return isinstance(value, like)
 
 
 def read_checked(path: Path) -> dict[str, Any] | None:
@@ -221,6 +241,7 @@ def recorded(run: Path) -> dict[str, list[int]]:
 def damage(run: Path, most: int | None = SMALL) -> list[str]:
     """Files of a finished run that are missing or not what they were, as `differing`; with the records themselves."""
     records = sorted(f for pattern in ("*.json", "*/*.json") for f in (run / "checkpoints").glob(pattern))
+    records += [run / "checkpoints" / "files.json"] if records else []
     broken = [f.relative_to(run).as_posix() for f in records if read_checked(f) is None]
     return list(dict.fromkeys([*differing(run, recorded(run), most), *broken]))
 

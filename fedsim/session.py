@@ -203,6 +203,8 @@ class Session:
 
     def _write_inputs(self) -> None:
         folder, parts = self.folder, self.parts
+        self._status("running")  # first: what a finished run recorded of its files does not hold any more
+        (folder.path / "checkpoints" / "files.json").unlink(missing_ok=True)
         folder.write_text("config.yaml", self.exp.to_yaml())
         kernels = "oneDNN" if has_fast_float32() else "torch"
         about = {**environment(self.devices, self.plan.threads), "frozen_float32_on_cpu": kernels}
@@ -214,7 +216,6 @@ class Session:
         if unlike := {place: client for client, place in self.folders.items() if place != client}:
             folder.write_json(CLIENT_FOLDERS, unlike)
         write_checked(folder.path / "checkpoints" / "rounds.json", {"rounds": self.exp.rounds})
-        self._status("running")
 
     def _compare_environment(self, now: dict[str, Any]) -> None:
         """Say where rounds that are done were computed otherwise than those to come."""

@@ -5,7 +5,7 @@
 One small experiment - three modes, sampled cohorts, kept optimiser states, error feedback - runs once undisturbed. Then,
 `n` times, the same command starts in a folder of its own and is killed: after a random time, or right before a random
 system call on a file (open, rename, remove, write, fsync, truncate), by SIGKILL, sometimes by SIGTERM or SIGINT, sometimes in
-one of its workers; a trial holds one to three such ends, on any number of workers. What is finished at last must have every
+one of its workers or with all of them at once; a trial holds one to three such ends, on any number of workers. What is finished at last must have every
 safetensors file, metrics row (less what is measured), score and prediction of the undisturbed run, and leave no process, no
 shared memory and no temporary file behind. A line a trial; exit code 1 if one fails.
 """
@@ -81,7 +81,7 @@ class Ending:
     """How a start of the run is to end.
 
     Attributes:
-        kind: time | call | worker | none (it may go on to its end).
+        kind: time | group (likewise, with all its workers at once) | call | worker | none (it may go on to its end).
         at: seconds after the run folder is there, or number of the system call.
         number: the signal.
     """
@@ -144,21 +144,23 @@ class Loop:
             command = [sys.executable, "-c", CHILD, str(at), str(said or "-"), *argv]
         before = _stamps(place)
         with open(place / "tmp.err", "w+") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=env, cwd=place)
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=errors, env=env, cwd=place, start_new_session=True
+            )
             self.running.append(process)
             while process.poll() is None and _stamps(place) == before:
                 time.sleep(0.01)
             began = time.monotonic()
-            if ending.kind in ("time", "worker"):
+            if ending.kind in ("time", "group", "worker"):
                 try:
                     process.wait(ending.at)
                 except subprocess.TimeoutExpired:
                     targets = [process.pid]
                     if ending.kind == "worker":
                         targets = _children(process.pid) or targets
-                    for pid in targets[-1:]:
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(pid, ending.number)
+                    kill = os.killpg if ending.kind == "group" else os.kill
+                    with contextlib.suppress(ProcessLookupError):
+                        kill(targets[-1], ending.number)
             process.wait(900)
             took = time.monotonic() - began
             errors.seek(0)
@@ -208,7 +210,8 @@ class Loop:
         if rng.random() < 0.2:
             return Ending("worker", rng.uniform(0, self.seconds))
         number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-        return Ending("time", rng.uniform(0, self.seconds), number)
+        kind = rng.choice(["time", "group"]) if number == signal.SIGKILL else "time"
+        return Ending(kind, rng.uniform(0, self.seconds), number)
 
 
 def differences(whole: Path, run: Path) -> list[str]:

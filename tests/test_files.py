@@ -246,7 +246,7 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
     "config.yaml": another_bit,
     "scores.npz": another_bit,
     "model.json": Path.unlink,
-    "checkpoints/files.json": another_bit,
+    "checkpoints/files.json": Path.unlink,
     "checkpoints/federated/done.json": another_bit,
 }
 LOST: dict[str, Callable[[Path], None]] = {  # what no later start can make again
