@@ -310,7 +310,7 @@ CASES: list[Case] = [
     ("chat cell too deep", put("d.csv", "messages\n" + "[" * 5000 + "]" * 5000 + "\n"),
      ["data={name: instructions, sources: [{format: messages, path: d.csv}]}"], "row 1 of the messages .*nested too deep"),
     # ---- empty paths
-    *((f"empty {key}", None, [f"{key}={value}"], re.escape(f"{key}: {value} is ")) for key in ("model.path", "data.path", "data.validation", "data.test", "results") for value in ("' '", "[]")),
+    *((f"empty {key} {value}", None, [f"{key}={value}"], re.escape(f"{key}: {value} is ")) for key in ("model.path", "data.path", "data.validation", "data.test", "results") for value in ("' '", "[]")),
     *((f"empty source {i}", None, [f"data={{name: instructions, sources: [{{format: alpaca, path: {value}}}]}}"], r"data.sources\[0\].path: .* is (no path|empty)")
       for i, value in enumerate(("[]", "' '", "[[]]", "null", "{}", "['x.json', '']"))),
     *((f"empty argument {i}", None, command, "an argument is empty; give a value, or leave it out")
