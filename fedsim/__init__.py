@@ -9,17 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # editors and type checkers do not follow __getattr__
-    from fedsim import plots
-    from fedsim.build import batches
-    from fedsim.config import Experiment
-    from fedsim.diff import diff_runs
-    from fedsim.errors import ClientError, UserError
-    from fedsim.experiment import Run, run
+    from fedsim.analysis import plots
+    from fedsim.analysis.diff import diff_runs
+    from fedsim.analysis.load import confusion_matrix, list_runs, load_partition, load_runs, summary
+    from fedsim.analysis.tables import sweep_table
+    from fedsim.config.experiment import Experiment
+    from fedsim.core.errors import ClientError, UserError
     from fedsim.models.adapters import load_adapter
-    from fedsim.runs import confusion_matrix, list_runs, load_partition, load_runs, summary
-    from fedsim.sweep import run_sweep
-    from fedsim.sweep_plan import Sweep
-    from fedsim.tables import sweep_table
+    from fedsim.runs.build import batches
+    from fedsim.runs.run import Run, run
+    from fedsim.runs.sweep import run_sweep
+    from fedsim.runs.sweep_plan import Sweep
     from fedsim.zero_shot import evaluate_zero_shot
 
 __version__ = "0.1.0"
@@ -45,23 +45,23 @@ __all__ = [
     "sweep_table",
 ]
 _WHERE = {
-    "Experiment": "config",
-    "run": "experiment",
-    "Run": "experiment",
-    "Sweep": "sweep_plan",
-    "run_sweep": "sweep",
-    "batches": "build",
-    "load_runs": "runs",
-    "list_runs": "runs",
-    "load_partition": "runs",
-    "confusion_matrix": "runs",
-    "diff_runs": "diff",
-    "summary": "runs",
-    "sweep_table": "tables",
+    "Experiment": "config.experiment",
+    "run": "runs.run",
+    "Run": "runs.run",
+    "Sweep": "runs.sweep_plan",
+    "run_sweep": "runs.sweep",
+    "batches": "runs.build",
+    "load_runs": "analysis.load",
+    "list_runs": "analysis.load",
+    "load_partition": "analysis.load",
+    "confusion_matrix": "analysis.load",
+    "diff_runs": "analysis.diff",
+    "summary": "analysis.load",
+    "sweep_table": "analysis.tables",
     "load_adapter": "models.adapters",
     "evaluate_zero_shot": "zero_shot",
-    "UserError": "errors",
-    "ClientError": "errors",
+    "UserError": "core.errors",
+    "ClientError": "core.errors",
 }
 
 
@@ -69,7 +69,7 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         if name == "plots":
-            return import_module("fedsim.plots")
+            return import_module("fedsim.analysis.plots")
         if name not in _WHERE:
             raise AttributeError(f"module 'fedsim' has no attribute {name!r}")
         return getattr(import_module(f"fedsim.{_WHERE[name]}"), name)

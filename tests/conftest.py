@@ -194,7 +194,7 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
-    import fedsim.experiment  # noqa: F401
+    import fedsim.runs.run  # noqa: F401
 
     gc.collect()
     gc.freeze()  # every run collects garbage at its end; looking through the libraries each time would be most of a test
@@ -225,7 +225,7 @@ def lab(
     """A laboratory in the test's own folder: one torch thread, no figures (they have tests of their own)."""
     import torch
 
-    import fedsim.plots
+    import fedsim.analysis.plots
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

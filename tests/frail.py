@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.params import Layout, Params
-from fedsim.types import Engine, Measured, Pack, Report, Scores, Scoring, Task, Turn
+from fedsim.core.params import Layout, Params
+from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Task, Turn
 
 LAYOUT = Layout({"w": (2, 2)}, torch.float64)
 WEIGHTS = torch.arange(1.0, 5.0, dtype=torch.float64)
@@ -87,7 +87,7 @@ def pack(index: int, *clients: int) -> Pack:
 
 def sweep_worker(*args: Any) -> None:
     """A sweep's worker that may come to grief where it trains: points train-SEED."""
-    from fedsim import sweep
+    from fedsim.runs import sweep
     from fedsim.training.trainer import Trainer
 
     train = Trainer.train

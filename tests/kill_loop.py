@@ -66,9 +66,9 @@ names = ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir", "os.rmdir"
 def hook(event, args):
     if event in names and "results" in str(args[0]):
         step()
-import fedsim.__main__
+import fedsim.cli.main
 sys.addaudithook(hook)
-code = fedsim.__main__.main(argv)
+code = fedsim.cli.main.main(argv)
 if said != "-":
     with open(said, "w") as file:
         file.write(str(count))
@@ -332,7 +332,7 @@ def main() -> int:
             asked.log.write_text("\n".join(lines) + "\n")
 
     sys.path.insert(0, str(HERE.parent))
-    from fedsim.signals import ended_by_signals
+    from fedsim.runs.signals import ended_by_signals
 
     with ended_by_signals(), tempfile.TemporaryDirectory(prefix="kill-loop-") as folder, contextlib.ExitStack() as last:
         loop = Loop.make(Path(folder))

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import fedsim
-from fedsim.errors import UserError
+from fedsim.core.errors import UserError
 from fedsim.models import adapters
 
 LORA = {"r": 3, "alpha": 6, "dropout": 0.0, "target_modules": "auto", "init": "kaiming"}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.aggregators import Partial, WeightedMean
+from fedsim.aggregators.mean import Partial, WeightedMean
 from fedsim.algorithms import ALGORITHMS, Algorithm, Context, Local
-from fedsim.params import Layout, Params
-from fedsim.seeding import stream
+from fedsim.core.params import Layout, Params
+from fedsim.core.seeding import stream
 
 SHAPES = {"a": (3, 2), "b": (4,), "c": ()}
 LAYOUT = Layout(SHAPES, torch.float64)

@@ -18,8 +18,8 @@ import pytest
 from conftest import Lab
 from fuzz_input import fuzz
 
-from fedsim.__main__ import main
-from fedsim.errors import UserError, nearest_first, visible
+from fedsim.cli.main import main
+from fedsim.core.errors import UserError, nearest_first, visible
 
 YAML = """
 name: wrong
@@ -482,8 +482,8 @@ def test_the_table_is_long_enough() -> None:
     "raw", [b"\xef\xbb\xbf" + CSV.encode(), CSV.replace("\n", "\r\n").encode()], ids=["BOM", "CRLF"]
 )
 def test_marks_and_line_ends_of_other_systems_are_taken(raw: bytes, here: Path) -> None:
-    from fedsim.build import prepare
-    from fedsim.config import Experiment
+    from fedsim.config.experiment import Experiment
+    from fedsim.runs.build import prepare
 
     (here / "other.csv").write_bytes(raw)
     text = YAML.replace("rows.csv", "other.csv").replace("\n", "\r\n")
@@ -493,8 +493,8 @@ def test_marks_and_line_ends_of_other_systems_are_taken(raw: bytes, here: Path) 
 
 
 def test_rows_without_an_answer_are_left_out_and_counted(here: Path, lab: Lab) -> None:
-    from fedsim.build import prepare
-    from fedsim.config import Experiment
+    from fedsim.config.experiment import Experiment
+    from fedsim.runs.build import prepare
 
     rows = [{"instruction": f"say {i}", "output": " " if i % 10 == 0 else "yes"} for i in range(40)]
     source("alpaca", rows)(here, lab)
@@ -524,8 +524,8 @@ def test_text_of_the_data_is_its_own_text_and_no_more(text: str) -> None:
 def test_nothing_steers_a_terminal(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     import pandas as pd
 
-    from fedsim.__main__ import _table
-    from fedsim.progress import Board, Progress
+    from fedsim.cli.main import _table
+    from fedsim.runs.progress import Board, Progress
 
     shown = visible(text)
     assert shown.replace("\u200d", "").isprintable()  # what joins an emoji stays
@@ -546,7 +546,7 @@ def test_nothing_steers_a_terminal(text: str, capsys: pytest.CaptureFixture[str]
 def test_a_client_may_be_called_like_a_formula(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from fedsim import plots
+    from fedsim.analysis import plots
 
     names = ["$\\frac{$", "\x1b[31m", "a$b$c_{"]
     report = {"class_counts": [[1, 2]] * 3, "class_names": ["a", "$b_$"], "sizes": [3] * 3, "client_names": names}
@@ -578,8 +578,8 @@ def test_clients_with_wild_names_are_shown_with_escapes_and_have_folders_of_thei
 
 
 def test_a_checkpoint_that_names_files_elsewhere_is_refused(lab: Lab, tmp_path: Path) -> None:
-    from fedsim.files import read_checked, write_checked
-    from fedsim.run_folder import RunFolder
+    from fedsim.core.files import read_checked, write_checked
+    from fedsim.runs.folder import RunFolder
 
     run = lab.run()
     (info,) = (run / "checkpoints" / "federated").glob("round-*.json")
@@ -631,8 +631,8 @@ def test_more_workers_than_memory_holds_are_refused_before_they_start(
     def never(*args: Any, **keys: Any) -> Any:
         raise AssertionError("workers were started")
 
-    monkeypatch.setattr("fedsim.session.PoolExecutor", never)
-    monkeypatch.setattr("fedsim.resolve.free_memory", lambda device: 3 << 30)
+    monkeypatch.setattr("fedsim.runs.session.PoolExecutor", never)
+    monkeypatch.setattr("fedsim.runs.resolve.free_memory", lambda device: 3 << 30)
     before = everything(here)
     assert main([*RUN, "executor={name: pool, devices: [cpu], workers: 40}"]) == 2
     out, err = capsys.readouterr()
@@ -646,7 +646,7 @@ def test_bfloat16_where_a_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from fedsim import Experiment
-    from fedsim.resolve import devices_of
+    from fedsim.runs.resolve import devices_of
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
@@ -671,7 +671,7 @@ def test_an_error_once_rows_are_logged_keeps_the_run(here: Path, monkeypatch: py
     def fail(*args: Any, **keys: Any) -> Any:
         raise UserError("out of something in round 1")
 
-    monkeypatch.setattr("fedsim.session.run_rounds", fail)
+    monkeypatch.setattr("fedsim.runs.session.run_rounds", fail)
     assert main(RUN) == 2
     (run,) = (here / "results" / "wrong").iterdir()
     assert json.loads((run / "status.json").read_text())["state"] == "failed"

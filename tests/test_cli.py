@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 import fedsim
-from fedsim.__main__ import main
-from fedsim.config import Experiment, components
+from fedsim.cli.main import main
+from fedsim.config.experiment import Experiment, components
 
 YAML = """
 name: small
@@ -279,7 +279,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_a_shell_completes_commands_and_keys(typed: str, offered: list[str]) -> None:
     asked = {"_FEDSIM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
-    code = "from fedsim.__main__ import cli; cli()"
+    code = "from fedsim.cli.main import cli; cli()"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split() == offered, done.stderr
 
@@ -459,7 +459,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(
     def interrupt(*args: Any, **keys: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedsim.experiment.run", interrupt)
+    monkeypatch.setattr("fedsim.runs.run.run", interrupt)
     assert main(["run", "small.yaml"]) == 130
     err = capsys.readouterr().err
     assert "resume from the last complete round" in err and "Traceback" not in err
@@ -469,6 +469,6 @@ def test_a_bug_keeps_its_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) 
     def bug(*args: Any, **keys: Any) -> Any:
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr("fedsim.experiment.run", bug)
+    monkeypatch.setattr("fedsim.runs.run.run", bug)
     with pytest.raises(KeyError, match="a bug of ours"):
         main(["run", "small.yaml"])

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import fedsim.session
-from fedsim.errors import ClientError, UserError
+import fedsim.runs.session
+from fedsim.core.errors import ClientError, UserError
 
 WORDS = [
     "the",
@@ -114,7 +114,7 @@ def test_by_default_the_run_ends_and_says_who(lab: Any, poisoned: Any) -> None:
 def test_the_command_line_ends_with_one_line(lab: Any, poisoned: Any, capsys: pytest.CaptureFixture[str]) -> None:
     import yaml
 
-    from fedsim.__main__ import main
+    from fedsim.cli.main import main
 
     file = lab.root / "bad.yaml"
     file.write_text(yaml.safe_dump(lab.tree(**poisoned(*EVERYONE))))
@@ -138,7 +138,7 @@ def test_what_went_wrong_is_said_without_progress_too(
     """By a run, and by the runs of a sweep, in this process and in others; what a user asked to go wrong is not."""
     import yaml
 
-    from fedsim.__main__ import main
+    from fedsim.cli.main import main
 
     file, plan = lab.root / "bad.yaml", lab.root / "sweep.yaml"
     asked = {"rounds": 1, "simulation": {"drop": 0.6}}
@@ -237,7 +237,7 @@ def test_scaling_is_the_same_in_chunks_in_lanes_and_in_workers(
     assert len(rows(plain, "fault", "clipped_norm")) == 6
     pool = {"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1}
     lab.same_bits(lab.run(**keys, name="pool", executor=pool), plain)
-    original = fedsim.session.recipe_of
+    original = fedsim.runs.session.recipe_of
     monkeypatch.setattr(fedsim.session, "recipe_of", lambda e: dataclasses.replace(original(e), chunk=4096))
     lab.same_bits(lab.run(**keys, name="chunks"), plain)
     lora = {"faults": {"policy": "clip", "max_norm": 0.01}, "rounds": 2}
@@ -246,7 +246,7 @@ def test_scaling_is_the_same_in_chunks_in_lanes_and_in_workers(
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(lab: Any, poisoned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedsim.progress import Progress
+    from fedsim.runs.progress import Progress
 
     keys = {**poisoned(*EVERYONE), "faults": {"policy": "skip"}}
     whole = lab.run(**keys)

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-import fedsim.config as config
-import fedsim.sections as sections_module
-from fedsim import reference, yaml_text
-from fedsim.config import Experiment, components, expand_path, keys_of
-from fedsim.errors import UserError
-from fedsim.reference import every_key
-from fedsim.synonyms import SYNONYMS
+import fedsim.config.experiment as config
+import fedsim.config.sections as sections_module
+from fedsim.config import reference, yaml_text
+from fedsim.config.experiment import Experiment, components, expand_path, keys_of
+from fedsim.config.reference import every_key
+from fedsim.config.synonyms import SYNONYMS
+from fedsim.core.errors import UserError
 
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {  # what a component cannot do without
     ("data", "financial_phrasebank"): {"path": "Sentences_AllAgree.txt"},
@@ -690,7 +690,7 @@ def test_help_and_the_reference_page_hold_every_sentence() -> None:
     for key in keys:
         assert key.about in help_text and f"| `{key.path}` |" in page and key.about.replace("|", "\\|") in page, key
     committed = Path(__file__).resolve().parents[1] / "docs" / "config.md"
-    assert committed.read_text(encoding="utf-8") == page, "run: python -m fedsim.reference > docs/config.md"
+    assert committed.read_text(encoding="utf-8") == page, "run: python -m fedsim.config.reference > docs/config.md"
 
 
 def test_keys_sections_and_components_are_explained() -> None:

@@ -46,7 +46,7 @@ def test_workers_on_a_gpu_that_die_are_replaced_to_the_same_bits(
     from frail import arm, armed
     from test_faults import FrailBundle
 
-    import fedsim.session
+    import fedsim.runs.session
 
     one = {"training": {"lanes": 1}}
     serial = _run(tmp_path / "serial", {"name": "serial", "device": "cuda:0", "threads": 1}, **one)
@@ -61,7 +61,7 @@ def test_workers_on_a_gpu_that_die_are_replaced_to_the_same_bits(
 
 
 def test_default_executor_uses_every_device(tmp_path: Path) -> None:
-    from fedsim.resolve import devices_of
+    from fedsim.runs.resolve import devices_of
 
     kind, devices = devices_of(fedsim.Experiment())
     assert devices == [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -18,10 +18,10 @@ import yaml
 from safetensors.numpy import save_file
 
 import fedsim
-from fedsim.__main__ import main
+from fedsim.analysis.diff import Difference, diff_runs
+from fedsim.cli.main import main
+from fedsim.core.errors import UserError
 from fedsim.data.partition import Partition, VirtualPartition
-from fedsim.diff import Difference, diff_runs
-from fedsim.errors import UserError
 
 PARTS = ["config", "plan", "partition", "metrics", "models", "predictions", "scores"]
 CONFIG: dict[str, Any] = {
@@ -485,7 +485,7 @@ def test_the_same_numbers_in_other_bits_agree_and_whole_numbers_are_exact(pair: 
 
 
 def test_large_tensors_are_compared_in_pieces(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsim.diff._CHUNK", 64)
+    monkeypatch.setattr("fedsim.analysis.diff._CHUNK", 64)
     long = np.ones(100)
     for folder in pair:
         save_file({"long": long}, folder / "global" / "model.safetensors")

@@ -20,13 +20,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import fedsim
-from fedsim.build import prepare
-from fedsim.errors import UserError
-from fedsim.evaluation import greedy as greedy_ids
-from fedsim.evaluation import macro_f1
+from fedsim.core.errors import UserError
 from fedsim.models.adapters import attach
 from fedsim.models.base import TINY
 from fedsim.models.forward import Net
+from fedsim.runs.build import prepare
+from fedsim.training.evaluation import greedy as greedy_ids
+from fedsim.training.evaluation import macro_f1
 
 LABELS = ["negative", "neutral", "positive"]
 WORK = {"steps": 6, "batch_size": 8, "lr": 2e-2}

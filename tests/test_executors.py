@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 import fedsim
-import fedsim.session
-from fedsim.bundle import Bundle
-from fedsim.errors import ClientError, OutOfMemory, WorkerDied
+import fedsim.runs.session
+from fedsim.core.errors import ClientError, OutOfMemory, WorkerDied
+from fedsim.core.params import Layout, Params
+from fedsim.core.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 from fedsim.executors import PoolExecutor, SerialExecutor
-from fedsim.params import Layout, Params
-from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
+from fedsim.runs.bundle import Bundle
 
 LAYOUT = Layout({"w": (2, 2)}, torch.float64)
 WEIGHTS = torch.arange(1.0, 5.0, dtype=torch.float64)

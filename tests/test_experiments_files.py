@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.build import Parts, prepare
-from fedsim.config import Experiment, read_yaml
-from fedsim.reproduce import Reproduction
-from fedsim.sweep import Sweep
+from fedsim.config.experiment import Experiment, read_yaml
+from fedsim.runs.build import Parts, prepare
+from fedsim.runs.reproduce import Reproduction
+from fedsim.runs.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = sorted((ROOT / "experiments").rglob("*.yaml"))

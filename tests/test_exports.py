@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, pipeline
 
 import fedsim
-from fedsim.errors import UserError
+from fedsim.core.errors import UserError
 from fedsim.models import adapters
 from fedsim.models.base import TINY, Source, find, quiet
 from fedsim.models.card import write_card

@@ -23,20 +23,20 @@ import yaml
 from frail import ENGINE, LAYOUT, SERVER, WEIGHTS, Frail, alive, arm, armed, come_to, left_behind, pack
 
 import fedsim
-import fedsim.session
-from fedsim.__main__ import main
-from fedsim.aggregators import WeightedMean
-from fedsim.build import prepare
-from fedsim.bundle import Bundle
-from fedsim.errors import ClientError, SumLost, WorkerDied, is_lost_context, is_out_of_memory
+import fedsim.runs.session
+from fedsim.aggregators.mean import WeightedMean
+from fedsim.cli.main import main
+from fedsim.core.errors import ClientError, SumLost, WorkerDied, is_lost_context, is_out_of_memory
+from fedsim.core.params import ALIGN
+from fedsim.core.store import Records
+from fedsim.core.types import Engine, Pack, Partial, Report, Scoring, Turn
 from fedsim.executors import PoolExecutor
-from fedsim.params import ALIGN
-from fedsim.progress import Progress
-from fedsim.resolve import schedule_of
-from fedsim.rounds import State
-from fedsim.store import Records
+from fedsim.runs.build import prepare
+from fedsim.runs.bundle import Bundle
+from fedsim.runs.progress import Progress
+from fedsim.runs.resolve import schedule_of
+from fedsim.simulate.rounds import State
 from fedsim.training.trainer import Trainer
-from fedsim.types import Engine, Pack, Partial, Report, Scoring, Turn
 
 POOL = {"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1}
 
@@ -218,7 +218,7 @@ import sys, time
 from pathlib import Path
 from frail import *
 from fedsim.executors.pool import PoolExecutor
-from fedsim.types import Partial
+from fedsim.core.types import Partial
 executor = PoolExecutor(Frail(Path(sys.argv[1])), ["cpu"] * 2, 1)
 try:
     executor.start(LAYOUT, SERVER, ENGINE, True)
@@ -258,7 +258,7 @@ import os, signal, sys, tempfile
 from pathlib import Path
 from frail import *
 from fedsim.executors.pool import PoolExecutor
-from fedsim.types import Partial
+from fedsim.core.types import Partial
 for time in range(2):
     executor = PoolExecutor(Frail(Path(sys.argv[1])), ["cpu"] * 2, 1)
     executor.start(LAYOUT, SERVER, ENGINE, True)
@@ -395,7 +395,7 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
     noted(Trainer, "_context")  # of a chunk
     noted(WeightedMean, "add")
     monkeypatch.setattr("fedsim.training.trainer.beat", lambda: events.append("beat"))
-    original = fedsim.session.recipe_of
+    original = fedsim.runs.session.recipe_of
     cut = {"chunk": ALIGN} if adapter["name"] == "none" else {}
     monkeypatch.setattr(fedsim.session, "recipe_of", lambda exp: dataclasses.replace(original(exp), **cut))
     evaluate = {"generate": True, "max_new_tokens": 3, "batch_size": 8}

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 import fedsim
-import fedsim.plots
-from fedsim.__main__ import main
-from fedsim.errors import Notice
-from fedsim.plots import save_figures
+import fedsim.analysis.plots
+from fedsim.analysis.plots import save_figures
+from fedsim.cli.main import main
+from fedsim.core.errors import Notice
 
 KEYS: dict[str, Any] = {
     "name": "lab",

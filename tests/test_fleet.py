@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-import fedsim.sweep as sweeps
-from fedsim.build import Shared, prepare
-from fedsim.run_folder import RunFolder
-from fedsim.sweep import Sweep, run_sweep
+import fedsim.runs.sweep as sweeps
+from fedsim.runs.build import Shared, prepare
+from fedsim.runs.folder import RunFolder
+from fedsim.runs.sweep import Sweep, run_sweep
 from fedsim.training.trainer import Trainer
 
 CLOSE = 1e-9  # of a tensor's norm: the same sums in another order, in float64
@@ -267,7 +267,7 @@ def test_who_goes_with_whom(lab: Any) -> None:
 
 
 def test_the_command_line_takes_it(lab: Any, capsys: pytest.CaptureFixture) -> None:
-    from fedsim.__main__ import main
+    from fedsim.cli.main import main
 
     file = lab.root / "sweep.yaml"
     keys = {"name": "cli", "experiment": lab.tree(), "grid": {"seed": [0, 1, 2, 3]}, "workers": 1, "together": 4}

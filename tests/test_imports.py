@@ -17,82 +17,48 @@ import fedsim
 ROOT = Path(fedsim.__file__).parent
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate")
 
-# Module or package (dotted, below fedsim) -> the parts of fedsim it may import. Others may import everything below them.
-MAY = {
-    "errors": set(),
-    "seeding": set(),
-    "types": set(),
-    "params": set(),
-    "store": set(),
-    "inductor": set(),
-    "numerics": {"inductor"},
-    "pulse": set(),
-    "files": {"errors"},
-    "simulation": {"errors", "seeding"},
-    "signals": {"errors"},
-    "progress": {"errors", "types"},
-    # What an unknown key probably means, in its error alone; a PEFT config given in Python becomes a section.
-    "schema": {"errors", "reference", "models.adapters"},
-    "synonyms": set(),
-    "yaml_text": set(),
-    "keys": {"schema"},
-    "reference": {"config", "errors", "keys", "schema", "synonyms"},
-    "messages": {"params", "errors"},
-    "sections": {
-        "errors",
-        "schema",
-        "data.files",
-        "models.adapters",
-        "messages",
-    },  # PEFT's own keys are checked by those who know them
-    "runs": {"errors", "files"},
-    "tables": {"errors", "files", "runs", "seeding"},
-    "diff": {"errors", "files", "runs", "data.partition"},
-    "plots": {"errors", "files", "runs", "tables"},
-    "verdicts": {"errors", "files", "runs"},
-    "report": {"errors", "files", "runs", "plots", "verdicts"},
-    "predictions": {"data.sources", "data.tokens", "run_folder", "types"},
-    "aggregators": {"params", "types", "seeding", "errors"},
-    "algorithms": {"params", "types", "seeding", "errors", "algorithms"},
-    "data.partition": {"params", "types", "seeding", "errors"},
-    "data.headlines": {"seeding"},
-    "data.memory": {"errors"},
-    "data.files": {"errors", "data.memory"},
-    "data.sources": {"errors", "seeding", "data.files", "data.headlines", "data.memory"},
-    "data.instructions": {"errors", "schema", "seeding", "data.files", "data.memory", "data.sources"},
-    "data.specials": set(),
-    "data.tokens": {"errors", "data.specials"},
-    "data.batches": {"data.tokens", "errors"},
-    "data.stream": {"data.tokens"},
-    "executors": {"types", "params", "errors", "pulse", "executors"},
-    "models": {"params", "types", "seeding", "errors", "data.batches", "data.tokens", "data.stream", "models"},
-    "training": {
-        *("algorithms", "aggregators", "models", "data.batches", "data.tokens", "evaluation", "messages", "params"),
-        *("store", "seeding", "types", "errors", "pulse", "training"),
+# Room -> the rooms below it, which it may import beside itself.
+ROOMS = {
+    "core": set(),
+    "algorithms": {"core"},
+    "aggregators": {"core"},
+    "channel": {"core"},
+    "data": {"core"},
+    "models": {"core", "data"},
+    "training": {"core", "algorithms", "aggregators", "channel", "data", "models"},
+    "simulate": {"core", "algorithms", "aggregators"},
+    "executors": {"core"},
+    "analysis": {"core"},
+    "config": {"core"},
+    "runs": {
+        *("core", "algorithms", "aggregators", "channel", "data", "models", "training", "simulate", "executors"),
+        *("analysis", "config"),
     },
-    "rounds": {"algorithms", "aggregators", "errors", "params", "seeding", "simulation", "store", "types"},
-    "planner": {"errors", "types"},
-    "run_folder": {"errors", "files", "types", "numerics"},
-    "trackers": {"errors", "runs"},
+    "zero_shot": {"core", "data", "models", "analysis", "config", "runs"},
+    "cli": {"core", "analysis", "config", "runs", "zero_shot"},
+}
+# Beyond the rooms below, and why.
+ALSO = {
+    "config.experiment": {"data.memory", "models.adapters"},  # examples, or a PEFT config, that a script hands over
+    "config.sections": {"data.files", "models.adapters", "channel.codecs"},  # who knows a value checks it
+    "analysis.diff": {"data.partition"},  # reads a partition as the run wrote it
+    "runs.reproduce": {"zero_shot"},  # of a published table of scores
 }
 # Third-party packages; numerics do no input or output, and a notebook reads runs without torch.
 PURE = {"torch", "numpy", "scipy"}
-READING = {"numpy", "pandas", "matplotlib", "yaml"}
+READING = {"numpy", "pandas", "matplotlib", "yaml", "scipy"}
 OUTSIDE = {
-    **dict.fromkeys(("aggregators", "algorithms", "data.partition", "messages", "params"), PURE),
-    **dict.fromkeys(("runs", "plots", "verdicts", "report", "diff"), READING),
-    "tables": READING | {"scipy"},
-    **{name: set() for name in ("errors", "types")},
-    "seeding": {"numpy"},
+    "core": {"torch", "numpy"},
+    **dict.fromkeys(("aggregators", "algorithms", "data.partition", "channel"), PURE),
+    "analysis": READING,
+    **{name: set() for name in ("core.errors", "core.types", "core.files")},
+    "core.seeding": {"numpy"},
 }
 FILES_AND_PROCESSES = {
     *("io", "os", "pathlib", "json", "pickle", "csv", "shutil", "tempfile", "socket", "subprocess"),
     *("multiprocessing", "threading", "concurrent"),
 }
-CONFIG_READERS = {
-    *("config", "reference", "build", "resolve", "session", "experiment", "seeds", "sweep", "sweep_plan", "reproduce"),
-    *("__main__", "__init__"),
-}
+CONFIG_READERS = {"config", "runs", "zero_shot", "cli", "__init__", "__main__"}  # others take plain arguments
 
 
 def module_name(path: Path) -> str:
@@ -137,20 +103,29 @@ def rule(module: str, table: dict[str, set[str]]) -> set[str] | None:
 
 
 def test_every_rule_is_about_a_module_that_exists() -> None:
-    packages = {m.split(".")[0] for m in MODULES}
-    names = {*MAY, *OUTSIDE, *CONFIG_READERS, *(n for allowed in MAY.values() for n in allowed)}
-    assert names <= {*MODULES, *packages}
-    assert len(MODULES) >= 30, "the walk found the package"
+    rooms = {m.split(".")[0] for m in MODULES} - {"__init__", "__main__"}
+    assert rooms == set(ROOMS), "every file has a room"
+    assert {*OUTSIDE, *ALSO, *(n for allowed in ALSO.values() for n in allowed)} <= {*MODULES, *rooms}
+    assert all(below < set(ROOMS) for below in ROOMS.values())
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_module_imports_only_what_it_may(module: str) -> None:
-    found, allowed = inner(imports(MODULES[module])), rule(module, MAY)
-    if allowed is not None:
-        extra = {n for n in found if n not in allowed and n.split(".")[0] not in allowed}
-        assert not extra, f"fedsim.{module} must not import {sorted(extra)}"
-    if module not in CONFIG_READERS:
-        assert not found & {"config", "build", "experiment", "__main__"}, "a component takes plain arguments"
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"__init__", "__main__"}))
+def test_a_module_imports_only_rooms_below_its_own(module: str) -> None:
+    room, found = module.split(".")[0], inner(imports(MODULES[module]))
+    allowed = {room, *ROOMS[room]}
+    extra = {n for n in found if n.split(".")[0] not in allowed} - ALSO.get(module, set()) - {"__init__"}
+    assert not extra, f"fedsim.{module} must not import {sorted(extra)}"
+    needed = {n for n in ALSO.get(module, set()) if n in found}
+    assert needed == ALSO.get(module, set()), "an exception that nobody needs"
+
+
+def test_the_layers_have_no_circle() -> None:
+    left = dict(ROOMS)
+    while left:
+        free = [room for room, below in left.items() if not below & left.keys()]
+        assert free, f"a circle among {sorted(left)}"
+        for room in free:
+            del left[room]
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if rule(m, OUTSIDE) is not None))
@@ -161,7 +136,7 @@ def test_third_party_packages_stay_where_they_belong(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", sorted(m for m in MODULES if m.split(".")[0] in ("aggregators", "algorithms", "params"))
+    "module", sorted(m for m in MODULES if m.split(".")[0] in ("aggregators", "algorithms") or m == "core.params")
 )
 def test_numerics_open_no_file_and_start_no_process(module: str) -> None:
     names = {n.split(".")[0] for n in imports(MODULES[module])}
@@ -171,9 +146,7 @@ def test_numerics_open_no_file_and_start_no_process(module: str) -> None:
     assert not calls & {"open", "print", "input"}
 
 
-@pytest.mark.parametrize(
-    "module", sorted(m for m in MODULES if m.split(".")[0] in ("training", "rounds", "models", "evaluation"))
-)
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if m.split(".")[0] in ("training", "simulate", "models")))
 def test_training_knows_no_processes(module: str) -> None:
     names = imports(MODULES[module])
     assert not {
@@ -203,7 +176,14 @@ def test_global_random_state_is_left_alone() -> None:
 @pytest.fixture(scope="module")
 def imported() -> dict[str, list[str]]:
     """Module of fedsim -> heavy packages that came with it, each in a fresh process's order: lightest first."""
-    light = ["fedsim", "fedsim.errors", "fedsim.config", "fedsim.__main__", "fedsim.runs", "fedsim.plots"]
+    light = [
+        "fedsim",
+        "fedsim.core.errors",
+        "fedsim.config.experiment",
+        "fedsim.cli.main",
+        "fedsim.analysis.load",
+        "fedsim.analysis.plots",
+    ]
     code = (
         "import sys, importlib\n"
         f"for name in {light!r}:\n"
@@ -218,7 +198,16 @@ def imported() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["fedsim", "fedsim.errors", "fedsim.config", "fedsim.__main__", "fedsim.runs", "fedsim.plots", "use"]
+    "name",
+    [
+        "fedsim",
+        "fedsim.core.errors",
+        "fedsim.config.experiment",
+        "fedsim.cli.main",
+        "fedsim.analysis.load",
+        "fedsim.analysis.plots",
+        "use",
+    ],
 )
 def test_importing_brings_nothing_heavy(imported: dict[str, list[str]], name: str) -> None:
     assert imported[name] == []
@@ -237,7 +226,7 @@ def test_editors_and_type_checkers_see_the_public_names() -> None:
 
 
 def test_a_checker_sees_every_key_of_an_experiment() -> None:
-    tree = ast.parse((ROOT / "config.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "config" / "experiment.py").read_text(encoding="utf-8"))
     (cls,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Experiment"]
     (block,) = [n for n in cls.body if isinstance(n, ast.If)]
     (init,) = block.body
@@ -257,7 +246,7 @@ def test_a_checker_sees_every_key_of_an_experiment() -> None:
     ids=lambda argv: argv[0],
 )
 def test_a_misspelt_key_is_told_before_torch_is_imported(argv: list[str]) -> None:
-    code = f"import sys; from fedsim.__main__ import main; code = main({argv!r}); sys.exit(9 if 'torch' in sys.modules else code)"
+    code = f"import sys; from fedsim.cli.main import main; code = main({argv!r}); sys.exit(9 if 'torch' in sys.modules else code)"
     environment = {**os.environ, "FEDSIM_DATA": "/somewhere"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT.parent, env=environment, capture_output=True, text=True

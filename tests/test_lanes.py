@@ -29,22 +29,22 @@ from transformers import AutoModelForCausalLM
 from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
 
 from fedsim.algorithms import ALGORITHMS
-from fedsim.build import prepare
-from fedsim.bundle import Bundle
+from fedsim.core.params import Params
+from fedsim.core.seeding import stream as random_stream
+from fedsim.core.store import Records
+from fedsim.core.types import Engine, Pack, Row, Task
 from fedsim.data.stream import Span, stream
 from fedsim.data.tokens import Tokens
-from fedsim.evaluation import score_rows
 from fedsim.models import adapters, flat
 from fedsim.models import base as bases
 from fedsim.models.dropout import Draws
-from fedsim.params import Params
-from fedsim.progress import Progress
-from fedsim.resolve import recipe_of
-from fedsim.rounds import Schedule, State
-from fedsim.seeding import stream as random_stream
-from fedsim.store import Records
+from fedsim.runs.build import prepare
+from fedsim.runs.bundle import Bundle
+from fedsim.runs.progress import Progress
+from fedsim.runs.resolve import recipe_of
+from fedsim.simulate.rounds import Schedule, State
+from fedsim.training.evaluation import score_rows
 from fedsim.training.optim import LaneOptimizer, Optim
-from fedsim.types import Engine, Pack, Row, Task
 
 TOLERANCE = 1e-9
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim import messages
-from fedsim.errors import UserError
-from fedsim.messages import ALIGN, Message, Sizes, canonical, codec
+from fedsim.channel import codecs as messages
+from fedsim.channel.codecs import ALIGN, Message, Sizes, canonical, codec
+from fedsim.core.errors import UserError
 
 BLOCKWISE = ["blockwise8", "nf4"]
 CODECS = [None, "fp32", "fp16", "bf16", *BLOCKWISE]

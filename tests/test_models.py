@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from fedsim.errors import UserError
+from fedsim.core.errors import UserError
 from fedsim.models.base import (
     TINY,
     check_task,

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import fedsim
-from fedsim.params import Layout, add, clone, sub
-from fedsim.seeding import stream, stream_seed
-from fedsim.store import Records, Store
+from fedsim.core.params import Layout, add, clone, sub
+from fedsim.core.seeding import stream, stream_seed
+from fedsim.core.store import Records, Store
 
 
 def test_views_lie_end_to_end_and_write_through() -> None:
@@ -128,7 +128,7 @@ def test_bits_survive_a_store(tmp_path: Path) -> None:
 GROW = """
 import sys, time, torch
 from pathlib import Path
-from fedsim.store import Store
+from fedsim.core.store import Store
 folder, first, begin = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 for n in range(60):
     while time.time() < begin + 0.02 * n:  # both make the file, and let it grow, at the same moment

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import fedsim
-import fedsim.session
-from fedsim.errors import UserError
+import fedsim.runs.session
+from fedsim.core.errors import UserError
+from fedsim.core.types import Engine, Measured
 from fedsim.models.stacked import StackedNet
-from fedsim.planner import Packs, Plan, choose_lanes, describe, lanes_of
+from fedsim.training.planner import Packs, Plan, choose_lanes, describe, lanes_of
 from fedsim.training.trainer import Trainer
-from fedsim.types import Engine, Measured
 
 MB = 1_000_000
 
@@ -234,14 +234,14 @@ def test_a_resume_keeps_the_plan_and_its_halvings(lab: Any, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         too_small(patch, most=2, after=2 + 2)
-        save = fedsim.session.Session._checkpoint
+        save = fedsim.runs.session.Session._checkpoint
 
         def stop(self: Any, mode: str, state: Any, algorithm: Any) -> None:
             save(self, mode, state, algorithm)
             if state.round == 2:
                 raise Stopped
 
-        patch.setattr(fedsim.session.Session, "_checkpoint", stop)
+        patch.setattr(fedsim.runs.session.Session, "_checkpoint", stop)
         with pytest.raises(Stopped):
             lab.run(**FOUR, name="stopped")
     with monkeypatch.context() as patch:
@@ -280,7 +280,7 @@ def test_lanes_are_resolved_once(lab: Any, monkeypatch: pytest.MonkeyPatch, aske
     """The second start decides nothing, whatever the first one chose, and reads the same number."""
     keys = {**FOUR, "training": {"lanes": asked}}
     with monkeypatch.context() as patch:
-        patch.setattr(fedsim.session.Session, "_run_mode", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(fedsim.runs.session.Session, "_run_mode", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             lab.run(**keys)
     (folder,) = (lab.root / "results" / "lab").iterdir()

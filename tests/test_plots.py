@@ -18,10 +18,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from fedsim import plots
-from fedsim.errors import UserError
-from fedsim.runs import load_partition, load_runs
-from fedsim.tables import cells, sweep_table
+from fedsim.analysis import plots
+from fedsim.analysis.load import load_partition, load_runs
+from fedsim.analysis.tables import cells, sweep_table
+from fedsim.core.errors import UserError
 
 write_run = runpy.run_path(str(Path(__file__).with_name("test_runs.py")))["write_run"]
 write_sweep = runpy.run_path(str(Path(__file__).with_name("test_tables.py")))["write_sweep"]

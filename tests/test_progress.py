@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-import fedsim.progress
-from fedsim.progress import Progress
-from fedsim.types import Report
+import fedsim.runs.progress
+from fedsim.core.types import Report
+from fedsim.runs.progress import Progress
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr(fedsim.progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(fedsim.runs.progress.time, "monotonic", lambda: now[0])
     return now
 
 

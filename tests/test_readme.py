@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from test_experiments_files import DOCUMENTS
 
-from fedsim import yaml_text
-from fedsim.build import prepare
-from fedsim.config import Experiment
+from fedsim.config import yaml_text
+from fedsim.config.experiment import Experiment
+from fedsim.runs.build import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

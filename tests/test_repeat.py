@@ -22,14 +22,14 @@ import yaml
 from conftest import Lab
 
 import fedsim
-import fedsim.experiment
-import fedsim.session
-from fedsim import numerics
-from fedsim.build import batches, prepare
-from fedsim.bundle import Bundle
-from fedsim.diff import diff_runs
-from fedsim.resolve import schedule_of
-from fedsim.run_folder import environment
+import fedsim.runs.run
+import fedsim.runs.session
+from fedsim.analysis.diff import diff_runs
+from fedsim.core import numerics
+from fedsim.runs.build import batches, prepare
+from fedsim.runs.bundle import Bundle
+from fedsim.runs.folder import environment
+from fedsim.runs.resolve import schedule_of
 
 ROOT = Path(fedsim.__file__).parent.parent
 # Clients of unlike size in cohorts below all, passes instead of steps, short last batches, dropout: where lanes, packs and
@@ -50,7 +50,7 @@ KEY = ("round", "scope", "client", "step", "split", "name")
 
 @pytest.fixture(scope="module")
 def _home(tmp_path_factory: pytest.TempPathFactory, _shared: Any) -> tuple[Lab, Path]:
-    import fedsim.plots
+    import fedsim.analysis.plots
 
     place = Lab(tmp_path_factory.mktemp("repeat"), *_shared)
     threads, draw = torch.get_num_threads(), fedsim.plots.save_figures
@@ -331,8 +331,8 @@ def test_progress_trackers_and_checkpoints_change_nothing(
             logged.append(values)
             torch.manual_seed(len(logged)), np.random.seed(len(logged)), random.seed(len(logged))
 
-    monkeypatch.setattr("fedsim.trackers.check_trackers", lambda names: None)
-    monkeypatch.setattr("fedsim.experiment.check_trackers", lambda names: None)
+    monkeypatch.setattr("fedsim.runs.trackers.check_trackers", lambda names: None)
+    monkeypatch.setattr("fedsim.runs.run.check_trackers", lambda names: None)
     monkeypatch.setattr(tracking, "TensorBoardTracker", Tracker)
     keys = {**UNEVEN, "tracking": {"with": ["tensorboard"]}, "checkpoint": {"every": 2, "keep": 1}}
     run = fedsim.run(lab.exp(name="tracked", **keys), progress=True).path

@@ -17,9 +17,9 @@ from markdown_it import MarkdownIt
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
-from fedsim import plots, report
-from fedsim.errors import UserError
-from fedsim.report import (
+from fedsim.analysis import plots, report
+from fedsim.analysis.load import load_runs
+from fedsim.analysis.report import (
     Heading,
     Items,
     Member,
@@ -33,8 +33,8 @@ from fedsim.report import (
     to_html,
     to_markdown,
 )
-from fedsim.runs import load_runs
-from fedsim.verdicts import load_run
+from fedsim.analysis.verdicts import load_run
+from fedsim.core.errors import UserError
 
 _made = runpy.run_path(str(Path(__file__).with_name("test_verdicts.py")))
 write, write_scores = _made["write"], _made["write_scores"]

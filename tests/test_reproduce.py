@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from fedsim import reproduce as module
-from fedsim.__main__ import main
-from fedsim.config import read_yaml
-from fedsim.errors import UserError
-from fedsim.reproduce import Reproduction
-from fedsim.verdicts import CHECKS
+from fedsim.analysis.verdicts import CHECKS
+from fedsim.cli.main import main
+from fedsim.config.experiment import read_yaml
+from fedsim.core.errors import UserError
+from fedsim.runs import reproduce as module
+from fedsim.runs.reproduce import Reproduction
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(f.parent.name for f in (ROOT / "experiments").glob("*/reproduce.yaml"))

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import fedsim
-from fedsim.errors import UserError
-from fedsim.progress import Progress
-from fedsim.run_folder import RunFolder
-from fedsim.trackers import Trackers
+from fedsim.core.errors import UserError
+from fedsim.runs.folder import RunFolder
+from fedsim.runs.progress import Progress
+from fedsim.runs.trackers import Trackers
 from fedsim.training.trainer import Trainer
 
 MODES = ["local", "federated", "central"]
@@ -410,7 +410,7 @@ def test_trackers_get_every_committed_row_once(lab: Any, monkeypatch: pytest.Mon
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr("fedsim.session.Trackers", Told)
+    monkeypatch.setattr("fedsim.runs.session.Trackers", Told)
     save, log = RunFolder.save_checkpoint, Told.log
 
     def before(self: RunFolder, mode: str, round: int, *rest: Any) -> None:
@@ -540,7 +540,7 @@ def test_who_is_refused_removes_nothing_of_the_holders(tmp_path: Path) -> None:
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys, pathlib; from fedsim.run_folder import RunFolder\n"
+        "import os, signal, sys, pathlib; from fedsim.runs.folder import RunFolder\n"
         "RunFolder(pathlib.Path(sys.argv[1])).lock(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(fedsim.__file__).parent.parent)}
@@ -590,14 +590,14 @@ def test_a_file_that_may_not_grow_is_one_line(lab: Any, whole: Any, monkeypatch:
     """The system's own limit on the size of files, in the process that writes records and in its workers."""
     keys = {**LONG, "modes": ["central"], "executor": {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}}
     script = (
-        "import multiprocessing, resource, sys, fedsim.__main__, fedsim.session as session\n"
+        "import multiprocessing, resource, sys, fedsim.cli.main, fedsim.runs.session as session\n"
         "begin = session.Session._run_mode\n"
         "def limited(self, *args):\n"  # workers are there by now, and what they share
         "    for pid in (0, *(p.pid for p in multiprocessing.active_children())):\n"
         "        resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         "    return begin(self, *args)\n"
         "session.Session._run_mode = limited\n"
-        "sys.exit(fedsim.__main__.main(['run', *sys.argv[1:]]))\n"
+        "sys.exit(fedsim.cli.main.main(['run', *sys.argv[1:]]))\n"
     )
     file = lab.root / "experiment.yaml"
     file.write_text(json.dumps(lab.tree(**{**keys, "name": "limited"})))

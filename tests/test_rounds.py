@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import fedsim
+from fedsim.core.seeding import stream
+from fedsim.core.store import Records
 from fedsim.data.batches import Draw
-from fedsim.progress import Progress
-from fedsim.rounds import CENTRAL, Choice, Chosen, Schedule, State
-from fedsim.seeding import stream
-from fedsim.store import Records
+from fedsim.runs.progress import Progress
+from fedsim.simulate.rounds import CENTRAL, Choice, Chosen, Schedule, State
 
 SIZES = np.array([30, 0, 7, 90, 64, 12])
 

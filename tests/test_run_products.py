@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import fedsim
-from fedsim.build import prepare
-from fedsim.config import Experiment
-from fedsim.files import folder_names
-from fedsim.trackers import Trackers, _name, by_round
+from fedsim.config.experiment import Experiment
+from fedsim.core.files import folder_names
+from fedsim.runs.build import prepare
+from fedsim.runs.trackers import Trackers, _name, by_round
 
 
 def _exp(folder: Path, **keys: Any) -> Experiment:

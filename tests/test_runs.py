@@ -14,9 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedsim.__main__ import main
-from fedsim.errors import Notice, UserError
-from fedsim.runs import (
+from fedsim.analysis.load import (
     find_runs,
     list_runs,
     load_partition,
@@ -25,7 +23,9 @@ from fedsim.runs import (
     summary,
     traces,
 )
-from fedsim.seeding import stream
+from fedsim.cli.main import main
+from fedsim.core.errors import Notice, UserError
+from fedsim.core.seeding import stream
 
 COUNTS = ((6, 59, 25), (221, 525, 0), (19, 523, 433))
 PLATEAU = (0.89, 0.766, 0.955)  # what each site reaches alone

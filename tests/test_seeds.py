@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 import fedsim
-from fedsim.__main__ import main
-from fedsim.config import Experiment
-from fedsim.errors import UserError
-from fedsim.seeds import SeedRuns, curves, over_seeds
-from fedsim.sweep_plan import Sweep
-from fedsim.types import RoundEnd
+from fedsim.cli.main import main
+from fedsim.config.experiment import Experiment
+from fedsim.core.errors import UserError
+from fedsim.core.types import RoundEnd
+from fedsim.runs.seeds import SeedRuns, curves, over_seeds
+from fedsim.runs.sweep_plan import Sweep
 
 KEYS: dict[str, Any] = {"rounds": 2, "modes": ["local", "federated"], "model": {"dtype": "float32"}}
 
@@ -34,7 +34,7 @@ def test_every_seed_is_an_ordinary_run_and_is_resumed(lab: Any, monkeypatch: pyt
         pass
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedsim.progress._Reporter.round", lambda *args: (_ for _ in ()).throw(Stopped))
+        patch.setattr("fedsim.runs.progress._Reporter.round", lambda *args: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             fedsim.run(tree(lab, seeds=[5, 6]), progress=False)
     done = fedsim.run(tree(lab, seeds=[5, 6]), progress=False)
@@ -48,7 +48,7 @@ def test_every_seed_is_an_ordinary_run_and_is_resumed(lab: Any, monkeypatch: pyt
     def never(*args: Any) -> None:
         pytest.fail("a finished run was run again")
 
-    monkeypatch.setattr(fedsim.session.Session, "run", never)
+    monkeypatch.setattr(fedsim.runs.session.Session, "run", never)
     again = fedsim.run(tree(lab, seeds=[5, 6]), progress=False)
     assert again.runs == done.runs and all(figure.is_file() for figure in again.figures)
 

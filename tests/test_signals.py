@@ -16,9 +16,9 @@ import pytest
 from conftest import Lab
 from kill_loop import EXECUTORS, Ending, Loop, differences, left_over
 
-from fedsim.errors import Ended
-from fedsim.run_folder import RunFolder
-from fedsim.signals import ended_by_signals
+from fedsim.core.errors import Ended
+from fedsim.runs.folder import RunFolder
+from fedsim.runs.signals import ended_by_signals
 
 STOPPED = "; the same command goes on from there"
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import fedsim
-from fedsim.build import prepare
-from fedsim.config import Experiment
-from fedsim.errors import ClientError, UserError
-from fedsim.progress import Progress
-from fedsim.resolve import schedule_of
-from fedsim.simulation import Life
+from fedsim.config.experiment import Experiment
+from fedsim.core.errors import ClientError, UserError
+from fedsim.runs.build import prepare
+from fedsim.runs.progress import Progress
+from fedsim.runs.resolve import schedule_of
+from fedsim.simulate.availability import Life
 
 ONE_LANE = {"training": {"lanes": 1}, "evaluate": {"every_rounds": 100}}
 
@@ -272,7 +272,7 @@ def _rows_of(lab: Any, client: int) -> np.ndarray:
 
 def test_curves_can_be_drawn_over_simulated_seconds(lab: Any) -> None:
     from fedsim import load_runs
-    from fedsim.plots import curves
+    from fedsim.analysis.plots import curves
 
     folder = lab.run(**BUSY)
     ax = curves(load_runs(folder), metric="loss", x="simulated")

@@ -15,14 +15,14 @@ import torch
 import yaml
 
 import fedsim
-import fedsim.sweep as sweeps
-from fedsim.__main__ import main
-from fedsim.build import Shared, prepare
-from fedsim.errors import UserError
+import fedsim.runs.sweep as sweeps
+from fedsim.analysis.plots import save_figures
+from fedsim.cli.main import main
+from fedsim.core.errors import UserError
+from fedsim.core.types import Row
 from fedsim.models import base
-from fedsim.plots import save_figures
-from fedsim.sweep import Job, Sweep, run_jobs, run_sweep, said
-from fedsim.types import Row
+from fedsim.runs.build import Shared, prepare
+from fedsim.runs.sweep import Job, Sweep, run_jobs, run_sweep, said
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_a_client_that_fails_names_itself_in_the_reason(write: Any, monkeypatch:
 
 def test_an_interrupted_sweep_goes_on_where_it_was(write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write({**GRID, "workers": 1, "threads": 1}, rounds=3, results=str(lab.root / "stopped"))
-    from fedsim.run_folder import RunFolder
+    from fedsim.runs.folder import RunFolder
 
     count, log = [0], RunFolder.log
 
@@ -386,7 +386,7 @@ def test_lines_where_there_is_no_terminal(write: Any, capsys: pytest.CaptureFixt
 def test_the_live_table_shows_what_matters_when_there_is_little_room() -> None:
     from rich.console import Console
 
-    from fedsim.progress import Board
+    from fedsim.runs.progress import Board
 
     board = Board(False, [f"run-{i}" for i in range(60)])
     for i in range(30):
@@ -442,7 +442,7 @@ def test_a_damaged_plan_is_taken_from_its_copy(write: Any) -> None:
 
 
 def test_figures_that_failed_are_drawn_again(write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fedsim.plots
+    import fedsim.analysis.plots
 
     def fail(folder: Path) -> list[Path]:
         raise ZeroDivisionError

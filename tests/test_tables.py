@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedsim.__main__ import main
-from fedsim.errors import UserError
-from fedsim.tables import MODEL_COLUMNS, cells, list_table, sweep_table, swept_keys, text_table, write_tables
+from fedsim.analysis.tables import MODEL_COLUMNS, cells, list_table, sweep_table, swept_keys, text_table, write_tables
+from fedsim.cli.main import main
+from fedsim.core.errors import UserError
 
 SITES = {"a": 30, "b": 10}  # rows of each site
 JS = {"a": 0.02, "b": 0.3}

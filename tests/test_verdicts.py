@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fedsim.errors import UserError
-from fedsim.verdicts import (
+from fedsim.analysis.verdicts import (
     CHECKS,
     KEYS,
     PAIRED,
@@ -29,6 +28,7 @@ from fedsim.verdicts import (
     load_run,
     ratio_error,
 )
+from fedsim.core.errors import UserError
 
 REFERENCE = Path(__file__).parents[1] / "results/reference/lora_sentiment_smollm2/e5594966fe4e"
 COUNTS = {"site-1": [6, 59, 25], "site-2": [221, 525, 0], "site-3": [19, 523, 433]}

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedsim
-import fedsim.session
-from fedsim.build import prepare
-from fedsim.errors import UserError
-from fedsim.messages import codec
-from fedsim.params import ALIGN
+import fedsim.runs.session
+from fedsim.channel.codecs import codec
+from fedsim.core.errors import UserError
+from fedsim.core.params import ALIGN
+from fedsim.runs.build import prepare
 
 NONE = {"adapter": {"name": "none"}}
 TWO = {**NONE, "partition": {"name": "iid", "num_clients": 2}, "algorithm": {"name": "fedavg", "weights": "samples"}}
@@ -36,7 +36,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Call it with a number of elements: what follows works on so many at a time (a config's least is 1 MiB)."""
 
     def cut(elements: int | None) -> None:
-        original = fedsim.session.recipe_of
+        original = fedsim.runs.session.recipe_of
 
         def recipe(exp: Any) -> Any:
             return dataclasses.replace(original(exp), chunk=elements)
@@ -340,11 +340,11 @@ def test_a_large_model_gives_the_same_bits_in_serial_and_in_a_pool(
     lab: Any, pieces: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What counts as large goes straight into the one sum, in one pass over memory; other bits, the same everywhere."""
-    for place in ("fedsim.executors.pool._SLOTS_BELOW", "fedsim.aggregators.LARGE"):
+    for place in ("fedsim.executors.pool._SLOTS_BELOW", "fedsim.aggregators.mean.LARGE"):
         monkeypatch.setattr(place, 0)
     pieces(2 * ALIGN)
     # Workers are new processes: they learn of it as they start.
-    (lab.root / "sitecustomize.py").write_text("import fedsim.aggregators\nfedsim.aggregators.LARGE = 0\n")
+    (lab.root / "sitecustomize.py").write_text("import fedsim.aggregators.mean\nfedsim.aggregators.LARGE = 0\n")
     root = str(Path(fedsim.__file__).parent.parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(lab.root), root]))
     keys = {**TWO, "partition": {"name": "iid", "num_clients": 3}, "rounds": 2}
@@ -357,7 +357,7 @@ def test_a_large_model_gives_the_same_bits_in_serial_and_in_a_pool(
 def test_a_stopped_run_goes_on_to_the_same_bits(
     lab: Any, pieces: Any, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    from fedsim.run_folder import RunFolder
+    from fedsim.runs.folder import RunFolder
 
     pieces(ALIGN)
     unbroken = lab.run(**HARD, name="unbroken")
@@ -535,7 +535,7 @@ def test_unknown_message_types_are_one_line(lab: Any) -> None:
 def test_messages_without_a_federated_mode_are_said_to_have_no_effect(
     lab: Any, monkeypatch: pytest.MonkeyPatch, modes: list[str]
 ) -> None:
-    from fedsim.progress import Progress
+    from fedsim.runs.progress import Progress
 
     said: list[str] = []
     monkeypatch.setattr(Progress, "note", lambda self, text: said.append(text))

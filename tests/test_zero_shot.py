@@ -19,8 +19,8 @@ import torch
 import yaml
 
 import fedsim
-from fedsim.__main__ import main
-from fedsim.errors import UserError
+from fedsim.cli.main import main
+from fedsim.core.errors import UserError
 from fedsim.models import adapters
 from fedsim.models import base as bases
 from fedsim.zero_shot import evaluate
@@ -690,7 +690,7 @@ def test_without_the_extra_one_line_says_how_to_install_it(
 
 def test_the_command_line_does_not_load_it_for_other_commands() -> None:
     code = (
-        "import sys, fedsim.__main__; print([m for m in ('lm_eval', 'fedsim.zero_shot', 'torch') if m in sys.modules])"
+        "import sys, fedsim.cli.main; print([m for m in ('lm_eval', 'fedsim.zero_shot', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -32,7 +32,7 @@ TOLERANCE = 1e-4  # norm of the difference over the norm, all trained parameters
 JUDGED_AFTER = 3  # rounds: AdamW amplifies rounding from step to step where gradients vanish
 PHRASEBANK = "{name: financial_phrasebank, path: '${oc.env:FEDSIM_DATA}/financial_phrasebank/Sentences_AllAgree.txt'}"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
-_PRELOADED = ["fedsim.experiment", "fedsim.run_folder", "peft", "pandas", "omegaconf", "safetensors.torch"]
+_PRELOADED = ["fedsim.runs.run", "fedsim.runs.folder", "peft", "pandas", "omegaconf", "safetensors.torch"]
 _PRELOADED += [f"transformers.models.{n}.modeling_{n}" for n in ("auto", "gpt2", "llama")]
 _ASKS_FOR_A_GPU = (
     "import sys, torch; sys.exit(not torch.cuda.is_available())"  # elsewhere: here nothing heavy is imported
@@ -422,9 +422,9 @@ class _Enough(Exception):
 
 def fedsim_side(turn: Turn) -> None:
     """`fedsim.run` as a user calls it, one run a cell; only its round loop waits for its turn."""
-    import fedsim.experiment as experiment
-    import fedsim.session as session
-    from fedsim.rounds import run_rounds
+    import fedsim.runs.run as experiment
+    import fedsim.runs.session as session
+    from fedsim.simulate.rounds import run_rounds
 
     while (message := turn.hear())["do"] != "stop":
         if message["do"] == "cell":
@@ -438,7 +438,7 @@ def fedsim_side(turn: Turn) -> None:
 
 
 class _Rounds:
-    """Stands in for `fedsim.rounds.run_rounds`: the same, round by round as the benchmark says."""
+    """Stands in for `fedsim.simulate.rounds.run_rounds`: the same, round by round as the benchmark says."""
 
     def __init__(self, turn: Turn, run_rounds: Callable, results: Path) -> None:
         self.turn, self.run_rounds, self.results = turn, run_rounds, results
@@ -523,8 +523,8 @@ class MergeClock:
     """
 
     def __init__(self, algorithm: Any, executor: Any) -> None:
-        import fedsim.rounds
-        from fedsim.aggregators import WeightedMean
+        import fedsim.simulate.rounds
+        from fedsim.aggregators.mean import WeightedMean
 
         self.seconds, self._on = 0.0, False
         for owner, name in ((WeightedMean, "zero"), (WeightedMean, "add"), (fedsim.rounds, "_merge")):
@@ -570,7 +570,7 @@ def helper_side(turn: Turn, more: dict[str, Callable[..., dict[str, Any]]] | Non
 
 
 def _environment(device: str, threads: int) -> dict[str, Any]:
-    from fedsim.run_folder import environment
+    from fedsim.runs.folder import environment
 
     return environment([device], threads)
 
@@ -624,9 +624,9 @@ def _make_cell(config: str, overrides: list[str], out: str, tokens: int | None) 
         tokens: length to cut all rows to, or None to take them as they are.
     """
     from fedsim import Experiment
-    from fedsim.build import draw_of, load_source, prepare
-    from fedsim.resolve import schedule_of
-    from fedsim.seeding import stream
+    from fedsim.core.seeding import stream
+    from fedsim.runs.build import draw_of, load_source, prepare
+    from fedsim.runs.resolve import schedule_of
 
     exp, folder = Experiment.load(config, overrides), Path(out)
     folder.mkdir(parents=True, exist_ok=True)

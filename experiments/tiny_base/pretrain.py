@@ -26,8 +26,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedsim.core.seeding import stream, stream_seed
 from fedsim.data.headlines import LABELS, Draw, brief, generate, sentence
-from fedsim.seeding import stream, stream_seed
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB, HIDDEN, LAYERS, HEADS, INNER = 1536, 128, 3, 4, 256

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim.params import Params, add, sub
+from fedsim.core.params import Params, add, sub
 
 
 @dataclass(frozen=True)

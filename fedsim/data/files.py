@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedsim.core.errors import UserError
 from fedsim.data.memory import InMemory, Table, table_in
-from fedsim.errors import UserError
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _KINDS = (*_SEPARATORS, ".json", ".jsonl", ".ndjson", ".parquet")

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fedsim.seeding import stream
+from fedsim.core.seeding import stream
 
 LABELS: tuple[str, str, str] = ("negative", "neutral", "positive")
 COUNTS: dict[str, tuple[int, int, int]] = {  # rows per class, in the order of LABELS

@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedsim.core.errors import UserError
+from fedsim.core.seeding import stream
 from fedsim.data.files import Form, header_hint, read_table
 from fedsim.data.memory import table_in
 from fedsim.data.sources import SPLITS, Source, Split, load_hub, looks_like_hub_id, missing, sound
-from fedsim.errors import UserError
-from fedsim.schema import keys_of
-from fedsim.seeding import stream
 
 TEMPLATE = "{prompt}\n\n{response}"
 ROLES = {"prompt_response": ("prompt", "response", "context"), "messages": ("messages",)}  # what a user may rename
@@ -222,7 +222,9 @@ def _records(
         for key in ("subset", "split"):
             if entry.get(key):
                 raise UserError(f"{at}.{key}: {entry[key]!r} has no use for the file {path!r}; it is for hub ids")
-        held = read_table(path, place, Form(**{key: entry[key] for key in keys_of(Form) if key in entry}))
+        held = read_table(
+            path, place, Form(**{key: entry[key] for key in (f.name for f in fields(Form)) if key in entry})
+        )
         return held.columns, held.records()
     if not file.is_dir() and not looks_like_hub_id(path):
         raise UserError(

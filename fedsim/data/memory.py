@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedsim.errors import UserError
+from fedsim.core.errors import UserError
 
 _MARK = "in memory: "
 

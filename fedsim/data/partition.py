@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy.special import rel_entr
 
-from fedsim.errors import UserError
+from fedsim.core.errors import UserError
 
 _MOST_CLIENTS = 10**6  # where clients may be without rows
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.core.errors import UserError, nearest_first
 from fedsim.data.files import Form, header_hint, read_table
 from fedsim.data.memory import Table, of_dataset, table_in
-from fedsim.errors import UserError, nearest_first
 
 SPLITS = ("train", "validation", "test")
 _SENTIMENT = ["negative", "neutral", "positive"]
@@ -564,7 +564,7 @@ def _classes(frame: Table, column: str, labels: list[str] | dict[str, str], spli
 
 def _hold_out(n: int, classes: np.ndarray | None, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
     """Rows of train and of each held-out split, ascending; classes are spread alike over the splits."""
-    from fedsim.seeding import stream
+    from fedsim.core.seeding import stream
 
     rng = stream(seed, "hold out")
     order = rng.permutation(n)

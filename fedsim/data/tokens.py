@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.core.errors import UserError
 from fedsim.data.specials import Specials
-from fedsim.errors import UserError
 
 CHAT_DATE = "2024-07-26"  # for every chat template that writes the date: the one Llama 3.1's has where it knows none
 

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedsim.errors import OutOfMemory, is_out_of_memory
+from fedsim.core.errors import OutOfMemory, is_out_of_memory
+from fedsim.core.params import Layout, Params
+from fedsim.core.pulse import at_work
+from fedsim.core.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Share
 from fedsim.executors.serial import MakeTrainer, Trainer, client_failed
-from fedsim.params import Layout, Params
-from fedsim.pulse import at_work
-from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Share
 
 
 class Host(Trainer, Protocol):

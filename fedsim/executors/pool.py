@@ -30,7 +30,10 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from fedsim.errors import OutOfMemory, SumLost, WorkerDied, is_lost_context, is_out_of_memory
+from fedsim.core.errors import OutOfMemory, SumLost, WorkerDied, is_lost_context, is_out_of_memory
+from fedsim.core.params import LARGE, Layout, Params
+from fedsim.core.pulse import LOOK_S, Watch, at_work, beat, pulses, silence, watched_by
+from fedsim.core.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 from fedsim.executors.processes import (
     DEATHS,
     die_with_parent,
@@ -39,9 +42,6 @@ from fedsim.executors.processes import (
     without_interrupt,
 )
 from fedsim.executors.serial import MakeTrainer, client_failed, clients
-from fedsim.params import LARGE, Layout, Params
-from fedsim.pulse import LOOK_S, Watch, at_work, beat, pulses, silence, watched_by
-from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 
 _SLOTS_BELOW = LARGE  # bytes of an update that goes into partial sums, of which each worker has two
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedsim.errors import ClientError, OutOfMemory, is_out_of_memory
-from fedsim.params import Layout, Params
-from fedsim.pulse import at_work
-from fedsim.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
+from fedsim.core.errors import ClientError, OutOfMemory, is_out_of_memory
+from fedsim.core.params import Layout, Params
+from fedsim.core.pulse import at_work
+from fedsim.core.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
 
 
 class Trainer(Protocol):

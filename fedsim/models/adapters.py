@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim.errors import UserError, is_out_of_memory, nearest_first
+from fedsim.core.errors import UserError, is_out_of_memory, nearest_first
+from fedsim.core.params import Params
+from fedsim.core.seeding import stream_seed
 from fedsim.models import bottleneck
 from fedsim.models.base import quiet
-from fedsim.params import Params
-from fedsim.seeding import stream_seed
 
 STATE = "fedsim_state.safetensors"
 _QKV = {

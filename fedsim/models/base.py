@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim.errors import UserError, is_out_of_memory
+from fedsim.core.errors import UserError, is_out_of_memory
+from fedsim.core.seeding import stream_seed
 from fedsim.models import gguf
 from fedsim.models.flat import use_padded
-from fedsim.seeding import stream_seed
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedsim.errors import UserError, nearest_first
+from fedsim.core.errors import UserError, nearest_first
 
 CONFIG, WEIGHTS = "fedsim_adapter.json", "fedsim_adapter.safetensors"
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}

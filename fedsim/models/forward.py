@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fedsim.core.errors import UserError
+from fedsim.core.params import Layout
 from fedsim.data.batches import Batch, collate, pad
 from fedsim.data.tokens import Tokens
-from fedsim.errors import UserError
 from fedsim.models import flat
 from fedsim.models.adapters import trained
 from fedsim.models.dropout import Draws, put_dropout
-from fedsim.params import Layout
 
 
 class Net:

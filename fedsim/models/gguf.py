@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.errors import UserError
+from fedsim.core.errors import UserError
 
 _KEYS = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
 _SAID = {"type", "finetuned", *_KEYS}

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedsim.core.params import Layout
 from fedsim.data.stream import Span, Stream, stream, stream_of
 from fedsim.data.tokens import Tokens
 from fedsim.models import flat
@@ -25,7 +26,6 @@ from fedsim.models.base import position_offset
 from fedsim.models.dropout import position_kinds
 from fedsim.models.flat import Unsuitable
 from fedsim.models.forward import Net, Recompute, head_dtype
-from fedsim.params import Layout
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 _BY_LENGTH = {"dynamic", "longrope", "su", "yarn_dynamic"}

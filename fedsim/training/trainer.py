@@ -23,21 +23,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregators import WeightedMean
+from fedsim.aggregators.mean import WeightedMean
 from fedsim.algorithms import Algorithm, Context
+from fedsim.channel.codecs import codec
+from fedsim.core.errors import is_out_of_memory
+from fedsim.core.params import ALIGN, Chunk, Layout, Params
+from fedsim.core.pulse import beat
+from fedsim.core.seeding import stream, stream_seed
+from fedsim.core.store import Store
+from fedsim.core.types import Engine, Fault, Measured, Pack, Partial, Report, Row, Scores, Scoring, Share, Task, Turn
 from fedsim.data.batches import Draw
 from fedsim.data.tokens import Tokens
-from fedsim.errors import is_out_of_memory
-from fedsim.evaluation import score_rows, to_scores
-from fedsim.messages import codec
 from fedsim.models.forward import Net
 from fedsim.models.stacked import StackedNet, StreamNet
-from fedsim.params import ALIGN, Chunk, Layout, Params
-from fedsim.pulse import beat
-from fedsim.seeding import stream, stream_seed
-from fedsim.store import Store
+from fedsim.training.evaluation import score_rows, to_scores
 from fedsim.training.optim import FlatOptimizer, LaneOptimizer, Optim
-from fedsim.types import Engine, Fault, Measured, Pack, Partial, Report, Row, Scores, Scoring, Share, Task, Turn
 
 _TRIM_EVERY_S = 2.0
 

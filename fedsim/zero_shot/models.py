@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim.errors import UserError
-from fedsim.files import client_folders, differing, model_name, read_json, recorded
+from fedsim.analysis.load import experiment_name, find_runs, read_config, read_state
+from fedsim.core.errors import UserError
+from fedsim.core.files import client_folders, differing, model_name, read_json, recorded
 from fedsim.models import base as bases
 from fedsim.models.bottleneck import CONFIG as BOTTLENECK
-from fedsim.runs import experiment_name, find_runs, read_config, read_state
 
 _ADAPTERS = ("adapter_config.json", BOTTLENECK)
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedsim.errors import UserError
-from fedsim.files import check_own, write_atomic
+from fedsim.core.errors import UserError
+from fedsim.core.files import check_own, write_atomic
 from fedsim.zero_shot.models import Candidate
 
 NOISE = 1.96  # standard errors: 95 % of a normal distribution

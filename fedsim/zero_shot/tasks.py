@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedsim.errors import UserError
-from fedsim.files import write_atomic
+from fedsim.core.errors import UserError
+from fedsim.core.files import write_atomic
 
 TASKS = ("hellaswag", "piqa", "winogrande")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import fedsim
-from fedsim.build import prepare
-from fedsim.config import Experiment
+from fedsim.config.experiment import Experiment
+from fedsim.core.errors import UserError
+from fedsim.core.seeding import stream
 from fedsim.data.batches import Draw, pad
-from fedsim.errors import UserError
-from fedsim.seeding import stream
+from fedsim.runs.build import prepare
 
 ROWS = np.array([3, 5, 8, 13, 21, 34, 55])
 

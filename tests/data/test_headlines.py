@@ -14,8 +14,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from fedsim.core.seeding import stream
 from fedsim.data.headlines import COUNTS, LABELS, MAX_WORDS, Draw, generate, sentence
-from fedsim.seeding import stream
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "fedsim" / "assets" / "tiny"

@@ -15,15 +15,15 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedsim.__main__ import main
-from fedsim.build import Parts, Shared, load_source, prepare
-from fedsim.config import Experiment
+from fedsim.cli.main import main
+from fedsim.config.experiment import Experiment
+from fedsim.config.sections import _ROLES
+from fedsim.core.errors import UserError
 from fedsim.data.instructions import ROLES, conversations, instructions
 from fedsim.data.sources import SPLITS, Source
 from fedsim.data.tokens import encode_chats
-from fedsim.errors import UserError
 from fedsim.models.base import TINY
-from fedsim.sections import _ROLES
+from fedsim.runs.build import Parts, Shared, load_source, prepare
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 TURN = 'write each turn as {"role": "user", "content": "TEXT"}'

@@ -13,11 +13,11 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
 
 import fedsim
-from fedsim.__main__ import main
-from fedsim.build import prepare
-from fedsim.config import Experiment
+from fedsim.cli.main import main
+from fedsim.config.experiment import Experiment
+from fedsim.core.errors import UserError
 from fedsim.data.memory import InMemory
-from fedsim.errors import UserError
+from fedsim.runs.build import prepare
 
 FRAME = pd.DataFrame({"text": [f"some text {i}" for i in range(40)], "label": ["ab"[i % 2] for i in range(40)]})
 

@@ -10,6 +10,8 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import ks_2samp
 
+from fedsim.core.errors import UserError
+from fedsim.core.seeding import stream
 from fedsim.data import partition as module
 from fedsim.data.partition import (
     PARTITIONERS,
@@ -27,8 +29,6 @@ from fedsim.data.partition import (
     site_rows,
     site_rows_by_column,
 )
-from fedsim.errors import UserError
-from fedsim.seeding import stream
 
 COUNTS = (246, 1107, 458)  # negative, neutral, positive: the published training cut, 1,811 rows
 PUBLISHED = {

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedsim.build import load_source, prepare
-from fedsim.config import Experiment
+from fedsim.config.experiment import Experiment
+from fedsim.core.errors import UserError
 from fedsim.data.files import Form, read_table
 from fedsim.data.sources import Source, Split, financial_phrasebank, headlines, hub, missing, table
-from fedsim.errors import UserError
+from fedsim.runs.build import load_source, prepare
 
 SENTIMENT = ["negative", "neutral", "positive"]
 PAIRS = [(f"text {i}", "ab"[i % 2]) for i in range(20)]

@@ -11,11 +11,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fedsim.build import prepare
-from fedsim.config import Experiment
+from fedsim.config.experiment import Experiment
+from fedsim.core.errors import UserError
 from fedsim.data.batches import collate
 from fedsim.data.tokens import Template, Tokens, encode, encode_chats
-from fedsim.errors import UserError
+from fedsim.runs.build import prepare
 
 WORDS = ["negative", "neutral", "positive"]
 ROWS = [

@@ -12,15 +12,15 @@ import pytest
 from scipy.stats import chisquare
 
 import fedsim
-from fedsim import plots
-from fedsim.__main__ import main
-from fedsim.build import prepare
+from fedsim.analysis import plots
+from fedsim.cli.main import main
+from fedsim.core.errors import UserError
+from fedsim.core.seeding import stream
 from fedsim.data.batches import Draw
 from fedsim.data.partition import SAMPLED, Partition, VirtualPartition, _splitmix, iid, measure, virtual
-from fedsim.errors import UserError
-from fedsim.progress import Progress
-from fedsim.rounds import Schedule
-from fedsim.seeding import stream
+from fedsim.runs.build import prepare
+from fedsim.runs.progress import Progress
+from fedsim.simulate.rounds import Schedule
 
 ROWS = 40
 MASK = 2**64 - 1

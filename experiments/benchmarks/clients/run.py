@@ -41,10 +41,10 @@ def one_case(overrides: list[str], out: Path, turn: Callable[[], None]) -> None:
         out: file to write.
         turn: returns when the next round may begin.
     """
-    import fedsim.experiment
-    import fedsim.session
-    from fedsim.rounds import run_rounds
-    from fedsim.run_folder import environment
+    import fedsim.runs.run
+    import fedsim.runs.session
+    from fedsim.runs.folder import environment
+    from fedsim.simulate.rounds import run_rounds
 
     exp = fedsim.Experiment.load(HERE / "clients.yaml", overrides)
     rounds: list[dict[str, Any]] = []
@@ -73,9 +73,9 @@ def one_case(overrides: list[str], out: Path, turn: Callable[[], None]) -> None:
         value["rounds_mb"], value["seen"] = peak_mb(), len(state.steps)
         return state
 
-    fedsim.session.run_rounds = timed
+    fedsim.runs.session.run_rounds = timed
     called = time.perf_counter()
-    fedsim.experiment.run(exp, progress=False)
+    fedsim.runs.run.run(exp, progress=False)
     value["process_mb"] = peak_mb()
     value["environment"] = environment([exp.executor.device], exp.executor.threads)
     value["config"] = {k: v for k, v in exp.to_dict().items() if k != "results"}

@@ -125,9 +125,9 @@ def fedsim_side(work: Path, turn: Turn, side: str) -> None:
     """`fedsim.run` as a user calls it; only its round loop waits for its turn, and tells the time of each round."""
     from safetensors.torch import save_file
 
-    import fedsim.experiment
-    import fedsim.session
-    from fedsim.rounds import run_rounds
+    import fedsim.runs.run
+    import fedsim.runs.session
+    from fedsim.simulate.rounds import run_rounds
 
     def in_turns(schedule: Any, algorithm: Any, layout: Any, *args: Any, on_round: Callable, **keys: Any) -> Any:
         def end_of_round(round: int, rows: list[Any]) -> None:
@@ -141,16 +141,16 @@ def fedsim_side(work: Path, turn: Turn, side: str) -> None:
         save_file({n: t.clone() for n, t in layout.views(state.params).items()}, work / f"{side}.safetensors")
         return state
 
-    fedsim.session.run_rounds = in_turns
-    fedsim.experiment.run(fedsim.Experiment.load(work / f"{side}.yaml"))
+    fedsim.runs.session.run_rounds = in_turns
+    fedsim.runs.run.run(fedsim.Experiment.load(work / f"{side}.yaml"))
 
 
 def prepare_side(work: Path, turn: Turn) -> None:
     """Write what the plain loop is handed: rows, the batches of each client and round, shares, settings."""
     import fedsim
-    from fedsim.build import prepare
-    from fedsim.resolve import schedule_of
-    from fedsim.run_folder import environment
+    from fedsim.runs.build import prepare
+    from fedsim.runs.folder import environment
+    from fedsim.runs.resolve import schedule_of
 
     parts = prepare(fedsim.Experiment.load(work / "auto.yaml"))
     exp, schedule = parts.exp, schedule_of(parts, "federated")

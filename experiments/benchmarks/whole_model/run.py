@@ -155,9 +155,9 @@ class Clock:
 
 def clock_engine(*clocks: Clock) -> None:
     """Have fedsim's round loop, in this process, tell the clocks what it does."""
-    import fedsim.rounds as rounds
-    import fedsim.session as session
-    from fedsim.aggregators import WeightedMean
+    import fedsim.runs.session as session
+    import fedsim.simulate.rounds as rounds
+    from fedsim.aggregators.mean import WeightedMean
     from fedsim.executors import SerialExecutor
     from fedsim.training.trainer import Trainer
 
@@ -203,8 +203,8 @@ def make_on_device(device: str) -> None:
     import torch
     import transformers
 
-    import fedsim.build
-    import fedsim.bundle
+    import fedsim.runs.build
+    import fedsim.runs.bundle
     from fedsim.models import base
 
     there = torch.device(device)
@@ -220,7 +220,7 @@ def make_on_device(device: str) -> None:
         model.requires_grad_(False)
         return model.eval()
 
-    tried = fedsim.bundle._tried
+    tried = fedsim.runs.bundle._tried
 
     def tried_there(kind: Callable, *rest: Any) -> str | None:
         def make(model: Any, own: Any, *, task: str, device: Any) -> Any:
@@ -228,12 +228,12 @@ def make_on_device(device: str) -> None:
 
         return tried(make, *rest)
 
-    fedsim.build.load_base, fedsim.bundle._tried = load_base, tried_there
+    fedsim.runs.build.load_base, fedsim.runs.bundle._tried = load_base, tried_there
 
 
 def engine_side(turn: Turn) -> None:
     """`fedsim.run` as a user calls it; the rounds are clocked, and that is all."""
-    import fedsim.experiment as experiment
+    import fedsim.runs.run as experiment
 
     message = turn.hear()
     wall, cpu = Clock(), Clock(time.process_time)
@@ -304,14 +304,15 @@ def bandwidth_side(turn: Turn) -> None:
     import torch
     import transformers
 
-    from fedsim import Experiment, rounds
-    from fedsim.aggregators import WeightedMean
+    from fedsim import Experiment
+    from fedsim.aggregators.mean import WeightedMean
     from fedsim.algorithms import ALGORITHMS
-    from fedsim.params import Layout
-    from fedsim.resolve import recipe_of
-    from fedsim.store import Records
+    from fedsim.core.params import Layout
+    from fedsim.core.store import Records
+    from fedsim.core.types import Pack, Partial, Share, Task
+    from fedsim.runs.resolve import recipe_of
+    from fedsim.simulate import rounds
     from fedsim.training.trainer import Trainer, _Part
-    from fedsim.types import Pack, Partial, Share, Task
 
     message = turn.hear()
     torch.set_num_threads(message["threads"])
@@ -417,9 +418,9 @@ def make_cell(config: str, overrides: list[str], base: str, out: str, rows: int)
         rows: of the training split; a few more validate.
     """
     from fedsim import Experiment
-    from fedsim.build import draw_of, load_source, prepare
+    from fedsim.core.seeding import stream
     from fedsim.data.tokens import Template
-    from fedsim.seeding import stream
+    from fedsim.runs.build import draw_of, load_source, prepare
 
     exp, folder = Experiment.load(config, overrides), Path(out)
     tokens = exp.data.max_length

@@ -1,0 +1,1 @@
+"""Reading, comparing and drawing runs; needs no torch."""

@@ -1,0 +1,1 @@
+"""The typed config of an experiment, its keys and its errors."""

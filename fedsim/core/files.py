@@ -1,0 +1,330 @@
+"""Files of a run folder: written whole and never through a link, read only if they are regular files, and checked for damage.
+
+A run folder may come from somebody else, who may have put links to other files of the user into it; `check_own` refuses
+them before anything is written. What a run wrote is recorded with sizes and checksums in its `checkpoints/`; `damage` names
+what differs. A run folder without `checkpoints/` has no such records and is read as it is. This module needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import warnings
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fedsim.core.errors import Notice, UserError
+
+SMALL = 1 << 24  # bytes up to which a file is read to find damage at every start; larger ones are compared by size
+_CHECK = re.compile(rb', "check": "([0-9a-f]{64})"\}\s*\Z')
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def check_own(folder: Path, below: Path | None = None, names: Iterable[str] | None = None) -> None:
+    """Refuse to write into a folder that holds a way out of it.
+
+    Args:
+        folder: looked through as a whole; need not exist.
+        names: files and folders in it that will be written, where it also holds others'; None = everything.
+        below: if `folder` lies in this one, which may be a link, the folders between the two must be none either.
+
+    Raises:
+        UserError: it is, or holds, a symbolic link, a file with a second name (hard link), a pipe, a socket or a device.
+    """
+    folder = folder.absolute()
+    between = [] if below is None else [p for p in folder.parents if below.absolute() in p.parents]
+    tops = [folder] if names is None else [folder / name for name in names]
+    for place in [*reversed(between), folder, *tops]:
+        _check_plain(place)
+    for at, folders, files in (found for top in tops for found in os.walk(top)):
+        for name in (*folders, *files):
+            _check_plain(Path(at, name))
+
+
+def _check_plain(place: Path) -> None:
+    try:
+        about = place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return  # another process has just removed it
+    kind = _special(about.st_mode)
+    if stat.S_ISLNK(about.st_mode):
+        kind = "a symbolic link"
+    elif stat.S_ISREG(about.st_mode) and about.st_nlink > 1:
+        kind = "a hard link to a file that has another name, too"
+    if kind is not None:
+        way = "remove it, replace it by a copy, or use another folder"
+        raise UserError(f"{place} is {kind}; fedsim writes only to files and folders of its own: {way}")
+
+
+def _special(mode: int) -> str | None:
+    """What a file is that can be neither read nor written to its end."""
+    kinds = {
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part; a link in its place is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.unlink(missing_ok=True)
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(path)
+        sync_folder(path.parent)
+    except BaseException:  # a full disk gets its room back
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_figure(path: Path, figure: Any, dpi: int, metadata: dict[str, Any] | None = None) -> Path:
+    """Write a matplotlib figure as `write_atomic` does, in the format that its name says."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=dpi, format=path.suffix[1:], metadata=metadata)
+    write_atomic(path, data.getvalue())
+    return path
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, so that a file that names another is never there without it."""
+    with contextlib.suppress(OSError):  # some file systems cannot
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def follow_umask(*files: Path) -> None:
+    """Give files the mode of newly created ones: safetensors makes its own readable by their owner alone."""
+    for folder in {file.parent for file in files}:
+        probe = folder / f".mode.{os.getpid()}"
+        handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # asking for the umask would change it
+        try:
+            mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        finally:
+            os.close(handle)
+            probe.unlink()
+        for file in files:
+            if file.parent == folder:
+                file.chmod(mode)
+
+
+def write_checked(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object whole, ended by a hash of what stands before: one wrong digit is found."""
+    text = json.dumps(value).encode()
+    check = hashlib.sha256(text).hexdigest()
+    write_atomic(path, text[:-1] + f', "check": "{check}"}}'.encode())
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+_NUMBER, _NONE = (int, float), type(None)
+_HOLDS: dict[str, dict[str, Any]] = {  # what readers rely on; any of it may be missing
+    "status.json": {"state": str, "rounds": int, "seconds": _NUMBER},
+    "partition.json": {
+        **{"num_clients": int, "rows": int, "js_mean": (*_NUMBER, _NONE), "size_gini": (*_NUMBER, _NONE)},
+        **{"client_names": [str], "class_names": [str], "class_counts": [[int]], "sizes": [int]},
+        **{"js": [(*_NUMBER, _NONE)]},
+    },
+    "environment.json": {"devices": [str], "gpus": [str], "versions": dict, "commit": (str, _NONE)},
+}
+
+
+def read_file(path: Path) -> bytes:
+    """A file's content.
+
+    Raises:
+        OSError: there is no such file.
+        UserError: it is a pipe, a socket or a device, which might have no end.
+    """
+    if kind := _special(path.stat().st_mode):
+        raise UserError(f"{path} is {kind}, not a regular file; remove it")
+    return path.read_bytes()
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: there is no such file.
+        UserError: it is not JSON, or holds something other than a `kind`.
+    """
+    way = "restore the file, or do the run again"
+    try:
+        value = json.loads(read_file(path).decode())
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())[:200]}); {way}") from None
+    if not isinstance(value, kind):
+        names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+        found = names.get(type(value), "a number")
+        raise UserError(f"{path}: holds {found} instead of {names[kind]}; {way}")
+    for key, like in _HOLDS.get(path.name, {}).items():
+        if key in value and not _fits(value[key], like):
+            raise UserError(f"{path}: {key}: {str(value[key])[:60]!r} is nothing that a run writes there; {way}")
+    return value
+
+
+def _fits(value: Any, like: Any) -> bool:
+    if isinstance(like, list):
+        return isinstance(value, list) and all(_fits(one, like[0]) for one in value)
+    return isinstance(value, like)
+
+
+def read_checked(path: Path) -> dict[str, Any] | None:
+    """What `write_checked` wrote; None where it is missing or not what it was."""
+    try:
+        data = read_file(path)
+        found = _CHECK.search(data)
+        if found is None:
+            return None
+        text = data[: found.start()] + b"}"
+        value = json.loads(text) if hashlib.sha256(text).hexdigest().encode() == found[1] else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+def record(run: Path, places: Iterable[str]) -> dict[str, list[int]]:
+    """Size and CRC-32 of these files, and of those in these folders; by path in the run folder."""
+    out = {}
+    for place in places:
+        found = run / place
+        for file in sorted(found.iterdir()) if found.is_dir() else [found]:
+            if file.is_file():
+                out[file.relative_to(run).as_posix()] = [file.stat().st_size, _crc32(file)]
+    return out
+
+
+def differing(run: Path, recorded: dict[str, list[int]], most: int | None = None) -> list[str]:
+    """Which of these files are missing or not what they were; those of more than `most` bytes by size alone."""
+    out = []
+    for name, (size, crc) in recorded.items():
+        file, large = run / name, most is not None and size > most
+        try:
+            whole = file.is_file() and file.stat().st_size == size and (large or _crc32(file) == crc)
+        except OSError:
+            whole = False
+        if not whole:
+            out.append(name)
+    return out
+
+
+def recorded(run: Path) -> dict[str, list[int]]:
+    """What `record` found when the run finished; {} for a run that has not, or that has no such records."""
+    held = run / "checkpoints"
+    finished = read_checked(held / "files.json")
+    return {} if finished is None else (read_checked(held / "init.json") or {}) | finished
+
+
+def damage(run: Path, most: int | None = SMALL) -> list[str]:
+    """Files of a finished run that are missing or not what they were, as `differing`; with the records themselves."""
+    records = sorted(f for pattern in ("*.json", "*/*.json") for f in (run / "checkpoints").glob(pattern))
+    records += [run / "checkpoints" / "files.json"] if records else []
+    broken = [f.relative_to(run).as_posix() for f in records if read_checked(f) is None]
+    return list(dict.fromkeys([*differing(run, recorded(run), most), *broken]))
+
+
+def warn_of_damage(run: Path, *names: str) -> None:
+    """A `Notice` for each of these files of a finished run that is not what the run wrote."""
+    known = recorded(run)
+    for name in differing(run, {name: known[name] for name in names if name in known}):
+        warn_damaged(run, name)
+
+
+def warn_damaged(run: Path, name: str, about: str = "") -> None:
+    """A `Notice` that a file of a run is damaged."""
+    way = f"fedsim run {run / 'config.yaml'} --resume {run} makes it again"
+    warnings.warn(f"{run / name} was changed or damaged after the run wrote it{about}; {way}", Notice, stacklevel=4)
+
+
+def warn_of_damaged_rows(run: Path) -> None:
+    """A `Notice` for each mode whose rows in `metrics.jsonl` are not those that its last checkpoint, or its end, recorded."""
+    for mode in sorted(p for p in (run / "checkpoints").glob("*") if p.is_dir()):
+        if (mode / "rows.jsonl").exists():  # an earlier mode is being trained again, and these rows move
+            continue
+        newest_first = [mode / "done.json", *sorted(mode.glob("round-*.json"), reverse=True)]
+        info = next(filter(None, map(read_checked, newest_first)), None)
+        if info is None:
+            continue
+        begin, end = info["metrics_begin"], info["metrics_bytes"]
+        rows = read_file(run / "metrics.jsonl")[begin:end]
+        if hashlib.sha256(rows).hexdigest() != info["metrics_sha256"]:
+            warn_damaged(run, "metrics.jsonl", f" (the rows of {mode.name})")
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb") as handle:
+        while data := handle.read(1 << 22):
+            found = zlib.crc32(data, found)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ clients' folders
+
+CLIENT_FOLDERS = "client_folders.json"  # folder -> client id, of those that differ
+_LONGEST = 255 - len("..1234567")  # bytes of a name; while it is written there is a dot in front and .PID behind
+
+
+def folder_names(clients: Iterable[str]) -> dict[str, str]:
+    """A folder's name for each client id: the id itself where it is a plain name, else its plain characters and a hash.
+
+    Args:
+        clients: all ids of a run; no two get the same name.
+    """
+    clients = list(clients)
+    out = {client: client for client in clients if _plain_name(client) == client}
+    taken = set(out)
+    for client in clients:
+        if client in out:
+            continue
+        digest = hashlib.sha256(client.encode(errors="surrogatepass")).hexdigest()
+        start = _plain_name(client)[:60].encode()[:170].decode(errors="ignore")
+        name = next(n for length in (8, 64) if (n := f"{start}-{digest[:length]}") not in taken)
+        out[client] = name
+        taken.add(name)
+    return out
+
+
+def client_folders(run: Path) -> dict[str, str]:
+    """Folder in `local/` -> client id, of those clients whose folders have other names."""
+    try:
+        return read_json(run / CLIENT_FOLDERS)
+    except FileNotFoundError:
+        return {}
+
+
+def model_name(place: str, clients: dict[str, str]) -> str:
+    """A model's folder in a run as it is shown: with the client's id, by `client_folders`."""
+    top, *rest = place.split("/")
+    return "/".join(
+        [top, *(clients.get(part, part) if top == "local" and i == 0 else part for i, part in enumerate(rest))]
+    )
+
+
+def _plain_name(client: str) -> str:
+    """The characters of an id that any file system takes, none of them in front that hides a folder."""
+    name = re.sub(r"[^\w.+-]", "_", client).strip(".") or "_"
+    return name if len(name.encode()) <= _LONGEST else name.encode()[:_LONGEST].decode(errors="ignore")

@@ -1,0 +1,1 @@
+"""Runs: from a config to a run folder, and sweeps of them."""

@@ -1,0 +1,202 @@
+"""What a sweep's file asks for: its experiments and where they run. Reading it brings no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsim.config.experiment import Experiment, expand_path, read_yaml, results_of
+from fedsim.config.schema import plain
+from fedsim.core.errors import UserError
+
+_NOT_SWEPT = {
+    "name": "the runs of a sweep lie in one folder",
+    "results": "the runs of a sweep lie in one folder",
+    "rounds": "it is no part of a run's id, so two numbers of rounds are one run; use sweeps of other names",
+    "executor": "no number depends on it; give devices, workers and threads beside the grid",
+    "tracking": "no number depends on it; set it in the experiment",
+    "checkpoint": "no number depends on it; set it in the experiment",
+    "aggregation": "no number depends on it; set it in the experiment",
+}
+_MOST = 20_000  # runs of a grid; more is a slip, and takes minutes to be read
+_KEYS = ("name", "experiment", "grid", "list", "devices", "workers", "threads", "together")
+
+
+@dataclass
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        settings: what is changed in the experiment: dotted key -> value.
+        exp: the experiment with it.
+        path: its run folder, once the data is known; None before, and where that failed.
+        state: waiting | running | finished | failed.
+        reason: why it failed, in a line.
+        skipped: whether it was finished before.
+        seconds: wall-clock in this call.
+    """
+
+    settings: dict[str, Any]
+    exp: Experiment
+    path: Path | None = None
+    state: str = "waiting"
+    reason: str | None = None
+    skipped: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep's file asks for.
+
+    Attributes:
+        name: folder of its runs under `results`.
+        keys: the swept keys, in the order of the file.
+        settings: of each run: dotted key -> value.
+        experiments: of each run.
+        devices: where runs go; "auto" = all CUDA devices, else the CPU.
+        workers: processes; None = one a device, on the CPU as many as cores.
+        threads: CPU threads of each worker; None = the cores shared out.
+        together: runs whose packs a worker puts side by side into the same passes, where they allow it.
+    """
+
+    name: str
+    keys: list[str]
+    settings: list[dict[str, Any]]
+    experiments: list[Experiment]
+    devices: list[str] | str = "auto"
+    workers: int | None = None
+    threads: int | None = None
+    together: int = 1
+
+    @property
+    def path(self) -> Path:
+        """The sweep's folder."""
+        return results_of(self.experiments[0]) / self.name
+
+    @classmethod
+    def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+        """The sweep of a YAML file.
+
+        `experiment` is an experiment's file (looked up from the sweep's folder) or its sections; `grid` maps keys to lists of
+        values, of which every combination is run, or is a list of such grids; `list` holds single settings. A value may be
+        a whole section.
+
+        Args:
+            file: the YAML file.
+            overrides: `key=value` for the experiment, under what the sweep sets.
+
+        Raises:
+            UserError: for anything in it that cannot be, with the settings of the run that is concerned.
+        """
+        path = Path(expand_path(str(file), "FILE"))
+        return cls.from_dict(read_yaml(path), path, overrides)
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any], file: str | Path = "sweep", overrides: Sequence[str] = ()) -> Sweep:
+        """The sweep of what such a file holds; `file` is named in errors, paths are looked up from its folder."""
+        path = Path(file)
+        for key in tree:
+            if key not in _KEYS:
+                near = difflib.get_close_matches(str(key), _KEYS, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise UserError(f"{path}: {key!r} is no key of a sweep; {hint}it takes: {', '.join(_KEYS)}")
+        found = tree.get("experiment")
+        if isinstance(found, str):
+            at = (
+                path.parent / found
+                if (path.parent / found).is_file()
+                else Path(expand_path(found, f"{path}: experiment"))
+            )
+            base, folder = read_yaml(at), at.resolve().parent
+        elif isinstance(found, dict):
+            base, folder = found, path.resolve().parent
+        else:
+            raise UserError(f"{path}: experiment: {found!r} is neither an experiment's file nor its sections")
+        settings = list(_settings(path, tree))
+        if not settings:
+            raise UserError(f"{path}: names no run; give grid: {{key: [values]}} or list: [{{key: value}}]")
+        name = tree.get("name") or base.get("name") or path.stem
+        asked, settings, experiments = settings, [], []
+        for one in asked:
+            try:
+                exp = Experiment.from_tree({**base, "name": str(name)}, folder, overrides, one)
+                settings += [one] if exp.seeds is None else [{**one, "seed": seed} for seed in exp.seeds]
+                experiments += seed_by_seed(exp)
+            except UserError as error:
+                raise UserError(f"{path}, run with {said(one) or 'no setting'}: {error}") from None
+        devices, workers, threads, together = (tree.get(k) for k in ("devices", "workers", "threads", "together"))
+        for key, value in (("workers", workers), ("threads", threads), ("together", together)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024):
+                raise UserError(
+                    f"{path}: {key}: {value!r} is no whole number from 1 to 1024; give one, or leave it out"
+                )
+        if devices not in (None, "auto") and not (
+            isinstance(devices, list) and all(isinstance(d, str) for d in devices)
+        ):
+            raise UserError(f"{path}: devices: {devices!r} is no list of devices, e.g. [cuda:0, cuda:1]; or auto")
+        if devices == []:
+            raise UserError(f"{path}: devices: [] is empty; give [cpu] or [cuda:0, ...]")
+        keys = list(dict.fromkeys(key for one in settings for key in one))
+        for section, why in _NOT_SWEPT.items():
+            if len({repr(plain(getattr(exp, section))) for exp in experiments}) > 1:
+                raise UserError(f"{path}: {section!r} cannot be swept: {why}")
+        asked = experiments[
+            0
+        ].executor  # what the experiment says of devices and threads holds where the sweep says nothing
+        given = getattr(asked, "devices", "auto")
+        one = getattr(asked, "device", "auto")
+        devices = devices or (given if given != "auto" else "auto" if one == "auto" else [one])
+        return cls(str(name), keys, settings, experiments, devices, workers, threads or asked.threads, together or 1)
+
+
+def seed_by_seed(exp: Experiment) -> list[Experiment]:
+    """The experiment once for each of its seeds."""
+    return [exp] if exp.seeds is None else [dataclasses.replace(exp, seeds=None, seed=seed) for seed in exp.seeds]
+
+
+def _settings(path: Path, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    grids, single = tree.get("grid") or [], tree.get("list") or []
+    if isinstance(grids, dict):
+        grids = [grids]
+    if not isinstance(grids, list) or not isinstance(single, list):
+        raise UserError(
+            f"{path}: grid is a mapping of keys to lists of values (or a list of such), list a list of settings"
+        )
+    for grid in grids:
+        if not isinstance(grid, dict):
+            raise UserError(f"{path}: grid: {grid!r} is no mapping of keys to lists of values")
+        for key, values in grid.items():
+            if values == []:
+                raise UserError(f"{path}: grid.{key}: [] is empty; give one value or more, or leave the key out")
+            if not isinstance(values, list):
+                raise UserError(f"{path}: grid.{key}: {values!r} is no list of values; write [{values}]")
+        if (count := math.prod(map(len, grid.values()))) > _MOST:
+            raise UserError(
+                f"{path}: grid: {count} combinations are more than {_MOST} runs; divide it into several sweeps"
+            )
+        for values in itertools.product(*grid.values()):
+            yield dict(zip(grid, values, strict=True))
+    for one in single:
+        if not isinstance(one, dict):
+            raise UserError(f"{path}: list: {one!r} is no setting; write {{key: value}}")
+        yield one
+
+
+def said(settings: Mapping[str, Any]) -> str:
+    """Settings in a few words: `alpha=0.1 seed=2`."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + " ".join(f"{k}={text(v)}" if k != "name" else str(v) for k, v in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ",".join(text(v) for v in value) + "]"
+        return str(value)
+
+    return " ".join(f"{key}={text(value)}" for key, value in settings.items())
