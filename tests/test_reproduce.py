@@ -168,7 +168,7 @@ def test_a_run_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert module.score(tmp_path, ["piqa"], None) is None and len(calls) == 2, "of all items they are not"
     assert module.score(tmp_path, ["piqa", "arc"], 5) is None and len(calls) == 3
     (tmp_path / "eval.json").write_text("[]")
-    assert "not the scores of fedsim eval" in str(module.score(tmp_path, ["piqa"], 5)) and len(calls) == 3
+    assert "holds a list instead of an object" in str(module.score(tmp_path, ["piqa"], 5)) and len(calls) == 3
 
 
 @pytest.mark.parametrize(
