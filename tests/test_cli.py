@@ -102,13 +102,13 @@ def test_run_makes_a_run_folder_and_prints_the_table_and_the_figures(finished: F
     assert {Path(f).name for f in figures} >= {"accuracy.png", "loss.png", "partition.png", "examples.md"}
     assert all((finished.root / f).stat().st_size > 100 for f in figures), "whole paths, whatever the terminal's width"
     for row in ("local site-1", "local site-2", "local mean", "federated"):
-        assert sum(line.startswith(row) for line in done.stdout.splitlines()) == 4, f"{row} in each table"
+        assert sum(line.startswith(f"{row}  ") for line in done.stdout.splitlines()) == 4, f"{row} in each table"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     merged = [r for r in rows if r["scope"] == "federated" and r["client"] is None and r["split"] == "validation"]
     assert [r["round"] for r in merged if r["name"] == "accuracy"] == [0, 1, 2]
-    last = [r["value"] for r in merged if r["name"] == "accuracy"][-1]
-    (line,) = [x for x in done.stdout.partition("macro_f1 of")[0].splitlines() if x.startswith("federated")]
-    assert line.split()[1] == f"{last:.4f}", "the table shows the metrics file's number"
+    (line,) = [x for x in done.stdout.partition("macro_f1 of")[0].splitlines() if x.startswith("federated  ")]
+    (chosen,) = [r["value"] for r in merged if r["name"] == "accuracy" and r["round"] == int(line.split()[1])]
+    assert line.split()[2] == f"{chosen:.4f}", "the table shows the metrics file's number of that round"
 
 
 def test_a_run_leaves_no_temporary_file(finished: Finished) -> None:
@@ -122,7 +122,7 @@ def test_progress_goes_to_standard_error_in_plain_lines_where_there_is_no_termin
         for number in (1, 2):
             assert sum(line.split()[:3] == [mode, "round", f"{number}/2"] for line in lines) == 1
     assert any("parameters are trained" in line and "a client sends" in line for line in lines)
-    assert "Warning" not in finished.done.stderr and "round" not in finished.done.stdout
+    assert "Warning" not in finished.done.stderr and "round 1/2" not in finished.done.stdout
 
 
 def test_the_same_command_finds_the_finished_run(

@@ -304,7 +304,7 @@ def test_a_run_that_fails_in_a_worker_names_the_client_and_goes_on_in_serial(
     federated = {**ALL, "modes": ["federated"], "name": "fails", "training": {"lanes": 1}}
     pool = {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(fedsim.session, "Bundle", Failing)
+        patch.setattr(fedsim.runs.session, "Bundle", Failing)
         with pytest.raises(ClientError) as caught:
             lab.run(**{**federated, "executor": pool})
     text = str(caught.value)
@@ -332,7 +332,7 @@ def test_a_script_without_a_main_guard_may_use_the_pool(lab: Any) -> None:
     exp = lab.tree(name="script", executor={"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1})
     script = lab.root / "script.py"
     script.write_text(
-        "import pathlib, fedsim, fedsim.plots\n"
+        "import pathlib, fedsim\n"
         "fedsim.plots.save_figures = lambda folder: []\n"
         f"pathlib.Path({str(lab.root / 'ran')!r}).open('a').write('x')\n"
         f"print(fedsim.run({exp!r}, progress=False).path)\n"

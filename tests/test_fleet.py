@@ -101,11 +101,18 @@ def test_every_method_side_by_side(plan: Any, lab: Any, distance: Any, kind: str
 
 def lanes_of_passes(monkeypatch: pytest.MonkeyPatch, most: int = 99) -> tuple[list[int], list[int]]:
     """Lanes of every training pass and of every scoring pass from now on; more than `most` train out of memory."""
-    trained, scored = [], []
-    backward, score = Trainer._backward, Trainer._score
+    trained, scored, measuring = [], [], []
+    backward, score, measure = Trainer._backward, Trainer._score, Trainer.measure
+
+    def spy_measure(self: Trainer, *args: Any) -> Any:
+        measuring.append(True)
+        try:
+            return measure(self, *args)
+        finally:
+            measuring.pop()
 
     def spy_backward(self: Trainer, batches: Any) -> Any:
-        if len(batches) > 1:  # one is how the planner measures
+        if not measuring:
             trained.append(len(batches))
         if len(batches) > most:
             raise MemoryError
@@ -115,6 +122,7 @@ def lanes_of_passes(monkeypatch: pytest.MonkeyPatch, most: int = 99) -> tuple[li
         scored.append(len(weights))
         return score(self, weights, *args, **keys)
 
+    monkeypatch.setattr(Trainer, "measure", spy_measure)
     monkeypatch.setattr(Trainer, "_backward", spy_backward)
     monkeypatch.setattr(Trainer, "_score", spy_score)
     return trained, scored

@@ -286,7 +286,7 @@ def test_lanes_are_resolved_once(lab: Any, monkeypatch: pytest.MonkeyPatch, aske
     (folder,) = (lab.root / "results" / "lab").iterdir()
     before = plan_of(folder)
     assert before["packed"] and 1 <= before["lanes"] <= 4 and bool(before["measured"]) == (asked == "measure")
-    monkeypatch.setattr(fedsim.session, "choose_lanes", lambda *args, **keys: pytest.fail("chosen again"))
+    monkeypatch.setattr(fedsim.runs.session, "choose_lanes", lambda *args, **keys: pytest.fail("chosen again"))
     assert lab.run(**keys) == folder
     assert plan_of(folder) == before
     memory = json.loads((folder / "memory.json").read_text())

@@ -106,14 +106,14 @@ class Late(Bundle):
 def test_any_number_of_workers_whoever_is_first(
     workers: int, lab: Any, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedsim.session, "Bundle", Late)
+    monkeypatch.setattr(fedsim.runs.session, "Bundle", Late)
     pool = {"name": "pool", "devices": ["cpu"], "workers": workers, "threads": 1}
     agree(lab, plain, lab.run(name=f"pool-{workers}", **{**UNEVEN, "executor": pool, "training": {"lanes": 2}}))
 
 
 def test_large_updates_in_any_order(lab: Any, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that go straight into the one sum; every pack is of one client, the longest is the last to be ready."""
-    monkeypatch.setattr(fedsim.session, "Bundle", Late)
+    monkeypatch.setattr(fedsim.runs.session, "Bundle", Late)
     monkeypatch.setattr("fedsim.executors.pool._SLOTS_BELOW", 0)
     pool = {"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1}
     alone = {**UNEVEN, "modes": ["federated"], "training": {"lanes": 1}, "evaluate": {"clients": False}}
@@ -150,7 +150,7 @@ def test_a_notebook_whose_torch_is_set_otherwise(lab: Any, plain: Path) -> None:
     from nbclient import NotebookClient
 
     cells = [
-        "import random, numpy as np, torch, fedsim, fedsim.plots\nfedsim.plots.save_figures = lambda folder: []",
+        "import random, numpy as np, torch, fedsim\nfedsim.plots.save_figures = lambda folder: []",
         "random.seed(5); np.random.seed(5); torch.manual_seed(5); torch.set_default_dtype(torch.float64)",
         f"torch.set_grad_enabled(False)\nrun = fedsim.run({lab.tree(name='cell', **UNEVEN)!r})\nprint(run.path)",
     ]

@@ -95,7 +95,7 @@ def test_rounds_since_the_last_checkpoint_are_done_again(
 def test_a_run_killed_amid_its_rows_gives_the_same_bits(lab: Any, whole: Any) -> None:
     """SIGKILL in a process of its own, when half of the rows of federated round 2 are in the file."""
     script = (
-        "import os, signal, fedsim, fedsim.run_folder as rf\n"
+        "import os, signal, fedsim, fedsim.runs.folder as rf\n"
         "log = rf.RunFolder.log\n"
         "def killed(self, rows, seconds):\n"
         "    rows = list(rows)\n"

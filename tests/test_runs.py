@@ -427,7 +427,7 @@ def test_traces_on_the_sites_own_rows() -> None:
 
 def test_reading_and_plotting_need_no_torch() -> None:
     heavy = "('torch', 'transformers', 'matplotlib.pyplot')"
-    code = f"import sys, fedsim.runs, fedsim.plots; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, fedsim.analysis.load, fedsim.analysis.plots; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

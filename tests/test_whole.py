@@ -41,7 +41,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
         def recipe(exp: Any) -> Any:
             return dataclasses.replace(original(exp), chunk=elements)
 
-        monkeypatch.setattr(fedsim.session, "recipe_of", recipe)
+        monkeypatch.setattr(fedsim.runs.session, "recipe_of", recipe)
 
     return cut
 
@@ -344,7 +344,7 @@ def test_a_large_model_gives_the_same_bits_in_serial_and_in_a_pool(
         monkeypatch.setattr(place, 0)
     pieces(2 * ALIGN)
     # Workers are new processes: they learn of it as they start.
-    (lab.root / "sitecustomize.py").write_text("import fedsim.aggregators.mean\nfedsim.aggregators.LARGE = 0\n")
+    (lab.root / "sitecustomize.py").write_text("import fedsim.aggregators.mean\nfedsim.aggregators.mean.LARGE = 0\n")
     root = str(Path(fedsim.__file__).parent.parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(lab.root), root]))
     keys = {**TWO, "partition": {"name": "iid", "num_clients": 3}, "rounds": 2}

@@ -581,6 +581,9 @@ def test_paths_without_models_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model.task is sequence_classification"):
         find_models(save_run(tmp_path / "classifier", {}, task="sequence_classification"))
     put(tmp_path / "peft" / "adapter_config.json", "no JSON")
+    with pytest.raises(UserError, match="adapter_config.json: not JSON"):
+        find_models(tmp_path / "peft")
+    put(tmp_path / "peft" / "adapter_config.json", "{}")
     with pytest.raises(UserError, match="names no base model; give it with --base-path"):
         find_models(tmp_path / "peft")
     assert names(tmp_path / "peft", base_path="tiny") == ["base", str(tmp_path / "peft")]

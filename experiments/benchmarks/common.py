@@ -527,7 +527,7 @@ class MergeClock:
         from fedsim.aggregators.mean import WeightedMean
 
         self.seconds, self._on = 0.0, False
-        for owner, name in ((WeightedMean, "zero"), (WeightedMean, "add"), (fedsim.rounds, "_merge")):
+        for owner, name in ((WeightedMean, "zero"), (WeightedMean, "add"), (fedsim.simulate.rounds, "_merge")):
             function = getattr(owner, name)
             setattr(owner, name, self._timed(getattr(function, "original", function)))
         object.__setattr__(algorithm, "client_update", self._timed(algorithm.client_update))

@@ -238,7 +238,7 @@ def sweep(
         _table(cells(table), f"{len(finished)} of {len(jobs)} run(s) in {done.path}{said_of}", swept_keys(table))
         for name in ("table.csv", "table.parquet", "cells.csv"):
             print(done.path / name)
-        for figure in sorted(f for f in (done.path / "figures").iterdir() if f.suffix[1:] in kinds):
+        for figure in sorted(f for f in (done.path / "figures").glob("*") if f.suffix[1:] in kinds):
             print(figure)
     if failed:
         print(f"\n{len(failed)} of {len(jobs)} run(s) failed:", file=sys.stderr)
