@@ -219,8 +219,12 @@ class Session:
 
     def _compare_environment(self, now: dict[str, Any]) -> None:
         """Say where rounds that are done were computed otherwise than those to come."""
-        before = self.folder.read_json("environment.json")
-        if not isinstance(before, dict) or not any(self.folder.checkpoints(mode) for mode in self._modes()):
+        file = self.folder.path / "environment.json"
+        if not file.exists() or not any(self.folder.checkpoints(mode) for mode in self._modes()):
+            return
+        before = self.folder.read_json(file.name)
+        if before is None:
+            self.show.warn("environment.json: damaged, so what the rounds before were computed with cannot be told")
             return
 
         def of(about: dict[str, Any]) -> dict[str, Any]:
@@ -232,11 +236,7 @@ class Session:
                 n: found.get(n) for n in ("torch", "transformers", "peft")
             }
 
-        try:
-            old, new = of(before), of(now)
-        except (TypeError, AttributeError):
-            self.show.warn("environment.json: damaged, so what the rounds before were computed with cannot be told")
-            return
+        old, new = of(before), of(now)
         unlike = [f"{k} {old[k]} then, {new[k]} now" for k in old if k in new and old[k] != new[k]]
         if unlike:
             self.show.warn(f"goes on elsewhere, so the last bits may differ from those of one go: {'; '.join(unlike)}")
