@@ -316,7 +316,7 @@ CASES: list[Case] = [
     *((f"empty argument {i}", None, command, "an argument is empty; give a value, or leave it out")
       for i, command in enumerate((["run", ""], ["partition", "e.yaml", "--out", ""], ["plot", ""], ["plot", ".", "--out="], ["diff", "", "x"], ["eval", ""], ["list", ""], ["run", "e.yaml", " "]))),
     ("clients beyond memory", None, ["partition={name: dirichlet, num_clients: 500000000, alpha: 1, min_rows: 0}"],
-     "partition.num_clients: 500000000 is above 1000000; .*partition.name=virtual"),
+     "partition.num_clients: 500000000 is above 1,000,000; .*partition.name=virtual"),
     # ---- bases
     ("no weights", base(change=without("*.safetensors")), [M], "model.path: '.*m' holds no .safetensors weights; give"),
     ("no config", base(change=without("config.json")), [M], "has no config.json; give a folder that save_pretrained wrote"),
@@ -353,7 +353,7 @@ CASES: list[Case] = [
     ("nothing for lora", base("mamba"), [M, LORA], "'auto' finds no attention input projection .*name some of dt_proj"),
     ("prefix without heads", base("mamba"), [M, "adapter={name: prefix}"], "'prefix' cannot be put on this base .mamba."),
     ("method that trains nothing", base("gpt2"), [M, "adapter={name: osf}"], "'osf' finds nothing to train on this base .gpt2."),
-    ("key of another kind", base(), [M, "adapter={name: loha, r: x}"], "'loha' cannot be put on this base"),
+    ("key of another kind", base(), [M, "adapter={name: loha, r: x}"], "adapter.r: 'x' is not a whole number"),
     ("method unknown", None, ["adapter={name: loora}"], "adapter.name: 'loora' is not known; did you mean lora"),
     ("adapter without end", base(), [M, LORA, "adapter.r=1000000000000"], "r=1000000000000 needs more memory than there is"),
     ("empty start", None, ["adapter={name: prompt, init_text: ' '}"], "adapter.init_text: ' ' is empty"),

@@ -277,8 +277,8 @@ class Session:
         sixteen = exp.model.dtype in ("bfloat16", "float16")
         self.show.note(f"loading {exp.model.path}")
         model = self.shared.base(parts)
-        if model.head_note is not None:
-            self.show.note(model.head_note)
+        if note := getattr(model, "head_note", None):
+            self.show.note(note)
         (self.folder.path / "checkpoints").mkdir(exist_ok=True)
         settings = exp.to_dict()["adapter"]
         settings.pop("name")
