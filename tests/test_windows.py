@@ -170,7 +170,7 @@ def test_padded_batches_and_lanes_are_rows_alone(kind: str, method: str) -> None
 def test_pads_on_either_side_leave_no_trace(tmp_path: Path, kind: str, dtype: str) -> None:
     """As the base is loaded: generation pads on the left, where the first pads attend to nothing at all."""
     base(kind).save_pretrained(tmp_path)
-    model = load_base(find(str(tmp_path)), task="causal_lm", dtype=dtype, num_labels=None, pad_token_id=0, seed=0)
+    model = load_base(find(str(tmp_path)), task="causal_lm", dtype=dtype, labels=None, pad_token_id=0, seed=0)
     width = max(LENGTHS)
     for side in ("left", "right"):
         places = [slice(width - n, None) if side == "left" else slice(n) for n in LENGTHS]
