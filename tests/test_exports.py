@@ -194,7 +194,7 @@ def test_virtual_tokens_are_as_wide_as_the_embeddings(lab: Any, kind: str, name:
     folder, heads = str(lab.root / kind), kind == "electra"
     size = {"vocab_size": 1536, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 1}
     config = (
-        ElectraConfig(**size, embedding_size=16, intermediate_size=64)
+        ElectraConfig(**size, embedding_size=16, intermediate_size=64, num_labels=3)
         if heads
         else OPTConfig(**size, word_embed_proj_dim=16, ffn_dim=64, max_position_embeddings=256, eos_token_id=0)
     )
