@@ -76,6 +76,16 @@ def _config(kind: str) -> Any:
     if kind == "deberta":  # keys are made of embeddings of distances, too
         how = {"relative_attention": True, "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
         return tf.DebertaV2Config(**far, **how, max_relative_positions=-1, num_labels=len(LABELS))
+    if kind == "xlnet":  # its head reads the last position, not the first
+        return tf.XLNetConfig(
+            vocab_size=1536,
+            d_model=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            d_inner=64,
+            pad_token_id=1,
+            num_labels=len(LABELS),
+        )
     if kind == "mixtral":
         return tf.MixtralConfig(**far, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
     if kind == "bloom":  # position by ALiBi, inside the attention
@@ -109,7 +119,7 @@ class Lab:
 
         folder = self.shared / kind
         if not folder.is_dir():
-            encoder = kind in ("bert", "roberta", "distilbert", "deberta")
+            encoder = kind in ("bert", "roberta", "distilbert", "deberta", "xlnet")
             auto = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(11)

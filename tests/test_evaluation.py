@@ -184,6 +184,20 @@ def test_heads_are_scored_row_by_row(lab: Any, kind: str, name: str) -> None:
     assert reported(lab, run, 1) == pytest.approx(by_head(model, tok, lab.rows["validation"]), rel=1e-9)
 
 
+@pytest.mark.parametrize("adapter", [{"name": "p_tuning", "num_virtual_tokens": 3, "hidden": 8}, {"name": "none"}])
+def test_a_summary_of_the_last_position_is_of_the_last_token(lab: Any, adapter: dict) -> None:
+    """XLNet, which transformers runs in float32 alone, takes the last position of a batch; for most rows that is a pad."""
+    model = {"path": lab.base("xlnet"), "task": "sequence_classification", "dtype": "float32"}
+    exp = lab.exp(model=model, adapter=adapter, local=WORK)
+    run = lab.run(exp)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        run / "global" if adapter["name"] == "none" else model["path"]
+    )
+    plain = base if adapter["name"] == "none" else peft.PeftModel.from_pretrained(base, str(run / "global"))
+    tok = AutoTokenizer.from_pretrained(model["path"])
+    assert reported(lab, run, 1) == pytest.approx(by_head(plain.eval(), tok, lab.rows["validation"]), rel=1e-5)
+
+
 def test_a_trained_head_keeps_the_names_of_its_classes(lab: Any) -> None:
     """Before training and in what is exported, a class is what `id2label` calls it, in whatever order."""
     base = Path(shutil.copytree(lab.base("bert"), lab.root / "base"))

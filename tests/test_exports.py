@@ -13,7 +13,16 @@ import torch
 from safetensors.torch import load_file
 from test_equivalence import Texts, adamw, load, train
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    ElectraConfig,
+    OPTConfig,
+    pipeline,
+)
 
 import fedsim
 from fedsim.core.errors import UserError
@@ -176,6 +185,30 @@ def test_a_pooler_that_the_base_lacks_is_trained_and_saved(lab: Any, adapter: di
         loader = fedsim.load_adapter if adapter["name"] == "adapter" else peft.PeftModel.from_pretrained
         model = loader(base, str(run / "global"))
     assert loss_of(lab, exp, model) == pytest.approx(reported(lab, run), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["prompt", "p_tuning"])
+@pytest.mark.parametrize("kind", ["electra", "opt"])
+def test_virtual_tokens_are_as_wide_as_the_embeddings(lab: Any, kind: str, name: str) -> None:
+    """Some bases have embeddings narrower than their layers, with a projection between the two."""
+    folder, heads = str(lab.root / kind), kind == "electra"
+    size = {"vocab_size": 1536, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 1}
+    config = (
+        ElectraConfig(**size, embedding_size=16, intermediate_size=64, num_labels=3)
+        if heads
+        else OPTConfig(**size, word_embed_proj_dim=16, ffn_dim=64, max_position_embeddings=256, eos_token_id=0)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        (AutoModelForSequenceClassification if heads else AutoModelForCausalLM).from_config(config).save_pretrained(
+            folder
+        )
+    AutoTokenizer.from_pretrained(lab.base("bert")).save_pretrained(folder)
+    adapter = {"name": name, "num_virtual_tokens": 3}
+    exp = lab.exp(model={"path": folder, "dtype": "float32", **(HEADS if heads else {})}, adapter=adapter, **ONE)
+    run = lab.run(exp)
+    again = peft.PeftModel.from_pretrained(load(exp).float(), str(run / "global"))
+    assert loss_of(lab, exp, again) == pytest.approx(reported(lab, run), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- in other people's loaders

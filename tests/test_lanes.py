@@ -99,12 +99,7 @@ def random_texts(count: int, heads: bool = False, *, seed: int = 0, longest: int
 def _loaded(path: str, heads: bool, dtype: str) -> nn.Module:
     task = "sequence_classification" if heads else "causal_lm"
     return bases.load_base(
-        bases.find(path),
-        task=task,
-        dtype=dtype,
-        labels=["negative", "neutral", "positive"] if heads else None,
-        pad_token_id=1,
-        seed=3,
+        bases.find(path), task=task, dtype=dtype, labels=["a", "b", "c"] if heads else None, pad_token_id=1, seed=3
     )
 
 

@@ -33,8 +33,10 @@ def test_one_estimate_covers_the_modes_to_come_and_ends_with_the_last_round(
         lines.append(capsys.readouterr().err)
 
     show.begin("local", 0)
-    round(1, 10)
-    round(2, 20)
+    for clients, said in ((1, "1 client,"), (2, "2 clients,")):
+        show.pack(clients, Report(0, steps=dict.fromkeys(range(clients), 1)))
+        round(clients, 10 * clients)
+        assert f"  {said}" in lines[-1]
     clock[0] = 25  # exports
     show.begin("federated", 0)
     assert show._pace() == ", about 40 s left (federated)", "what came between took nothing off"

@@ -137,6 +137,9 @@ def _attach_peft(base: nn.Module, name: str, settings: dict[str, Any], task: str
             raise ValueError(
                 "its layers take no keys and values in front of a text's own"
             )  # PEFT says so while it trains
+        if config.is_prompt_learning and config.peft_type.value != "PREFIX_TUNING" and config.token_dim is None:
+            # PEFT takes the width of the layers, which is not that of the embeddings in ALBERT, ELECTRA, or some OPT.
+            config.token_dim = base.get_input_embeddings().weight.shape[1]
         model = peft.get_peft_model(base, config)
     except UserError:
         raise

@@ -64,6 +64,9 @@ class Net:
         if head is not None:
             hook = self._pick_positions if task == "causal_lm" else self._pick_last
             head.register_forward_pre_hook(hook)
+        summary = getattr(base, "sequence_summary", None)
+        if task == "sequence_classification" and getattr(summary, "summary_type", None) == "last":
+            summary.register_forward_pre_hook(self._last_of_rows)  # XLNet's takes the last position, pads or not
         if task == "sequence_classification" and autocast is None:
             for module in base.modules():
                 if hasattr(module, "modules_to_save"):  # trained copies over a 16-bit body are float32
@@ -200,10 +203,17 @@ class Net:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if self._batch is not None and hidden.dim() == 3 and hasattr(base, "score"):
             # Decoders look for the last token by pad id, which fails behind virtual tokens and where a pad token is text.
-            batch, width = self._batch, hidden.shape[1]
-            last = batch.lengths - 1 + width - batch.input_ids.shape[1]
-            hidden = hidden[torch.arange(len(last), device=last.device), last].unsqueeze(1).expand(-1, width, -1)
+            (hidden,) = self._last_of_rows(module, (hidden,))
         return (hidden, *args[1:])
+
+    def _last_of_rows(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The hidden state of each row's last token in all of its positions, `[B, T, D]`."""
+        if self._batch is None:
+            return None
+        hidden, width = args[0], args[0].shape[1]
+        last = self._batch.lengths - 1 + width - self._batch.input_ids.shape[1]
+        rows = torch.arange(len(last), device=last.device)
+        return (hidden[rows, last].unsqueeze(1).expand(-1, width, -1), *args[1:])
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

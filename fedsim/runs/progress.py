@@ -84,7 +84,7 @@ class Progress:
         self._tokens += report.tokens
         self._clients = (self._clients if report.index else 0) + len(report.steps)  # a round may start again
         if self._live is not None:
-            text = f"round {round}/{self.rounds}, {self._clients} clients done{self._pace()}"
+            text = f"round {round}/{self.rounds}, {self._counted()} done{self._pace()}"
             self._live.update(self._task, text=text)
 
     def round(self, round: int, text: str) -> None:
@@ -97,7 +97,7 @@ class Progress:
         if self._live is not None:
             self._live.update(self._task, completed=round, text=f"round {round}/{self.rounds} done{self._pace()}")
         if self.show:
-            self._print(f"{self._mode:9s} round {round}/{self.rounds}  {self._clients} clients{self._pace()}  {text}")
+            self._print(f"{self._mode:9s} round {round}/{self.rounds}  {self._counted()}{self._pace()}  {text}")
         self._clients = 0
 
     def end(self) -> None:
@@ -105,6 +105,9 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def _counted(self) -> str:
+        return f"{self._clients} client{'s' * (self._clients != 1)}"
 
     def _to_come(self) -> list[str]:
         """Modes that have rounds left, the present one first."""
