@@ -502,6 +502,7 @@ def test_what_has_an_effect_is_taken(sections: dict[str, Any]) -> None:
 UNKNOWN = [
     ("modle.path=x", "modle", "modes or model", "seed"),
     ("local.learning_rate=1", "local.learning_rate", "local.lr", "steps"),
+    ("model.name=gpt2", "model.name", "model.path", "path"),
     ("learningRate=1", "learningRate", "local.lr", "seed"),
     ("adapter.lora_alpha=8", "adapter.lora_alpha", "adapter.alpha", "dropout"),
     ("adapter.rank=8", "adapter.rank", "adapter.r", "dropout"),

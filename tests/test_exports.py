@@ -106,6 +106,12 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize(("given", "name"), [(peft.LoraConfig, "LoraConfig"), (peft.PeftConfig(), "PeftConfig")])
+def test_what_is_no_config_of_one_method_is_one_line(given: Any, name: str) -> None:
+    with pytest.raises(fedsim.UserError, match=rf"^adapter: {name} is not the config of one method"):
+        fedsim.Experiment(adapter=given)
+
+
 @pytest.mark.parametrize("what", CONFIGS)
 def test_a_config_object_of_peft_is_a_section_of_plain_keys(lab: Any, what: str) -> None:
     make, section = CONFIGS[what]

@@ -25,7 +25,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 def test_the_experiment_file_shown_is_the_file() -> None:
     shown = re.findall(r"^<!-- file: (\S+) -->\n```yaml\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    assert [file for file, _ in shown] == ["experiments/lora_sentiment/tiny.yaml"] and len(blocks(README, "yaml")) == 1
+    assert [file for file, _ in shown] == ["experiments/lora_sentiment/tiny.yaml"]
+    assert len(blocks(README, "yaml")) == 2, "the other one is a part of an experiment"
     for file, block in shown:
         assert block == (ROOT / file).read_text(encoding="utf-8"), f"copy {file} into the README again"
         mine, theirs = Experiment.from_tree(yaml_text.parse(block), ROOT), Experiment.load(ROOT / file)
@@ -40,8 +41,25 @@ def test_every_yaml_block_of_the_documents_is_a_config() -> None:
         assert Experiment.from_dict(tree).to_dict().keys() >= tree.keys(), document
 
 
-def test_the_python_block_runs_on_a_small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = blocks(README, "python")
+def test_the_block_on_a_table_without_a_header_reads_one(tmp_path: Path) -> None:
+    (block,) = (b for b in blocks(README, "yaml") if "ag_news" in b)
+    for name, rows in (("train.csv", 200), ("test.csv", 8)):
+        lines = [f'"{i % 4 + 1}","Title ""{i}""","Text, {i}"' for i in range(rows)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    parts = prepare(Experiment.from_tree(yaml_text.parse(block), tmp_path))
+    assert parts.source.labels == ["World", "Sports", "Business", "Sci/Tech"] and len(parts.source.splits["test"]) == 8
+    test = parts.source.splits["test"]
+    assert [str(c + 1) for c in test.labels] == test.columns["label"]
+
+
+def test_the_budget_is_said_as_central_match_sets_it() -> None:
+    """By default the centralized model takes more optimizer steps than a client, so no budget is the same in every sense."""
+    assert Experiment().central.match == "epochs"
+    assert not re.search(r"same (budget|optimizer steps and)", README) and "`central.match`" in README
+
+
+def test_the_python_blocks_run_on_a_small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    block, in_memory = blocks(README, "python")
     words = {"up": "profit rose", "down": "profit fell"}
     rows = [f"{words[label]} in year {i},{label}" for i in range(60) for label in words]
     (tmp_path / "headlines.csv").write_text("text,sentiment\n" + "\n".join(rows) + "\n")
@@ -50,6 +68,9 @@ def test_the_python_block_runs_on_a_small_file(tmp_path: Path, monkeypatch: pyte
     exec(block, scope)
     assert scope["run"].path.parent == Path("results/mine") and {"federated", "local"} <= set(scope["df"]["scope"])
     assert set(scope["df"]["data.columns.label"]) == {"sentiment"}
+    capsys.readouterr()
+    exec(in_memory, scope)
+    assert capsys.readouterr().out.splitlines()[:2] == ["federated 1 2", "federated 2 2"]
 
 
 def test_a_figures_caption_names_the_config_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:

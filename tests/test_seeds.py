@@ -146,6 +146,11 @@ def test_a_callback_sees_every_round_with_its_metrics(lab: Any) -> None:
         assert {(row.scope, row.round) for row in end.metrics} == {(end.mode, end.round)}
 
 
+def test_a_callback_that_cannot_be_called_is_told_before_training(lab: Any) -> None:
+    with pytest.raises(UserError, match="^callback: 3 cannot be called"):
+        fedsim.run(tree(lab), progress=False, callback=3)
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("enough"), UserError("enough"), OSError(28, "enough"), KeyboardInterrupt()]
 )

@@ -736,13 +736,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _plain_notices() -> Iterator[None]:
-    """Notices are lines as all others are: a warning's source line says nothing to who types commands."""
+    """Notices are lines as all others are, each once: a warning's source line says nothing to who types commands."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
+        told: set[str] = set()
 
         def show(message: Warning | str, category: type[Warning], *about: Any, **more: Any) -> None:
             if issubclass(category, Notice):
-                print(visible(f"fedsim: {message}"), file=sys.stderr)
+                line = visible(f"fedsim: {message}")
+                if line not in told:
+                    print(line, file=sys.stderr)
+                told.add(line)
             else:
                 usual(message, category, *about, **more)
 

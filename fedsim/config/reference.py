@@ -37,8 +37,8 @@ def suggestion(path: str, known: Sequence[str]) -> str:
     same = [k for k in known if _bare(k) == _bare(name)] or difflib.get_close_matches(name, known, n=2, cutoff=0.8)
     if same:
         return _meant([here + k for k in same])
-    if _bare(name) in _synonyms():
-        return _meant([_synonyms()[_bare(name)]])
+    if (known_as := _synonyms().get(_bare(path)) or _synonyms().get(_bare(name))) is not None:
+        return _meant([known_as])
     found = _elsewhere(_bare(name), section)
     if not found:
         leaves = {_bare(k.path.rpartition(".")[2]) for k in every_key()}

@@ -174,7 +174,7 @@ _MISMATCH = object()
 def _convert_leaf(annotation: Any, value: Any, path: str) -> Any:
     result = _try_leaf(annotation, value, path)
     if result is _MISMATCH:
-        quotes = "; put it in quotes" if _takes_text(annotation) and not isinstance(value, list) else ""
+        quotes = "; put it in quotes" if _takes_text(annotation) and not isinstance(value, (list, dict)) else ""
         raise UserError(f"{path}: {shown(value)} is not {describe(annotation)}{quotes}")
     return result
 

@@ -64,6 +64,7 @@ SYNONYMS = {
     "pretrained_model_name_or_path": "model.path",
     "base_model_name_or_path": "model.path",
     "model_name": "model.path",
+    "model.name": "model.path",
     "model_id": "model.path",
     "base_model": "model.path",
     "task_type": "model.task",

@@ -248,6 +248,10 @@ def damage(run: Path, most: int | None = SMALL) -> list[str]:
 
 def warn_of_damage(run: Path, *names: str) -> None:
     """A `Notice` for each of these files of a finished run that is not what the run wrote."""
+    for name in ("files.json", "init.json"):  # without the records nothing tells what the run wrote
+        record_file = run / "checkpoints" / name
+        if record_file.is_file() and read_checked(record_file) is None:
+            warn_damaged(run, f"checkpoints/{name}")
     known = recorded(run)
     for name in differing(run, {name: known[name] for name in names if name in known}):
         warn_damaged(run, name)

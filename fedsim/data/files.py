@@ -121,7 +121,9 @@ def read_table(path: str, key: str, form: Form | None = None) -> Table:
             f" (byte {error.start}{_line_of(file, error, form.codec)})" if isinstance(error, UnicodeDecodeError) else ""
         )
         said = form.encoding or "UTF-8"
-        way = "give its encoding, e.g. encoding: latin-1, or save it as UTF-8"
+        with file.open("rb") as handle:
+            marked = handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        way = f"give its encoding, e.g. encoding: {'utf-16' if marked else 'latin-1'}, or save it as UTF-8"
         raise UserError(f"{key}: {path!r} is not {said}{at}; {way}") from None
     except RecursionError:
         raise UserError(f"{key}: {path!r} is nested too deep; give a list of objects, one a row") from None
@@ -184,6 +186,8 @@ def _read_delimited(file: Path, separator: str, key: str, form: Form) -> Table:
 
     def read(quoting: int) -> Any:
         keys = {"dtype": str, "keep_default_na": False, "na_values": [""], "encoding": form.codec, "quoting": quoting}
+        if not separator.isascii():  # pandas' C parser splits at one byte
+            keys["engine"] = "python"
         return pd.read_csv(file, sep=separator, header=0 if header else None, names=names, **keys)
 
     frame = None

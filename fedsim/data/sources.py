@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.core.errors import UserError, nearest_first
+from fedsim.core.errors import Notice, UserError, nearest_first
 from fedsim.data.files import Form, header_hint, read_table
 from fedsim.data.memory import Table, of_dataset, table_in
 
@@ -545,7 +545,8 @@ def _classes(frame: Table, column: str, labels: list[str] | dict[str, str], spli
     index = {held: number[w] for held, w in labels.items()} if mapped else number
     values = [None if missing(v) else _word(v, i, file or split) or None for i, v in enumerate(frame.values[column])]
     numbered = all(v is not None and v.isdecimal() and len(v) < 10 for v in values)
-    if numbered and not mapped and not any(v in index for v in values):
+    counted = numbered and not mapped and not any(v in index for v in values)
+    if counted:
         index |= {v: int(v) for v in set(values) if int(v) < len(words)}
     out = np.empty(len(values), dtype=np.int64)
     for i, value in enumerate(values):
@@ -559,6 +560,10 @@ def _classes(frame: Table, column: str, labels: list[str] | dict[str, str], spli
                 f"data.columns.label: row {i + 1} of {of} has the label {shown}; data.labels has: {nearest_first(value or '', labels)}; {way}"
             )
         out[i] = index[value]
+    if counted and split == "train" and "0" not in values:
+        way = "where the file counts from 1, map what it holds: labels={1: WORD, ...}"
+        said = f"data.labels: numbers count them from 0, and no row of {of} has 0 ({words[0]}); {way}"
+        warnings.warn(said, Notice, stacklevel=2)
     return out
 
 

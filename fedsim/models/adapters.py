@@ -260,8 +260,11 @@ def section_of(config: Any) -> dict[str, Any]:
     """The section `adapter` that says what a `peft.PeftConfig` says: its PEFT name, and what is not at its default.
 
     Raises:
-        UserError: for a value that YAML cannot hold.
+        UserError: for a class in place of a config, a config of no method, or a value that YAML cannot hold.
     """
+    if isinstance(config, type) or config.peft_type is None:
+        name = config.__name__ if isinstance(config, type) else type(config).__name__
+        raise UserError(f"adapter: {name} is not the config of one method; give an instance, e.g. peft.LoraConfig(r=8)")
     out = {"name": config.peft_type.value}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)

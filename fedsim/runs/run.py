@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.config.experiment import Experiment, expand_path, results_of
-from fedsim.core.errors import CallbackError, UserError
+from fedsim.core.errors import CallbackError, UserError, shown
 from fedsim.core.files import SMALL, damage, read_checked
 from fedsim.core.numerics import settled
 from fedsim.core.types import RoundEnd
@@ -96,6 +96,10 @@ def run(
     """
     if isinstance(exp, dict):
         exp = Experiment.from_dict(exp)
+    if callback is not None and not callable(callback):
+        raise UserError(
+            f"callback: {shown(callback)} cannot be called; give a function of one argument, the round's end"
+        )
     if exp.seeds is not None:
         for name, given in (("resume", resume), ("callback", callback)):
             if given is not None:

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from fedsim.config.experiment import Experiment
-from fedsim.core.errors import UserError
+from fedsim.core.errors import Notice, UserError
 from fedsim.data.files import Form, read_table
 from fedsim.data.sources import Source, Split, financial_phrasebank, headlines, hub, missing, table
 from fedsim.runs.build import load_source, prepare
@@ -533,6 +533,8 @@ def test_numbers_that_count_from_one_say_that_labels_count_from_zero(tmp_path: P
     assert "labels={4: WORD" in message
     message = refusal(lambda: read(file, form=Form(names=["label", "a", "b"]), labels={"1": "x", "2": "y", "3": "z"}))
     assert "row 4 of" in message and "'4'; data.labels has: 1, 2, 3" in message
+    with pytest.warns(Notice, match=r"count them from 0, and no row of .* has 0 \(zero\)"):
+        read(file, form=Form(names=["label", "a", "b"]), labels=["zero", *TOPICS.values()])
     merged = read(file, form=Form(names=["label", "a", "b"]), labels={"1": "x", "2": "y", "3": "x", "4": "y"})
     assert merged.labels == ["x", "y"]
     for split in merged.splits.values():
@@ -540,7 +542,8 @@ def test_numbers_that_count_from_one_say_that_labels_count_from_zero(tmp_path: P
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "cp1252", "utf-16", "utf-16-le"])
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "¦"])
+@pytest.mark.filterwarnings("error")
 def test_the_same_rows_however_the_text_is_written(tmp_path: Path, encoding: str, delimiter: str) -> None:
     """Oracle: the rows that were written, by Python's own writer."""
     rows = [
@@ -580,6 +583,8 @@ def test_what_a_file_is_not_says_which_key_tells_what_it_is(tmp_path: Path) -> N
     assert "is not UTF-8 (byte 11, line 2)" in message and "encoding: latin-1" in message
     message = refusal(lambda: read(csv_of(tmp_path / "u.csv", "text,label\né,a\n"), form=Form(encoding="ascii")))
     assert "is not ascii (byte 11, line 2)" in message
+    message = refusal(lambda: read(csv_of(tmp_path / "w.csv", "text,label\né,a\n", "utf-16")))
+    assert "encoding: utf-16" in message
     for names in (["a", "b"], ["a", "b", "c", "d"]):
         assert "bare.csv" in refusal(lambda names=names: read(bare, form=Form(names=names)))
     message = refusal(lambda: read(tmp_path / "r.jsonl", form=Form(names=["a"])))
