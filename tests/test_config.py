@@ -420,7 +420,7 @@ WRONG = [
     ("local={schedule: cosine, warmup: 10, horizon: 10}", "local.horizon", "10", "warmup=10"),
     ("local.keep_state=maybe", "local.keep_state", "'maybe'", "true or false"),
     ("central.match=rows", "central.match", "'rows'", "epochs, steps"),
-    ("algorithm.name=fedprox", "algorithm.name", "'fedprox'", "fedavg"),
+    ("algorithm.name=fedprocks", "algorithm.name", "'fedprocks'", "fedprox"),
     ("algorithm.weights=size", "algorithm.weights", "'size'", "samples, steps, uniform"),
     ("best.metric=f1", "best.metric", "'f1'", "accuracy, loss"),
     ("best.metric=exact_match", "best.metric", "'exact_match'", "evaluate.generate=true"),
