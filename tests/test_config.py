@@ -18,6 +18,7 @@ import fedsim.config.sections as sections_module
 from fedsim.config import reference, yaml_text
 from fedsim.config.experiment import Experiment, components, expand_path, keys_of
 from fedsim.config.reference import every_key
+from fedsim.config.schema import sentences
 from fedsim.config.synonyms import SYNONYMS
 from fedsim.core.errors import UserError
 
@@ -420,7 +421,7 @@ WRONG = [
     ("local={schedule: cosine, warmup: 10, horizon: 10}", "local.horizon", "10", "warmup=10"),
     ("local.keep_state=maybe", "local.keep_state", "'maybe'", "true or false"),
     ("central.match=rows", "central.match", "'rows'", "epochs, steps"),
-    ("algorithm.name=fedprox", "algorithm.name", "'fedprox'", "fedavg"),
+    ("algorithm.name=fedprocks", "algorithm.name", "'fedprocks'", "fedprox"),
     ("algorithm.weights=size", "algorithm.weights", "'size'", "samples, steps, uniform"),
     ("best.metric=f1", "best.metric", "'f1'", "accuracy, loss"),
     ("best.metric=exact_match", "best.metric", "'exact_match'", "evaluate.generate=true"),
@@ -534,7 +535,7 @@ UNKNOWN = [
         "executor.workers with executor.name=auto or pool",
         "device",
     ),
-    ("algorithm.mu=0.1", "algorithm.mu", "", "weights"),
+    ("algorithm.mu=0.1", "algorithm.mu", "algorithm.mu with algorithm.name=fedprox", "weights"),
     ("recovery.retries=2", "recovery", "", "seed"),
 ]
 
@@ -677,11 +678,14 @@ def test_every_field_of_every_section_has_a_sentence_under_it() -> None:
     sections = [config.Experiment, config.Model, config.CohortKeys, config.LocalWork, config.Central, config.Best]
     sections += [config.Checkpoint, config.Evaluate, config.Training, config.Tracking]
     sections += [config.Aggregation, config.Messages, config.Faults, config.Simulation]
-    sections += [c for s in ("adapter", "data", "partition", "algorithm", "executor") for c in components(s).values()]
+    sections += [c for s in ("adapter", "data", "partition", "executor") for c in components(s).values()]
     own = {(c.__name__, f) for s in sections for c in s.__mro__ for f in getattr(c, "__annotations__", {})}
     assert seen == len([1 for c, f in own if f != "name" or c == "Experiment"])
-    for section in sections:
+    for section in (*sections, *components("algorithm").values()):
         assert (section.__doc__ or "").partition("\n")[0].endswith("."), section
+    for section in components("algorithm").values():  # an algorithm's own dataclass, in its own file
+        told = sentences(section)
+        assert all(told[f.name].endswith(".") for f in dataclasses.fields(section) if f.name != "name"), section
 
 
 def test_help_and_the_reference_page_hold_every_sentence() -> None:

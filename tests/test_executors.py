@@ -6,7 +6,9 @@ this module, as fedsim's own trainer is made from its bundle.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import operator
 import os
 import signal
 import subprocess
@@ -17,15 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fedsim
 import fedsim.runs.session
+from fedsim.aggregators import GROUP, Accumulator
 from fedsim.core.errors import ClientError, OutOfMemory, WorkerDied
 from fedsim.core.params import Layout, Params
-from fedsim.core.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
+from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Task, Turn
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.runs.bundle import Bundle
 
@@ -125,7 +129,7 @@ def pool() -> Iterator[Callable[..., PoolExecutor]]:
         executor = PoolExecutor(Stub(faults or {}), ["cpu"] * workers, 1)
         made.append((executor, [w.process.pid for w in executor._pool]))
         if start:
-            executor.start(LAYOUT, SERVER, ENGINE, True)
+            executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
             executor.broadcast(WEIGHTS, {"c": torch.tensor([0.5]).double()})
         return executor
 
@@ -147,10 +151,10 @@ def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     return request.param == "one sum"
 
 
-def run(executor: Any, packs: Sequence[Pack]) -> tuple[list[Report], Partial]:
+def run(executor: Any, packs: Sequence[Pack]) -> tuple[list[Report], Accumulator]:
     """All reports, and what the packs add to a sum of zeros."""
     executor.total.zero_()
-    total = Partial(executor.total)
+    total = Accumulator(executor.total, executor.spare.zero_())
     return list(executor.run(packs, total)), total
 
 
@@ -164,7 +168,7 @@ def test_a_pool_of_two(pool: Any, large: bool) -> None:
 
     # 9 packs on 2 workers; pack 0 is slow, so later ones are ready first and have to wait their turn.
     executor.total.zero_()
-    total, order, workers = Partial(executor.total), [], set()
+    total, order, workers = Accumulator(executor.total), [], set()
     for report in executor.run([pack(i, i + 1) for i in range(9)], total):
         order.append(report.index)
         workers.add(report.tokens)
@@ -198,6 +202,33 @@ def test_updates_are_added_in_the_order_of_the_packs(pool: Any, large: bool) -> 
         for _ in range(3):
             found = run(executor, [pack(i, c) for i, c in enumerate(clients)])[1].total
             assert torch.equal(found, torch.full_like(found, expected))
+
+
+def test_packs_are_added_in_groups_of_sixteen_on_any_number_of_workers(pool: Any, large: bool) -> None:
+    """40 packs: ((p1 + ... + p16) + (p17 + ... + p32)) + (p33 + ... + p40), in floats whose sum depends on the order."""
+    rng = np.random.default_rng(3)
+    values = [float(v) for v in rng.integers(-(2**58), 2**58, 40)]
+    assert GROUP == 16
+    first, *rest = (values[i : i + GROUP] for i in range(0, 40, GROUP))
+    expected = 0.0
+    for value in first:
+        expected += value
+    for group in rest:
+        part = 0.0
+        for value in group:
+            part += value
+        expected += part
+    assert expected != functools.reduce(operator.add, values), "one after another gives another sum"
+    ones = torch.ones(4, dtype=torch.float64)
+    for workers in (0, 1, 2, 3):
+        executor = pool(workers) if workers else SerialExecutor(Stub({}), "cpu", 1)
+        if not workers:
+            executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
+        executor.broadcast(ones, {"c": torch.zeros(1, dtype=torch.float64)})
+        for _ in range(2):
+            _, found = run(executor, [pack(i, int(value)) for i, value in enumerate(values)])
+            assert torch.equal(found.total, torch.full_like(found.total, expected)) and found.weight == 40
+        executor.close()
 
 
 def test_a_client_that_raises_is_named_with_its_own_traceback(pool: Any) -> None:
@@ -244,7 +275,7 @@ def test_packs_that_are_not_merged_need_no_sum(pool: Any, large: bool) -> None:
 def test_a_worker_that_cannot_load_its_model_says_why(pool: Any) -> None:
     executor = pool(1, {0: "load"}, start=False)
     with pytest.raises(ClientError, match="no room for the model"):
-        executor.start(LAYOUT, SERVER, ENGINE, True)
+        executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
 
 
 # ------------------------------------------------------------------------------------------------ serial alone
@@ -255,7 +286,7 @@ def test_serial_names_the_client_that_raises_and_restores_threads() -> None:
     executor = SerialExecutor(Stub({3: "raise"}), "cpu", 1)
     try:
         torch.set_num_threads(2)
-        executor.start(LAYOUT, SERVER, ENGINE, True)
+        executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
         assert torch.get_num_threads() == 1
         with pytest.raises(ClientError, match=r"^round 4, client site-3 failed") as caught:
             run(executor, [pack(0, 1), pack(1, 3)])

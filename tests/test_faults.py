@@ -24,12 +24,13 @@ from frail import ENGINE, LAYOUT, SERVER, WEIGHTS, Frail, alive, arm, armed, com
 
 import fedsim
 import fedsim.runs.session
-from fedsim.aggregators.mean import WeightedMean
+from fedsim.aggregators import Accumulator
+from fedsim.aggregators.reducer import Reducer
 from fedsim.cli.main import main
 from fedsim.core.errors import ClientError, SumLost, WorkerDied, is_lost_context, is_out_of_memory
 from fedsim.core.params import ALIGN
 from fedsim.core.store import Records
-from fedsim.core.types import Engine, Pack, Partial, Report, Scoring, Turn
+from fedsim.core.types import Engine, Pack, Report, Scoring, Turn
 from fedsim.executors import PoolExecutor
 from fedsim.runs.build import prepare
 from fedsim.runs.bundle import Bundle
@@ -72,7 +73,7 @@ def pool(points: Path) -> Iterator[Callable[..., tuple[PoolExecutor, list[str]]]
         pids.update(w.process.pid for w in executor._pool)
         made.append((executor, pids))
         if start:
-            executor.start(LAYOUT, SERVER, ENGINE, True)
+            executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
             executor.broadcast(WEIGHTS, {"c": torch.tensor([0.5]).double()})
         return executor, notes
 
@@ -91,11 +92,11 @@ def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     return request.param == "one sum"
 
 
-def run(executor: PoolExecutor, packs: Sequence[Pack]) -> tuple[list[Report], Partial, int]:
+def run(executor: PoolExecutor, packs: Sequence[Pack]) -> tuple[list[Report], Accumulator, int]:
     """All reports, what the packs add to a sum of zeros, and how often the sum was lost: as the round loop does."""
     for lost in range(4):
         executor.total.zero_()
-        total = Partial(executor.total)
+        total = Accumulator(executor.total)
         try:
             return list(executor.run(packs, total)), total, lost
         except SumLost:
@@ -174,7 +175,7 @@ def test_what_kills_three_processes_is_not_tried_again(pool: Any, points: Path) 
     arm(points, "load", "exit", 3)
     executor, notes = pool(1, start=False)
     with pytest.raises(WorkerDied, match=r"^loading the model failed: 3 worker processes died .*: exit code 3 on cpu "):
-        executor.start(LAYOUT, SERVER, ENGINE, True)
+        executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
     assert len(notes) == 2 and armed(points) == [], "the third death is the error, not a line"
 
 
@@ -218,12 +219,12 @@ import sys, time
 from pathlib import Path
 from frail import *
 from fedsim.executors.pool import PoolExecutor
-from fedsim.core.types import Partial
+from fedsim.aggregators import Accumulator
 executor = PoolExecutor(Frail(Path(sys.argv[1])), ["cpu"] * 2, 1)
 try:
-    executor.start(LAYOUT, SERVER, ENGINE, True)
+    executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
     print(*[w.process.pid for w in executor._pool], flush=True)
-    list(executor.run([pack(0, 1), pack(1, 2)], Partial(executor.total)))
+    list(executor.run([pack(0, 1), pack(1, 2)], Accumulator(executor.total)))
 finally:
     executor.close()
 """
@@ -258,11 +259,11 @@ import os, signal, sys, tempfile
 from pathlib import Path
 from frail import *
 from fedsim.executors.pool import PoolExecutor
-from fedsim.core.types import Partial
+from fedsim.aggregators import Accumulator
 for time in range(2):
     executor = PoolExecutor(Frail(Path(sys.argv[1])), ["cpu"] * 2, 1)
-    executor.start(LAYOUT, SERVER, ENGINE, True)
-    list(executor.run([pack(0, 1), pack(1, 2)], Partial(executor.total)))
+    executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
+    list(executor.run([pack(0, 1), pack(1, 2)], Accumulator(executor.total)))
     print(*os.listdir(tempfile.gettempdir()), flush=True)
     if sys.argv[2] == "killed" and time == 1:
         os.killpg(0, signal.SIGKILL)
@@ -392,8 +393,8 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
         monkeypatch.setattr(owner, name, wrapped)
 
     noted(transformers.LlamaForCausalLM, "forward")
-    noted(Trainer, "_context")  # of a chunk
-    noted(WeightedMean, "add")
+    noted(Trainer, "_received")  # of a chunk
+    noted(Reducer, "add")
     monkeypatch.setattr("fedsim.training.trainer.beat", lambda: events.append("beat"))
     original = fedsim.runs.session.recipe_of
     cut = {"chunk": ALIGN} if adapter["name"] == "none" else {}
@@ -404,7 +405,7 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
     heard = events[events.index("beat") :]  # before the first one, the base is tried without a trainer
     pieces = len([e for e in heard if e == "add"])
     assert pieces > 20 if cut else pieces == 4, "two packs a round, or many chunks a client"
-    twice = [(a, b) for a, b in itertools.pairwise(heard) if a == b == "forward" or (a, b) == ("add", "_context")]
+    twice = [(a, b) for a, b in itertools.pairwise(heard) if a == b == "forward" or (a, b) == ("add", "_received")]
     assert heard.count("forward") > 100 and twice == []
 
 

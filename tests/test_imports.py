@@ -27,9 +27,9 @@ ROOMS = {
     "models": {"core", "data"},
     "training": {"core", "algorithms", "aggregators", "channel", "data", "models"},
     "simulate": {"core", "algorithms", "aggregators"},
-    "executors": {"core"},
+    "executors": {"core", "aggregators"},
     "analysis": {"core"},
-    "config": {"core"},
+    "config": {"core", "algorithms"},
     "runs": {
         *("core", "algorithms", "aggregators", "channel", "data", "models", "training", "simulate", "executors"),
         *("analysis", "config"),

@@ -524,13 +524,13 @@ class MergeClock:
 
     def __init__(self, algorithm: Any, executor: Any) -> None:
         import fedsim.simulate.rounds
-        from fedsim.aggregators.mean import WeightedMean
+        from fedsim.aggregators.reducer import Reducer
 
         self.seconds, self._on = 0.0, False
-        for owner, name in ((WeightedMean, "zero"), (WeightedMean, "add"), (fedsim.simulate.rounds, "_merge")):
+        for owner, name in ((Reducer, "zero"), (Reducer, "add"), (fedsim.simulate.rounds, "_merge")):
             function = getattr(owner, name)
             setattr(owner, name, self._timed(getattr(function, "original", function)))
-        object.__setattr__(algorithm, "client_update", self._timed(algorithm.client_update))
+        object.__setattr__(algorithm, "finish", self._timed(algorithm.finish))
         executor.broadcast = self._timed(executor.broadcast)
 
     def switch(self, on: bool) -> None:

@@ -1,85 +1,158 @@
-"""The federated algorithm's interface, whose defaults are FedAvg, and `Local`, which never merges.
+"""The interface of a federated algorithm. Its defaults are FedAvg.
 
-FedAvg: H. B. McMahan, E. Moore, D. Ramage, S. Hampson, B. Agüera y Arcas. Communication-Efficient Learning of Deep
-Networks from Decentralized Data. AISTATS 2017, algorithm 1. A client starts from the global parameters w_t, trains,
-and hands back u_k = w_k - w_t; the server sets w_{t+1} = w_t + sum_k p_k u_k.
+An algorithm is a frozen dataclass in one file: its fields are the keys of the config section `algorithm`, its methods are
+called on the clients (`start`, `scratch`, `adjust`, `after_step`, `finish`) and on the server (`step`). State is passed in and
+handed back, never kept on `self`: it can then be checkpointed, sent to a worker and compared.
 
-Deviations: the weights p_k may be uniform or by steps beside the paper's n_k / n; the optimiser of a client may be
-AdamW, and may keep its moments from round to round (the paper's is plain SGD).
-
-State is passed in and handed back, never kept on `self`: it can then be checkpointed, sent to a worker and compared.
-Tensors may carry a leading lane axis `[K, ...]`; written elementwise, the same lines serve K packed adapters, one
-adapter and a whole model.
+On a client every tensor has a leading lane axis `[K, ...]`, one lane for each client that trains beside others; only what was
+received from the server has none. Written elementwise, the same lines serve K packed adapters, one adapter and a whole model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fedsim.core.params import Params, add, sub
+if TYPE_CHECKING:  # a config is read before torch is loaded
+    from torch import Tensor
+
+    from fedsim.core.params import Layout, Message, Params
 
 
 @dataclass(frozen=True)
-class Context:
-    """What an algorithm may look at while a client trains.
+class ClientView:
+    """What an algorithm may look at while K clients train.
 
     Attributes:
         round: from 1.
-        weights: the global parameters the round started from, by name; `[...]`, without a lane axis.
-        server: the server's state, by name.
-        client: this client's state as the last round left it, by name.
+        params: the global parameters that the round started from, as the clients received them, by name; `[...]`.
+        server: the server's state as they received it, by name, where the algorithm has `sends_state`; `[...]`.
+        state: each client's own state as its last round left it, by name; `[K, ...]`.
+        steps: optimiser steps each client has done in this round, `[K]`, int64.
+        lr_sum: sum of the learning rates of these steps, `[K]`.
     """
 
     round: int
-    weights: Params
+    params: Params
     server: Params
-    client: Params
+    state: Params
+    steps: Tensor
+    lr_sum: Tensor
+
+
+@dataclass
+class Server:
+    """What the server carries from round to round: the global parameters, and the algorithm's state, by name."""
+
+    params: Params
+    state: Params
 
 
 @dataclass(frozen=True)
-class Algorithm:
-    """Federated averaging. A method is a subclass that overrides what it does otherwise."""
+class Info:
+    """What the server knows of a round.
 
-    merges: bool = True
-    """Whether updates are averaged into global parameters at the end of a round."""
+    Attributes:
+        round: from 1.
+        clients: how many sent a message.
+        weight: sum of their weights.
+        all_clients, all_weight: the same of all clients of the experiment.
+    """
+
+    round: int
+    clients: int
+    weight: float
+    all_clients: int
+    all_weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """A federated algorithm. A method is a subclass that overrides what it does otherwise.
+
+    Attributes:
+        blockwise: the methods may be called on chunks of the parameters, one after another; false where one has to see whole
+            tensors, or several of them together. Chunks are used only where all state and messages are laid out like the
+            parameters.
+        aggregates: message group -> how the clients' messages become one: a name (mean, sum) or an `Aggregator`. No group:
+            nothing is sent or merged, and each client has a model of its own, in its state.
+        sends_state: the server's state goes to the clients together with the parameters.
+    """
+
+    weights: Literal["samples", "steps", "uniform"] = "samples"
+    """A client's weight in the mean: its number of examples, its optimizer steps in the round, or 1."""
+
+    blockwise: ClassVar[bool] = True
+    aggregates: ClassVar[Mapping[str, Any]] = {"update": "mean"}
+    sends_state: ClassVar[bool] = False
 
     def init(self, params: Params) -> tuple[Params, Params]:
-        """State before round 1: (the server's, every client's). FedAvg keeps none."""
+        """State before round 1: (the server's, that of a client that takes part for the first time)."""
         return {}, {}
 
-    def start(self, ctx: Context) -> Params:
-        """The parameters a client starts its round from."""
-        return ctx.weights
+    def message(self, params: Params) -> Message:
+        """Message group -> tensors of the names and shapes that a client sends in it; their values do not matter."""
+        return dict.fromkeys(self.aggregates, params)
 
-    def adjust_grads(self, grads: Params, params: Params, ctx: Context) -> None:
-        """Change a step's gradients in place, before clipping. FedAvg leaves them."""
+    def start(self, c: ClientView) -> Params:
+        """The parameters a client starts its round from; with or without a lane axis."""
+        return c.params
 
-    def client_update(self, params: Params, ctx: Context) -> tuple[Params, Params]:
-        """(update = local - global, the client's new state) after its last step."""
-        return sub(params, ctx.weights), ctx.client
+    def scratch(self, c: ClientView) -> Params:
+        """Variables of this round alone, `[K, ...]`, that the other methods may change in place."""
+        return {}
 
-    def server_update(
-        self, params: Params, server: Params, mean: Params, info: dict[str, Any]
-    ) -> tuple[Params, Params]:
-        """(new global parameters, new server state) from the weighted mean of the updates."""
-        return add(params, mean), server
+    def adjust(self, grads: Params, params: Params, scratch: Params, c: ClientView) -> None:
+        """Change the gradients of a step in place, before they are clipped."""
+
+    def after_step(self, params: Params, scratch: Params, c: ClientView, lr: Tensor) -> None:
+        """Change the parameters in place after an optimiser step with these learning rates, `[K]`."""
+
+    def finish(self, params: Params, scratch: Params, c: ClientView) -> tuple[Message, Params]:
+        """(what the clients send, by group; their new state), after their last step."""
+        return {"update": {n: p - c.params[n] for n, p in params.items()}}, c.state
+
+    def step(self, server: Server, reduced: Message, info: Info) -> Server:
+        """The server's next parameters and state, from the merged messages."""
+        return Server({n: p + reduced["update"][n] for n, p in server.params.items()}, server.state)
+
+    @property
+    def merges(self) -> bool:
+        """Whether clients send anything."""
+        return bool(self.aggregates)
+
+    def messages(self, params: Layout) -> dict[str, Layout]:
+        """Message group -> layout of what a client sends in it."""
+        from fedsim.core.params import Layout, meta
+
+        found = self.message(meta(params)) if self.merges else {}
+        return {group: Layout.of(found[group]) for group in self.aggregates}
+
+    def sent(self, state: Params) -> Params:
+        """The part of the server's state that clients receive."""
+        return state if self.sends_state else {}
 
 
-@dataclass(frozen=True)
+def per_lane(values: Tensor, like: Tensor) -> Tensor:
+    """Values `[K]`, one a lane, shaped to be broadcast against a tensor `[K, ...]`."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Local(Algorithm):
     """Each client goes on from its own parameters, and nothing is ever merged. With one client it is plain training."""
 
-    merges: bool = False
+    aggregates: ClassVar[Mapping[str, Any]] = {}
 
     def init(self, params: Params) -> tuple[Params, Params]:
         """Every client's state is its own parameters."""
         return {}, dict(params)
 
-    def start(self, ctx: Context) -> Params:
+    def start(self, c: ClientView) -> Params:
         """The client's own parameters; in its first round these are the initial ones."""
-        return ctx.client
+        return c.state
 
-    def client_update(self, params: Params, ctx: Context) -> tuple[Params, Params]:
+    def finish(self, params: Params, scratch: Params, c: ClientView) -> tuple[Message, Params]:
         """(nothing to send, its parameters)."""
         return {}, params

@@ -19,6 +19,7 @@ from fedsim.config.schema import check_keys, components_of, convert, hints_of, k
 from fedsim.config.sections import (
     Adapter,
     Aggregation,
+    AlgorithmKeys,
     AutoExecutor,
     Best,
     Bottleneck,
@@ -63,6 +64,7 @@ from fedsim.config.sections import (
 )
 from fedsim.core.errors import UserError, shown
 from fedsim.core.inductor import without_folder
+from fedsim.core.user_code import digest, is_user_code
 from fedsim.data.memory import hold
 
 __all__ = [
@@ -159,7 +161,7 @@ class Experiment:
     """Local training: what a client does in one round."""
     central: Central = field(default_factory=Central)
     """How the budget of centralized training is matched to federated training."""
-    algorithm: FedAvgKeys = field(default_factory=FedAvgKeys)
+    algorithm: AlgorithmKeys = field(default_factory=FedAvgKeys)
     """Aggregation algorithm."""
     best: Best = field(default_factory=Best)
     """How the best model is chosen."""
@@ -200,7 +202,7 @@ class Experiment:
             cohort: CohortKeys | Section = ...,
             local: LocalWork | Section = ...,
             central: Central | Section = ...,
-            algorithm: FedAvgKeys | Section = ...,
+            algorithm: Section = ...,
             best: Best | Section = ...,
             checkpoint: Checkpoint | Section = ...,
             evaluate: Evaluate | Section = ...,
@@ -350,6 +352,8 @@ class Experiment:
                 tree[f.name] = {k: v for k, v in value.items() if k == "name" or k not in default or v != default[k]}
                 if f.name in _NEWER and not tree[f.name]:
                     del tree[f.name]
+                if f.name == "algorithm" and is_user_code(section.name):  # what the file holds, wherever it lies
+                    tree[f.name]["name"] = f"{section.name.rpartition(':')[2]}@{digest(type(section).of)}"
             elif f.default is dataclasses.MISSING or value != f.default:
                 tree[f.name] = value
         return tree
@@ -565,6 +569,11 @@ def results_of(exp: Experiment) -> Path:
 
 def _absolute_paths(tree: dict[str, Any], folder: Path) -> None:
     """A relative path that exists from here or from the YAML's folder becomes absolute: the resolved config stands alone."""
+    name = _get(tree, ("algorithm", "name"))
+    if isinstance(name, str) and is_user_code(name):
+        file, _, wanted = name.rpartition(":")
+        if not _exists(Path(file).expanduser()) and _exists(folder / file):
+            tree["algorithm"]["name"] = f"{(folder / file).resolve()}:{wanted}"
     for path in _paths_in(tree):
         text = _get(tree, path) if path != ("results",) else None
         if not isinstance(text, str) or not text or "${" in text or text == "tiny" or text.startswith("package:"):

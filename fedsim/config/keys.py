@@ -47,6 +47,7 @@ def keys_below(cls: type, section: str = "", owner: str = "") -> Iterator[Key]:
         table = components_of(hint)
         if table is not None:
             names = ", ".join(filter(None, table)) + ("; or another method of PEFT" if "" in table else "")
+            names += "; or FILE.py:CLASS, see docs/extend.md" if path == "algorithm" else ""
             yield Key(
                 f"{path}.name", "", f"one of {names}", default["name"], f"{about[f.name]} The other keys depend on it."
             )

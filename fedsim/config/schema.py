@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fedsim.core.errors import UserError, cut, shown
+from fedsim.core.user_code import is_user_code
 
 
 def hints_of(cls: type) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def sentences(cls: type) -> dict[str, str]:
     out: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
-            out |= _sentences(sys.modules[base.__module__].__file__)[base.__name__]
+            out |= _sentences(sys.modules[base.__module__].__file__).get(base.__name__, {})
     return out
 
 
@@ -134,7 +135,7 @@ def _convert_component(table: dict[str, type], value: Any, path: str) -> Any:
         )
     if not isinstance(value, dict):
         raise UserError(f"{path}: {shown(value)} is not a section with a name; names: {', '.join(names)}")
-    default = next(iter(names)) if len(names) == 1 or path == "executor" else None
+    default = next(iter(names)) if len(names) == 1 or path in ("executor", "algorithm") else None
     name = value.get("name", default)
     if name is None:
         known = list(dict.fromkeys(key for cls in table.values() for key in keys_of(cls)))
@@ -146,6 +147,11 @@ def _convert_component(table: dict[str, type], value: Any, path: str) -> Any:
         )
     if not isinstance(name, str):
         raise UserError(f"{path}.name: {shown(name)} is not a name; one of {', '.join(names)}")
+    if path == "algorithm" and is_user_code(name):
+        from fedsim.config.sections import section_of_user  # which imports this module
+
+        name, cls = section_of_user(name)
+        return _convert_section(cls, {**value, "name": name}, path)
     if name not in table:
         if "" not in table:
             near = difflib.get_close_matches(name, names, n=1)
@@ -165,7 +171,12 @@ def _convert_section(cls: type, value: Any, path: str) -> Any:
     for f in dataclasses.fields(cls):
         if _key(f) in value:
             out[f.name] = convert(hints[f.name], value[_key(f)], f"{path}.{_key(f)}")
-    return cls(**out)
+    try:
+        return cls(**out)
+    except UserError:
+        raise
+    except ValueError as error:  # of a component that checks its own fields
+        raise UserError(f"{path}.{error}") from None
 
 
 _MISMATCH = object()

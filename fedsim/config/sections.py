@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copyreg
+import functools
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union
 
+from fedsim.algorithms import ALGORITHMS, Algorithm
 from fedsim.config.schema import convert, keys_of, unknown_key
 from fedsim.core.errors import UserError, shown
+from fedsim.core.user_code import load
 from fedsim.data.files import Form
 
 _MOST = 1024  # workers, or threads of one
@@ -698,16 +703,39 @@ class Central:
         pass
 
 
-@dataclass(frozen=True, kw_only=True)
-class FedAvgKeys:
-    """Federated averaging (McMahan et al., 2017)."""
+@functools.cache
+def section_of(name: str, algorithm: type[Algorithm]) -> type:
+    """The section of an algorithm: its own fields, and its name."""
+    about = {"__doc__": algorithm.__doc__, "__module__": algorithm.__module__}
+    about |= {"check": lambda self, path: None, "of": algorithm}
+    named = [("name", Literal[name], name)]
+    made = make_dataclass(algorithm.__name__, named, bases=(algorithm,), namespace=about, frozen=True, kw_only=True)
+    copyreg.pickle(made, lambda section: (_section, (name, algorithm_of(section))))
+    return made
 
-    name: Literal["fedavg"] = "fedavg"
-    weights: Literal["samples", "steps", "uniform"] = "samples"
-    """A client's weight in the mean: its number of examples, its optimizer steps in the round, or 1."""
 
-    def check(self, path: str) -> None:
-        pass
+def _section(name: str, algorithm: Algorithm) -> Any:
+    """The section that describes an algorithm."""
+    own = {f.name: getattr(algorithm, f.name) for f in fields(algorithm)}
+    return section_of(name, type(algorithm))(**own)
+
+
+def section_of_user(name: str) -> tuple[str, type]:
+    """(name with the whole path, section) of an algorithm in a user's file, `FILE.py:CLASS`."""
+    kind = load(name, Algorithm, "algorithm.name")
+    file, _, wanted = name.rpartition(":")
+    name = f"{Path(file).expanduser().resolve()}:{wanted}"
+    return name, section_of(name, kind)
+
+
+def algorithm_of(section: Any) -> Algorithm:
+    """The algorithm that a section describes."""
+    kind = type(section).of
+    return kind(**{f.name: getattr(section, f.name) for f in fields(kind)})
+
+
+FedAvgKeys: Any = section_of("fedavg", ALGORITHMS["fedavg"])
+AlgorithmKeys: Any = Union[tuple(section_of(name, kind) for name, kind in ALGORITHMS.items())]  # noqa: UP007
 
 
 @dataclass(frozen=True, kw_only=True)

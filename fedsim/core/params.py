@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
+Message = dict[str, Params]
+"""Message group -> tensors."""
 LARGE = 1 << 28  # bytes of parameters from which on no process keeps a partial sum of its own
 ALIGN = 4096  # tensors are cut at multiples of this many elements: a whole number of the blocks that codecs work on
 
@@ -155,16 +157,11 @@ class Layout:
         return flat
 
 
-def sub(a: Params, b: Params) -> Params:
-    """a - b, tensor by tensor; shapes may carry a leading lane axis in `a` alone."""
-    return dict(zip(a, torch._foreach_sub([a[n] for n in a], [b[n] for n in a]), strict=True))
-
-
-def add(a: Params, b: Params) -> Params:
-    """a + b, tensor by tensor."""
-    return dict(zip(a, torch._foreach_add([a[n] for n in a], [b[n] for n in a]), strict=True))
-
-
 def clone(a: Params) -> Params:
     """A copy that shares no memory with `a`."""
     return {n: t.detach().clone() for n, t in a.items()}
+
+
+def meta(layout: Layout) -> Params:
+    """Tensors of these names and shapes that hold nothing."""
+    return layout.views(torch.empty(layout.numel, dtype=layout.dtype, device="meta"))

@@ -1,5 +1,5 @@
-"""Records that travel between the round loop, the executors and the trainers. All of them but `Share`,
-`Partial` and `Turn`, which stay in their process, pickle in a few bytes."""
+"""Records that travel between the round loop, the executors and the trainers. All of them but `Share`
+and `Turn`, which stay in their process, pickle in a few bytes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Task:
         read: record of the client's stored state to start from, or -1 for a fresh start.
         write: record to leave its state in, or -1 to leave none.
         evaluate: whether it is scored at the end of the round.
+        slot: its number among the clients whose messages are merged together.
     """
 
     client: int
@@ -36,6 +37,7 @@ class Task:
     read: int = -1
     write: int = -1
     evaluate: bool = False
+    slot: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,6 @@ class Pack:
     mode: str
     tasks: tuple[Task, ...]
     tokens: int
-
-
-@dataclass
-class Partial:
-    """A sum under way: `total` `[numel]` holds the sum of weight x update, `weight` the sum of the weights."""
-
-    total: Any
-    weight: float = 0.0
 
 
 class Turn:
@@ -83,7 +77,7 @@ class Share:
         pack: clients that train in it.
         weights: the run's global parameters, flat `[N]`, on any device.
         server: its server state.
-        out: `[N]`, on any device; weight x update of its clients is added to it.
+        out: flat, on any device; its clients' messages are added to it.
         turn: when that may be done.
     """
 

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedsim.aggregators import Accumulator
 from fedsim.core.errors import OutOfMemory, is_out_of_memory
 from fedsim.core.params import Layout, Params
 from fedsim.core.pulse import at_work
-from fedsim.core.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Share
-from fedsim.executors.serial import MakeTrainer, Trainer, client_failed
+from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Share
+from fedsim.executors.serial import MakeTrainer, Trainer, buffers, client_failed
 
 
 class Host(Trainer, Protocol):
@@ -237,7 +238,7 @@ class FleetExecutor:
             raise found
         return found
 
-    def start(self, layout: Layout, server: Layout, engine: Engine, merges: bool) -> None:
+    def start(self, layout: Layout, server: Layout, engine: Engine, summed: int, many: bool = False) -> None:
         """Make the trainer, or join the one that is there, and the buffers; see `SerialExecutor.start`."""
         fleet = self._member.fleet
 
@@ -250,32 +251,39 @@ class FleetExecutor:
         self.trainer = self._call(make)
         assert self.trainer.layout.sums == layout, "the trainer's parameters are not those the run was started with"
         self.weights, self._server = layout.empty(self.device), server.empty(self.device)
-        self.total = layout.empty(self.device) if merges else None
-        # A pass that fails together is done again run by run, so a pack's updates stay apart until they are known to count.
-        self._server_layout, self._slot = server, layout.empty(self.device)
+        self.total, self.spare = buffers(layout, summed, many, self.device)
+        # A pass that fails together is done again run by run, so a pack's messages stay apart until they are known to count.
+        self._server_layout = server
+        self._slot = torch.zeros(summed, dtype=layout.dtype, device=self.device)
 
     def broadcast(self, weights: Tensor, server: Params) -> None:
         """Refill the global parameters (flat `[N]`) and the server's state in place."""
         if weights is not self.weights:
             self.weights.copy_(weights)
-        self._server_layout.fill(self._server, server)
+        if server:
+            self._server_layout.fill(self._server, server)
 
-    def run(self, packs: Sequence[Pack], total: Partial | None) -> Iterator[Report]:
-        """Train packs beside those of other runs; their updates are added to `total`, pack by pack, where there is one.
+    def run(self, packs: Sequence[Pack], total: Accumulator | None) -> Iterator[Report]:
+        """Train packs beside those of other runs; their messages are added to `total`, pack by pack, where there is one.
 
         Raises:
             ClientError: where a client's training raised.
             OutOfMemory: where a pack did not fit by itself.
         """
         server = self._server_layout.views(self._server)
-        for pack in packs:  # one at a time: those of different runs meet pack by pack, and one sum a run is in memory
+        for i, pack in enumerate(
+            packs
+        ):  # one at a time: those of different runs meet pack by pack, and one sum a run is in memory
             (found,) = self._member.ask("train", Share(self.trainer, pack, self.weights, server, self._slot))
             if isinstance(found, Exception):
                 raise found
             if total is not None:
-                total.total.add_(self._slot)
+                total.place(i).add_(self._slot)
                 total.weight += found.weight
+                total.added()
             yield found
+        if total is not None:
+            total.close()
 
     def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
         """Score each request, in order."""
@@ -307,4 +315,4 @@ class FleetExecutor:
 
     def close(self) -> None:
         """Leave the fleet; may be called twice."""
-        self.trainer = self.weights = self.total = None
+        self.trainer = self.weights = self.total = self.spare = None

@@ -30,10 +30,11 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from fedsim.aggregators import Accumulator
 from fedsim.core.errors import OutOfMemory, SumLost, WorkerDied, is_lost_context, is_out_of_memory
 from fedsim.core.params import LARGE, Layout, Params
 from fedsim.core.pulse import LOOK_S, Watch, at_work, beat, pulses, silence, watched_by
-from fedsim.core.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
+from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Task, Turn
 from fedsim.executors.processes import (
     DEATHS,
     die_with_parent,
@@ -41,7 +42,7 @@ from fedsim.executors.processes import (
     main_not_imported,
     without_interrupt,
 )
-from fedsim.executors.serial import MakeTrainer, client_failed, clients
+from fedsim.executors.serial import MakeTrainer, buffers, client_failed, clients
 
 _SLOTS_BELOW = LARGE  # bytes of an update that goes into partial sums, of which each worker has two
 
@@ -152,6 +153,7 @@ class PoolExecutor:
         self.workers, self.home = list(devices), home
         self.weights: Tensor | None = None
         self.total: Tensor | None = None
+        self.spare: Tensor | None = None
         self._make, self._threads, self._hang_s, self._note = make_trainer, threads, hang_s, note
         self._pulses = pulses(len(devices))
         self._deaths: dict[Any, list[str]] = {}  # by pack, while its round is under way
@@ -185,26 +187,26 @@ class PoolExecutor:
             worker.process, worker.pipe, worker.watch = process, here, Watch(pulse)
             worker.loaded, worker.job, worker.turn, worker.why, worker.ended = False, None, "", None, None
 
-    def start(self, layout: Layout, server: Layout, engine: Engine, merges: bool) -> None:
+    def start(self, layout: Layout, server: Layout, engine: Engine, summed: int, many: bool = False) -> None:
         """Share the buffers with the workers and wait until their models are loaded; see `SerialExecutor.start`.
 
         Raises:
             ClientError: if a worker cannot load its model, with its traceback.
             WorkerDied: if processes die of it.
         """
-        self.total = _shared(layout, self.home or self._pool[0].device) if merges else None
+        self.total, self.spare = map(_shared, buffers(layout, summed, many, self.home or self._pool[0].device))
         by_home: dict[str, Tensor] = {}
         by_device: dict[str, Tensor] = {}
-        copies = 2 if merges and layout.nbytes < _SLOTS_BELOW else 0
+        copies = 2 if summed and summed * layout.dtype.itemsize < _SLOTS_BELOW else 0
         self._layout, self._server_layout, self._engine = layout, server, engine
         for worker in self._pool:
             home = self.home or worker.device
             if home not in by_home:
-                by_home[home] = _shared(layout, home)
+                by_home[home] = _shared(layout.empty(home))
             if worker.device not in by_device:
-                by_device[worker.device] = _shared(server, worker.device)
+                by_device[worker.device] = _shared(server.empty(worker.device))
             worker.weights, worker.server = by_home[home], by_device[worker.device]
-            worker.slots = [_shared(layout, worker.device) for _ in range(copies)]
+            worker.slots = [_shared(buffers(layout, summed, False, worker.device)[0]) for _ in range(copies)]
             worker.free = deque(range(copies))
             self._load(worker)
         self.weights = self._pool[0].weights
@@ -213,8 +215,9 @@ class PoolExecutor:
 
     def _load(self, worker: _Worker) -> None:
         """Tell a fresh process to load its model, and where the buffers are."""
-        buffers = (worker.weights, worker.server, worker.slots, None if worker.slots else self.total)
-        message = ("share", self._layout, self._server_layout, *buffers, self._engine)
+        sums = (None, None) if worker.slots else (self.total, self.spare)
+        shared = (worker.weights, worker.server, worker.slots, sums)
+        message = ("share", self._layout, self._server_layout, *shared, self._engine)
         self._send(worker, _Job(message, "loading the model", "it loads again", deaths=worker.loads))
 
     def broadcast(self, weights: Tensor, server: Params) -> None:
@@ -224,14 +227,14 @@ class PoolExecutor:
             if id(worker.weights) not in done:
                 done.add(id(worker.weights))
                 worker.weights.copy_(weights)
-            if id(worker.server) not in done:
+            if server and id(worker.server) not in done:
                 done.add(id(worker.server))
                 self._server_layout.fill(worker.server, server)
         for device in {w.device for w in self._pool if w.device.startswith("cuda")}:
             torch.cuda.synchronize(device)  # the copies must have landed before another process reads them
 
-    def run(self, packs: Sequence[Pack], total: Partial | None) -> Iterator[Report]:
-        """Train packs on whichever worker is free; their updates are added to `total` in the order of `packs`, where there is one.
+    def run(self, packs: Sequence[Pack], total: Accumulator | None) -> Iterator[Report]:
+        """Train packs on whichever worker is free; their messages are added to `total` in the order of `packs`, where there is one.
 
         A pack goes out in order, to a worker that has somewhere to put its update; so the pack that is waited for is always
         under way. A pack whose worker died goes out again before all later ones.
@@ -256,7 +259,8 @@ class PoolExecutor:
                         if total is not None:
                             # What is in the sum is not added again: the pack is run for the rest that it leaves.
                             done = next_one.index in added
-                            place = worker.free[0] if slotted else "nowhere" if done else "sum"
+                            direct = "spare" if total.place(next_one.index) is total.spare else "sum"
+                            place = worker.free[0] if slotted else "nowhere" if done else direct
                         self._send(worker, self._training(next_one, place))
                 for worker in self._pool:
                     if worker.turn == "waits" and worker.job.about.index == packs[len(added)].index:
@@ -268,6 +272,7 @@ class PoolExecutor:
                 elif kind == "added":
                     worker.turn = "added"
                     added.append(job.about.index)
+                    self._count(total)
                 elif kind == "lost" and found == "adds":
                     self._drop_all()
                     raise SumLost(worker.where)
@@ -280,12 +285,22 @@ class PoolExecutor:
                     ready[found.index] = (found, worker, worker.free.popleft() if slotted else None)
             report, worker, slot = ready.pop(pack.index)
             if slot is not None:
-                total.total.add_(worker.slots[slot].to(total.total.device))
+                total.place(total.packs).add_(worker.slots[slot].to(total.total.device))
                 worker.free.append(slot)
+                self._count(total)
             if total is not None:
                 total.weight += report.weight
             yield report
+        if total is not None:
+            total.close()
         self._deaths.clear()
+
+    @staticmethod
+    def _count(total: Accumulator) -> None:
+        """Count a pack that was added; what this adds must be there before another process adds to it."""
+        total.added()
+        if total.total.is_cuda and total.spare is not None:
+            torch.cuda.synchronize(total.total.device)
 
     def _training(self, pack: Pack, place: int | str | None) -> _Job:
         """A pack as a job; what has died of it before, in this round, is remembered."""
@@ -359,7 +374,7 @@ class PoolExecutor:
             resource_sharer.stop(timeout=5)
             self._unread = False
         self._pool = []
-        self.weights = self.total = None
+        self.weights = self.total = self.spare = None
 
     # ------------------------------------------------------------------------------------------- messages
 
@@ -513,11 +528,10 @@ class PoolExecutor:
             worker.process.kill()
 
 
-def _shared(layout: Layout, device: str) -> Tensor:
-    tensor = layout.empty(device)
-    return (
-        tensor.share_memory_() if tensor.device.type == "cpu" else tensor
-    )  # CUDA tensors are shared by handle when sent
+def _shared(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or tensor.is_cuda:  # CUDA tensors are shared by handle when sent
+        return tensor
+    return tensor.share_memory_()
 
 
 class _Turn(Turn):
@@ -557,7 +571,7 @@ def _work(pipe: Connection, pulse: Tensor, make_trainer: MakeTrainer, device_nam
 def _serve(pipe: Connection, make_trainer: MakeTrainer, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    trainer, weights, server, server_layout, slots, total, out = None, None, None, None, [], None, None
+    trainer, weights, server, server_layout, slots, sums, out = None, None, None, None, [], (None, None), None
     while True:
         try:
             kind, *rest = pipe.recv()
@@ -566,11 +580,11 @@ def _serve(pipe: Connection, make_trainer: MakeTrainer, device: torch.device) ->
         beat()
         if kind == "stop":
             # Views into shared memory go before the process does, or CUDA reports leaked handles.
-            del trainer, weights, server, slots, total, out
+            del trainer, weights, server, slots, sums, out
             return
         try:
             if kind == "share":
-                layout, server_layout, weights, server, slots, total, engine = rest
+                layout, server_layout, weights, server, slots, sums, engine = rest
                 trainer = make_trainer(device, engine)
                 trainer.beat = beat
                 assert trainer.layout.sums == layout, "the worker's parameters are not those the run was started with"
@@ -580,10 +594,11 @@ def _serve(pipe: Connection, make_trainer: MakeTrainer, device: torch.device) ->
                 out, turn = None, None
                 if isinstance(place, int):
                     out = slots[place].zero_()
-                elif place == "sum":
-                    out, turn = total, _Turn(pipe, {device, total.device}, beat)
+                elif place in ("sum", "spare"):
+                    out = sums[place == "spare"]
+                    turn = _Turn(pipe, {device, out.device}, beat)
                 elif place == "nowhere":  # adding to it is no work and takes no memory
-                    out = torch.empty_like(total, device="meta")
+                    out = torch.empty_like(sums[0], device="meta")
                 answer = trainer.train(pack, weights, server_layout.views(server), out, turn)
             elif kind == "measure":
                 answer = trainer.measure(rest[0], weights)

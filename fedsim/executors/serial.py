@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedsim.aggregators import Accumulator
 from fedsim.core.errors import ClientError, OutOfMemory, is_out_of_memory
 from fedsim.core.params import Layout, Params
 from fedsim.core.pulse import at_work
-from fedsim.core.types import Engine, Measured, Pack, Partial, Report, Scores, Scoring, Task, Turn
+from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Task, Turn
 
 
 class Trainer(Protocol):
@@ -24,7 +25,7 @@ class Trainer(Protocol):
     the process puts something else in its place."""
 
     def train(self, pack: Pack, weights: Tensor, server: Params, out: Tensor, turn: Turn | None = None) -> Report:
-        """Train a pack and add its clients' updates to `out`, in its turn."""
+        """Train a pack and add its clients' messages to `out`, in its turn."""
         ...
 
     def score(self, request: Scoring, weights: Tensor) -> list[Scores]:
@@ -64,6 +65,13 @@ def client_failed(tasks: Sequence[Task], device: str, trace: str, what: str = "a
     return ClientError(f"{who} failed on {device}; its traceback:\n{trace}")
 
 
+def buffers(layout: Layout, summed: int, many: bool, device: torch.device | str) -> tuple[Tensor | None, Tensor | None]:
+    """An accumulator's two buffers in the type of `layout`, or None for what is not needed; see `SerialExecutor.start`."""
+    made = [torch.zeros(summed, dtype=layout.dtype, device=device) for _ in range(1 + many)] if summed else []
+    total, spare, *_ = [*made, None, None]
+    return total, spare
+
+
 class SerialExecutor:
     """Runs everything on one device in this process.
 
@@ -82,41 +90,44 @@ class SerialExecutor:
         self._trainer: Trainer | None = None
         self.weights: Tensor | None = None
         self.total: Tensor | None = None
+        self.spare: Tensor | None = None
 
-    def start(self, layout: Layout, server: Layout, engine: Engine, merges: bool) -> None:
-        """Make the trainer and the buffers: global parameters `weights`, their running sum `total` where clients' updates are
-        merged, and the server's state.
+    def start(self, layout: Layout, server: Layout, engine: Engine, summed: int, many: bool = False) -> None:
+        """Make the trainer and the buffers: global parameters `weights`, the server's state, and an accumulator's `total` and
+        `spare` where clients' messages are merged.
 
         Args:
             layout: of the global parameters.
-            server: of the server's state.
+            server: of the server's state that clients receive.
             engine: how to train.
-            merges: whether any mode merges.
+            summed: elements of an accumulator; 0 where no mode merges.
+            many: whether a round can have more packs than are summed at once.
         """
         self._before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         self._trainer = self._make(self.device, engine)
         assert self._trainer.layout.sums == layout, "the trainer's parameters are not those the run was started with"
         self.weights, self._server = layout.empty(self.home), server.empty(self.device)
-        self.total = layout.empty(self.home) if merges else None
+        self.total, self.spare = buffers(layout, summed, many, self.home)
         self._server_layout = server
 
     def broadcast(self, weights: Tensor, server: Params) -> None:
         """Refill the global parameters (flat `[N]`) and the server's state in place."""
         if weights is not self.weights:
             self.weights.copy_(weights)
-        self._server_layout.fill(self._server, server)
+        if server:
+            self._server_layout.fill(self._server, server)
 
-    def run(self, packs: Sequence[Pack], total: Partial | None) -> Iterator[Report]:
-        """Train packs in order; their updates are added to `total`, pack by pack, where there is one.
+    def run(self, packs: Sequence[Pack], total: Accumulator | None) -> Iterator[Report]:
+        """Train packs in order; their messages are added to `total`, pack by pack, where there is one.
 
         Raises:
             ClientError: where a client's training raised.
             OutOfMemory: where a pack did not fit.
         """
         server = self._server_layout.views(self._server)
-        out = None if total is None else total.total
-        for pack in packs:
+        for i, pack in enumerate(packs):
+            out = None if total is None else total.place(i)
             try:
                 with at_work():
                     report = self._trainer.train(pack, self.weights, server, out)
@@ -129,7 +140,10 @@ class SerialExecutor:
                 raise OutOfMemory(str(self.device))
             if total is not None:
                 total.weight += report.weight
+                total.added()
             yield report
+        if total is not None:
+            total.close()
 
     def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
         """Score each request, in order."""
@@ -159,7 +173,7 @@ class SerialExecutor:
 
     def close(self) -> None:
         """Free the model and restore the number of threads; may be called twice."""
-        self._trainer = self.weights = self.total = None
+        self._trainer = self.weights = self.total = self.spare = None
         if self._before is not None:
             torch.set_num_threads(self._before)
             self._before = None

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.algorithms import ALGORITHMS, Algorithm
+from fedsim.algorithms import Algorithm, Local
 from fedsim.channel.codecs import codec
 from fedsim.config.experiment import Experiment
+from fedsim.config.sections import algorithm_of
 from fedsim.core.errors import CallbackError, UserError, WorkerDied
 from fedsim.core.files import CLIENT_FOLDERS, differing, folder_names, read_checked, record, write_checked
 from fedsim.core.numerics import kernels, threads
-from fedsim.core.params import Layout, Params, clone
+from fedsim.core.params import Layout, Params, clone, meta
 from fedsim.core.seeding import stream
 from fedsim.core.store import Records, Store
 from fedsim.core.types import Engine, Report, RoundEnd, Row, Scores, Scoring
@@ -60,7 +61,7 @@ from fedsim.simulate.rounds import (
     state_tensors,
 )
 from fedsim.training.planner import Packs, Plan, choose_lanes, describe
-from fedsim.training.trainer import Trainer, filled, stores_of
+from fedsim.training.trainer import Trainer, filled, reducers_of, stores_of
 
 _PRODUCTS = (
     *("config.yaml", "environment.json", "plan.json", "memory.json", "model.json", "partition.npz", "partition.json"),
@@ -293,8 +294,8 @@ class Session:
             tokens=parts.tokens,
             train=shareable(parts.partition),
             own=None if parts.own is None else shareable(parts.own),
-            algorithms={m: ALGORITHMS["local" if m != "federated" else exp.algorithm.name]() for m in exp.modes},
-            recipe=recipe_of(exp),
+            algorithms={m: algorithm_of(exp.algorithm) if m == "federated" else Local() for m in exp.modes},
+            recipe=dataclasses.replace(recipe_of(exp), slots=schedule_of(parts, "federated").slots),
             state=self.folder.path / "checkpoints",
             tokenizer=parts.tokenizer,
             masters=exp.training.master_weights,
@@ -346,10 +347,11 @@ class Session:
             self._describe(adapters.trained(self.model))
             self._keep_start()
             algorithm = self.bundle.algorithms.get("federated")
-            example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
-            server = Layout.of(algorithm.init(example)[0] if algorithm else {})
-            merges = any(a.merges for a in self.bundle.algorithms.values())
-            executor.start(self.layout, server, self.plan.engine, merges)
+            server = Layout.of(algorithm.sent(algorithm.init(meta(self.layout))[0]) if algorithm else {})
+            self.reducers = reducers_of(self.bundle.algorithms, self.layout, self.bundle.recipe)
+            summed = max(reducer.numel for reducer in self.reducers.values())
+            many = schedule_of(self.parts, "federated").many_packs
+            executor.start(self.layout, server, self.plan.engine, summed, many)
             self.executor = executor
             self._read(self.first, 0, executor.weights)
             if whole:
@@ -393,13 +395,16 @@ class Session:
 
     def _server(self, flat: Tensor) -> Params:
         algorithm = self.bundle.algorithms.get("federated")
-        return clone(algorithm.init(self.layout.views(flat))[0]) if algorithm else {}
+        return algorithm.sent(algorithm.init(self.layout.views(flat))[0]) if algorithm else {}
 
     def _describe(self, params: Params) -> None:
         about = adapters.describe(self.model, params)
-        shapes, messages = list(self.layout.shapes.values()), self.exp.messages
-        dtype = next(iter(params.values())).dtype
-        up, down = (codec(name).nbytes(shapes, dtype) for name in (messages.up, messages.down))
+        messages, dtype = self.exp.messages, next(iter(params.values())).dtype
+        algorithm = self.bundle.algorithms.get("federated", Algorithm())
+        sent = [s for layout in algorithm.messages(self.layout).values() for s in layout.shapes.values()]
+        received = [*self.layout.shapes.values()]
+        received += [tuple(t.shape) for t in algorithm.sent(algorithm.init(meta(self.layout))[0]).values()]
+        up, down = codec(messages.up).nbytes(sent, dtype), codec(messages.down).nbytes(received, dtype)
         self.bytes_of = (up.total, down.total)
         about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
         kept = {m: self.stores[m].nbytes for m in self.exp.modes}
@@ -618,7 +623,7 @@ class Session:
                 if why is None:
                     state = self._state(mode, algorithm)
                     infos = [i for _, i in kept[: at + 1] if i is not None]
-                    restore(state, self.layout, infos, folder.load_tensors(mode, info))
+                    restore(state, self.layout, self.reducers[mode].numel, infos, folder.load_tensors(mode, info))
                     if self._records(mode, state)[0] != info["records"]:
                         why = "records of client state are damaged or missing"
             except OSError:
@@ -718,6 +723,7 @@ class Session:
             schedule,
             algorithm,
             self.layout,
+            self.reducers[mode],
             executor,
             state,
             self.choice,
@@ -857,7 +863,7 @@ class Session:
         A site that is in no cohort of the run never trains and has no curve. `known` sites have their rows.
         """
         if self.initial is None:
-            executor.broadcast(state.params, state.server)
+            executor.broadcast(state.params, self.bundle.algorithms[mode].sent(state.server))
         initial = merged_rows(0, 0, self._initial_scores(executor), "", schedule.name)
         clients = sorted(set(schedule.last_rounds) - set(known)) if mode == "local" else []
         names = [schedule.name(c) for c in clients] if mode == "local" else [None]
@@ -883,7 +889,7 @@ class Session:
             if state.best is not None:
                 self._read(self.stores[f"best-{mode}"], state.best_records.read(MERGED), executor.weights)
                 self._export("best", (None, state.best.round))
-                executor.broadcast(executor.weights, state.server)
+                executor.broadcast(executor.weights, {})
                 requests.append(Scoring("test"))
                 owners.append((None, state.best, mode))
         else:

@@ -17,16 +17,16 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fedsim.aggregators.mean import WeightedMean
-from fedsim.algorithms import Algorithm
+from fedsim.aggregators import GROUP, Accumulator
+from fedsim.aggregators.reducer import Reducer
+from fedsim.algorithms import Algorithm, Info, Server
 from fedsim.core.errors import ClientError, OutOfMemory, SumLost
 from fedsim.core.params import Layout, Params
 from fedsim.core.seeding import stream
 from fedsim.core.store import Records
-from fedsim.core.types import Fault, Pack, Partial, Report, Row, Scores, Scoring, Task
+from fedsim.core.types import Fault, Pack, Report, Row, Scores, Scoring, Task
 from fedsim.simulate.availability import Life, Turnout
 
 CENTRAL = -1
@@ -40,9 +40,10 @@ class Executor(Protocol):
     """Where packs run; see `fedsim.executors`."""
 
     total: Tensor | None
+    spare: Tensor | None
 
     def broadcast(self, weights: Tensor, server: Params) -> None: ...
-    def run(self, packs: list[Pack], total: Partial | None) -> Iterator[Report]: ...
+    def run(self, packs: list[Pack], total: Accumulator | None) -> Iterator[Report]: ...
     def score(self, requests: list[Scoring]) -> list[list[Scores]]: ...
 
 
@@ -95,6 +96,25 @@ class Schedule:
             return clients
         rng = stream(self.seed, "cohort", round)
         return np.sort(clients[rng.choice(len(clients), self.size, replace=False, shuffle=False)])
+
+    @property
+    def slots(self) -> int:
+        """How many clients can send messages that are merged together: a cohort, and who was late in the round before."""
+        return self.size * (2 if self.life is not None and self.life.late == "next" else 1)
+
+    @property
+    def many_packs(self) -> bool:
+        """Whether a round can have more packs than are summed at once."""
+        return self.size > GROUP
+
+    @cached_property
+    def all_weight(self) -> float:
+        """Sum of the weights of all clients."""
+        if self.weights == "uniform":
+            return float(len(self.clients))
+        sizes, times = np.unique(self.sizes[self.clients], return_counts=True)
+        each = sizes if self.weights == "samples" else [self.count(int(n), self.steps) for n in sizes]
+        return float(np.dot(each, times))
 
     def turnout(self, round: int, owed: dict[int, float]) -> Turnout:
         """Who of the cohort answers; everybody, but in a federated round of a simulated life.
@@ -155,8 +175,8 @@ class Schedule:
         steps = [self.central_steps(r) for r in range(1, self.rounds + 1)]
         return [0 if s == 0 else self.count(self.central_total, s) for s in steps]
 
-    def tasks(self, round: int, state: State, clients: np.ndarray | None = None) -> list[Task]:
-        """What each client of the round does, or each of these."""
+    def tasks(self, round: int, state: State, clients: np.ndarray | None = None, slot: int = 0) -> list[Task]:
+        """What each client of the round does, or each of these, whose messages take the slots from `slot` on."""
         if self.mode == "central":
             steps = self.central_steps(round)
             if steps == 0:
@@ -164,7 +184,7 @@ class Schedule:
             done = self._central_counts
             return [self._task(CENTRAL, "central", round, steps, sum(done[: round - 1]), sum(done), 1.0, state)]
         out = []
-        for c in map(int, self.cohort(round) if clients is None else clients):
+        for i, c in enumerate(map(int, self.cohort(round) if clients is None else clients), slot):
             n = int(self.sizes[c])
             per_round = self.count(n, self.steps)
             weight = {"samples": n, "steps": per_round, "uniform": 1}[self.weights]
@@ -178,6 +198,7 @@ class Schedule:
                     self.rounds * per_round,
                     float(weight),
                     state,
+                    i,
                 )
             )
         return out
@@ -192,10 +213,12 @@ class Schedule:
         horizon: int,
         weight: float,
         state: State,
+        slot: int = 0,
     ) -> Task:
         write = state.records.new() if state.keeps else -1
         done = state.steps.get(client, 0)
-        return Task(client, name, round, steps, done, start, horizon, weight, state.records.read(client), write)
+        read = state.records.read(client)
+        return Task(client, name, round, steps, done, start, horizon, weight, read, write, slot=slot)
 
     def _work(self, client: int, steps: int | None = None) -> tuple[int, float]:
         """(optimiser steps, tokens) of a client's round; `steps` where they are not the config's."""
@@ -205,14 +228,16 @@ class Schedule:
         rows = done * self.batch_size if given is not None else total * self.epochs
         return done, rows * self.length(client)
 
-    def packs(self, round: int, state: State, lanes: int, clients: np.ndarray | None = None) -> list[Pack]:
+    def packs(
+        self, round: int, state: State, lanes: int, clients: np.ndarray | None = None, slot: int = 0
+    ) -> list[Pack]:
         """Clients of like step count and row length side by side, at most `lanes` of them; the longest pack first.
 
         A function of the cohort, the config and the lanes: partial sums are merged in this order, whoever made them. Packs
         are as even as can be: 20 clients in 8 lanes are 7, 7 and 6.
         """
         work = []
-        for task in self.tasks(round, state, clients):
+        for task in self.tasks(round, state, clients, slot):
             steps, tokens = self._work(task.client, task.steps)
             scored = self.evaluates(round) and (self.scores_clients or self.mode != "federated")
             last = self.mode == "local" and self.last_rounds[task.client] == round
@@ -257,7 +282,7 @@ class State:
         best: best merged model so far.
         site_best: by client, the best of its own models, where nothing is merged.
         best_records: where the best models' parameters lie, by client; that of the merged one under `MERGED`.
-        late: weight x update of the clients that were late in the last round, summed; None where there are none.
+        late: the messages of the clients that were late in the last round; None where there are none.
         owed: those clients -> simulated seconds left of their work.
         clock: simulated seconds so far.
         evaluation_seconds: what evaluating the merged model took in the last round; no part of a checkpoint.
@@ -272,7 +297,7 @@ class State:
     best: Chosen | None = None
     site_best: dict[int, Chosen] = field(default_factory=dict)
     best_records: Records = field(default_factory=Records)
-    late: Partial | None = None
+    late: Accumulator | None = None
     owed: dict[int, float] = field(default_factory=dict)
     clock: float = 0.0
     evaluation_seconds: float = 0.0
@@ -306,6 +331,7 @@ def run_rounds(
     schedule: Schedule,
     algorithm: Algorithm,
     layout: Layout,
+    reducer: Reducer,
     executor: Executor,
     state: State,
     choice: Choice,
@@ -323,8 +349,9 @@ def run_rounds(
 
     Args:
         schedule: who trains when.
-        algorithm: whose `server_update` makes the next global parameters.
+        algorithm: whose `step` makes the next global parameters.
         layout: of the parameters.
+        reducer: how messages become one.
         executor: where packs run.
         state: from the start or from a checkpoint; carried forward in place.
         choice: how the best model is chosen.
@@ -337,13 +364,11 @@ def run_rounds(
         on_pack: called after each pack.
         on_round: called after each round with its metrics rows, to log and checkpoint.
     """
-    aggregator = WeightedMean(layout)
-    executor.broadcast(state.params, state.server)
+    executor.broadcast(state.params, algorithm.sent(state.server))
     for round in range(state.round + 1, schedule.rounds + 1):
-        buffer = executor.total if algorithm.merges else None
         turnout = schedule.turnout(round, state.owed)
         packs, reports, total, late = _train(
-            schedule, round, state, executor, aggregator, buffer, lanes, halve, on_pack, turnout
+            schedule, round, state, executor, reducer, algorithm.merges, lanes, halve, on_pack, turnout
         )
         rows = [row for report in reports for row in report.rows]
         _settle(packs, reports, state)
@@ -351,9 +376,10 @@ def run_rounds(
         if algorithm.merges:
             _take_late(late, turnout, state)
             if total.weight > 0:  # else nobody was there, or all are still at work
-                info = {"round": round, "clients": sum(len(r.steps) for r in reports)}
-                _merge(algorithm, aggregator, total, state, info, chunk)
-                executor.broadcast(state.params, state.server)
+                arrived = sum(len(r.steps) for r in reports)
+                info = Info(round, arrived, total.weight, len(schedule.clients), schedule.all_weight)
+                _merge(algorithm, reducer, layout, total, state, info, chunk)
+                executor.broadcast(state.params, algorithm.sent(state.server))
             rows += _traffic(round, packs, turnout, schedule, state, bytes_of)
             rows += _clock(round, schedule, turnout, state)
             began = time.monotonic()
@@ -369,20 +395,22 @@ def run_rounds(
 
 def _merge(
     algorithm: Algorithm,
-    aggregator: WeightedMean,
-    total: Partial,
+    reducer: Reducer,
+    layout: Layout,
+    total: Accumulator,
     state: State,
-    info: dict[str, Any],
+    info: Info,
     chunk: int | None,
 ) -> None:
-    """The next global parameters, in place: chunk by chunk where the server keeps no state of their size."""
-    for part in aggregator.layout.chunks(None if state.server else chunk):
+    """The next global parameters, in place: chunk by chunk where the algorithm allows it and the server keeps no state."""
+    apart = algorithm.blockwise and reducer.blockwise and not state.server
+    for part in layout.chunks(chunk if apart else None):
         here = part.views(state.params[part.span])
-        params, server = algorithm.server_update(here, state.server, aggregator.result(total, part), info)
+        after = algorithm.step(Server(here, state.server), reducer.result(total, part), info)
         for name, view in here.items():
-            view.copy_(params[name])
-        state.server = server
-        del params  # before those of the next chunk are made
+            view.copy_(after.params[name])
+        state.server = after.state
+        del after  # before those of the next chunk are made
 
 
 def _train(
@@ -390,14 +418,14 @@ def _train(
     round: int,
     state: State,
     executor: Executor,
-    aggregator: WeightedMean,
-    buffer: Tensor | None,
+    reducer: Reducer,
+    merges: bool,
     lanes: Callable[[int], int],
     halve: Callable[[int], None],
     on_pack: Callable[[int, Report], None],
     turnout: Turnout,
-) -> tuple[list[Pack], list[Report], Partial | None, Partial | None]:
-    """Train a round's packs, whose updates are summed in `buffer`; from the start again where the sum was lost with a
+) -> tuple[list[Pack], list[Report], Accumulator | None, Accumulator | None]:
+    """Train a round's packs, whose messages are summed in the executor's buffers; from the start again where the sum was lost with a
     worker, and with fewer lanes where memory was too little.
 
     Returns:
@@ -405,17 +433,17 @@ def _train(
     """
     while True:
         now = schedule.packs(round, state, lanes(round), turnout.on_time)
-        after = schedule.packs(round, state, lanes(round), turnout.late) if len(turnout.late) else []
+        after = schedule.packs(round, state, lanes(round), turnout.late, schedule.size) if len(turnout.late) else []
         reports: list[Report] = []
-        late: Partial | None = None
+        late: Accumulator | None = None
         try:
             if after:  # one sum is in the workers' reach: it is taken out of it before the others'
-                late = aggregator.zero(buffer)
+                late = reducer.zero(executor.total, executor.spare)
                 reports += _pass(round, executor, after, late, on_pack)
-                late.total = late.total.clone()
-            total = None if buffer is None else aggregator.zero(buffer)
+                late = Accumulator(late.total.clone(), weight=late.weight)
+            total = reducer.zero(executor.total, executor.spare) if merges else None
             if total is not None and state.late is not None:
-                aggregator.merge(total, state.late)
+                reducer.merge(total, state.late)
             reports += _pass(round, executor, now, total, on_pack)
             return [*after, *now], reports, total, late
         except (OutOfMemory, SumLost) as error:
@@ -428,7 +456,7 @@ def _train(
 
 
 def _pass(
-    round: int, executor: Executor, packs: list[Pack], total: Partial | None, on_pack: Callable[[int, Report], None]
+    round: int, executor: Executor, packs: list[Pack], total: Accumulator | None, on_pack: Callable[[int, Report], None]
 ) -> list[Report]:
     reports = []
     for report in executor.run(packs, total):
@@ -508,7 +536,7 @@ def describe_faults(mode: str, rows: Iterable[dict[str, Any]]) -> list[str]:
     return [f"{mode}: clients' rounds that went wrong: {'; '.join(parts)}"] if parts else []
 
 
-def _take_late(late: Partial | None, turnout: Turnout, state: State) -> None:
+def _take_late(late: Accumulator | None, turnout: Turnout, state: State) -> None:
     """Keep the sum of the late clients' updates for the next round; that of the round before is merged by now."""
     state.late = late if late is not None and late.weight > 0 else None
     state.owed = {int(c): turnout.seconds[int(c)] - turnout.round_seconds for c in turnout.late}
@@ -591,13 +619,13 @@ def _keep_best(state: State, client: int, record: int | None, copy_best: Callabl
 
 
 def state_tensors(state: State, layout: Layout, merges: bool) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: `params.NAME`, `server.NAME` and, of late clients, `late.NAME`. Where nothing is merged, all
+    """The tensors of a checkpoint: `params.NAME`, `server.NAME` and the messages of late clients, `late`. Where nothing is merged, all
     that changes lies in the clients' records."""
     out = {f"server.{n}": t for n, t in state.server.items()}
     if merges:
         out |= {f"params.{n}": t for n, t in layout.views(state.params).items()}
     if state.late is not None:
-        out |= {f"late.{n}": t for n, t in layout.views(state.late.total).items()}
+        out["late"] = state.late.total
     return out
 
 
@@ -625,12 +653,15 @@ def _lists(by_client: dict[int, int]) -> list[list[int]]:
     return [list(by_client), list(by_client.values())]
 
 
-def restore(state: State, layout: Layout, infos: list[dict[str, Any]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+def restore(
+    state: State, layout: Layout, numel: int, infos: list[dict[str, Any]], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
     """Bring a fresh state to the last of these checkpoints.
 
     Args:
         state: fresh; changed in place.
         layout: of the parameters.
+        numel: elements of an accumulator.
         infos: what the kept checkpoints say, oldest first: the records they refer to stay untouched.
         tensors: of the last one, by name, one at a time.
     """
@@ -647,7 +678,7 @@ def restore(state: State, layout: Layout, infos: list[dict[str, Any]], tensors: 
     life = info["life"]
     state.owed, state.clock = {int(c): s for c, s in life["owed"].items()}, life["clock"]
     if life["late_weight"] is not None:
-        state.late = Partial(torch.zeros_like(state.params), life["late_weight"])
-        into |= {f"late.{n}": t for n, t in layout.views(state.late.total).items()}
+        state.late = Accumulator(state.params.new_zeros(numel), weight=life["late_weight"])
+        into["late"] = state.late.total
     for name, tensor in tensors:
         into[name].copy_(tensor)

@@ -1,7 +1,7 @@
 """The training loop: the clients of a pack side by side, each in its lane, on one device.
 
 All trained tensors of all lanes are views of one `[K, N]` tensor, so starting a pack is one copy, an optimiser step a few
-calls, and the weighted sum of the updates one product, whatever the method. With `Net` K is 1 and the model is PEFT's own
+calls, and the sum of the updates one product, whatever the method. With `Net` K is 1 and the model is PEFT's own
 in padded batches; with `StackedNet` K lanes share each forward and backward pass.
 """
 
@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregators.mean import WeightedMean
-from fedsim.algorithms import Algorithm, Context
+from fedsim.aggregators.reducer import Reducer
+from fedsim.algorithms import Algorithm, ClientView, per_lane
 from fedsim.channel.codecs import codec
 from fedsim.core.errors import is_out_of_memory
-from fedsim.core.params import ALIGN, Chunk, Layout, Params
+from fedsim.core.params import ALIGN, Chunk, Layout, Message, Params, meta
 from fedsim.core.pulse import beat
 from fedsim.core.seeding import stream, stream_seed
 from fedsim.core.store import Store
-from fedsim.core.types import Engine, Fault, Measured, Pack, Partial, Report, Row, Scores, Scoring, Share, Task, Turn
+from fedsim.core.types import Engine, Fault, Measured, Pack, Report, Row, Scores, Scoring, Share, Task, Turn
 from fedsim.data.batches import Draw
 from fedsim.data.tokens import Tokens
 from fedsim.models.forward import Net
@@ -60,6 +60,7 @@ class Recipe:
         row_tokens: where rows lie end to end in one model: a pass holds as many as fit into `micro_batch` times so many
             tokens; None = `micro_batch` rows.
         policy, max_norm: what becomes of updates that are not finite, or of a larger norm.
+        slots: how many clients can send a message in one round.
     """
 
     optim: Optim
@@ -79,6 +80,7 @@ class Recipe:
     row_tokens: int | None = None
     policy: str = "fail"
     max_norm: float | None = None
+    slots: int = 1
 
 
 def stores_of(folder: Path, algorithms: dict[str, Algorithm], layout: Layout, recipe: Recipe) -> dict[str, Store]:
@@ -89,12 +91,11 @@ def stores_of(folder: Path, algorithms: dict[str, Algorithm], layout: Layout, re
     client's where nothing is merged, else the merged one's.
     """
     size, sums = layout.numel, layout.sums
-    params = layout.views(torch.empty(size, dtype=layout.dtype, device="meta"))
     out = {}
     for mode, algorithm in algorithms.items():
-        state = sum(t.numel() for t in algorithm.init(params)[1].values())
+        state = sum(t.numel() for t in algorithm.init(meta(layout))[1].values())
         moments = recipe.optim.num_moments * size if recipe.keep_state[mode] else 0
-        lost = size if recipe.error_feedback and algorithm.merges else 0
+        lost = sum(sent.numel for sent in algorithm.messages(sums).values()) if recipe.error_feedback else 0
         out[mode] = Store(folder / f"{mode}.bin", state + moments + lost, sums.dtype)
         out[f"best-{mode}"] = Store(folder / f"best-{mode}.bin", size, sums.dtype)
     return out
@@ -128,21 +129,143 @@ def filled(rows: np.ndarray, lengths: np.ndarray, room: int) -> Iterator[np.ndar
     yield rows[begin:]
 
 
+def reducers_of(algorithms: dict[str, Algorithm], layout: Layout, recipe: Recipe) -> dict[str, Reducer]:
+    """Mode -> how its clients' messages become one."""
+    return {m: Reducer(a.aggregates, a.messages(layout), layout, recipe.slots) for m, a in algorithms.items()}
+
+
+def chunks_of(algorithm: Algorithm, layout: Layout, reducer: Reducer, most: int | None) -> list[Chunk]:
+    """Chunks of the parameters that an algorithm's client side is called on: one, where it has to see all at once."""
+    server, client = algorithm.init(meta(layout))
+    kept = [Layout.of(p).shapes for p in (algorithm.sent(server), client) if p]
+    apart = algorithm.blockwise and reducer.blockwise and all(shapes == layout.shapes for shapes in kept)
+    return layout.chunks(most if apart else None)
+
+
+class _Received:
+    """A chunk of what a run's clients received and kept, read when it is first looked at."""
+
+    def __init__(self, trainer: Trainer, part: _Part, tasks: Sequence[Task], chunk: Chunk) -> None:
+        self.trainer, self.part, self.tasks, self.chunk = trainer, part, tasks, chunk
+
+    @functools.cached_property
+    def params(self) -> Params:
+        return self.chunk.views(self.trainer._received(self.part, self.part.weights, self.chunk))
+
+    @functools.cached_property
+    def server(self) -> Params:
+        if not self.part.algorithm.sends_state:
+            return {}
+        (whole,) = Layout.of(self.part.server).chunks()
+        here = whole if len(self.part.chunks) == 1 else self.chunk
+        return here.views(self.trainer._received(self.part, self.part.server_flat, here))
+
+    @functools.cached_property
+    def state(self) -> Params:
+        template = self.part.algorithm.init(self.params)[1]
+        if not template:
+            return {}
+        layout, store = Layout.of(template), self.part.trainer.stores[self.part.pack.mode]
+        begin, found = self.chunk.start, []
+        for task in self.tasks:
+            if task.read < 0:
+                found.append(template)
+                continue
+            flat = store.read(task.read, begin, begin + layout.numel)
+            found.append(layout.views(flat.to(next(iter(template.values())))))
+        return {n: torch.stack([s[n] for s in found]) for n in template}
+
+
+class _View(ClientView):
+    """A `ClientView` of some of a run's clients that costs nothing until it is looked at, as FedAvg does not inside a round."""
+
+    def __init__(self, received: _Received, own: slice | list[int], steps: Sequence[int], lr_sum: Tensor) -> None:
+        # `ClientView` is frozen.
+        self.__dict__.update(round=received.tasks[0].round, lr_sum=lr_sum, _received=received, _own=own, _steps=steps)
+
+    @functools.cached_property
+    def params(self) -> Params:
+        return self._received.params
+
+    @functools.cached_property
+    def server(self) -> Params:
+        return self._received.server
+
+    @functools.cached_property
+    def state(self) -> Params:
+        return {n: t[self._own] for n, t in self._received.state.items()}
+
+    @functools.cached_property
+    def steps(self) -> Tensor:
+        return torch.tensor(self._steps, device=self.lr_sum.device)
+
+
+@dataclass
+class _Piece:
+    """A chunk of neighbouring lanes of a run, as an algorithm changes them between steps.
+
+    Attributes:
+        part: the run's.
+        chunk: its number.
+        own, lanes: where the lanes are among the run's clients, and in the pass.
+        grads, params, scratch: by name, `[K, ...]`.
+    """
+
+    part: _Part
+    chunk: int
+    own: slice
+    lanes: slice
+    grads: Params
+    params: Params
+    scratch: Params
+
+
 class _Part:
     """A run's part of a pass: what it shares (`Share`), where its lanes are, what it comes to."""
 
     def __init__(self, share: Share, algorithm: Algorithm) -> None:
         self.trainer: Trainer = share.trainer
-        self.pack, self.weights, self.server = share.pack, share.weights, share.server
+        self.pack, self.weights, self.server, self.out = share.pack, share.weights, share.server, share.out
         self.algorithm, self.turn = algorithm, share.turn
-        self.partial = Partial(share.out)
         self.report = Report(share.pack.index)
         self.lanes: list[int] = []
-        self.ctx: Context | None = None  # of the only chunk, where there is but one
+        self.tasks: list[Task] = []  # by lane
+        self.chunks, self.width = self.trainer.cuts[share.pack.mode]
+        self.scratch: list[Params] = []  # by chunk
+        self._received: _Received | None = None
 
     def whole(self, k: int) -> slice | list[int]:
         """The run's lanes, as a slice where they are the first ones: nothing is copied then."""
         return slice(0, k) if self.lanes == list(range(k)) else self.lanes
+
+    @functools.cached_property
+    def server_flat(self) -> Tensor:
+        """The server's state end to end."""
+        return torch.cat([t.reshape(-1) for t in self.server.values()])
+
+    def received(self, host: Trainer, chunk: int) -> _Received:
+        """What its clients received; kept for the round where there is but one chunk."""
+        if self._received is not None:
+            return self._received
+        found = _Received(host, self, self.tasks, self.chunks[chunk])
+        if len(self.chunks) == 1:
+            self._received = found
+        return found
+
+    def pieces(self, active: int, flat: Tensor, grad: Tensor) -> Iterator[_Piece]:
+        """Its lanes among the first `active` ones: neighbours together, so that all of them are views."""
+        at = 0
+        lanes = [j for j in self.lanes if j < active]
+        while at < len(lanes):
+            end = at + 1
+            while end < len(lanes) and lanes[end] == lanes[end - 1] + 1:
+                end += 1
+            own, here = slice(at, end), slice(lanes[at], lanes[end - 1] + 1)
+            for i, chunk in enumerate(self.chunks):
+                grads, params = (chunk.views(x[here, chunk.span]) for x in (grad, flat))
+                scratch = {n: t[own] for n, t in self.scratch[i].items()}
+                yield _Piece(self, i, own, here, grads, params, scratch)
+            at = end
 
 
 class Trainer:
@@ -177,15 +300,24 @@ class Trainer:
         self.net, self.tokens, self.sites, self.algorithms = net, tokens, sites, algorithms
         self.recipe, self.seed, self.tokenizer = recipe, seed, tokenizer
         self.layout = net.layout
-        self.aggregator = WeightedMean(self.layout.sums)
-        self.stores = stores_of(state, algorithms, self.layout, recipe)
-        self.cuts: dict[str, tuple[list[Chunk], int]] = {}  # by mode
+        self._keep(state)
         self._trimmed, self._scoring = -math.inf, 0.0
         self.beat: Callable[[], None] = beat
         self._allocate(1)
         if not isinstance(net, StackedNet) or isinstance(net, StreamNet):
             net.adopt(self.flat)
         self._give_back()  # what reading the rows and loading the base have held
+
+    def _keep(self, state: Path) -> None:
+        """What follows from the run's algorithms: where clients' state lies, how messages become one, and by mode what is started,
+        sent and kept at a time, and the elements of the algorithm's state that open a client's record."""
+        self.stores = stores_of(state, self.algorithms, self.layout, self.recipe)
+        self.reducers = reducers_of(self.algorithms, self.layout.sums, self.recipe)
+        self.cuts: dict[str, tuple[list[Chunk], int]] = {}
+        for mode, algorithm in self.algorithms.items():
+            chunks = chunks_of(algorithm, self.layout, self.reducers[mode], self.recipe.chunk)
+            width = sum(t.numel() for t in algorithm.init(meta(self.layout))[1].values())
+            self.cuts[mode] = chunks, width
 
     def _allocate(self, lanes: int) -> None:
         """Room for so many lanes: parameters, gradients, moments."""
@@ -214,7 +346,7 @@ class Trainer:
             pack: whose turn it is.
             weights: the global parameters, flat `[N]`, on any device.
             server: the server's state.
-            out: the sum, `[N]`, on any device: weight x update of each client is added to it.
+            out: an accumulator's buffer, on any device: each client's message is added to it.
             turn: when that may be done; None = at once.
         """
         return self.train_together([Share(self, pack, weights, server, out, turn or Turn())])[0]
@@ -231,7 +363,6 @@ class Trainer:
             self._train_lanes(parts)
         self._give_back()
         for part in parts:
-            part.report.weight = part.partial.weight
             part.report.seconds, part.report.scoring = time.monotonic() - began, self._scoring
         return [part.report for part in parts]
 
@@ -242,8 +373,7 @@ class Trainer:
         """
         made = copy.copy(self)
         made.sites, made.algorithms, made.recipe, made.seed = sites, algorithms, recipe, seed
-        made.stores = stores_of(state, algorithms, self.layout, recipe)
-        made.cuts = {}
+        made._keep(state)
         made.flat = made.grad = made.optimizer = None  # lanes are this one's
         return made
 
@@ -263,29 +393,34 @@ class Trainer:
         lanes, batches = [every[i] for i in order], [drawn[i] for i in order]
         for part in parts:
             part.lanes = [j for j, (owner, _) in enumerate(lanes) if owner is part]
-            part.ctx = self._start(part, [lanes[j][1] for j in part.lanes])
+            part.tasks = [lanes[j][1] for j in part.lanes]
+            self._start(part)
         rates = [part.trainer._rate(task, len(b)) for (part, task), b in zip(lanes, batches, strict=True)]
-        adjusts = type(parts[0].algorithm).adjust_grads is not Algorithm.adjust_grads
-        assert not adjusts or len(parts) == 1, "an algorithm that adjusts gradients looks at all lanes of a pass"
+        table = [
+            [r(i) if i < len(b) else 0.0 for r, b in zip(rates, batches, strict=True)] for i in range(len(batches[0]))
+        ]
+        lrs = torch.tensor(table, dtype=self.layout.sums.dtype, device=self.net.device).view(-1, k)
+        lr_sums = torch.cat([lrs.new_zeros(1, k), lrs.cumsum(dim=0)])  # before each step, and at the end
         loss = torch.zeros(k, dtype=torch.float64, device=self.net.device)
         useful, computed = np.zeros(k, dtype=np.int64), np.zeros(k, dtype=np.int64)
         inside: dict[int, list[Row]] = {}
         self.net.begin([stream_seed(p.trainer.seed, "dropout", t.name, t.round) for p, t in lanes])
-        bound = 0
+        bound, pieces = 0, []
         for i in range(len(batches[0])):
             active = sum(len(b) > i for b in batches)
             if active != bound:
                 self.net.train(True)
                 self.net.bind(self.flat[:active], self.grad[:active])
                 bound = active
+                pieces = [p for part in parts for p in part.pieces(active, self.flat, self.grad)]
             step_loss, step_useful, step_computed = self._backward([b[i] for b in batches[:active]])
-            if adjusts:
-                ctx = parts[0].ctx
-                assert ctx is not None, "an algorithm that adjusts gradients looks at all parameters at once"
-                own = Context(ctx.round, ctx.weights, ctx.server, {n: t[:active] for n, t in ctx.client.items()})
-                views = (self.layout.lanes(x[:active]) for x in (self.grad, self.flat))
-                parts[0].algorithm.adjust_grads(*views, own)
-            self.optimizer.step([rate(i) for rate in rates[:active]])
+            for p in pieces:
+                view = self._view(p, i, lr_sums[i])
+                p.part.algorithm.adjust(p.grads, p.params, p.scratch, view)
+            self.optimizer.step(table[i][:active])
+            for p in pieces:
+                view = self._view(p, i + 1, lr_sums[i + 1])
+                p.part.algorithm.after_step(p.params, p.scratch, view, lrs[i, p.lanes])
             loss[:active] += step_loss
             useful[:active] += step_useful
             computed[:active] += step_computed
@@ -298,7 +433,7 @@ class Trainer:
                 bound = 0
         losses = loss.tolist()
         for part in parts:
-            self._finish(part, [lanes[j][1] for j in part.lanes], [len(batches[j]) for j in part.lanes], losses)
+            self._finish(part, [len(batches[j]) for j in part.lanes], losses, lr_sums[-1])
         counts = [task.client in part.report.steps for part, task in lanes]
         due = [t.evaluate or p.trainer._is_due(t, len(b)) for (p, t), b in zip(lanes, batches, strict=True)]
         ends = [j for j in range(k) if counts[j] and due[j]]
@@ -333,102 +468,83 @@ class Trainer:
         rows = self.sites.everything() if task.client < 0 else self.sites.train(task.client)
         return self.recipe.draw.batches(rows, stream(self.seed, "batches", task.name, task.round), task.steps)
 
-    def _cut(self, part: _Part) -> tuple[list[Chunk], int]:
-        """What is started, sent and kept at a time, and the elements of the algorithm's state that open a client's record.
+    def _view(self, piece: _Piece, steps: int, lr_sums: Tensor) -> _View:
+        """What an algorithm may look at of a piece, whose clients have done so many steps."""
+        received = piece.part.received(self, piece.chunk)
+        lr_sum = lr_sums[piece.lanes]
+        return _View(received, piece.own, [steps] * len(lr_sum), lr_sum)
 
-        Pieces where the algorithm keeps nothing, or a state like the parameters; else all at once.
-        """
-        known, mode, algorithm = part.trainer.cuts, part.pack.mode, part.algorithm
-        if mode not in known:
-            example = self.layout.views(torch.empty(self.layout.numel, dtype=self.layout.dtype, device="meta"))
-            server, client = algorithm.init(example)
-            elementwise = type(algorithm).adjust_grads is Algorithm.adjust_grads and not server
-            alike = not client or {n: tuple(t.shape) for n, t in client.items()} == self.layout.shapes
-            chunks = self.layout.chunks(self.recipe.chunk if elementwise and alike else None)
-            known[mode] = chunks, sum(t.numel() for t in client.values())
-        return known[mode]
-
-    def _context(self, part: _Part, tasks: Sequence[Task], chunk: Chunk) -> Context:
-        """What an algorithm may look at of a chunk: the parameters as they were received, and the clients' states."""
-        store = part.trainer.stores[part.pack.mode]
-        flat = self._received(part, chunk)
-        weights = chunk.views(flat)
-        template = part.algorithm.init(weights)[1]
-        layout = Layout.of(template) if template else None
-        states = []
-        for task in tasks if template else ():
-            if task.read < 0:
-                states.append(template)
-                continue
-            states.append(layout.views(store.read(task.read, chunk.start, chunk.start + layout.numel).to(flat)))
-        client = {n: torch.stack([s[n] for s in states]) for n in template}
-        return Context(tasks[0].round, weights, part.server, client)
-
-    def _received(self, part: _Part, chunk: Chunk) -> Tensor:
-        """A chunk of the global parameters, `[stop - start]`, as clients receive it."""
-        flat = part.weights[chunk.span].to(self.net.device)
+    def _received(self, part: _Part, flat: Tensor, chunk: Chunk) -> Tensor:
+        """A chunk of what the server sends, `[stop - start]`, as clients receive it."""
+        flat = flat[chunk.span].to(self.net.device)
         if not part.algorithm.merges or part.trainer.recipe.down is None:
             return flat
         sent = codec(part.trainer.recipe.down)
         return torch.cat([sent.round_trip(w.reshape(-1)) for w in chunk.views(flat).values()])
 
-    def _start(self, part: _Part, tasks: Sequence[Task]) -> Context | None:
-        """Fill a run's lanes with what its clients start from; what the algorithm may look at, if that is in one chunk."""
-        owner, mode = part.trainer, part.pack.mode
-        keeps, (chunks, width) = owner.recipe.keep_state[mode], self._cut(part)
+    def _start(self, part: _Part) -> None:
+        """Fill a run's lanes with what its clients start from."""
+        owner, mode, tasks = part.trainer, part.pack.mode, part.tasks
+        keeps = owner.recipe.keep_state[mode]
         for lane, task in zip(part.lanes, tasks, strict=True):
             self.beat()
             moments = None
             if keeps and task.read >= 0:
                 record = functools.partial(owner.stores[mode].read, task.read)
-                moments = lambda a, b, record=record: record(width + a, width + b)  # noqa: E731
+                moments = lambda a, b, record=record: record(part.width + a, part.width + b)  # noqa: E731
             self.optimizer.reset(lane, task.steps_done, moments)
-        own = part.whole(len(tasks))
-        for chunk in chunks:
+        own, none = (
+            part.whole(len(tasks)),
+            torch.zeros(len(tasks), dtype=self.layout.sums.dtype, device=self.net.device),
+        )
+        for i, chunk in enumerate(part.chunks):
             self.beat()
-            ctx = self._context(part, tasks, chunk)
-            start = part.algorithm.start(ctx)
-            for name, view in chunk.views(self.flat[:, chunk.span]).items():
-                view[own] = start[name].to(view.dtype)
-        return ctx if len(chunks) == 1 else None
+            view = _View(part.received(self, i), slice(None), [0] * len(tasks), none)
+            start = part.algorithm.start(view)
+            for name, lanes in chunk.views(self.flat[:, chunk.span]).items():
+                lanes[own] = start[name].to(lanes.dtype)
+            part.scratch.append(part.algorithm.scratch(view))
 
-    def _finish(self, part: _Part, tasks: Sequence[Task], steps: Sequence[int], losses: Sequence[float]) -> None:
-        """Add a run's updates to its sum, and keep what its clients keep; `losses` are summed over the steps, by lane.
+    def _finish(self, part: _Part, steps: Sequence[int], losses: Sequence[float], lr_sums: Tensor) -> None:
+        """Add a run's messages to its sum, and keep what its clients keep; `losses` are summed over the steps, by lane.
 
         A client whose update counts for nothing leaves no trace but a fault: no steps, no state.
         """
         owner, mode, algorithm = part.trainer, part.pack.mode, part.algorithm
-        store, sums = owner.stores[mode], self.aggregator.layout.dtype
-        keeps, (chunks, width) = owner.recipe.keep_state[mode], self._cut(part)
-        good, scales = self._judge(part, tasks, chunks, [losses[j] for j in part.lanes])
-        every = len(good) == len(tasks)
-        lanes, tasks, steps = ([x[i] for i in good] for x in (part.lanes, tasks, steps))
-        own = part.whole(len(tasks)) if every else lanes
+        store, sums = owner.stores[mode], self.layout.sums.dtype
+        keeps = owner.recipe.keep_state[mode]
+        good, scales = self._judge(part, part.tasks, part.chunks, [losses[j] for j in part.lanes])
+        every = len(good) == len(part.tasks)
+        lanes, tasks, steps = ([x[i] for i in good] for x in (part.lanes, part.tasks, steps))
+        own, chosen = (part.whole(len(tasks)), slice(None)) if every else (lanes, good)
         if algorithm.merges and not part.turn.wait():
             return  # the round is given up
-        for chunk in chunks if good else ():
+        for i, chunk in enumerate(part.chunks if good else ()):
             self.beat()
-            ctx = part.ctx if part.ctx is not None and every else self._context(part, tasks, chunk)
-            update, state = algorithm.client_update(chunk.views(self.flat[:, chunk.span][own].to(sums)), ctx)
+            view = _View(part.received(self, i), chosen, steps, lr_sums[own])
+            scratch = {n: t[chosen] for n, t in part.scratch[i].items()}
+            message, state = algorithm.finish(chunk.views(self.flat[:, chunk.span][own].to(sums)), scratch, view)
             if algorithm.merges:
-                if any(s != 1 for s in scales):
+                if any(s != 1 for s in scales) and "update" in message:
                     by = torch.tensor(scales, dtype=sums, device=self.flat.device)
-                    update = {n: u * by.view(-1, *[1] * (u.dim() - 1)) for n, u in update.items()}
-                update = self._sent(part, tasks, chunk, update)
-                self.aggregator.add(part.partial, update, [t.weight for t in tasks], chunk)
-            for i, task in enumerate(tasks if state else ()):
+                    message["update"] = {n: u * per_lane(by, u) for n, u in message["update"].items()}
+                message = self._sent(part, tasks, chunk, message)
+                weights, slots = [t.weight for t in tasks], [t.slot for t in tasks]
+                owner.reducers[mode].add(part.out, message, weights, slots, chunk)
+            for j, task in enumerate(tasks if state else ()):
                 if task.write >= 0:
-                    flat = torch.cat([t[i].reshape(-1) for t in state.values()])
+                    flat = torch.cat([t[j].reshape(-1) for t in state.values()])
                     store.write_at(task.write, chunk.start, flat)
-            del ctx, update, state  # before those of the next chunk are made
+            del view, message, state, scratch  # before those of the next chunk are made
         if algorithm.merges:
+            part.report.weight = sum((t.weight for t in tasks), 0.0)
             part.turn.done()
         for i, (lane, task) in enumerate(zip(lanes, tasks, strict=True)):
             part.report.steps[task.client] = steps[i]
             if task.write >= 0 and keeps:
                 for j, moment in enumerate(self.optimizer.kept(lane)):
                     self.beat()
-                    store.write_at(task.write, width + j * self.layout.numel, moment)
+                    store.write_at(task.write, part.width + j * self.layout.numel, moment)
 
     def _judge(
         self, part: _Part, tasks: Sequence[Task], chunks: Sequence[Chunk], losses: Sequence[float]
@@ -464,7 +580,7 @@ class Trainer:
         squares: list[list[float]] = [[] for _ in part.lanes]
         for chunk in chunks:
             self.beat()
-            start = chunk.views(self._received(part, chunk))
+            start = chunk.views(self._received(part, part.weights, chunk))
             for name, local in chunk.views(self.flat[:, chunk.span]).items():
                 for i, lane in enumerate(part.lanes):
                     moved = (local[lane].double() - start[name].double()).reshape(-1).square_()
@@ -473,34 +589,37 @@ class Trainer:
                     squares[i].append(float(moved[full:].sum()))
         return [math.sqrt(math.fsum(s)) for s in squares]
 
-    def _sent(self, part: _Part, tasks: Sequence[Task], chunk: Chunk, update: Params) -> Params:
-        """The updates as the server receives them.
+    def _sent(self, part: _Part, tasks: Sequence[Task], chunk: Chunk, message: Message) -> Message:
+        """The messages as the server receives them.
 
         With error feedback a client adds what its messages have lost so far, and keeps what this one loses (Seide et al., 1-bit
         SGD, Interspeech 2014; Karimireddy et al., Error feedback fixes SignSGD, ICML 2019).
         """
-        recipe = part.trainer.recipe
+        recipe, mode = part.trainer.recipe, part.pack.mode
         if recipe.up is None:
-            return update
-        sent = codec(recipe.up)
-        out, at = {}, chunk.start
-        store = part.trainer.stores[part.pack.mode]
-        place = store.width - self.layout.numel  # the last part of a record
-        for name, u in update.items():
-            flat = u.reshape(len(tasks), -1)
-            size = flat.shape[1]
-            if recipe.error_feedback:
-                lost = [
-                    store.read(t.read, place + at, place + at + size).to(flat) if t.read >= 0 else flat.new_zeros(size)
-                    for t in tasks
-                ]
-                flat = flat + torch.stack(lost)
-            received = sent.round_trip(flat)
-            if recipe.error_feedback:
-                for task, left in zip(tasks, flat - received, strict=True):
-                    store.write_at(task.write, place + at, left)
-            out[name] = received.view(u.shape)
-            at += size
+            return message
+        sent, store = codec(recipe.up), part.trainer.stores[mode]
+        groups = part.trainer.reducers[mode].groups
+        place = store.width - sum(g.layout.numel for g in groups.values())  # the last part of a record
+        out: Message = {}
+        for group, tensors in message.items():
+            out[group], at = {}, place + chunk.start  # groups that are whole come in one chunk, which begins at 0
+            for name, u in tensors.items():
+                flat = u.reshape(len(tasks), -1)
+                size = flat.shape[1]
+                if recipe.error_feedback:
+                    lost = [
+                        store.read(t.read, at, at + size).to(flat) if t.read >= 0 else flat.new_zeros(size)
+                        for t in tasks
+                    ]
+                    flat = flat + torch.stack(lost)
+                received = sent.round_trip(flat)
+                if recipe.error_feedback:
+                    for task, left in zip(tasks, flat - received, strict=True):
+                        store.write_at(task.write, at, left)
+                out[group][name] = received.view(u.shape)
+                at += size
+            place += groups[group].layout.numel
         return out
 
     def _backward(self, batches: Sequence[np.ndarray]) -> tuple[Tensor, list[int], np.ndarray]:

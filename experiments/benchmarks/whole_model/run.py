@@ -157,7 +157,7 @@ def clock_engine(*clocks: Clock) -> None:
     """Have fedsim's round loop, in this process, tell the clocks what it does."""
     import fedsim.runs.session as session
     import fedsim.simulate.rounds as rounds
-    from fedsim.aggregators.mean import WeightedMean
+    from fedsim.aggregators.reducer import Reducer
     from fedsim.executors import SerialExecutor
     from fedsim.training.trainer import Trainer
 
@@ -167,7 +167,7 @@ def clock_engine(*clocks: Clock) -> None:
         (Trainer, "_finish", "adding the update"),
         (Trainer, "_score_lanes", "scoring"),
         (SerialExecutor, "score", "scoring"),
-        (WeightedMean, "zero", "merging"),
+        (Reducer, "zero", "merging"),
         (rounds, "_merge", "merging"),
         (SerialExecutor, "broadcast", "merging"),
         (session.Session, "_copy_best", "best model to disk"),
@@ -305,11 +305,11 @@ def bandwidth_side(turn: Turn) -> None:
     import transformers
 
     from fedsim import Experiment
-    from fedsim.aggregators.mean import WeightedMean
-    from fedsim.algorithms import ALGORITHMS
+    from fedsim.aggregators import Accumulator
+    from fedsim.algorithms import ALGORITHMS, Info
     from fedsim.core.params import Layout
     from fedsim.core.store import Records
-    from fedsim.core.types import Pack, Partial, Share, Task
+    from fedsim.core.types import Pack, Share, Task
     from fedsim.runs.resolve import recipe_of
     from fedsim.simulate import rounds
     from fedsim.training.trainer import Trainer, _Part
@@ -321,7 +321,7 @@ def bandwidth_side(turn: Turn) -> None:
         config = transformers.AutoConfig.from_pretrained(message["base"])
         model = transformers.AutoModelForCausalLM.from_config(config)
     layout = Layout({n: tuple(p.shape) for n, p in model.named_parameters()}, torch.float32)
-    algorithm, aggregator = ALGORITHMS[exp.algorithm.name](), WeightedMean(layout)
+    algorithm = ALGORITHMS[exp.algorithm.name]()
     net = SimpleNamespace(
         layout=layout, device=device, adopt=lambda flat: None
     )  # a trainer needs no more to start and end
@@ -334,8 +334,10 @@ def bandwidth_side(turn: Turn) -> None:
     def once(chunk: int) -> tuple[dict[str, float], float]:
         """Seconds of each operation, and how far the mean of equal clients is from a client's own parameters."""
         trainer.recipe = dataclasses.replace(recipe, chunk=chunk)
+        trainer._keep(state)
+        reducer = trainer.reducers["federated"]
         part = _Part(Share(trainer, pack, weights, {}, total), algorithm)
-        part.lanes = [0]
+        part.lanes, part.tasks = [0], [task]
         seconds: dict[str, float] = {}
 
         def clocked(name: str, function: Callable) -> Any:
@@ -347,14 +349,14 @@ def bandwidth_side(turn: Turn) -> None:
             return out
 
         weights.fill_(1.0)
-        clocked("copying in", lambda: trainer._start(part, [task]))
+        clocked("copying in", lambda: trainer._start(part))
         trainer.flat.add_(0.5)  # what training did
-        clocked("clearing", lambda: aggregator.zero(total))
+        clocked("clearing", lambda: reducer.zero(total))
         for _ in range(clients):
-            clocked("adding", lambda: trainer._finish(part, [task], [1], [0.0]))
-        summed = Partial(total, part.partial.weight)
-        here, info = rounds.State(weights, {}, Records(), keeps=False), {"round": 1, "clients": clients}
-        clocked("server step", lambda: rounds._merge(algorithm, aggregator, summed, here, info, chunk))
+            clocked("adding", lambda: trainer._finish(part, [1], [0.0], torch.zeros(1)))
+        summed = Accumulator(total, weight=float(clients))
+        here, info = rounds.State(weights, {}, Records(), keeps=False), Info(1, clients, clients, clients, clients)
+        clocked("server step", lambda: rounds._merge(algorithm, reducer, layout, summed, here, info, chunk))
         seconds["a round"] = seconds["clearing"] + seconds["adding"] + seconds["server step"]
         seconds["adding"] /= clients
         return seconds, max(abs(float(f(weights)) - 1.5) for f in (torch.min, torch.max))

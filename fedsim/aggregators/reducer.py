@@ -1,0 +1,133 @@
+"""All groups of a message, each with its aggregator, in one flat buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fedsim.aggregators import AGGREGATORS
+from fedsim.aggregators.base import Accumulator, Aggregator, Buffer
+from fedsim.core.params import Chunk, Layout, Message
+
+
+class _Group:
+    """A message group: its aggregator, its layout, and where its buffers lie in the flat one, from `start` to `stop`."""
+
+    def __init__(self, aggregator: Aggregator, layout: Layout, slots: int, start: int) -> None:
+        self.aggregator, self.layout = aggregator, layout
+        (self.everything,) = layout.chunks()
+        self.places: dict[str, tuple[Buffer, int, int]] = {}
+        for name, buffer in aggregator.buffers(slots).items():
+            size = buffer.rows * (layout.numel if buffer.by_element else 1)
+            self.places[name] = buffer, start, start + size
+            start += size
+        self.stop = start
+
+    def views(self, flat: Tensor, span: slice) -> dict[str, Tensor]:
+        """Its buffers at these elements of the group."""
+        return {
+            name: flat[a:b].view(buffer.rows, -1)[:, span] if buffer.by_element else flat[a:b]
+            for name, (buffer, a, b) in self.places.items()
+        }
+
+
+class Reducer:
+    """How messages become one.
+
+    Args:
+        aggregates: message group -> aggregator, or its name.
+        layouts: message group -> what a client sends in it.
+        params: layout of the trained parameters.
+        slots: how many clients can send a message in one round.
+
+    Attributes:
+        numel: elements of an accumulator's buffer.
+        blockwise: whether messages may be added and read chunk by chunk of the parameters: each group is laid out like these.
+    """
+
+    def __init__(
+        self, aggregates: Mapping[str, str | Aggregator], layouts: Mapping[str, Layout], params: Layout, slots: int
+    ) -> None:
+        self.params, self.groups, self.numel = params, {}, 0
+        (self.everything,) = params.chunks()
+        for name, how in aggregates.items():
+            if isinstance(how, str):
+                if how not in AGGREGATORS:
+                    raise ValueError(f"aggregates: {how!r} of group {name!r} is none of {', '.join(AGGREGATORS)}")
+                how = AGGREGATORS[how](params.nbytes)
+            self.groups[name] = _Group(how, layouts[name], slots, self.numel)
+            self.numel = self.groups[name].stop
+        self.blockwise = all(g.layout.shapes == params.shapes and g.aggregator.blockwise for g in self.groups.values())
+
+    def zero(self, total: Tensor, spare: Tensor | None = None) -> Accumulator:
+        """An empty accumulator in these buffers, `[numel]`, which are cleared."""
+        for buffer in (total, spare):
+            if buffer is not None:
+                buffer.zero_()
+        return Accumulator(total, spare)
+
+    def add(
+        self,
+        into: Tensor,
+        message: Message,
+        weights: Sequence[float],
+        slots: Sequence[int],
+        chunk: Chunk | None = None,
+    ) -> None:
+        """Add the messages of K clients to a flat buffer on any device; in place.
+
+        Args:
+            into: `[numel]`.
+            message: group -> name -> `[K, ...]`, of the chunk.
+            weights: of each client.
+            slots: each client's number in the round.
+            chunk: of the parameters; None = all.
+
+        Raises:
+            ValueError: if the message has other groups, names or shapes than were announced.
+        """
+        if message.keys() != self.groups.keys():
+            raise ValueError(f"a message holds {sorted(message)}, but the algorithm aggregates {sorted(self.groups)}")
+        for name, group in self.groups.items():
+            here, tensors = self._chunk(group, chunk), message[name]
+            if tensors.keys() != here.shapes.keys():
+                odd = sorted(tensors.keys() ^ here.shapes.keys())
+                raise ValueError(f"message group {name!r}: {', '.join(odd[:3])} is either missing or unknown")
+            acc, at = group.views(into, here.span), 0
+            for tensor, shape in here.shapes.items():
+                values = tensors[tensor]
+                if tuple(values.shape) != (len(weights), *shape):
+                    raise ValueError(
+                        f"message group {name!r}: {tensor} has shape {tuple(values.shape)}, expected {(len(weights), *shape)}"
+                    )
+                values = values.reshape(len(weights), -1).to(into.device)
+                stop = at + values.shape[1]
+                part = {b: v[:, at:stop] if group.places[b][0].by_element else v for b, v in acc.items()}
+                group.aggregator.add(part, values, weights, slots)
+                at = stop
+
+    def merge(self, into: Accumulator, other: Accumulator) -> None:
+        """Add what another accumulator holds, which may lie on another device; in place."""
+        into.total.add_(other.total.to(into.total.device))
+        into.weight += other.weight
+
+    def result(self, acc: Accumulator, chunk: Chunk | None = None) -> Message:
+        """Group -> name -> tensor, of a chunk of the parameters or of all.
+
+        Raises:
+            ZeroDivisionError: if nothing, or only weight zero, was added.
+        """
+        if acc.weight == 0:
+            raise ZeroDivisionError("the mean of no updates, or of updates whose weights are all zero")
+        out = {}
+        for name, group in self.groups.items():
+            here = self._chunk(group, chunk)
+            out[name] = here.views(group.aggregator.result(group.views(acc.total, here.span), acc.weight))
+        return out
+
+    def _chunk(self, group: _Group, chunk: Chunk | None) -> Chunk:
+        if chunk is None or chunk.shapes == self.everything.shapes:
+            return group.everything
+        assert self.blockwise, "messages that have to be whole come in one chunk"
+        return chunk

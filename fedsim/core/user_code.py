@@ -1,0 +1,102 @@
+"""Classes in a user's own file, named `FILE.py:CLASS`: loaded from the bytes that were read first, in every process."""
+
+from __future__ import annotations
+
+import copyreg
+import dataclasses
+import functools
+import hashlib
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fedsim.core.errors import UserError
+
+
+def is_user_code(name: str) -> bool:
+    """Whether a component's name is of the form `FILE.py:CLASS`."""
+    file, colon, _ = name.rpartition(":")
+    return bool(colon) and file.endswith(".py")
+
+
+def load(name: str, base: type, key: str) -> type:
+    """The class that `FILE.py:CLASS` names: a frozen dataclass derived from `base`, each of whose fields has a default.
+
+    Instances of it may be sent to other processes, where the class is made from the same bytes.
+
+    Args:
+        name: as the user writes it; a relative file is looked for in the working directory.
+        base: what the class has to derive from.
+        key: of the config, for messages.
+
+    Raises:
+        UserError: if it cannot be read, run or used.
+    """
+    text, _, wanted = name.rpartition(":")
+    file = Path(text).expanduser()
+    try:
+        source = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{key}: {text!r} cannot be read ({error.strerror}); give FILE.py:CLASS") from None
+    try:
+        module = _module(source, str(file.resolve()))
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SyntaxError):
+            line = error.lineno
+        else:
+            line = next(
+                (s.lineno for s in traceback.extract_tb(error.__traceback__) if s.filename == str(file.resolve())), 0
+            )
+        what = " ".join(str(error).split())
+        raise UserError(f"{key}: {text}, line {line}: {type(error).__name__}: {what}") from None
+    found = getattr(module, wanted, None)
+    own = [n for n, o in vars(module).items() if _is_own(o, module) and issubclass(o, base)]
+    if not (isinstance(found, type) and issubclass(found, base)):
+        there = f"it has {', '.join(own)}" if own else f"derive a class from {base.__module__}.{base.__name__}"
+        raise UserError(f"{key}: {text} has no class {wanted!r} derived from {base.__name__}; {there}")
+    if "__dataclass_fields__" not in vars(found):
+        raise UserError(f"{key}: {name}: {wanted} is no dataclass; put @dataclass(frozen=True) above it")
+    for field in dataclasses.fields(found):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{key}: {name}: {field.name} has no default; give it one")
+    return found
+
+
+def digest(kind: type) -> str:
+    """SHA-256 of the file that a class was loaded from; empty for a class that was not."""
+    return sys.modules[kind.__module__].__dict__.get("__sha256__", "")
+
+
+def _is_own(value: Any, module: ModuleType) -> bool:
+    return isinstance(value, type) and value.__module__ == module.__name__
+
+
+@functools.cache
+def _module(source: bytes, file: str) -> ModuleType:
+    """The module that a file's bytes make; its classes pickle as these bytes."""
+    sha = hashlib.sha256(source).hexdigest()
+    module = ModuleType(f"fedsim_user_{hashlib.sha256(file.encode()).hexdigest()[:8]}_{sha[:16]}")
+    module.__dict__.update(__file__=file, __sha256__=sha)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(source, file, "exec"), module.__dict__)
+    except BaseException:
+        del sys.modules[module.__name__]
+        raise
+    for value in list(vars(module).values()):
+        if _is_own(value, module):
+            copyreg.pickle(value, functools.partial(_reduce, source, file))
+    return module
+
+
+def _reduce(source: bytes, file: str, value: Any) -> tuple[Any, ...]:
+    return _rebuild, (source, file, type(value).__qualname__, dict(vars(value)))
+
+
+def _rebuild(source: bytes, file: str, name: str, state: dict[str, Any]) -> Any:
+    kind = getattr(_module(source, file), name)
+    made = object.__new__(kind)
+    made.__dict__.update(state)
+    return made
