@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import fedsim
 import fedsim.analysis.plots
 from fedsim.analysis.plots import save_figures
 from fedsim.cli.main import main
-from fedsim.core.errors import Notice
+from fedsim.core.errors import Notice, UserError
 
 KEYS: dict[str, Any] = {
     "name": "lab",
@@ -225,6 +226,17 @@ def test_readers_name_damaged_rows(run: Path, capsys: pytest.CaptureFixture[str]
         said = capsys.readouterr().err.splitlines()
     (line,) = [text for text in said if "metrics.jsonl" in text]
     assert str(run / "metrics.jsonl") in line and "the rows of local" in line and "--resume" in line
+
+
+def test_readers_name_damaged_scores(run: Path) -> None:
+    """Wherever the changed bit lies: another number is never used in silence, and nothing but a `UserError` comes out."""
+    whole = (run / "scores.npz").read_bytes()
+    for place in range(0, len(whole), len(whole) // 40):
+        data = bytearray(whole)
+        data[place] ^= 4
+        (run / "scores.npz").write_bytes(bytes(data))
+        with pytest.warns(Notice, match="scores.npz was changed or damaged"), contextlib.suppress(UserError):
+            fedsim.confusion_matrix(run)
 
 
 def test_a_damaged_model_is_not_scored(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,6 @@ import json
 import math
 import re
 import warnings
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +28,15 @@ import pandas as pd
 
 from fedsim.analysis.load import SCOPES, PathLike, find_runs, flatten_config, load_runs, read_config
 from fedsim.core.errors import Notice, UserError
-from fedsim.core.files import client_folders, model_name, read_json, recorded, warn_of_damage, warn_of_damaged_rows
+from fedsim.core.files import (
+    DAMAGED_ARRAYS,
+    client_folders,
+    model_name,
+    read_json,
+    recorded,
+    warn_of_damage,
+    warn_of_damaged_rows,
+)
 from fedsim.data.partition import Partition, VirtualPartition
 
 # Sections that no number depends on.
@@ -52,11 +58,6 @@ _TYPES = {
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
     **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
 }
-# What reading a damaged `.npz` file raises; RuntimeError: its bytes say that it is encrypted.
-_DAMAGED = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error),
-)
 _WAY_OUT = "put it back, or delete the run and make it again"
 _CHUNK = 1 << 24  # bytes of a tensor that are looked at together
 _SHOWN = 6  # of a list of names, before "and 3 more"
@@ -642,7 +643,7 @@ def _arrays(file: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except _DAMAGED as error:
+    except DAMAGED_ARRAYS as error:
         why = " ".join(str(error).split())
         raise UserError(f"{file}: not readable ({why}); {_WAY_OUT}") from None
 

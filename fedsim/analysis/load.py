@@ -10,7 +10,6 @@ import json
 import math
 import os
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import pandas as pd
 import yaml
 
 from fedsim.core.errors import Notice, UserError
-from fedsim.core.files import read_file, read_json, warn_of_damage, warn_of_damaged_rows
+from fedsim.core.files import DAMAGED_ARRAYS, read_file, read_json, warn_of_damage, warn_of_damaged_rows
 
 COLUMNS = ("round", "step", "scope", "client", "split", "name", "value", "weight", "seconds")
 SCOPES = ("local", "federated", "central")
@@ -236,12 +235,13 @@ def class_predictions(run: PathLike, split: str) -> dict[str, tuple[np.ndarray, 
     file = Path(run) / "scores.npz"
     if not file.is_file():
         return {}
+    warn_of_damage(Path(run), "scores.npz")
     try:
         with np.load(file, allow_pickle=False) as scores:
             arrays = [
                 scores[name] for name in ("names", f"{split}_labels", f"{kinds[split]}_predicted") if name in scores
             ]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED_ARRAYS as error:
         raise UserError(f"{file}: not the scores of a run ({' '.join(str(error).split())}); do the run again") from None
     if len(arrays) < 3:  # of an earlier version
         return {}

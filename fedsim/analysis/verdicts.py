@@ -12,7 +12,6 @@ by the metric's direction, and with several runs (seeds) of a label a demand is 
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -175,7 +174,7 @@ def _row_scores(file: Path) -> RowScores | None:
             found = RowScores(
                 names, data["validation_labels"], data["tokens"], data["last_nll"], data["last_predicted"]
             )
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except files.DAMAGED_ARRAYS as error:
         why = " ".join(str(error).split())
         raise UserError(f"{file}: not the scores of a run ({why}); delete it or do the run again") from None
     models = (len(names), len(found.labels))

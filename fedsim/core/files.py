@@ -15,6 +15,7 @@ import os
 import re
 import stat
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -204,6 +205,12 @@ def read_checked(path: Path) -> dict[str, Any] | None:
 
 
 # ------------------------------------------------------------------------------------------------ damage
+
+# What reading a damaged `.npz` file raises; RuntimeError: its bytes say that it is encrypted, or packed in another way.
+DAMAGED_ARRAYS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 def record(run: Path, places: Iterable[str]) -> dict[str, list[int]]:
