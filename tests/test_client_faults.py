@@ -238,7 +238,7 @@ def test_scaling_is_the_same_in_chunks_in_lanes_and_in_workers(
     pool = {"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1}
     lab.same_bits(lab.run(**keys, name="pool", executor=pool), plain)
     original = fedsim.runs.session.recipe_of
-    monkeypatch.setattr(fedsim.session, "recipe_of", lambda e: dataclasses.replace(original(e), chunk=4096))
+    monkeypatch.setattr(fedsim.runs.session, "recipe_of", lambda e: dataclasses.replace(original(e), chunk=4096))
     lab.same_bits(lab.run(**keys, name="chunks"), plain)
     lora = {"faults": {"policy": "clip", "max_norm": 0.01}, "rounds": 2}
     one, three = (lab.run(**lora, training={"lanes": n}) for n in (1, 3))

@@ -335,7 +335,7 @@ def test_a_run_that_fails_in_a_worker_names_the_client_and_goes_on_in_serial(
     federated = {**ALL, "modes": ["federated"], "name": "fails", "training": {"lanes": 1}}
     pool = {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(fedsim.session, "Bundle", Failing)
+        patch.setattr(fedsim.runs.session, "Bundle", Failing)
         with pytest.raises(ClientError) as caught:
             lab.run(**{**federated, "executor": pool})
     text = str(caught.value)

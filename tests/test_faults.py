@@ -398,7 +398,7 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
     monkeypatch.setattr("fedsim.training.trainer.beat", lambda: events.append("beat"))
     original = fedsim.runs.session.recipe_of
     cut = {"chunk": ALIGN} if adapter["name"] == "none" else {}
-    monkeypatch.setattr(fedsim.session, "recipe_of", lambda exp: dataclasses.replace(original(exp), **cut))
+    monkeypatch.setattr(fedsim.runs.session, "recipe_of", lambda exp: dataclasses.replace(original(exp), **cut))
     evaluate = {"generate": True, "max_new_tokens": 3, "batch_size": 8}
     keys = {"modes": ["federated"], "rounds": 2, "local": {"micro_batch": 2}}
     lab.run(**keys, adapter=adapter, evaluate=evaluate)
@@ -412,7 +412,7 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
 @pytest.fixture
 def frail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of runs come to grief where points are armed."""
-    monkeypatch.setattr(fedsim.session, "Bundle", FrailBundle)
+    monkeypatch.setattr(fedsim.runs.session, "Bundle", FrailBundle)
 
 
 def kill_a_worker() -> None:

@@ -41,7 +41,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
         def recipe(exp: Any) -> Any:
             return dataclasses.replace(original(exp), chunk=elements)
 
-        monkeypatch.setattr(fedsim.session, "recipe_of", recipe)
+        monkeypatch.setattr(fedsim.runs.session, "recipe_of", recipe)
 
     return cut
 

@@ -527,7 +527,7 @@ class MergeClock:
         from fedsim.aggregators.reducer import Reducer
 
         self.seconds, self._on = 0.0, False
-        for owner, name in ((Reducer, "zero"), (Reducer, "add"), (fedsim.rounds, "_merge")):
+        for owner, name in ((Reducer, "zero"), (Reducer, "add"), (fedsim.simulate.rounds, "_merge")):
             function = getattr(owner, name)
             setattr(owner, name, self._timed(getattr(function, "original", function)))
         object.__setattr__(algorithm, "finish", self._timed(algorithm.finish))
