@@ -642,7 +642,8 @@ def _bf16_on_cpu(torch: Any) -> str:
 
 
 def _components() -> None:
-    from fedsim.config.experiment import components, keys_of
+    from fedsim.config.experiment import components
+    from fedsim.core.section import keys_of
 
     for section in ("data", "partition", "adapter", "algorithm", "executor"):
         print(f"{section}:")
