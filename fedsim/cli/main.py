@@ -134,6 +134,14 @@ def config_(
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON schema of experiment files, which lets an editor complete and check keys."""
+    from fedsim.config.json_schema import text
+
+    print(text(), end="")
+
+
+@app.command()
 def run(
     file: File,
     overrides: Overrides = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fedsim.core.section import Count, Like, Natural, OneOf, Positive, Share, Text, section, wrong
 from fedsim.data.files import Form
@@ -22,14 +22,6 @@ Seed32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Tokens = Annotated[int, Field(ge=2)]
 Trace = Annotated[list[Literal[0, 1]], Field(min_length=1)]
 Workers = Annotated[int, Field(ge=1, le=1024)]  # more than any machine has cores is a slip that would take it down
-
-
-def _checked_options(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-    if options:
-        from fedsim.models.adapters import check_peft_options
-
-        check_peft_options(info.data["name"], options, "adapter")
-    return options
 
 
 def _with_a_field(template: str) -> str:
@@ -64,7 +56,6 @@ def _known_device(device: str) -> str:
     return device
 
 
-PeftOptions = Annotated[dict[str, Any], AfterValidator(_checked_options)]
 Template = Annotated[str, AfterValidator(_with_a_field)]
 DataType = Annotated[str, AfterValidator(_known_type)]
 Device = Annotated[str, AfterValidator(_known_device)]
@@ -85,7 +76,18 @@ class Model:
 
 
 @section
-class Lora:
+class _OfPeft:
+    @model_validator(mode="after")
+    def _check_options(self) -> Any:
+        if self.peft:  # a field of each method, since the options differ
+            from fedsim.models.adapters import check_peft_options
+
+            check_peft_options(self.name, self.peft, "adapter")
+        return self
+
+
+@section
+class Lora(_OfPeft):
     """Low-rank adaptation (Hu et al., 2021), by PEFT."""
 
     name: Literal["lora"] = "lora"
@@ -99,12 +101,12 @@ class Lora:
     """Leaf names of the layers to adapt; auto = the attention input projections: q, k and v, or the fused one."""
     init: Literal["kaiming", "xavier", "gaussian"] = "kaiming"
     """Initialization of A (B starts at zero): kaiming is PEFT's default, xavier that of the published runs."""
-    peft: PeftOptions = Field(default_factory=dict)
+    peft: dict[str, Any] = Field(default_factory=dict)
     """Further options of PEFT's own config class for the method, e.g. {use_dora: true, modules_to_save: [score]}; they hold over the keys above."""
 
 
 @section
-class PTuning:
+class PTuning(_OfPeft):
     """P-tuning (Liu et al., 2021): virtual tokens made by an MLP prompt encoder, by PEFT."""
 
     name: Literal["p_tuning"] = "p_tuning"
@@ -112,7 +114,7 @@ class PTuning:
     """Virtual tokens in front of every input."""
     hidden: Count = 1024
     """Width of the prompt encoder's hidden layers."""
-    peft: PeftOptions = Field(default_factory=dict)
+    peft: dict[str, Any] = Field(default_factory=dict)
     """Further options of PEFT's own config class for the method, e.g. {encoder_reparameterization_type: LSTM}; they hold over the keys above."""
 
 
@@ -132,7 +134,7 @@ class Bottleneck:
 
 
 @section
-class Prefix:
+class Prefix(_OfPeft):
     """Prefix tuning (Li and Liang, 2021), by PEFT."""
 
     name: Literal["prefix"] = "prefix"
@@ -142,12 +144,12 @@ class Prefix:
     """Make the prefix by an MLP, as in the paper, or train it directly."""
     hidden: Count = 512
     """Width of that MLP."""
-    peft: PeftOptions = Field(default_factory=dict)
+    peft: dict[str, Any] = Field(default_factory=dict)
     """Further options of PEFT's own config class for the method, e.g. {init_weights: false}; they hold over the keys above."""
 
 
 @section
-class Prompt:
+class Prompt(_OfPeft):
     """Prompt tuning (Lester et al., 2021), by PEFT."""
 
     name: Literal["prompt"] = "prompt"
@@ -155,12 +157,12 @@ class Prompt:
     """Trained embeddings in front of every input."""
     init_text: Text | None = None
     """Start from the embeddings of this text; null starts from randomly drawn ones."""
-    peft: PeftOptions = Field(default_factory=dict)
+    peft: dict[str, Any] = Field(default_factory=dict)
     """Further options of PEFT's own config class for the method, e.g. {prompt_tuning_init: SAMPLE_VOCAB}; they hold over the keys above."""
 
 
 @section
-class Ia3:
+class Ia3(_OfPeft):
     """IA3 (Liu et al., 2022): trained scales on keys, values and the MLP's inner activations, by PEFT."""
 
     name: Literal["ia3"] = "ia3"
@@ -168,7 +170,7 @@ class Ia3:
     """Leaf names of the layers to scale; auto = PEFT's choice for the architecture."""
     feedforward_modules: Layers | Literal["auto"] = "auto"
     """Those of them whose input is scaled instead of their output; auto = PEFT's choice."""
-    peft: PeftOptions = Field(default_factory=dict)
+    peft: dict[str, Any] = Field(default_factory=dict)
     """Further options of PEFT's own config class for the method, e.g. {modules_to_save: [lm_head]}; they hold over the keys above."""
 
     @model_validator(mode="after")
