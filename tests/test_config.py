@@ -538,6 +538,44 @@ UNKNOWN = [
 ]
 
 
+EXACT = [
+    ("rounds=0", "rounds: 0 is below 1"),
+    ("rounds=x", "rounds: 'x' is not a whole number"),
+    ("local.lr=-1", "local.lr: -1 is not a positive number"),
+    ("local.clip=.inf", "local.clip: inf is not a positive number; null = no clipping"),
+    ("local.betas=[0.9, 1]", "local.betas[1]: 1 is outside [0, 1)"),
+    ("local.optimizer=adam", "local.optimizer: 'adam' is not one of adamw, sgd; did you mean adamw?"),
+    ("cohort.size=0", "cohort.size: 0 is below 1; give a whole number or all"),
+    (
+        "adapter.target_modules=[]",
+        "adapter.target_modules: [] is empty; give leaf names of the layers to adapt, or one of auto, all-linear",
+    ),
+    ("data={name: hub}", "data.path: missing; give a data set id such as org/name, or a folder"),
+    ("partition={name: dirichlet, alpha: 0}", "partition.alpha: 0 is not a positive number"),
+    ("algorithm.name=fedagv", "algorithm.name: 'fedagv' is not known; did you mean fedavg? one of fedavg"),
+    (
+        "executor={name: serial, thread: 2}",
+        "unknown key executor.thread (did you mean executor.threads?). Valid keys: name, device, threads",
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), EXACT, ids=[e[0] for e in EXACT])
+def test_messages_word_by_word(override: str, message: str) -> None:
+    assert refusal(SECTIONS, override) == message
+
+
+def test_the_identity_of_the_defaults_stays_whatever_keys_are_added() -> None:
+    empty = ("model", "cohort", "central", "best", "evaluate", "training")
+    assert Experiment().identity() == {
+        "modes": ["local", "federated", "central"],
+        **{section: {} for section in empty},
+        **{"adapter": {"name": "lora"}, "data": {"name": "headlines"}, "partition": {"name": "iid"}},
+        **{"algorithm": {"name": "fedavg"}, "local": {"epochs": 1}},
+    }
+    assert Experiment(faults={"policy": "skip"}).identity()["faults"] == {"policy": "skip"}
+
+
 @pytest.mark.parametrize(("override", "key", "meant", "valid"), UNKNOWN, ids=[u[0] for u in UNKNOWN])
 def test_an_unknown_key_is_one_line_with_the_one_that_is_meant(override: str, key: str, meant: str, valid: str) -> None:
     message = refusal(SECTIONS, override)
