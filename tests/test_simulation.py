@@ -299,7 +299,10 @@ def test_a_config_that_says_nothing_of_it_is_the_run_it_was(lab: Any) -> None:
     [
         ({"availability": 0}, r"^simulation\.availability: 0 is outside \(0, 1\]$"),
         ({"availability": 1.5}, r"^simulation\.availability: 1\.5 is outside"),
-        ({"availability": {"site-1": []}}, r"^simulation\.availability\.site-1: \[\] is empty; give a list \(each one of 0, 1\)$"),
+        (
+            {"availability": {"site-1": []}},
+            r"^simulation\.availability\.site-1: \[\] is empty; give a list \(each one of 0, 1\)$",
+        ),
         ({"availability": {"site-1": [1, 2]}}, r"^simulation\.availability\.site-1\[1\]: 2 is not one of 0, 1$"),
         ({"availability": {"sit-1": [1]}}, r"^simulation\.availability\.sit-1: .*no client; clients are: site-1, "),
         ({"drop": -0.1}, r"^simulation\.drop: -0\.1 is outside \[0, 1\]"),
