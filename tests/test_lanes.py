@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
 
-from fedsim.algorithms import ALGORITHMS
+from fedsim.algorithms import Local
 from fedsim.core.params import Params
 from fedsim.core.seeding import stream as random_stream
 from fedsim.core.store import Records
@@ -219,7 +219,7 @@ class Bench:
             tokens={"train": self.tokens, "validation": self.tokens},
             train=(offsets, torch.arange(int(offsets[-1]))),
             own=(torch.zeros(len(offsets), dtype=torch.int64), torch.zeros(0, dtype=torch.int64)),
-            algorithms={"local": ALGORITHMS["local"]()},
+            algorithms={"local": Local()},
             recipe=self.recipe,
             state=place,
             tokenizer=None,
