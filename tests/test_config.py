@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import math
@@ -13,14 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
-import fedsim.config.experiment as config
-import fedsim.config.sections as sections_module
+import fedsim.config.sections as config
 from fedsim.config import reference, yaml_text
-from fedsim.config.experiment import Experiment, components, expand_path, keys_of
+from fedsim.config.experiment import Experiment, components, expand_path
 from fedsim.config.reference import every_key
-from fedsim.config.schema import sentences
 from fedsim.config.synonyms import SYNONYMS
 from fedsim.core.errors import UserError
+from fedsim.core.section import fields_of, keys_of
+from fedsim.data import partition
 
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {  # what a component cannot do without
     ("data", "financial_phrasebank"): {"path": "Sentences_AllAgree.txt"},
@@ -240,9 +239,9 @@ def test_one_epoch_is_the_work_where_none_is_given() -> None:
 
 
 def test_numbers_are_taken_where_they_mean_the_same() -> None:
-    exp = load("local: {lr: 1, steps: 2.0, betas: [0, 0.5]}")
+    exp = load("local: {lr: 1, steps: 2, betas: [0, 0.5]}")
     assert exp.local.lr == 1.0 and isinstance(exp.local.lr, float)
-    assert exp.local.steps == 2 and isinstance(exp.local.steps, int)
+    assert refusal("local: {steps: 1e3}") == "local.steps: 1000.0 is not a whole number or null; write 1000"
     assert exp.local.betas == [0.0, 0.5]
 
 
@@ -264,7 +263,7 @@ def test_the_identity_leaves_out_what_changes_no_number() -> None:
 def test_sections_may_be_given_as_dataclasses() -> None:
     exp = Experiment(adapter=config.PTuning(hidden=7), local=config.LocalWork(steps=3))
     assert exp == Experiment(adapter={"name": "p_tuning", "hidden": 7}, local={"steps": 3})
-    with pytest.raises(UserError, match=r"^adapter\.r: 0 "):
+    with pytest.raises(UserError, match=r"^r: 0 is below 1$"):
         Experiment(adapter=config.Lora(r=0))
 
 
@@ -276,9 +275,9 @@ FILE = "adapter: {name: lora, r: 4, alpha: 99}\npartition: {name: dirichlet, num
 def test_another_name_drops_the_files_keys_of_that_section_only() -> None:
     exp = load(FILE, "adapter.name=ia3")
     assert exp.adapter == config.Ia3()
-    assert exp.partition == config.Dirichlet(num_clients=7, alpha=0.25)
+    assert exp.partition == partition.Dirichlet(num_clients=7, alpha=0.25)
     exp = load(FILE, "partition.name=dirichlet_fedma")
-    assert exp.partition == config.DirichletFedma(), "not the file's 7 clients, though it takes that key as well"
+    assert exp.partition == partition.DirichletFedma(), "not the file's 7 clients, though it takes that key as well"
 
 
 def test_the_same_name_keeps_the_files_keys() -> None:
@@ -337,7 +336,7 @@ def test_override_values_are_read_as_yaml(override: str, value: Any) -> None:
 
 # (override, the key path the message opens with, the value it shows, words of the way out)
 WRONG = [
-    ("seed=-1", "seed", "-1", "negative"),
+    ("seed=-1", "seed", "-1", "below 0"),
     ("rounds=0", "rounds", "0", "below 1"),
     ("rounds=2.5", "rounds", "2.5", "whole number"),
     ("rounds=true", "rounds", "True", "whole number"),
@@ -354,11 +353,11 @@ WRONG = [
     ("adapter=lora", "adapter", "'lora'", "adapter.name=lora"),
     ("adapter.name=loar", "adapter.name", "'loar'", "did you mean lora?"),
     ("adapter={r: 3}", "adapter.name", "r", "lora, p_tuning"),
-    ("adapter.r=0", "adapter.r", "0", "1 or more"),
+    ("adapter.r=0", "adapter.r", "0", "below 1"),
     ("adapter.r=many", "adapter.r", "'many'", "whole number"),
-    ("adapter.alpha=-1", "adapter.alpha", "-1.0", "2 r"),
+    ("adapter.alpha=-1", "adapter.alpha", "-1", "positive"),
     ("adapter.alpha=.inf", "adapter.alpha", "inf", "is not"),
-    ("adapter.dropout=1", "adapter.dropout", "1.0", "[0, 1)"),
+    ("adapter.dropout=1", "adapter.dropout", "1", "[0, 1)"),
     ("adapter.dropout=.nan", "adapter.dropout", "nan", "[0, 1)"),
     ("adapter.target_modules=q", "adapter.target_modules", "'q'", "a list"),
     ("adapter.target_modules=[]", "adapter.target_modules", "[]", "auto"),
@@ -368,35 +367,35 @@ WRONG = [
     ("adapter={name: ia3, target_modules: [k]}", "adapter.feedforward_modules", "'auto'", "both or none"),
     ("adapter={name: loha, rr: 3}", "adapter.rr", "3", "did you mean r?"),
     ("data.name=headline", "data.name", "'headline'", "did you mean headlines?"),
-    ("data.max_length=1", "data.max_length", "1", "2 tokens"),
+    ("data.max_length=1", "data.max_length", "1", "below 2"),
     ("data.too_long=cut", "data.too_long", "'cut'", "truncate, drop, error"),
     ("data.template=hello", "data.template", "'hello'", "braces"),
     ("data.labels=[a]", "data.labels", "['a']", "two"),
     ("data.labels=[a, a]", "data.labels", "['a', 'a']", "twice"),
     ("data.labels=[1, 2]", "data.labels[0]", "1", "text"),
     ("data.columns=[a]", "data.columns", "['a']", "mapping"),
-    ("data={name: financial_phrasebank}", "data.path", "''", "Sentences_AllAgree.txt"),
-    ("data={name: table}", "data.path", "''", ".csv"),
+    ("data={name: financial_phrasebank}", "data.path", "missing", "Sentences_AllAgree.txt"),
+    ("data={name: table}", "data.path", "missing", ".csv"),
     ("data={name: table, path: x.csv, validation: 0}", "data.validation", "0.0", "validate"),
-    ("data={name: table, path: x.csv, validation: 2}", "data.validation", "2.0", "fraction in [0, 1)"),
+    ("data={name: table, path: x.csv, validation: 2}", "data.validation", "2", "fraction of `path`"),
     ("data={name: table, path: x.csv, validation: 0.6, test: 0.5}", "data.test", "0.5", "no training rows"),
     ("data={name: hub, path: a/b, validation: 0.6, test: 0.5}", "data.test", "0.5", "no training rows"),
     ("data={name: table, path: x.csv, validation: ''}", "data.validation", "''", "file"),
-    ("data={name: hub}", "data.path", "''", "org/name"),
+    ("data={name: hub}", "data.path", "missing", "org/name"),
     ("partition=iid", "partition", "'iid'", "partition.name=iid"),
     ("partition.name=random", "partition.name", "'random'", "dirichlet_fedma"),
     ("partition.num_clients=0", "partition.num_clients", "0", "below 1"),
-    ("partition={name: dirichlet, alpha: 0}", "partition.alpha", "0.0", "positive"),
+    ("partition={name: dirichlet, alpha: 0}", "partition.alpha", "0", "positive"),
     ("partition={name: dirichlet_fedma, alpha: .inf}", "partition.alpha", "inf", "positive"),
     ("partition={name: dirichlet, max_redraws: 0}", "partition.max_redraws", "0", "below 1"),
-    ("partition={name: class_counts}", "partition.counts", "[]", "each client"),
+    ("partition={name: class_counts}", "partition.counts", "missing", "each client"),
     ("partition={name: class_counts, counts: [[1, 2], [3]]}", "partition.counts", "[[1, 2], [3]]", "length"),
-    ("partition={name: class_counts, counts: [[1, -2]]}", "partition.counts", "[[1, -2]]", "negative"),
-    ("partition={name: class_counts, counts: [[], []]}", "partition.counts", "[[], []]", "class"),
+    ("partition={name: class_counts, counts: [[1, -2]]}", "partition.counts[0][1]", "-2", "below 0"),
+    ("partition={name: class_counts, counts: [[], []]}", "partition.counts[0]", "[]", "per class"),
     ("partition={name: class_counts, counts: [[1, x]]}", "partition.counts[0][1]", "'x'", "whole number"),
     ("partition={name: shards, classes_per_client: 0}", "partition.classes_per_client", "0", "below 1"),
-    ("partition={name: by_column}", "partition.column", "''", "clients' ids"),
-    ("partition={name: quantity, exponent: -1}", "partition.exponent", "-1.0", ">= 0"),
+    ("partition={name: by_column}", "partition.column", "missing", "clients' ids"),
+    ("partition={name: quantity, exponent: -1}", "partition.exponent", "-1", "below 0"),
     ("cohort.size=0", "cohort.size", "0", "or all"),
     ("cohort.size=some", "cohort.size", "'some'", "or all"),
     ("local={steps: 2, epochs: 1}", "local.steps", "2", "local.epochs=1"),
@@ -405,18 +404,18 @@ WRONG = [
     ("local.batch_size=0", "local.batch_size", "0", "below 1"),
     ("local.micro_batch=64", "local.micro_batch", "64", "batch_size=32"),
     ("local.optimizer=adam", "local.optimizer", "'adam'", "adamw, sgd"),
-    ("local.lr=0", "local.lr", "0.0", "positive"),
+    ("local.lr=0", "local.lr", "0", "positive"),
     ("local.lr=.nan", "local.lr", "nan", "positive"),
     ("local.lr=fast", "local.lr", "'fast'", "a number"),
     ("local.min_lr=1", "local.min_lr", "1.0", "lr=0.001"),
-    ("local.weight_decay=-0.1", "local.weight_decay", "-0.1", "negative"),
+    ("local.weight_decay=-0.1", "local.weight_decay", "-0.1", "below 0"),
     ("local.weight_decay=.inf", "local.weight_decay", "inf", "finite"),
-    ("local.betas=[0.9]", "local.betas", "[0.9]", "two numbers"),
-    ("local.betas=[0.9, 1.0]", "local.betas", "[0.9, 1.0]", "[0, 1)"),
-    ("local.eps=0", "local.eps", "0.0", "positive"),
+    ("local.betas=[0.9]", "local.betas", "[0.9]", "2 values"),
+    ("local.betas=[0.9, 1.0]", "local.betas[1]", "1.0", "[0, 1)"),
+    ("local.eps=0", "local.eps", "0", "positive"),
     ("local.eps=.inf", "local.eps", "inf", "is not"),
     ("local.momentum=0.9", "local.momentum", "0.9", "sgd"),
-    ("local.clip=0", "local.clip", "0.0", "null"),
+    ("local.clip=0", "local.clip", "0", "null"),
     ("local.horizon=10", "local.horizon", "10", "cosine"),
     ("local={schedule: cosine, warmup: 10, horizon: 10}", "local.horizon", "10", "warmup=10"),
     ("local.keep_state=maybe", "local.keep_state", "'maybe'", "true or false"),
@@ -436,7 +435,7 @@ WRONG = [
     ("executor={name: pool, devices: [cpu, gpu]}", "executor.devices[1]", "'gpu'", "cuda:N"),
     ("executor={name: pool, devices: [cpu, cpu], workers: 1}", "executor.workers", "1", "devices"),
     ("executor.threads=0", "executor.threads", "0", "below 1"),
-    ("executor.hang_s=0", "executor.hang_s", "0.0", "null = wait for ever"),
+    ("executor.hang_s=0", "executor.hang_s", "0", "null = wait for ever"),
     ("executor={name: pool, hang_s: .inf}", "executor.hang_s", "inf", "null = wait for ever"),
     ("tracking.with=[neptune]", "tracking.with[0]", "'neptune'", "wandb"),
     ("tracking.with=wandb", "tracking.with", "'wandb'", "a list"),
@@ -538,6 +537,44 @@ UNKNOWN = [
     ("algorithm.mu=0.1", "algorithm.mu", "algorithm.mu with algorithm.name=fedprox", "weights"),
     ("recovery.retries=2", "recovery", "", "seed"),
 ]
+
+
+EXACT = [
+    ("rounds=0", "rounds: 0 is below 1"),
+    ("rounds=x", "rounds: 'x' is not a whole number"),
+    ("local.lr=-1", "local.lr: -1 is not a positive number"),
+    ("local.clip=.inf", "local.clip: inf is not a positive number; null = no clipping"),
+    ("local.betas=[0.9, 1]", "local.betas[1]: 1 is outside [0, 1)"),
+    ("local.optimizer=adam", "local.optimizer: 'adam' is not one of adamw, sgd; did you mean adamw?"),
+    ("cohort.size=0", "cohort.size: 0 is below 1; give a whole number or all"),
+    (
+        "adapter.target_modules=[]",
+        "adapter.target_modules: [] is empty; give leaf names of the layers to adapt, or one of auto, all-linear",
+    ),
+    ("data={name: hub}", "data.path: missing; give a data set id such as org/name, or a folder"),
+    ("partition={name: dirichlet, alpha: 0}", "partition.alpha: 0 is not a positive number"),
+    ("algorithm.name=fedagv", "algorithm.name: 'fedagv' is not known; did you mean fedavg? one of fedavg, fedprox, fedadam, scaffold"),
+    (
+        "executor={name: serial, thread: 2}",
+        "unknown key executor.thread (did you mean executor.threads?). Valid keys: name, device, threads",
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), EXACT, ids=[e[0] for e in EXACT])
+def test_messages_word_by_word(override: str, message: str) -> None:
+    assert refusal(SECTIONS, override) == message
+
+
+def test_the_identity_of_the_defaults_stays_whatever_keys_are_added() -> None:
+    empty = ("model", "cohort", "central", "best", "evaluate", "training")
+    assert Experiment().identity() == {
+        "modes": ["local", "federated", "central"],
+        **{section: {} for section in empty},
+        **{"adapter": {"name": "lora"}, "data": {"name": "headlines"}, "partition": {"name": "iid"}},
+        **{"algorithm": {"name": "fedavg"}, "local": {"epochs": 1}},
+    }
+    assert Experiment(faults={"policy": "skip"}).identity()["faults"] == {"policy": "skip"}
 
 
 @pytest.mark.parametrize(("override", "key", "meant", "valid"), UNKNOWN, ids=[u[0] for u in UNKNOWN])
@@ -655,37 +692,14 @@ def test_home_in_a_path_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 # ------------------------------------------------------------------------------------------------ sentences
 
 
-def test_every_field_of_every_section_has_a_sentence_under_it() -> None:
-    bodies = [ast.parse(Path(m.__file__).read_text(encoding="utf-8")).body for m in (config, sections_module)]
-    seen = 0
-    for node in (n for body in bodies for n in body):
-        if not (isinstance(node, ast.ClassDef) and node.decorator_list):
-            continue
-        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
-            if not isinstance(field, ast.AnnAssign):
-                continue
-            name = field.target.id  # type: ignore[union-attr]
-            if name == "name" and node.name != "Experiment":
-                continue  # the component's own name: the class says what it is
-            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            assert told, f"{node.name}.{name} has no sentence under it"
-            text = after.value.value  # type: ignore[union-attr]
-            assert isinstance(text, str) and len(text) > 4 and text.rstrip().endswith("."), (
-                f"{node.name}.{name}: {text!r}"
-            )
-            seen += 1
-    # Inherited fields stand once in their base class; all the rest of the keys must have been seen.
-    sections = [config.Experiment, config.Model, config.CohortKeys, config.LocalWork, config.Central, config.Best]
-    sections += [config.Checkpoint, config.Evaluate, config.Training, config.Tracking]
-    sections += [config.Aggregation, config.Messages, config.Faults, config.Simulation]
-    sections += [c for s in ("adapter", "data", "partition", "executor") for c in components(s).values()]
-    own = {(c.__name__, f) for s in sections for c in s.__mro__ for f in getattr(c, "__annotations__", {})}
-    assert seen == len([1 for c, f in own if f != "name" or c == "Experiment"])
-    for section in (*sections, *components("algorithm").values()):
-        assert (section.__doc__ or "").partition("\n")[0].endswith("."), section
-    for section in components("algorithm").values():  # an algorithm's own dataclass, in its own file
-        told = sentences(section)
-        assert all(told[f.name].endswith(".") for f in dataclasses.fields(section) if f.name != "name"), section
+def test_every_key_and_every_section_has_a_sentence() -> None:
+    for key in every_key():
+        assert len(key.about) > 4 and key.about.endswith("."), key
+    for section, info in fields_of(Experiment).items():
+        assert (info.description or "").endswith("."), section
+    for section in ("adapter", "data", "partition", "algorithm", "executor"):
+        for cls in components(section).values():
+            assert (cls.__doc__ or "").partition("\n")[0].endswith("."), cls
 
 
 def test_help_and_the_reference_page_hold_every_sentence() -> None:
@@ -716,7 +730,7 @@ def test_keys_sections_and_components_are_explained() -> None:
 
 def sections_module_sentence(cls: str, field: str) -> str:
     """The string under a field, read from the source by its lines alone."""
-    lines = Path(sections_module.__file__).read_text(encoding="utf-8").partition(f"class {cls}:")[2].splitlines()
+    lines = Path(config.__file__).read_text(encoding="utf-8").partition(f"class {cls}:")[2].splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.startswith(f"    {field}: ")][:1]
     return lines[at + 1].strip().strip('"')
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 
+from fedsim.config import json_schema
 from fedsim.config.experiment import Experiment, read_yaml
+from fedsim.core.errors import UserError
+from fedsim.runs import sweep_plan
 from fedsim.runs.build import Parts, prepare
 from fedsim.runs.reproduce import Reproduction
 from fedsim.runs.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
+SCHEMA = ROOT / "docs" / "experiment.schema.json"
 EVERY = sorted((ROOT / "experiments").rglob("*.yaml"))
 REPRODUCED = [f for f in EVERY if f.name == "reproduce.yaml"]  # tests/test_reproduce.py
 SWEEPS = [f for f in EVERY if f not in REPRODUCED and "experiment" in read_yaml(f)]
@@ -49,6 +56,46 @@ def on_embedded_parts(file: Path, tmp_path: Path) -> tuple[Experiment, Parts]:
     if exp.model.path != "tiny":
         overrides.append("model.path=tiny")
     return exp, prepare(Experiment.load(file, overrides))
+
+
+def test_the_committed_schema_is_that_of_the_keys_and_of_the_sweeps() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == json_schema.text(), "run: fedsim schema > docs/experiment.schema.json"
+    assert tuple(json_schema.schema()["$defs"]["Sweep"]["properties"]) == sweep_plan._KEYS
+
+
+@pytest.mark.parametrize("file", EVERY, ids=[str(f.relative_to(ROOT / "experiments")) for f in EVERY])
+def test_every_file_names_the_schema_and_fits_it(file: Path) -> None:
+    first = file.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# yaml-language-server: $schema="), first
+    assert (file.parent / first.partition("=")[2]).resolve() == SCHEMA
+    jsonschema.validate(read_yaml(file), json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    ("tree", "fits"),
+    [
+        ({"local": {"learning_rate": 1}}, False),
+        ({"rounds": 0}, False),
+        ({"rounds": True}, False),
+        ({"adapter": {"name": "lora", "rr": 3}}, False),
+        ({"adapter": {"name": "loha", "r": 3}}, True),
+        ({"partition": {"num_clients": 3}}, False),
+        ({"partition": {"name": "iid", "num_clients": 3}}, True),
+        ({"executor": {"workers": 2}}, True),
+        ({"executor": {"workers": 0}}, False),
+        ({"data": {"name": "table"}}, False),
+        ({"data": {"name": "instructions", "sources": [{"format": "alpacca", "path": "a"}]}}, False),
+        ({"tracking": {"with": ["wandb"]}}, True),
+        ({"experiment": {"rounds": 0}}, False),
+        ({"experiment": "a.yaml", "grids": {}}, False),
+    ],
+)
+def test_the_schema_takes_what_the_config_takes(tree: dict[str, Any], fits: bool) -> None:
+    assert jsonschema.Draft7Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).is_valid(tree) == fits
+    sections = tree.get("experiment", tree)
+    if isinstance(sections, dict):
+        with contextlib.nullcontext() if fits else pytest.raises(UserError):
+            Experiment.from_dict(sections)
 
 
 def test_the_number_of_experiments_is_known() -> None:
@@ -151,6 +198,7 @@ def test_every_fedsim_command_shown_works_on_files_that_exist(monkeypatch: pytes
     known = {
         "init",
         "config",
+        "schema",
         "run",
         "sweep",
         "reproduce",

@@ -39,8 +39,10 @@ ROOMS = {
 }
 # Beyond the rooms below, and why.
 ALSO = {
-    "config.experiment": {"data.memory", "models.adapters"},  # examples, or a PEFT config, that a script hands over
-    "config.sections": {"data.files", "models.adapters", "channel.codecs"},  # who knows a value checks it
+    # Examples, or a PEFT config, that a script hands over; and the default partition.
+    "config.experiment": {"data.memory", "data.partition", "models.adapters"},
+    # Components own their sections, and who knows a value checks it.
+    "config.sections": {"data.files", "data.partition", "models.adapters", "channel.codecs"},
     "analysis.diff": {"data.partition"},  # reads a partition as the run wrote it
     "runs.reproduce": {"zero_shot"},  # of a published table of scores
 }
@@ -49,7 +51,9 @@ PURE = {"torch", "numpy", "scipy"}
 READING = {"numpy", "pandas", "matplotlib", "yaml", "scipy"}
 OUTSIDE = {
     "core": {"torch", "numpy"},
-    **dict.fromkeys(("aggregators", "algorithms", "data.partition", "channel"), PURE),
+    **dict.fromkeys(("aggregators", "algorithms", "channel"), PURE),
+    "data.partition": {*PURE, "pydantic"},
+    "core.section": {"pydantic", "pydantic_core"},
     "analysis": READING,
     **{name: set() for name in ("core.errors", "core.types", "core.files")},
     "core.seeding": {"numpy"},

@@ -134,6 +134,14 @@ def config_(
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON schema of experiment files, which lets an editor complete and check keys."""
+    from fedsim.config.json_schema import text
+
+    print(text(), end="")
+
+
+@app.command()
 def run(
     file: File,
     overrides: Overrides = None,
@@ -642,7 +650,8 @@ def _bf16_on_cpu(torch: Any) -> str:
 
 
 def _components() -> None:
-    from fedsim.config.experiment import components, keys_of
+    from fedsim.config.experiment import components
+    from fedsim.core.section import keys_of
 
     for section in ("data", "partition", "adapter", "algorithm", "executor"):
         print(f"{section}:")

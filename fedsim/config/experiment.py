@@ -3,129 +3,56 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from fedsim.config import sections as s
 from fedsim.config import yaml_text
 from fedsim.config.keys import document
-from fedsim.config.schema import check_keys, components_of, convert, hints_of, keys_of, plain
-from fedsim.config.sections import (
-    Adapter,
-    Aggregation,
-    AlgorithmKeys,
-    AutoExecutor,
-    Best,
-    Bottleneck,
-    ByColumn,
-    Central,
-    Checkpoint,
-    ClassCounts,
-    CohortKeys,
-    Data,
-    Dirichlet,
-    DirichletFedma,
-    Evaluate,
-    Executor,
-    Faults,
-    FedAvgKeys,
-    FinancialPhraseBank,
-    Headlines,
-    Hub,
-    Ia3,
-    Iid,
-    Instructions,
-    LocalWork,
-    Lora,
-    Messages,
-    Model,
-    OtherPeft,
-    PartitionKeys,
-    Pool,
-    Prefix,
-    Prompt,
-    PTuning,
-    Quantity,
-    Serial,
-    Shards,
-    Simulation,
-    Table,
-    Tracking,
-    Training,
-    Virtual,
-    Whole,
-    check_that,
-)
 from fedsim.core.errors import UserError, shown
 from fedsim.core.inductor import without_folder
+from fedsim.core.section import Natural, Text, defaults_of, hints_of, one_of, plain, section, wrong
 from fedsim.core.user_code import digest, is_user_code
 from fedsim.data.memory import hold
-
-__all__ = [
-    "Aggregation",
-    "AutoExecutor",
-    "Best",
-    "Bottleneck",
-    "ByColumn",
-    "Central",
-    "Checkpoint",
-    "ClassCounts",
-    "CohortKeys",
-    "Dirichlet",
-    "DirichletFedma",
-    "Evaluate",
-    "Experiment",
-    "Faults",
-    "FedAvgKeys",
-    "FinancialPhraseBank",
-    "Headlines",
-    "Hub",
-    "Ia3",
-    "Iid",
-    "Instructions",
-    "LocalWork",
-    "Lora",
-    "Messages",
-    "Model",
-    "OtherPeft",
-    "PTuning",
-    "Pool",
-    "Prefix",
-    "Prompt",
-    "Quantity",
-    "Serial",
-    "Shards",
-    "Simulation",
-    "Table",
-    "Tracking",
-    "Training",
-    "Virtual",
-    "Whole",
-    "components",
-    "expand_path",
-    "keys_of",
-    "results_of",
-]
+from fedsim.data.partition import Iid
 
 _NOT_IN_ID = ("seeds", "rounds", "results", "executor", "tracking", "checkpoint", "aggregation")
-_NEWER = (
-    "messages",
-    "faults",
-    "simulation",
-)  # ids of older runs do not hold them: left out where nothing in them is set
+# What ids of the first version hold at its defaults, too; a key that came later is in an id where it is set.
+_FIRST = ("modes", "model", "adapter", "data", "partition", "cohort", "local", "central", "algorithm", "best", "evaluate", "training")  # fmt: skip
 _PATHS = (("model", "path"), ("data", "path"), ("data", "validation"), ("data", "test"), ("results",))
 _SOURCES = ("data", "sources")  # a list of sections with a `path` each, which may itself be a list
 Section = Mapping[str, Any]
 _Path = tuple[str | int, ...]  # keys and places in lists that lead to a value
 
 
-@dataclass(frozen=True, kw_only=True)
+def _unknown_key(path: str, known: Sequence[str]) -> str:
+    from fedsim.config.reference import unknown_key  # reads the whole config, and is needed for this message alone
+
+    return unknown_key(path, known)
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
+        raise wrong("", name, "is not a folder's name: use letters, digits, . _ + -")
+    if len(name) > 200:
+        raise wrong("", name, "is longer than a folder's name can be; give a shorter one")
+    return name
+
+
+def _each_once(values: list[Any]) -> list[Any]:
+    twice = next((v for v in values if values.count(v) > 1), None)
+    if twice is not None:
+        raise wrong("", values, f"names {twice} twice")
+    return values
+
+
+@functools.partial(section, unknown=_unknown_key)
 class Experiment:
     """One experiment: what goes in. Sections may be given as dataclasses or as plain dicts.
 
@@ -133,55 +60,55 @@ class Experiment:
         UserError: for an unknown key, a wrong type or an impossible value, with the key's full path.
     """
 
-    name: str = "experiment"
+    name: Annotated[str, AfterValidator(_folder_name)] = "experiment"
     """Name of the experiment, and of the folder of its runs under `results`."""
-    seed: int = 0
+    seed: Natural = 0
     """Random seed; every random draw depends on it."""
-    seeds: list[int] | None = None
-    """Instead of `seed`: one run for each of these, with their mean and interval."""
-    modes: list[Literal["local", "federated", "central"]] = field(
-        default_factory=lambda: ["local", "federated", "central"]
-    )
+    seeds: Annotated[list[Natural], Field(min_length=1), AfterValidator(_each_once)] | None = None
+    """Random seeds in the place of `seed`: one run for each, with their mean and interval."""
+    modes: Annotated[
+        list[Literal["local", "federated", "central"]], Field(min_length=1), AfterValidator(_each_once)
+    ] = Field(default_factory=lambda: ["local", "federated", "central"])
     """Which models to train: a local-only model per client, the federated one, the centralized one."""
-    rounds: int = 5
+    rounds: int = Field(5, ge=1, le=10**6)
     """Number of federated rounds; the other modes do the same amount of work, evaluated at the same points."""
-    results: str = "results"
-    """Root folder of all runs; a run lies in results/NAME/ID."""
-    model: Model = field(default_factory=Model)
+    results: Text = "results"
+    """The root folder of all runs; a run lies in results/NAME/ID."""
+    model: s.Model = Field(default_factory=s.Model)
     """The base model."""
-    adapter: Adapter = field(default_factory=Lora)
+    adapter: s.Adapter = Field(default_factory=s.Lora)
     """Fine-tuning method."""
-    data: Data = field(default_factory=Headlines)
+    data: s.Data = Field(default_factory=s.Headlines)
     """Data set; in Python also a DataFrame, a `datasets.Dataset` or a `DatasetDict`."""
-    partition: PartitionKeys = field(default_factory=Iid)
+    partition: s.Partitioner = Field(default_factory=Iid)
     """How the training examples are divided among the clients."""
-    cohort: CohortKeys = field(default_factory=CohortKeys)
+    cohort: s.CohortKeys = Field(default_factory=s.CohortKeys)
     """Client sampling per round."""
-    local: LocalWork = field(default_factory=LocalWork)
+    local: s.LocalWork = Field(default_factory=s.LocalWork)
     """Local training: what a client does in one round."""
-    central: Central = field(default_factory=Central)
+    central: s.Central = Field(default_factory=s.Central)
     """How the budget of centralized training is matched to federated training."""
-    algorithm: AlgorithmKeys = field(default_factory=FedAvgKeys)
+    algorithm: s.Algorithm = Field(default_factory=s.FedAvgKeys)
     """Aggregation algorithm."""
-    best: Best = field(default_factory=Best)
+    best: s.Best = Field(default_factory=s.Best)
     """How the best model is chosen."""
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    checkpoint: s.Checkpoint = Field(default_factory=s.Checkpoint)
     """How often the state of the run is saved."""
-    evaluate: Evaluate = field(default_factory=Evaluate)
+    evaluate: s.Evaluate = Field(default_factory=s.Evaluate)
     """When and how models are evaluated."""
-    training: Training = field(default_factory=Training)
+    training: s.Training = Field(default_factory=s.Training)
     """How clients share a device."""
-    aggregation: Aggregation = field(default_factory=Aggregation)
+    aggregation: s.Aggregation = Field(default_factory=s.Aggregation)
     """How updates are summed; the results do not depend on it."""
-    messages: Messages = field(default_factory=Messages)
+    messages: s.Messages = Field(default_factory=s.Messages)
     """Compression of the updates and of the global parameters that are sent."""
-    faults: Faults = field(default_factory=Faults)
+    faults: s.Faults = Field(default_factory=s.Faults)
     """Clients whose loss or update is not finite or too large."""
-    simulation: Simulation = field(default_factory=Simulation)
+    simulation: s.Simulation = Field(default_factory=s.Simulation)
     """Client availability, dropout and stragglers."""
-    executor: Executor = field(default_factory=AutoExecutor)
+    executor: s.Executor = Field(default_factory=s.AutoExecutor)
     """Execution backend."""
-    tracking: Tracking = field(default_factory=Tracking)
+    tracking: s.Tracking = Field(default_factory=s.Tracking)
     """Experiment trackers."""
 
     if TYPE_CHECKING:  # a section may also be a plain dict
@@ -195,88 +122,65 @@ class Experiment:
             modes: Sequence[str] = ...,
             rounds: int = ...,
             results: str = ...,
-            model: Model | Section = ...,
-            adapter: Adapter | Section | Any = ...,  # or a PEFT config
-            data: Data | Section | Any = ...,  # or examples in memory
-            partition: PartitionKeys | Section = ...,
-            cohort: CohortKeys | Section = ...,
-            local: LocalWork | Section = ...,
-            central: Central | Section = ...,
-            algorithm: Section = ...,
-            best: Best | Section = ...,
-            checkpoint: Checkpoint | Section = ...,
-            evaluate: Evaluate | Section = ...,
-            training: Training | Section = ...,
-            aggregation: Aggregation | Section = ...,
-            messages: Messages | Section = ...,
-            faults: Faults | Section = ...,
-            simulation: Simulation | Section = ...,
-            executor: Executor | Section = ...,
-            tracking: Tracking | Section = ...,
+            model: s.Model | Section = ...,
+            adapter: s.Adapter | Section | Any = ...,  # or a PEFT config
+            data: s.Data | Section | Any = ...,  # or examples in memory
+            partition: s.Partitioner | Section = ...,
+            cohort: s.CohortKeys | Section = ...,
+            local: s.LocalWork | Section = ...,
+            central: s.Central | Section = ...,
+            algorithm: s.Algorithm | Section = ...,
+            best: s.Best | Section = ...,
+            checkpoint: s.Checkpoint | Section = ...,
+            evaluate: s.Evaluate | Section = ...,
+            training: s.Training | Section = ...,
+            aggregation: s.Aggregation | Section = ...,
+            messages: s.Messages | Section = ...,
+            faults: s.Faults | Section = ...,
+            simulation: s.Simulation | Section = ...,
+            executor: s.Executor | Section = ...,
+            tracking: s.Tracking | Section = ...,
         ) -> None: ...
 
-    def __post_init__(self) -> None:
-        if hasattr(self.adapter, "peft_type"):  # a config of PEFT's, which has imported torch by then
-            from fedsim.models.adapters import section_of
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _of_peft(cls, value: Any) -> Any:
+        if not hasattr(value, "peft_type"):
+            return value
+        from fedsim.models.adapters import section_of  # PEFT has imported torch by then
 
-            object.__setattr__(self, "adapter", section_of(self.adapter))
-        for f in dataclasses.fields(self):
-            value = plain(getattr(self, f.name))
-            value = convert(hints_of(Experiment)[f.name], hold(value) if f.name == "data" else value, f.name)
-            object.__setattr__(self, f.name, value)
-        check_that(
-            re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name) is not None,
-            "name",
-            self.name,
-            "is not a folder's name: use letters, digits, . _ + -",
-        )
-        check_that(
-            len(self.name) <= 200, "name", self.name, "is longer than a folder's name can be; give a shorter one"
-        )
-        check_that(self.seed >= 0, "seed", self.seed, "is negative")
-        if self.seeds is not None:
-            _check_one_of_seed_and_seeds(self.seeds, self.seed if self.seed != 0 else None)
-            check_that(len(self.seeds) > 0, "seeds", self.seeds, "is empty; give one seed or more, e.g. [0, 1, 2]")
-            check_that(min(self.seeds) >= 0, "seeds", self.seeds, "holds a negative seed")
-            check_that(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "names a seed twice")
-        check_that(self.rounds >= 1, "rounds", self.rounds, "is below 1")
-        check_that(self.rounds <= 10**6, "rounds", self.rounds, "is above 1000000, more than any run can finish")
-        check_that(bool(self.results.strip()), "results", self.results, "is empty; give a folder, or . for this one")
-        check_that(len(self.modes) > 0, "modes", self.modes, "is empty; name some of local, federated, central")
-        check_that(len(set(self.modes)) == len(self.modes), "modes", self.modes, "names a mode twice")
-        for f in dataclasses.fields(self):
-            section = getattr(self, f.name)
-            if dataclasses.is_dataclass(section):
-                section.check(f.name)
-        if self.local.steps is None and self.local.epochs is None:
-            object.__setattr__(self, "local", dataclasses.replace(self.local, epochs=1))
-        self._check_together()
+        return section_of(value)
 
-    def _check_together(self) -> None:
+    @field_validator("data", mode="before")
+    @classmethod
+    def _in_memory(cls, value: Any) -> Any:
+        return hold(value)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Experiment:
+        whole, dtype = self.adapter.name == "none", self.model.dtype
+        if self.seeds is not None and self.seed != 0:
+            raise wrong("seeds", self.seeds, f"and seed={self.seed} are both given; leave one of them out")
         if self.model.task == "sequence_classification":
-            check_that(
-                not self.evaluate.generate,
-                "evaluate.generate",
-                True,
-                "goes with model.task=causal_lm; a head writes no text",
-            )
-            way = "goes with model.task=causal_lm; of a head use loss"
-            check_that(self.best.metric != "perplexity", "best.metric", "perplexity", way)
-        if self.adapter.name == "none":
+            if self.evaluate.generate:
+                raise wrong("evaluate.generate", True, "goes with model.task=causal_lm; a head writes no text")
+            if self.best.metric == "perplexity":
+                raise wrong("best.metric", "perplexity", "goes with model.task=causal_lm; of a head use loss")
+        if whole and dtype == "float16":
             way = "cannot train a whole model without loss scaling; use bfloat16 or float32"
-            check_that(self.model.dtype != "float16", "model.dtype", self.model.dtype, way)
-        if self.training.packing and self.adapter.name != "none":
+            raise wrong("model.dtype", dtype, way)
+        if self.training.packing and not whole:
             way = "is for whole models (adapter.name=none); adapters in lanes are always packed, see training.lanes"
-            check_that(False, "training.packing", True, way)
-        if not self.training.master_weights:
+            raise wrong("training.packing", True, way)
+        if not self.training.master_weights and not (whole and dtype == "bfloat16"):
             way = "is for whole models (adapter.name=none) under model.dtype=bfloat16; leave it out"
-            whole = self.adapter.name == "none" and self.model.dtype == "bfloat16"
-            check_that(whole, "training.master_weights", False, way)
-        if self.messages.error_feedback and self.messages.up == "fp32" and self.model.dtype != "float64":
+            raise wrong("training.master_weights", False, way)
+        if self.messages.error_feedback and self.messages.up == "fp32" and dtype != "float64":
             way = "needs a type that loses something, and updates are float32 as it is; set messages.up, e.g. nf4"
-            check_that(False, "messages.error_feedback", True, way)
-        if self.best.metric == "exact_match":
-            check_that(self.evaluate.generate, "best.metric", "exact_match", "needs evaluate.generate=true")
+            raise wrong("messages.error_feedback", True, way)
+        if self.best.metric == "exact_match" and not self.evaluate.generate:
+            raise wrong("best.metric", "exact_match", "needs evaluate.generate=true")
+        return self
 
     @classmethod
     def load(
@@ -322,9 +226,9 @@ class Experiment:
     @without_folder()  # PEFT is asked for the keys of its methods
     def from_dict(cls, tree: dict[str, Any]) -> Experiment:
         """The experiment of a nested dict, as YAML gives it."""
-        check_keys(cls, tree, "")
-        if tree.get("seeds") is not None:
-            _check_one_of_seed_and_seeds(tree["seeds"], tree.get("seed"))
+        if tree.get("seeds") is not None and tree.get("seed") is not None:
+            both = f"and seed={shown(tree['seed'])} are both given; leave one of them out"
+            raise UserError(f"seeds: {shown(tree['seeds'])} {both}")
         return cls(**tree)
 
     def to_dict(self) -> dict[str, Any]:
@@ -343,38 +247,19 @@ class Experiment:
         Values at their defaults are left out, so that a key that a later version adds does not change the id.
         """
         tree: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
-            section, value = getattr(self, f.name), plain(getattr(self, f.name))
-            if f.name in _NOT_IN_ID:
-                continue
-            if dataclasses.is_dataclass(section):
-                default = plain(type(section)())
-                tree[f.name] = {k: v for k, v in value.items() if k == "name" or k not in default or v != default[k]}
-                if f.name in _NEWER and not tree[f.name]:
-                    del tree[f.name]
-                if f.name == "algorithm" and is_user_code(section.name):  # what the file holds, wherever it lies
-                    tree[f.name]["name"] = f"{section.name.rpartition(':')[2]}@{digest(type(section).of)}"
-            elif f.default is dataclasses.MISSING or value != f.default:
-                tree[f.name] = value
+        for key, default in defaults_of(Experiment).items():
+            held = getattr(self, key)
+            value = plain(held)
+            if isinstance(value, dict):
+                default = defaults_of(type(held))
+                value = {k: v for k, v in value.items() if k == "name" or k not in default or v != default[k]}
+            if key == "algorithm" and is_user_code(value["name"]):  # what the file holds, wherever it lies
+                value["name"] = f"{value['name'].rpartition(':')[2]}@{digest(type(held).of)}"
+            if key not in _NOT_IN_ID and (key in _FIRST or value not in ({}, default)):
+                tree[key] = value
         return tree
 
 
-def _check_one_of_seed_and_seeds(seeds: Any, seed: Any) -> None:
-    check_that(seed is None, "seeds", seeds, f"and seed={seed} are both given; leave one of them out")
-
-
-def _with_known_keys(init: Callable[..., None]) -> Callable[..., None]:
-    """Name the nearest known key where Python would raise a TypeError."""
-
-    @functools.wraps(init)
-    def checked(self: Experiment, *values: Any, **keys: Any) -> None:
-        check_keys(Experiment, keys, "")
-        init(self, *values, **keys)
-
-    return checked
-
-
-Experiment.__init__ = _with_known_keys(Experiment.__init__)
 Experiment.__doc__ = document(Experiment)  # for help() and editors: a field's sentence is no part of it otherwise
 
 
@@ -384,10 +269,10 @@ def components(section: str) -> dict[str, type]:
     Raises:
         KeyError: if the section holds no components.
     """
-    table = components_of(hints_of(Experiment)[section])
-    if table is None:
+    held = one_of(hints_of(Experiment)[section])
+    if held is None:
         raise KeyError(section)
-    return table
+    return held.choices
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -449,9 +334,7 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
 
 def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
     section = tree.get(path[0])
-    renames = (
-        len(path) == 2 and path[1] == "name" and path[0] in ("adapter", "data", "partition", "algorithm", "executor")
-    )
+    renames = len(path) == 2 and path[1] == "name" and one_of(hints_of(Experiment).get(path[0])) is not None
     if renames and isinstance(section, dict) and section.get("name") != value:
         tree[path[0]] = {"name": value}
         return

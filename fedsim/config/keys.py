@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedsim.config.schema import components_of, describe, hints_of, keys_of, plain, sentences
+from fedsim.core.section import bare, describe, fields_of, hint_of, one_of, plain
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,22 @@ def keys_below(cls: type, section: str = "", owner: str = "") -> Iterator[Key]:
         section: path of its own.
         owner: its name, where it is a component.
     """
-    hints, about = hints_of(cls), sentences(cls)
-    for f, key in zip(dataclasses.fields(cls), keys_of(cls), strict=True):
+    for key, info in fields_of(cls).items():
         if owner and key == "name":
             continue
-        hint, path = hints[f.name], f"{section}.{key}" if section else key
-        default = plain(f.default if f.default is not dataclasses.MISSING else f.default_factory())
-        table = components_of(hint)
-        if table is not None:
-            names = ", ".join(filter(None, table)) + ("; or another method of PEFT" if "" in table else "")
-            names += "; or FILE.py:CLASS, see docs/extend.md" if path == "algorithm" else ""
-            yield Key(
-                f"{path}.name", "", f"one of {names}", default["name"], f"{about[f.name]} The other keys depend on it."
-            )
-            for name, component in table.items():
-                if name:
-                    yield from keys_below(component, path, name)
-        elif dataclasses.is_dataclass(hint):
-            yield from keys_below(hint, path)
+        hint, path, about = hint_of(cls, key), f"{section}.{key}" if section else key, info.description or ""
+        default = None if info.is_required() else plain(info.get_default(call_default_factory=True))
+        if held := one_of(hint):
+            names = ", ".join(held.table) + ("; or another method of PEFT" if held.other else "")
+            names += "; or FILE.py:CLASS, see docs/extend.md" if held.find else ""
+            yield Key(f"{path}.name", "", f"one of {names}", default["name"], f"{about} The other keys depend on it.")
+            for name, component in held.table.items():
+                yield from keys_below(component, path, name)
+        elif dataclasses.is_dataclass(bare(hint)):
+            yield from keys_below(bare(hint), path)
         else:
-            yield Key(path, owner, describe(hint), json.dumps(default, ensure_ascii=False), about[f.name])
+            value = "(required)" if info.is_required() else json.dumps(default, ensure_ascii=False)
+            yield Key(path, owner, describe(hint), value, about)
 
 
 def document(cls: type) -> str:

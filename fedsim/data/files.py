@@ -8,55 +8,47 @@ import csv
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from fedsim.core.errors import UserError
+from fedsim.core.section import section, wrong
 from fedsim.data.memory import InMemory, Table, table_in
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _KINDS = (*_SEPARATORS, ".json", ".jsonl", ".ndjson", ".parquet")
 
 
-@dataclass(frozen=True)
+@section
 class Form:
-    """How a text file is written, where it is not a CSV or TSV file in UTF-8 whose first line names the columns.
-
-    Attributes:
-        header: whether the first line names the columns; None = it does, unless `names` are given.
-        names: of the columns in order, in the place of the file's own.
-        delimiter: between cells, one character; None = a comma in .csv, a tab in .tsv files. With one, a file may end in anything.
-        encoding: None = UTF-8.
-    """
+    """How a text file is written, where it is not a CSV or TSV file in UTF-8 whose first line names the columns."""
 
     header: bool | None = None
+    """Whether the first line of a CSV or TSV file names its columns; null = it does, unless `names` are given. Without either the columns are 0, 1, 2, ..."""
     names: list[str] | None = None
+    """Names of the columns in order, in the place of the file's own."""
     delimiter: str | None = None
+    """Character between cells; null = a comma in .csv files, a tab in .tsv files. With one, a text file may have any ending."""
     encoding: str | None = None
+    """Of text files, e.g. latin-1, cp1252 or utf-16; null = UTF-8."""
 
-    def check(self, path: str) -> None:
-        """Whether a file can be of this form; `path` is the section in the config.
-
-        Raises:
-            UserError: if not.
-        """
-        names, delimiter = self.names, self.delimiter
+    @model_validator(mode="after")
+    def _check_form(self) -> Form:
+        names, mark = self.names, self.delimiter
         if names is not None and (not names or len(set(names)) < len(names) or not all(n.strip() for n in names)):
-            raise UserError(
-                f"{path}.names: {names!r} is not one name per column, each another; name all columns in order"
-            )
-        if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n') and delimiter != "\\t":
-            way = 'is not one character; give ; or | or another, or "\\t" for a tab'
-            raise UserError(f"{path}.delimiter: {delimiter!r} {way}")
+            raise wrong("names", names, "is not one name per column, each another; name all columns in order")
+        if mark is not None and (len(mark) != 1 or mark in '"\r\n') and mark != "\\t":
+            raise wrong("delimiter", mark, 'is not one character; give ; or | or another, or "\\t" for a tab')
         try:
             text = self.encoding is None or codecs.lookup(self.encoding)._is_text_encoding
         except (LookupError, ValueError):
             text = False
         if not text:
-            raise UserError(
-                f"{path}.encoding: {self.encoding!r} is not known; give utf-8, latin-1, cp1252, utf-16 or another of Python's"
-            )
+            way = "is not known; give utf-8, latin-1, cp1252, utf-16 or another of Python's"
+            raise wrong("encoding", self.encoding, way)
+        return self
 
     def separator(self, kind: str) -> str | None:
         """Between cells of a file with this ending; None = it is no separated text."""

@@ -1,6 +1,7 @@
 """Who holds which rows: partitions, the functions that draw them, and the report that measures them.
 
-A partitioner is a plain function `f(labels, rng, *, ...) -> Partition`; `PARTITIONERS` at the bottom names them all.
+A partitioner is a plain function `f(labels, rng, *, ...) -> Partition` with the config section of its keys above it;
+`PARTITIONERS` at the bottom names them all.
 They settle counts first (a matrix of clients by classes) and deal rows once, so a redraw costs no pass over the data.
 One is different: `virtual` deals nothing. Its clients, up to millions, draw rows with repetition when asked for them.
 
@@ -16,12 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+from pydantic import AfterValidator, Field, model_validator
 from scipy.special import rel_entr
 
 from fedsim.core.errors import UserError
+from fedsim.core.section import Count, Natural, Positive, Text, section, wrong
 
 _MOST_CLIENTS = 10**6  # where clients may be without rows
 
@@ -434,6 +437,46 @@ def _label_skew(
 # The partitioners.
 
 
+def _dealt(num_clients: int) -> int:
+    if num_clients > _MOST_CLIENTS:
+        way = f"is above {_MOST_CLIENTS:,}; use fewer, or partition.name=virtual, which takes up to 100,000,000"
+        raise wrong("", num_clients, way)
+    return num_clients
+
+
+@section
+class _Clients:
+    """What most partitioners take."""
+
+    num_clients: Annotated[Count, AfterValidator(_dealt)] = 3
+    """Number of clients."""
+
+
+@section
+class _ByClass(_Clients):
+    by: str | None = None
+    """Column whose values are the classes to divide by; null = the label."""
+
+
+@section
+class _DirichletKeys(_ByClass):
+    alpha: Positive = 1.0
+    """Concentration parameter: small = each class on few clients, large = all clients alike."""
+    min_rows: Natural = 10
+    """Minimum number of examples per client; the partition is resampled until this holds."""
+    max_redraws: Count = 100
+    """Number of resampling attempts before the partition fails or is repaired."""
+    repair: bool = False
+    """Instead of failing, take the best attempt and move examples from the largest clients to those below `min_rows`."""
+
+
+@section
+class Iid(_Clients):
+    """Examples dealt at random; client sizes differ by at most one."""
+
+    name: Literal["iid"] = "iid"
+
+
 def iid(labels: np.ndarray, rng: np.random.Generator, *, num_clients: int, min_rows: int = 1) -> Partition:
     """Random rows, sizes that differ by one at most (the first clients have the extra row).
 
@@ -454,6 +497,13 @@ def iid(labels: np.ndarray, rng: np.random.Generator, *, num_clients: int, min_r
     owner = np.empty(rows, dtype=np.int64)
     owner[rng.permutation(rows)] = np.arange(rows) % clients
     return _from_owner(owner, clients)
+
+
+@section
+class Dirichlet(_DirichletKeys):
+    """Each class divided over the clients by Dirichlet proportions, without a cap."""
+
+    name: Literal["dirichlet"] = "dirichlet"
 
 
 def dirichlet(
@@ -490,6 +540,13 @@ def dirichlet(
 
 def _draw_plain(alpha: float, clients: int, class_sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.stack([_cut(_shares(alpha, clients, rng), int(n), rng.random()) for n in class_sizes], axis=1)
+
+
+@section
+class DirichletFedma(_DirichletKeys):
+    """The published sampler (FedMA, NVFlare, FedML): a client that already has N/K examples gets none of the remaining classes."""
+
+    name: Literal["dirichlet_fedma"] = "dirichlet_fedma"
 
 
 def dirichlet_fedma(
@@ -529,6 +586,24 @@ def _draw_fedma(alpha: float, clients: int, class_sizes: np.ndarray, rng: np.ran
         counts[open_clients, label] = _cut(_shares(alpha, open_clients.size, rng), int(n), 0.0)
         sizes += counts[:, label]
     return counts
+
+
+@section
+class ClassCounts:
+    """Explicit numbers of examples per class and client; which ones is drawn by the seed."""
+
+    name: Literal["class_counts"] = "class_counts"
+    counts: Annotated[list[Annotated[list[Natural], Field(min_length=1)]], Field(min_length=1)]
+    """A list of counts per class for each client: counts[client][class], classes in the order of `data.labels`."""
+    by: str | None = None
+    """Column whose values are the classes; null = the label."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ClassCounts:
+        if len({len(row) for row in self.counts}) > 1:
+            uneven = "has rows of different length; each client needs one count per class"
+            raise wrong("counts", self.counts, uneven)
+        return self
 
 
 def class_counts(labels: np.ndarray, rng: np.random.Generator, *, counts: Sequence[Sequence[int]]) -> Partition:
@@ -575,6 +650,15 @@ def class_counts(labels: np.ndarray, rng: np.random.Generator, *, counts: Sequen
             )
     owner = _deal(array, wanted, rng)
     return _from_owner(owner, wanted.shape[0], notes={"rows_unused": int((owner < 0).sum())})
+
+
+@section
+class Shards(_ByClass):
+    """Each client gets examples of at most s classes."""
+
+    name: Literal["shards"] = "shards"
+    classes_per_client: Count = 2
+    """s, the maximum number of classes per client."""
 
 
 def shards(labels: np.ndarray, rng: np.random.Generator, *, num_clients: int, classes_per_client: int) -> Partition:
@@ -629,6 +713,17 @@ def shards(labels: np.ndarray, rng: np.random.Generator, *, num_clients: int, cl
     return _from_owner(owner, clients)
 
 
+@section
+class ByColumn:
+    """One client per value of a column: natural ids such as users, sites or sources."""
+
+    name: Literal["by_column"] = "by_column"
+    column: Text
+    """The column that holds the clients' ids."""
+    min_rows: Count = 1
+    """Minimum number of examples per client; a value with fewer is an error, since every example belongs to a client."""
+
+
 def by_column(
     labels: np.ndarray | None, rng: np.random.Generator | None, *, values: Sequence[str | int], min_rows: int = 1
 ) -> Partition:
@@ -675,6 +770,17 @@ def _keys(values: Sequence[str | int]) -> list[str]:
     return [str(value) for value in values]
 
 
+@section
+class Quantity(_Clients):
+    """Examples dealt at random; client sizes follow a power law."""
+
+    name: Literal["quantity"] = "quantity"
+    exponent: float = Field(1.0, ge=0)
+    """The size of the k-th largest client is proportional to k^-exponent; 0 = equal sizes."""
+    min_rows: Natural = 10
+    """Minimum number of examples per client."""
+
+
 def quantity(
     labels: np.ndarray, rng: np.random.Generator, *, num_clients: int, exponent: float = 1.0, min_rows: int = 1
 ) -> Partition:
@@ -707,6 +813,25 @@ def quantity(
     owner = np.empty(rows, dtype=np.int64)
     owner[rng.permutation(rows)] = np.repeat(np.arange(clients), sizes)
     return _from_owner(owner, clients)
+
+
+@section
+class Virtual:
+    """Any number of clients, each with examples sampled with replacement: clients may overlap."""
+
+    name: Literal["virtual"] = "virtual"
+    num_clients: int = Field(1000, ge=1, le=10**8)
+    """Number of clients; a client's examples do not depend on it."""
+    min_rows: Count = 10
+    """Minimum number of examples per client."""
+    max_rows: int = Field(100, ge=1, le=10**7)
+    """Maximum number of examples per client; sizes are drawn uniformly between the two, both included."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Virtual:
+        if self.max_rows < self.min_rows:
+            raise wrong("max_rows", self.max_rows, f"is below min_rows={self.min_rows}")
+        return self
 
 
 def virtual(
@@ -858,13 +983,20 @@ def measure(partition: Partition | VirtualPartition, labels: np.ndarray, num_cla
     }
 
 
-PARTITIONERS: dict[str, Callable[..., Partition | VirtualPartition]] = {
-    "iid": iid,
-    "dirichlet": dirichlet,
-    "dirichlet_fedma": dirichlet_fedma,
-    "class_counts": class_counts,
-    "shards": shards,
-    "by_column": by_column,
-    "quantity": quantity,
-    "virtual": virtual,
+class Partitioner(NamedTuple):
+    """A way to divide examples: the section of its keys, and the function that takes them."""
+
+    keys: type
+    draw: Callable[..., Partition | VirtualPartition]
+
+
+PARTITIONERS = {
+    "iid": Partitioner(Iid, iid),
+    "dirichlet": Partitioner(Dirichlet, dirichlet),
+    "dirichlet_fedma": Partitioner(DirichletFedma, dirichlet_fedma),
+    "class_counts": Partitioner(ClassCounts, class_counts),
+    "shards": Partitioner(Shards, shards),
+    "by_column": Partitioner(ByColumn, by_column),
+    "quantity": Partitioner(Quantity, quantity),
+    "virtual": Partitioner(Virtual, virtual),
 }

@@ -13,9 +13,9 @@ import numpy as np
 from torch import nn
 
 from fedsim.config.experiment import Experiment, expand_path
-from fedsim.config.schema import plain
 from fedsim.config.sections import MOST_EXAMPLES
 from fedsim.core.errors import UserError, nearest_first
+from fedsim.core.section import plain
 from fedsim.core.seeding import stream
 from fedsim.data import instructions, sources
 from fedsim.data.batches import Draw
@@ -499,7 +499,7 @@ def _partition(
         _check_emptied(exp, columns[column], kept["train"])
     if name == "class_counts":
         _check_counts(keys["counts"], names)
-    partition = PARTITIONERS[name](train, rng, **keys)
+    partition = PARTITIONERS[name].draw(train, rng, **keys)
     report = {**measure(partition, train, len(names)), "class_names": names, "partitioner": name}
     if isinstance(partition, VirtualPartition):  # validation rows dealt to a million clients would be none for most
         return dataclasses.replace(partition, kept=kept["train"]), None, report

@@ -27,12 +27,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fedsim.config.experiment import Experiment, results_of
-from fedsim.config.schema import plain
 from fedsim.config.sections import Pool
 from fedsim.core.errors import ClientError, UserError
 from fedsim.core.files import check_own, damage, read_checked, read_json, write_atomic
 from fedsim.core.numerics import settled
 from fedsim.core.pulse import LOOK_S, Watch, pulses, silence, watched_by
+from fedsim.core.section import plain
 from fedsim.executors.fleet import Fleet, Member
 from fedsim.executors.processes import (
     DEATHS,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.config.experiment import Experiment, expand_path, read_yaml, results_of
-from fedsim.config.schema import plain
 from fedsim.core.errors import UserError
+from fedsim.core.section import plain
 
 _NOT_SWEPT = {
     "name": "the runs of a sweep lie in one folder",

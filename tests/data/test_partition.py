@@ -91,8 +91,8 @@ def test_disjoint_covering_seeded(key: str) -> None:
     name, arguments = SETTINGS[key]
     clients = arguments.get("num_clients", CLIENTS.get(name))
     for seed in range(20):
-        first = PARTITIONERS[name](LABELS, stream(seed, "partition"), **arguments)
-        again = PARTITIONERS[name](LABELS, stream(seed, "partition"), **arguments)
+        first = PARTITIONERS[name].draw(LABELS, stream(seed, "partition"), **arguments)
+        again = PARTITIONERS[name].draw(LABELS, stream(seed, "partition"), **arguments)
         assert_partition(first, len(LABELS), clients)
         assert first.sizes.min() >= arguments.get("min_rows", 0)
         assert np.array_equal(first.offsets, again.offsets)
@@ -100,7 +100,7 @@ def test_disjoint_covering_seeded(key: str) -> None:
         assert first.notes == again.notes
         for client in range(clients):
             assert (np.diff(first.rows(client)) > 0).all()
-    other = PARTITIONERS[name](LABELS, stream(99, "partition"), **arguments)
+    other = PARTITIONERS[name].draw(LABELS, stream(99, "partition"), **arguments)
     assert np.array_equal(first.indices, other.indices) == (name == "by_column")
 
 
@@ -110,13 +110,13 @@ def test_disjoint_covering_seeded(key: str) -> None:
 def test_dirichlet_extremes(name: str, alpha: float, counts: tuple[int, ...]) -> None:
     labels = make_labels(*counts)
     for clients in (1, 2, 3, len(labels), 2 * len(labels)):
-        partition = PARTITIONERS[name](labels, rng(name, clients), num_clients=clients, alpha=alpha, min_rows=0)
+        partition = PARTITIONERS[name].draw(labels, rng(name, clients), num_clients=clients, alpha=alpha, min_rows=0)
         assert_partition(partition, len(labels), clients)
         report = measure(partition, labels, len(counts))
         assert all(bits is None or 0 <= bits <= 1 for bits in report["js"])
         if clients <= len(labels):
             least = len(labels) // clients
-            full = PARTITIONERS[name](
+            full = PARTITIONERS[name].draw(
                 labels, rng(name), num_clients=clients, alpha=alpha, min_rows=least, max_redraws=2, repair=True
             )
             assert_partition(full, len(labels), clients)
@@ -146,10 +146,12 @@ def test_alpha_moves_from_one_hot_to_the_global_mix() -> None:
 @pytest.mark.parametrize("name", ["dirichlet", "dirichlet_fedma"])
 def test_the_limits_of_alpha_in_floating_point(name: str) -> None:
     labels = np.zeros(1000, dtype=np.int64)
-    even = PARTITIONERS[name](labels, rng(), num_clients=8, alpha=1.7e308)
+    even = PARTITIONERS[name].draw(labels, rng(), num_clients=8, alpha=1.7e308)
     assert np.abs(even.sizes - 125).max() <= 1
     for alpha in (5e-324, 1e-200):
-        draws = [PARTITIONERS[name](labels, rng(s), num_clients=4, alpha=alpha, min_rows=0).sizes for s in range(200)]
+        draws = [
+            PARTITIONERS[name].draw(labels, rng(s), num_clients=4, alpha=alpha, min_rows=0).sizes for s in range(200)
+        ]
         assert all(sizes.max() == 1000 for sizes in draws)
         # Each client in turn: 50 of 200 expected, standard deviation 6.1.
         assert np.bincount([sizes.argmax() for sizes in draws], minlength=4).min() > 25
@@ -166,7 +168,7 @@ def test_cuts_survive_rounding_of_the_cumulated_sum() -> None:
 @pytest.mark.parametrize("name", ["dirichlet", "dirichlet_fedma"])
 def test_rows_are_drawn_not_taken_in_order(name: str) -> None:
     labels = np.zeros(1000, dtype=np.int64)
-    rows = PARTITIONERS[name](labels, rng(), num_clients=2, alpha=100.0).rows(0)
+    rows = PARTITIONERS[name].draw(labels, rng(), num_clients=2, alpha=100.0).rows(0)
     assert 350 < rows.mean() < 650
     dealt = shards(labels, rng(), num_clients=2, classes_per_client=1).rows(0)
     assert 400 < dealt.mean() < 600
@@ -376,7 +378,7 @@ def test_no_partitioner_draws_before_it_has_checked() -> None:
 
     for name, arguments, _ in WRONG:
         with pytest.raises(UserError):
-            PARTITIONERS[name](LABELS, Forbidden(), **arguments)
+            PARTITIONERS[name].draw(LABELS, Forbidden(), **arguments)
 
 
 WRONG = [
@@ -502,7 +504,7 @@ WRONG = [
 @pytest.mark.parametrize(("name", "arguments", "message"), WRONG)
 def test_a_mistake_says_the_way_out(name: str, arguments: dict, message: str) -> None:
     with pytest.raises(UserError) as error:
-        PARTITIONERS[name](LABELS, rng(), **arguments)
+        PARTITIONERS[name].draw(LABELS, rng(), **arguments)
     assert str(error.value) == message
 
 
@@ -517,7 +519,7 @@ def test_labels_must_be_integers(labels: np.ndarray) -> None:
         ("quantity", {}),
     ):
         with pytest.raises(UserError, match=r"^partition: "):
-            PARTITIONERS[name](labels, rng(), num_clients=1, **arguments)
+            PARTITIONERS[name].draw(labels, rng(), num_clients=1, **arguments)
     with pytest.raises(UserError, match=r"^partition: "):
         class_counts(labels, rng(), counts=[[0, 0]])
 
@@ -526,8 +528,8 @@ def test_labels_must_be_integers(labels: np.ndarray) -> None:
 def test_any_integer_type_of_labels_will_do(dtype: type) -> None:
     labels = LABELS.astype(dtype)
     for name, arguments in SETTINGS.values():
-        expected = PARTITIONERS[name](LABELS, rng(), **arguments)
-        partition = PARTITIONERS[name](labels, rng(), **arguments)
+        expected = PARTITIONERS[name].draw(LABELS, rng(), **arguments)
+        partition = PARTITIONERS[name].draw(labels, rng(), **arguments)
         assert np.array_equal(partition.indices, expected.indices)
         assert measure(partition, labels, 3) == measure(expected, LABELS, 3)
         assert np.array_equal(
@@ -597,7 +599,9 @@ def test_a_million_clients_have_names_without_storing_them() -> None:
 @pytest.mark.parametrize("name", ["dirichlet", "dirichlet_fedma"])
 def test_ten_thousand_clients_are_repaired(name: str) -> None:
     labels = rng().integers(0, 10, 100_000)
-    partition = PARTITIONERS[name](labels, rng(), num_clients=10_000, alpha=0.3, min_rows=5, max_redraws=2, repair=True)
+    partition = PARTITIONERS[name].draw(
+        labels, rng(), num_clients=10_000, alpha=0.3, min_rows=5, max_redraws=2, repair=True
+    )
     assert_partition(partition, 100_000, 10_000)
     assert partition.sizes.min() == 5
     assert partition.notes["rows_moved"] > 1000
@@ -724,5 +728,5 @@ def test_more_clients_than_memory_holds_are_one_line(name: str, clients: int) ->
     keys = {"quantity": {"exponent": 1.0}, "shards": {"classes_per_client": 1}}.get(name, {"alpha": 1.0})
     keys = {} if name == "iid" else {**keys, "min_rows": 0} if name != "shards" else keys
     with pytest.raises(UserError, match=rf"^partition\..*: {clients} ?.*(at most|above|feasible)") as caught:
-        PARTITIONERS[name](np.arange(200) % 3, rng(), num_clients=clients, **keys)
+        PARTITIONERS[name].draw(np.arange(200) % 3, rng(), num_clients=clients, **keys)
     assert "\n" not in str(caught.value)

@@ -555,7 +555,9 @@ def test_the_same_rows_however_the_text_is_written(tmp_path: Path, encoding: str
         with file.open("w", encoding=encoding, newline="") as handle:
             csv.writer(handle, delimiter=delimiter).writerows([*([("text", "label")] if header else []), *rows])
         form = Form(
-            None, None if header else ["text", "label"], delimiter, None if encoding.startswith("utf-8") else encoding
+            names=None if header else ["text", "label"],
+            delimiter=delimiter,
+            encoding=None if encoding.startswith("utf-8") else encoding,
         )
         assert all_rows(read(file, form=form), "text", "label") == sorted(rows)
         if not header:
@@ -563,7 +565,9 @@ def test_the_same_rows_however_the_text_is_written(tmp_path: Path, encoding: str
                 file, form=dataclasses.replace(form, header=False, names=None), columns={"text": "0", "label": "1"}
             )
             assert all_rows(plain, "0", "1") == sorted(rows)
-    renamed = read(_write(tmp_path / "h.csv", [{"a": t, "b": w} for t, w in rows]), form=Form(True, ["text", "label"]))
+    renamed = read(
+        _write(tmp_path / "h.csv", [{"a": t, "b": w} for t, w in rows]), form=Form(header=True, names=["text", "label"])
+    )
     assert all_rows(renamed, "text", "label") == sorted(rows)
 
 
