@@ -553,7 +553,10 @@ EXACT = [
     ),
     ("data={name: hub}", "data.path: missing; give a data set id such as org/name, or a folder"),
     ("partition={name: dirichlet, alpha: 0}", "partition.alpha: 0 is not a positive number"),
-    ("algorithm.name=fedagv", "algorithm.name: 'fedagv' is not known; did you mean fedavg? one of fedavg, fedprox, fedadam, scaffold"),
+    (
+        "algorithm.name=fedagv",
+        "algorithm.name: 'fedagv' is not known; did you mean fedavg? one of fedavg, fedprox, fedadam, scaffold",
+    ),
     (
         "executor={name: serial, thread: 2}",
         "unknown key executor.thread (did you mean executor.threads?). Valid keys: name, device, threads",
