@@ -173,9 +173,9 @@ class Ia3(_OfPeft):
     """IA3 (Liu et al., 2022): trained scales on keys, values and the MLP's inner activations, by PEFT."""
 
     name: Literal["ia3"] = "ia3"
-    target_modules: Layers | Literal["auto"] = "auto"
+    target_modules: list[str] | Literal["auto"] = "auto"
     """Leaf names of the layers to scale; auto = PEFT's choice for the architecture."""
-    feedforward_modules: Layers | Literal["auto"] = "auto"
+    feedforward_modules: list[str] | Literal["auto"] = "auto"
     """Those of them whose input is scaled instead of their output; auto = PEFT's choice."""
     peft: dict[str, Any] = Field(default_factory=dict)
     """Further options of PEFT's own config class for the method, e.g. {modules_to_save: [lm_head]}; they hold over the keys above."""
