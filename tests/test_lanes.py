@@ -1292,9 +1292,9 @@ def test_stopped_in_lanes_and_gone_on(lab: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_measured_lanes_are_the_same_as_asked_for(lab: Any, few: dict) -> None:
-    """`auto` tries passes before it begins: they leave nothing behind in parameters, moments or dropout."""
+    """`measure` tries passes before it begins: they leave nothing behind in parameters, moments or dropout."""
     keys = {**ALL, **few, "modes": ["federated"], "rounds": 2}
-    auto = lab.run(name="auto", training={"lanes": "auto"}, **keys)
+    auto = lab.run(name="auto", training={"lanes": "measure"}, **keys)
     plan = plan_of(auto)
     assert plan["packed"] and plan["measured"]
     lanes = max(2, plan["lanes"])  # 1 is PEFT's own model where it is asked for
