@@ -354,6 +354,15 @@ def test_json_of_another_kind_is_one_line(run: Path, capsys: pytest.CaptureFixtu
     assert (code, said.count(str(sweep)), said.count("\n")) == ((2, 1, 1) if WRONG[kind] is not None else (0, 0, 0))
 
 
+def test_counts_that_are_no_table_are_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads((run / "partition.json").read_text())
+    report["class_counts"][0].pop()
+    (run / "partition.json").write_text(json.dumps(report))
+    assert main(["plot", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "partition.json: class_counts" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("kind", ["list", "nested", "not UTF-8"])
 def test_a_sweep_goes_on_whatever_json_holds(run: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     names = JSON_FILES if kind == "list" else JSON_FILES[:1]

@@ -186,7 +186,9 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 def _fits(value: Any, like: Any) -> bool:
     if isinstance(like, list):
-        return isinstance(value, list) and all(_fits(one, like[0]) for one in value)
+        if not isinstance(value, list) or not all(_fits(one, like[0]) for one in value):
+            return False
+        return not isinstance(like[0], list) or len({len(row) for row in value}) <= 1  # a table: rows of one length
     return isinstance(value, like)
 
 
