@@ -424,7 +424,7 @@ def test_trackers_get_every_committed_row_once(lab: Any, monkeypatch: pytest.Mon
             raise Stopped
         log(self, rows)
 
-    for name, patched in ((("run_folder.RunFolder.save_checkpoint"), before), ("", after)):
+    for name, patched in ((("runs.folder.RunFolder.save_checkpoint"), before), ("", after)):
         with monkeypatch.context() as patch:
             patch.setattr(f"fedsim.{name}", patched) if name else patch.setattr(Told, "log", patched)
             with pytest.raises(Stopped):
