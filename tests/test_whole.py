@@ -500,12 +500,12 @@ def test_error_feedback_sends_later_what_a_message_lost(
 
     updates, arrived, original = {}, {}, Trainer._sent
 
-    def note(self: Trainer, part: Any, tasks: Any, chunk: Any, update: Any) -> Any:
-        out = original(self, part, tasks, chunk, update)
+    def note(self: Trainer, part: Any, tasks: Any, chunk: Any, message: Any) -> Any:
+        out = original(self, part, tasks, chunk, message)
         for k, task in enumerate(tasks):
-            for name in update:
-                updates.setdefault((task.client, name), []).append(update[name][k].clone())
-                arrived.setdefault((task.client, name), []).append(out[name][k].clone())
+            for name, update in message["update"].items():
+                updates.setdefault((task.client, name), []).append(update[k].clone())
+                arrived.setdefault((task.client, name), []).append(out["update"][name][k].clone())
         return out
 
     monkeypatch.setattr(Trainer, "_sent", note)
