@@ -311,7 +311,11 @@ def _with_last(best: dict[str, Any], last: dict[str, Any]) -> list[dict[str, Any
 
 def _mean_over_sites(rows: list[dict[str, Any]]) -> dict[str, Any]:
     sites = pd.DataFrame(rows, columns=_SUMMARY).drop(columns=["model", "round"]).astype(float)
-    return {"model": "local mean", "round": None, **sites.mean(), "steps": sites["steps"].max()}
+    mean = {
+        **sites.mean(),
+        "test": sites["test"].mean(skipna=False),
+    }  # last models are tested only where they are chosen
+    return {"model": "local mean", "round": None, **mean, "steps": sites["steps"].max()}
 
 
 def model_scores(df: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
