@@ -70,12 +70,14 @@ class Accumulator:
         spare: likewise, for groups of packs after the first; None where a round has at most `GROUP` packs.
         weight: sum of the clients' weights.
         packs: how many packs were added.
+        clients: how many clients' messages they hold.
     """
 
     total: Tensor
     spare: Tensor | None = None
     weight: float = 0.0
     packs: int = 0
+    clients: int = 0
 
     def place(self, index: int) -> Tensor:
         """Where the pack with this number, from 0, adds its messages."""

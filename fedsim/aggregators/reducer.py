@@ -111,6 +111,7 @@ class Reducer:
         """Add what another accumulator holds, which may lie on another device; in place."""
         into.total.add_(other.total.to(into.total.device))
         into.weight += other.weight
+        into.clients += other.clients
 
     def result(self, acc: Accumulator, chunk: Chunk | None = None) -> Message:
         """Group -> name -> tensor, of a chunk of the parameters or of all.

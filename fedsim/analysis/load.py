@@ -43,7 +43,7 @@ def find_runs(path: PathLike | Iterable[PathLike]) -> list[Path]:
             raise UserError(f"no folder {str(root)!r}; give a run folder, an experiment's folder or the results root")
         below = []
         for folder, subfolders, files in os.walk(root):
-            if "config.yaml" in files and "metrics.jsonl" in files:
+            if "config.yaml" in files and ("metrics.jsonl" in files or "metrics" in subfolders):
                 below.append(Path(folder))
                 subfolders.clear()  # a run's checkpoints and figures hold no further runs
         if not below:
@@ -498,7 +498,14 @@ def require_metric(df: pd.DataFrame, metric: str, split: str | None = None) -> N
 
 
 def _metrics(folder: Path) -> pd.DataFrame:
-    file = folder / "metrics.jsonl"
+    files = [folder / "metrics.jsonl", *(folder / "metrics" / f"{scope}.jsonl" for scope in SCOPES)]
+    frames = [_metrics_file(f) for f in files if f.is_file()] or [_metrics_file(files[0])]
+    warn_of_damage(folder, "config.yaml")
+    warn_of_damaged_rows(folder)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _metrics_file(file: Path) -> pd.DataFrame:
     lines = read_file(file).decode("utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
@@ -524,8 +531,6 @@ def _metrics(folder: Path) -> pd.DataFrame:
         raise UserError(f"{file}: not a metrics file; every line must be one JSON object with {', '.join(COLUMNS)}")
     if torn:
         warnings.warn(f"{file}: the last line ({torn}) is torn and left out", Notice, stacklevel=3)
-    warn_of_damage(folder, "config.yaml")
-    warn_of_damaged_rows(folder)
     return frame.drop_duplicates(["round", "step", "scope", "client", "split", "name"], keep="last", ignore_index=True)
 
 

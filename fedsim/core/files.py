@@ -23,6 +23,7 @@ from typing import Any
 
 from fedsim.core.errors import Notice, UserError
 
+RUN_RECORD = "checkpoints/run.json"  # what a run records of itself: rounds, plan, files
 SMALL = 1 << 24  # bytes up to which a file is read to find damage at every start; larger ones are compared by size
 _CHECK = re.compile(rb', "check": "([0-9a-f]{64})"\}\s*\Z')
 
@@ -241,50 +242,42 @@ def differing(run: Path, recorded: dict[str, list[int]], most: int | None = None
 
 
 def recorded(run: Path) -> dict[str, list[int]]:
-    """What `record` found when the run finished; {} for a run that has not, or that has no such records."""
-    held = run / "checkpoints"
-    finished = read_checked(held / "files.json")
-    return {} if finished is None else (read_checked(held / "init.json") or {}) | finished
+    """What `record` found when the run finished; {} for a run that has not, or that has no such record."""
+    return (read_checked(run / RUN_RECORD) or {}).get("files", {})
 
 
 def damage(run: Path, most: int | None = SMALL) -> list[str]:
-    """Files of a finished run that are missing or not what they were, as `differing`; with the records themselves."""
-    records = sorted(f for pattern in ("*.json", "*/*.json") for f in (run / "checkpoints").glob(pattern))
-    records += [run / "checkpoints" / "files.json"] if records else []
-    broken = [f.relative_to(run).as_posix() for f in records if read_checked(f) is None]
-    return list(dict.fromkeys([*differing(run, recorded(run), most), *broken]))
+    """Files of a finished run that are missing or not what they were, as `differing`; with the record itself."""
+    if (run / "checkpoints").is_dir() and read_checked(run / RUN_RECORD) is None:
+        return [RUN_RECORD]
+    return differing(run, recorded(run), most)
 
 
 def warn_of_damage(run: Path, *names: str) -> None:
     """A `Notice` for each of these files of a finished run that is not what the run wrote."""
-    for name in ("files.json", "init.json"):  # without the records nothing tells what the run wrote
-        record_file = run / "checkpoints" / name
-        if record_file.is_file() and read_checked(record_file) is None:
-            warn_damaged(run, f"checkpoints/{name}")
+    if (run / RUN_RECORD).is_file() and read_checked(run / RUN_RECORD) is None:  # nothing else tells what the run wrote
+        warn_damaged(run, RUN_RECORD)
     known = recorded(run)
     for name in differing(run, {name: known[name] for name in names if name in known}):
         warn_damaged(run, name)
 
 
-def warn_damaged(run: Path, name: str, about: str = "") -> None:
+def warn_damaged(run: Path, name: str) -> None:
     """A `Notice` that a file of a run is damaged."""
-    way = f"fedsim run {run / 'config.yaml'} --resume {run} makes it again"
-    warnings.warn(f"{run / name} was changed or damaged after the run wrote it{about}; {way}", Notice, stacklevel=4)
+    way = "restore it, or delete the folder and run the experiment again"
+    warnings.warn(f"{run / name} was changed or damaged after the run wrote it; {way}", Notice, stacklevel=4)
 
 
 def warn_of_damaged_rows(run: Path) -> None:
-    """A `Notice` for each mode whose rows in `metrics.jsonl` are not those that its last checkpoint, or its end, recorded."""
+    """A `Notice` for each mode whose metrics do not begin with what its last checkpoint, or its end, recorded."""
     for mode in sorted(p for p in (run / "checkpoints").glob("*") if p.is_dir()):
-        if (mode / "rows.jsonl").exists():  # an earlier mode is being trained again, and these rows move
-            continue
-        newest_first = [mode / "done.json", *sorted(mode.glob("round-*.json"), reverse=True)]
+        newest_first = [mode / "done.json", *sorted(mode.glob("round-*/manifest.json"), reverse=True)]
         info = next(filter(None, map(read_checked, newest_first)), None)
-        if info is None:
-            continue
-        begin, end = info["metrics_begin"], info["metrics_bytes"]
-        rows = read_file(run / "metrics.jsonl")[begin:end]
-        if hashlib.sha256(rows).hexdigest() != info["metrics_sha256"]:
-            warn_damaged(run, "metrics.jsonl", f" (the rows of {mode.name})")
+        file = run / "metrics" / f"{mode.name}.jsonl"
+        if info is not None:
+            data = read_file(file)[: info["metrics"]["bytes"]] if file.is_file() else b""
+            if hashlib.sha256(data).hexdigest() != info["metrics"]["sha256"]:
+                warn_damaged(run, f"metrics/{file.name}")
 
 
 def _crc32(path: Path) -> int:

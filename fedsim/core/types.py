@@ -90,6 +90,21 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What an executor allocates for a run, which owns it; on the CPU or a GPU, in reach of the workers.
+
+    Attributes:
+        params: the global parameters, flat `[N]`.
+        total, spare: the buffers of an accumulator; None where no mode aggregates, and where no round has more than one group
+            of packs.
+    """
+
+    params: Any
+    total: Any = None
+    spare: Any = None
+
+
+@dataclass(frozen=True)
 class Row:
     """A metrics row, less the wall-clock seconds that the run adds: see `docs/architecture.md`, "A run folder"."""
 

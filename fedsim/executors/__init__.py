@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from fedsim.executors.fleet import Fleet, FleetExecutor
 from fedsim.executors.pool import PoolExecutor
 from fedsim.executors.serial import SerialExecutor
 
-__all__ = ["PoolExecutor", "SerialExecutor"]
+__all__ = ["Fleet", "FleetExecutor", "PoolExecutor", "SerialExecutor"]

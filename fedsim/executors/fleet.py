@@ -1,17 +1,16 @@
-"""Several runs in one process, their packs side by side in the same passes over one resident base.
+"""Several runs in one process, whose packs share the passes over one resident base.
 
-Runs take turns: one of them works until it asks for the device, then the next, until all wait; then what they asked for goes
-through the device together, packs of different runs as lanes of one pass. Nothing is concurrent, so what a run does between
-two requests needs no locks, and the same runs give the same bits each time. Beside other lanes a client's numbers are
-those of training alone up to rounding.
+A run is a generator that yields while it waits for a pass. The fleet steps one run after another until all of them wait; then
+their packs go through the device together, as lanes of one pass. Nothing is concurrent, so the same runs give the same bits
+each time. A client's numbers beside other lanes are those of training alone up to rounding.
 """
 
 from __future__ import annotations
 
-import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +20,12 @@ from fedsim.aggregators import Accumulator
 from fedsim.core.errors import OutOfMemory, is_out_of_memory
 from fedsim.core.params import Layout, Params
 from fedsim.core.pulse import at_work
-from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Share
+from fedsim.core.types import Engine, Measured, Memory, Pack, Report, Scores, Scoring, Share
 from fedsim.executors.serial import MakeTrainer, Trainer, buffers, client_failed
 
 
 class Host(Trainer, Protocol):
-    """A trainer that takes in the packs of others."""
+    """A trainer that takes in the packs of other runs."""
 
     takes_guests: bool
 
@@ -35,80 +34,92 @@ class Host(Trainer, Protocol):
         ...
 
     def score_together(self, asked: Sequence[tuple[Any, Scoring, Tensor]]) -> list[list[Scores]]:
-        """Score (trainer, request, global parameters) of several runs side by side."""
+        """Evaluate (trainer, request, global parameters) of several runs side by side."""
         ...
 
 
-class Stopped(BaseException):
-    """Raised in a run that waits when the fleet is stopped."""
+@dataclass
+class _Request:
+    """What a run waits for: a pack's share of a pass, or evaluations; `answer` is there once it was served."""
+
+    run: FleetExecutor
+    asked: Share | Sequence[Scoring]
+    answer: Any = None
+    served: bool = field(default=False)
+
+    def serve(self, answer: Any) -> None:
+        self.answer, self.served = answer, True
+
+    def wait(self) -> Generator[None, None, Any]:
+        """Yield until it is served; raises what went wrong."""
+        while not self.served:
+            yield None
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
 
 
 class Fleet:
     """Runs that share a device pass by pass.
 
     Args:
-        device: where.
+        device: of all runs.
         threads: CPU threads of a pass.
     """
 
     def __init__(self, device: str, threads: int) -> None:
         self.device, self.threads = device, threads
         self.host: Host | None = None
+        self.waiting: list[_Request] = []
         self._most: int | None = None  # lanes of a pass, once there was not memory for more
 
-    def run(self, bodies: Sequence[Callable[[Member], None]]) -> None:
-        """Run bodies to their ends; each is called with its member, whose executor it has to use.
+    def executor(self, make_trainer: MakeTrainer, join: Callable[[Any], Any]) -> FleetExecutor:
+        """An executor for one of the runs.
 
-        What a body raises stops the others where they wait, and is raised here.
+        Args:
+            make_trainer: (device, engine) -> trainer, for the run that comes first.
+            join: trainer of the first run -> a trainer of this one, on the same model.
         """
+        return FleetExecutor(self, make_trainer, join)
+
+    def run(self, runs: Sequence[Iterator[None]]) -> None:
+        """Step runs to their ends. What one raises ends the others where they wait, and is raised here."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
-        members = [Member(self, body) for body in bodies]
-        active = list(members)
+        active = list(runs)
         try:
             while active:
-                for member in list(active):
-                    member.go()
-                    if member.ended:
-                        active.remove(member)
-                    if member.error is not None:
-                        raise member.error
-                self._serve(active)
+                ended = [run for run in active if not _step(run)]
+                active = [run for run in active if run not in ended]
+                self._serve()
         finally:
-            for member in active:
-                member.stop()
-            self.host = None
+            for run in active:
+                run.close()
+            self.host, self.waiting = None, []
             torch.set_num_threads(before)
 
     # ------------------------------------------------------------------------------------------- the device
 
-    def _serve(self, members: Sequence[Member]) -> None:
-        """Answer what the members wait for."""
-        asked = {kind: [m for m in members if m.kind == kind] for kind in ("train", "score")}
-        if asked["train"]:
-            self._train(asked["train"])
-        if asked["score"]:
-            self._score(asked["score"])
-        for member in (m for m in members if m.kind == "call"):
-            member.answer(member.asked)
-
-    def _train(self, members: Sequence[Member]) -> None:
-        waiting = deque(members)
-        while waiting:
+    def _serve(self) -> None:
+        """Do what the runs wait for, training first."""
+        asked, self.waiting = self.waiting, []
+        training = deque(r for r in asked if isinstance(r.asked, Share))
+        while training:
             chosen, lanes = [], 0
-            for member in list(waiting):
-                more = len(member.asked.pack.tasks)
+            for request in list(training):
+                more = len(request.asked.pack.tasks)
                 fits = self.host.takes_guests and (self._most is None or lanes + more <= self._most)
                 if fits or not chosen:
-                    chosen.append(member)
-                    waiting.remove(member)
+                    chosen.append(request)
+                    training.remove(request)
                     lanes += more
-            for member, found in zip(chosen, self._pass([m.asked for m in chosen]), strict=True):
-                member.answers = [found]
-                member.done()
+            for request, found in zip(chosen, self._pass([r.asked for r in chosen]), strict=True):
+                request.serve(found)
+        if scoring := [r for r in asked if not isinstance(r.asked, Share)]:
+            self._score(scoring)
 
     def _pass(self, shares: list[Share]) -> list[Report | Exception]:
-        """Reports of a pass, or what went wrong; what fails together is done again one by one, to know whose fault it is."""
+        """Reports of a pass, or what went wrong; packs that fail together are run one by one, to know which one fails."""
         for share in shares:
             share.out.zero_()
         try:
@@ -119,200 +130,117 @@ class Fleet:
             if len(shares) == 1:
                 where = shares[0].pack.tasks, self.device, traceback.format_exc()
                 found: Exception = OutOfMemory(self.device) if short else client_failed(*where)
-        if len(shares) > 1:  # outside the handler, whose traceback holds the tensors
-            if short:
-                self._most = max(1, sum(len(s.pack.tasks) for s in shares) // 2)
-                self.host.shrink()
-            return [one for share in shares for one in self._pass([share])]
+        # Outside the handler, whose traceback keeps the tensors alive.
         if short:
+            self._most = max(1, sum(len(s.pack.tasks) for s in shares) // 2) if len(shares) > 1 else self._most
             self.host.shrink()
-        return [found]
+        return [one for share in shares for one in self._pass([share])] if len(shares) > 1 else [found]
 
-    def _score(self, members: Sequence[Member]) -> None:
-        """Score what several runs ask for in common passes; what fails together is done again run by run."""
-        flat = [(m, request) for m in members for request in m.asked]
-        found: list[list[Scores]] | None = None
+    def _score(self, requests: Sequence[_Request]) -> None:
+        """Evaluate what several runs ask for in common passes; what fails together is done again run by run."""
+        flat = [(r, scoring) for r in requests for scoring in r.asked]
         try:
             with at_work():
-                found = self.host.score_together([(m.executor.trainer, r, m.executor.weights) for m, r in flat])
+                found = self.host.score_together([(r.run.trainer, s, r.run.params) for r, s in flat])
         except Exception as error:
-            short = is_out_of_memory(error)
-            trace = traceback.format_exc()
-        if found is None:  # outside the handler, whose traceback holds the tensors
-            if short:
-                self.host.shrink()
-            if len(members) > 1:
-                for member in members:
-                    self._score([member])
-                return
-            members[0].answers = [client_failed([], self.device, trace)]
+            short, trace = is_out_of_memory(error), traceback.format_exc()
         else:
-            for member in members:
-                member.answers = [scores for (m, _), scores in zip(flat, found, strict=True) if m is member]
-        for member in members:
-            member.done()
+            for request in requests:
+                request.serve([scores for (r, _), scores in zip(flat, found, strict=True) if r is request])
+            return
+        if short:  # outside the handler, whose traceback keeps the tensors alive
+            self.host.shrink()
+        for request in requests:
+            if len(requests) > 1:
+                self._score([request])
+            else:
+                request.serve(client_failed([], self.device, trace))
 
 
-class Member:
-    """A run of a fleet: a thread that works only while it has the turn."""
-
-    def __init__(self, fleet: Fleet, body: Callable[[Member], None]) -> None:
-        self.fleet, self.executor, self.ended = fleet, None, False
-        self.kind: str | None = None
-        self.asked: Any = None
-        self.answers: list[Any] = []
-        self._stopped, self.error = False, None
-        self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._live, args=(body,), daemon=True)
-        self._thread.start()
-
-    def _live(self, body: Callable[[Member], None]) -> None:
-        self._mine.acquire()
-        try:
-            if not self._stopped:
-                body(self)
-        except Stopped:
-            pass
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.ended, self.kind = True, None
-            self._theirs.release()
-
-    def go(self) -> None:
-        """Give the run its turn, until it asks for something or ends."""
-        self._mine.release()
-        self._theirs.acquire()
-
-    def stop(self) -> None:
-        """End a run that waits: what it waits for raises in it."""
-        self._stopped = True
-        while not self.ended:
-            self.go()
-
-    def ask(self, kind: str, asked: Any) -> list[Any]:
-        """Wait until the fleet has answered; the run's side."""
-        self.kind, self.asked = kind, asked
-        self._theirs.release()
-        self._mine.acquire()
-        if self._stopped:
-            raise Stopped
-        self.asked = None
-        return self.answers
-
-    def answer(self, call: Callable[[], Any]) -> None:
-        """Do a call for the run, in the thread that has the device."""
-        try:
-            self.answers = [call()]
-        except Exception as error:
-            self.answers = [error]
-        self.done()
-
-    def done(self) -> None:
-        """The run's request is answered."""
-        self.kind = None
-
-    def make_executor(self, make_trainer: MakeTrainer, join: Callable[[Any], Any]) -> FleetExecutor:
-        """The run's executor.
-
-        Args:
-            make_trainer: (device, engine) -> trainer, for the run that comes first.
-            join: trainer of the first run -> a trainer of this one, on the same model.
-        """
-        self.executor = FleetExecutor(self, make_trainer, join)
-        return self.executor
+def _step(run: Iterator[None]) -> bool:
+    """Let a run work until it waits; False if it has ended."""
+    try:
+        next(run)
+    except StopIteration:
+        return False
+    return True
 
 
 class FleetExecutor:
-    """What a run of a fleet sees of the device; see `SerialExecutor`."""
+    """What one run of a fleet sees of the device; see `SerialExecutor`."""
 
-    def __init__(self, member: Member, make_trainer: MakeTrainer, join: Callable[[Any], Any]) -> None:
-        self._member, self._make, self._join = member, make_trainer, join
-        self.device = torch.device(member.fleet.device)
-        self.workers = [member.fleet.device]
+    def __init__(self, fleet: Fleet, make_trainer: MakeTrainer, join: Callable[[Any], Any]) -> None:
+        self._fleet, self._make, self._join = fleet, make_trainer, join
+        self.device = torch.device(fleet.device)
         self.trainer: Any = None
+        self.params: Tensor | None = None
 
-    def _call(self, call: Callable[[], Any]) -> Any:
-        (found,) = self._member.ask("call", call)
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def start(self, layout: Layout, server: Layout, engine: Engine, summed: int, many: bool = False) -> None:
-        """Make the trainer, or join the one that is there, and the buffers; see `SerialExecutor.start`."""
-        fleet = self._member.fleet
-
-        def make() -> Any:
-            if fleet.host is None:
-                fleet.host = self._make(self.device, engine)
-                return fleet.host
-            return self._join(fleet.host)
-
-        self.trainer = self._call(make)
+    def start(self, layout: Layout, server: Layout, engine: Engine, summed: int, many: bool = False) -> Memory:
+        """Make the trainer, or join the one that is there, and allocate the run's memory; see `SerialExecutor.start`."""
+        fleet = self._fleet
+        if fleet.host is None:
+            fleet.host = self.trainer = self._make(self.device, engine)
+        else:
+            self.trainer = self._join(fleet.host)
         assert self.trainer.layout.sums == layout, "the trainer's parameters are not those the run was started with"
-        self.weights, self._server = layout.empty(self.device), server.empty(self.device)
-        self.total, self.spare = buffers(layout, summed, many, self.device)
-        # A pass that fails together is done again run by run, so a pack's messages stay apart until they are known to count.
+        self.params, self._server = layout.empty(self.device), server.empty(self.device)
         self._server_layout = server
+        # A pass that fails together is run again one by one, so a pack's messages stay apart until they count.
         self._slot = torch.zeros(summed, dtype=layout.dtype, device=self.device)
+        return Memory(self.params, *buffers(layout, summed, many, self.device))
 
-    def broadcast(self, weights: Tensor, server: Params) -> None:
-        """Refill the global parameters (flat `[N]`) and the server's state in place."""
-        if weights is not self.weights:
-            self.weights.copy_(weights)
+    def broadcast(self, params: Tensor, server: Params) -> None:
+        """Send the global parameters (flat `[N]`) and the server's state."""
+        if params is not self.params:
+            self.params.copy_(params)
         if server:
             self._server_layout.fill(self._server, server)
 
-    def run(self, packs: Sequence[Pack], total: Accumulator | None) -> Iterator[Report]:
-        """Train packs beside those of other runs; their messages are added to `total`, pack by pack, where there is one.
+    def train(self, packs: Sequence[Pack], acc: Accumulator | None) -> Iterator[Report | None]:
+        """Train packs beside those of other runs; None while they wait. Their messages are added to `acc`, if there is one.
 
         Raises:
-            ClientError: where a client's training raised.
-            OutOfMemory: where a pack did not fit by itself.
+            ClientError: if a client's training raised.
+            OutOfMemory: if a pack did not fit by itself.
         """
         server = self._server_layout.views(self._server)
-        for i, pack in enumerate(
-            packs
-        ):  # one at a time: those of different runs meet pack by pack, and one sum a run is in memory
-            (found,) = self._member.ask("train", Share(self.trainer, pack, self.weights, server, self._slot))
-            if isinstance(found, Exception):
-                raise found
-            if total is not None:
-                total.place(i).add_(self._slot)
-                total.weight += found.weight
-                total.added()
-            yield found
-        if total is not None:
-            total.close()
+        for i, pack in enumerate(packs):  # one at a time: packs of the runs meet, and a run needs one buffer
+            request = _Request(self, Share(self.trainer, pack, self.params, server, self._slot))
+            self._fleet.waiting.append(request)
+            report = yield from request.wait()
+            if acc is not None:
+                acc.place(i).add_(self._slot)
+                acc.weight += report.weight
+                acc.added()
+            yield report
+        if acc is not None:
+            acc.close()
 
-    def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
-        """Score each request, in order."""
-        if not requests:
-            return []
-        answers = self._member.ask("score", list(requests))
-        for found in answers:
-            if isinstance(found, Exception):
-                raise found
-        return answers
+    def score(self, requests: Sequence[Scoring]) -> Iterator[list[Scores] | None]:
+        """Evaluate each request, in order; None while they wait."""
+        if requests:
+            request = _Request(self, list(requests))
+            self._fleet.waiting.append(request)
+            yield from (yield from request.wait())
 
     def measure(self, rows: Sequence[Any]) -> Measured | None:
-        """What a pass over these rows takes by itself; None if it does not fit."""
+        """What a pass over these examples takes by itself; None if it does not fit."""
         try:
-            return self._call(lambda: self._member.fleet.host.measure(rows, self.weights))
+            return self._fleet.host.measure(rows, self.params)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise client_failed([], str(self.device), traceback.format_exc()) from error
-        self._call(self._member.fleet.host.shrink)
+        self._fleet.host.shrink()
         return None
 
     def configure(self, engine: Engine) -> None:
         """Train like this from now on, all runs of the fleet."""
-        self._call(lambda: self._member.fleet.host.configure(engine))
+        self._fleet.host.configure(engine)
 
     def peaks(self) -> list[int]:
         """Highest memory in use so far, in bytes, of the whole fleet."""
-        return [self._call(self._member.fleet.host.peak)]
+        return [self._fleet.host.peak()]
 
     def close(self) -> None:
         """Leave the fleet; may be called twice."""
-        self.trainer = self.weights = self.total = self.spare = None
+        self.trainer = self.params = None

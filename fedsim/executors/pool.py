@@ -34,7 +34,7 @@ from fedsim.aggregators import Accumulator
 from fedsim.core.errors import OutOfMemory, SumLost, WorkerDied, is_lost_context, is_out_of_memory
 from fedsim.core.params import LARGE, Layout, Params
 from fedsim.core.pulse import LOOK_S, Watch, at_work, beat, pulses, silence, watched_by
-from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Task, Turn
+from fedsim.core.types import Engine, Measured, Memory, Pack, Report, Scores, Scoring, Task, Turn
 from fedsim.executors.processes import (
     DEATHS,
     die_with_parent,
@@ -187,7 +187,7 @@ class PoolExecutor:
             worker.process, worker.pipe, worker.watch = process, here, Watch(pulse)
             worker.loaded, worker.job, worker.turn, worker.why, worker.ended = False, None, "", None, None
 
-    def start(self, layout: Layout, server: Layout, engine: Engine, summed: int, many: bool = False) -> None:
+    def start(self, layout: Layout, server: Layout, engine: Engine, summed: int, many: bool = False) -> Memory:
         """Share the buffers with the workers and wait until their models are loaded; see `SerialExecutor.start`.
 
         Raises:
@@ -212,6 +212,7 @@ class PoolExecutor:
         self.weights = self._pool[0].weights
         while not all(worker.loaded for worker in self._pool):
             self._next()
+        return Memory(self.weights, self.total, self.spare)
 
     def _load(self, worker: _Worker) -> None:
         """Tell a fresh process to load its model, and where the buffers are."""
@@ -233,7 +234,7 @@ class PoolExecutor:
         for device in {w.device for w in self._pool if w.device.startswith("cuda")}:
             torch.cuda.synchronize(device)  # the copies must have landed before another process reads them
 
-    def run(self, packs: Sequence[Pack], total: Accumulator | None) -> Iterator[Report]:
+    def train(self, packs: Sequence[Pack], total: Accumulator | None) -> Iterator[Report]:
         """Train packs on whichever worker is free; their messages are added to `total` in the order of `packs`, where there is one.
 
         A pack goes out in order, to a worker that has somewhere to put its update; so the pack that is waited for is always
@@ -335,7 +336,7 @@ class PoolExecutor:
         """Highest memory in use so far, in bytes, by worker."""
         return [self._ask(worker, "telling its memory", "peak") for worker in self._pool]
 
-    def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
+    def score(self, requests: Sequence[Scoring]) -> Iterator[list[Scores]]:
         """Score each request on whichever worker is free; the answers are in the order of `requests`."""
         jobs = [_Job(("score", r), "a scoring pass", "which is made again", i) for i, r in enumerate(requests)]
         out: list[list[Scores] | None] = [None] * len(jobs)
@@ -349,7 +350,7 @@ class PoolExecutor:
                 out[job.about] = found
             elif kind == "lost" and job is not None:
                 waiting.appendleft(job)
-        return out
+        yield from out
 
     def close(self) -> None:
         """End the workers and free what was shared; may be called twice."""

@@ -13,7 +13,7 @@ from fedsim.aggregators import Accumulator
 from fedsim.core.errors import ClientError, OutOfMemory, is_out_of_memory
 from fedsim.core.params import Layout, Params
 from fedsim.core.pulse import at_work
-from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Task, Turn
+from fedsim.core.types import Engine, Measured, Memory, Pack, Report, Scores, Scoring, Task, Turn
 
 
 class Trainer(Protocol):
@@ -88,13 +88,10 @@ class SerialExecutor:
         self.workers = [device]
         self._before: int | None = None
         self._trainer: Trainer | None = None
-        self.weights: Tensor | None = None
-        self.total: Tensor | None = None
-        self.spare: Tensor | None = None
+        self._params: Tensor | None = None
 
-    def start(self, layout: Layout, server: Layout, engine: Engine, summed: int, many: bool = False) -> None:
-        """Make the trainer and the buffers: global parameters `weights`, the server's state, and an accumulator's `total` and
-        `spare` where clients' messages are merged.
+    def start(self, layout: Layout, server: Layout, engine: Engine, summed: int, many: bool = False) -> Memory:
+        """Make the trainer and allocate the run's memory: global parameters, and the buffers of an accumulator.
 
         Args:
             layout: of the global parameters.
@@ -107,19 +104,19 @@ class SerialExecutor:
         torch.set_num_threads(self._threads)
         self._trainer = self._make(self.device, engine)
         assert self._trainer.layout.sums == layout, "the trainer's parameters are not those the run was started with"
-        self.weights, self._server = layout.empty(self.home), server.empty(self.device)
-        self.total, self.spare = buffers(layout, summed, many, self.home)
+        self._params, self._server = layout.empty(self.home), server.empty(self.device)
         self._server_layout = server
+        return Memory(self._params, *buffers(layout, summed, many, self.home))
 
-    def broadcast(self, weights: Tensor, server: Params) -> None:
-        """Refill the global parameters (flat `[N]`) and the server's state in place."""
-        if weights is not self.weights:
-            self.weights.copy_(weights)
+    def broadcast(self, params: Tensor, server: Params) -> None:
+        """Send the global parameters (flat `[N]`) and the server's state; nothing is copied that lies where it is read."""
+        if params is not self._params:
+            self._params.copy_(params)
         if server:
             self._server_layout.fill(self._server, server)
 
-    def run(self, packs: Sequence[Pack], total: Accumulator | None) -> Iterator[Report]:
-        """Train packs in order; their messages are added to `total`, pack by pack, where there is one.
+    def train(self, packs: Sequence[Pack], acc: Accumulator | None) -> Iterator[Report]:
+        """Train packs in order; their messages are added to `acc`, pack by pack, where there is one.
 
         Raises:
             ClientError: where a client's training raised.
@@ -127,10 +124,10 @@ class SerialExecutor:
         """
         server = self._server_layout.views(self._server)
         for i, pack in enumerate(packs):
-            out = None if total is None else total.place(i)
+            out = None if acc is None else acc.place(i)
             try:
                 with at_work():
-                    report = self._trainer.train(pack, self.weights, server, out)
+                    report = self._trainer.train(pack, self._params, server, out)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise client_failed(pack.tasks, str(self.device), traceback.format_exc()) from error
@@ -138,25 +135,27 @@ class SerialExecutor:
             if report is None:  # outside the handler, whose traceback holds the tensors
                 self._trainer.shrink()
                 raise OutOfMemory(str(self.device))
-            if total is not None:
-                total.weight += report.weight
-                total.added()
+            if acc is not None:
+                acc.weight += report.weight
+                acc.added()
             yield report
-        if total is not None:
-            total.close()
+        if acc is not None:
+            acc.close()
 
-    def score(self, requests: Sequence[Scoring]) -> list[list[Scores]]:
-        """Score each request, in order."""
-        try:
-            with at_work():
-                return [self._trainer.score(request, self.weights) for request in requests]
-        except Exception as error:
-            raise client_failed([], str(self.device), traceback.format_exc()) from error
+    def score(self, requests: Sequence[Scoring]) -> Iterator[list[Scores]]:
+        """Evaluate each request, in order."""
+        for request in requests:
+            try:
+                with at_work():
+                    found = self._trainer.score(request, self._params)
+            except Exception as error:
+                raise client_failed([], str(self.device), traceback.format_exc()) from error
+            yield found
 
     def measure(self, rows: Sequence[Any]) -> Measured | None:
         """What a pass over these rows (one array a lane) takes at the global parameters; None if it does not fit."""
         try:
-            return self._trainer.measure(rows, self.weights)
+            return self._trainer.measure(rows, self._params)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise client_failed([], str(self.device), traceback.format_exc()) from error
@@ -173,7 +172,7 @@ class SerialExecutor:
 
     def close(self) -> None:
         """Free the model and restore the number of threads; may be called twice."""
-        self._trainer = self.weights = self.total = self.spare = None
+        self._trainer = self._params = None
         if self._before is not None:
             torch.set_num_threads(self._before)
             self._before = None

@@ -19,7 +19,7 @@ import numpy as np
 from fedsim.core.types import Scores
 from fedsim.data.sources import Source
 from fedsim.data.tokens import Tokens
-from fedsim.runs.folder import RunFolder, save_arrays
+from fedsim.runs.folder import RunFolder
 
 ByRow = dict[str, np.ndarray]
 _KINDS = {"validation": "last", "test": "chosen"}
@@ -37,16 +37,13 @@ def save_by_row(folder: RunFolder, mode: str, found: dict[str, ByRow]) -> None:
     """Keep a finished mode's scores until the run is over."""
     arrays = {f"{key}/{i}": value for i, each in enumerate(found.values()) for key, value in each.items()}
     arrays["models"] = np.frombuffer(json.dumps(list(found)).encode(), np.uint8)  # a client's id can be any text
-    save_arrays(folder, f"checkpoints/{mode}/by_row.npz", arrays)
+    folder.write_arrays(f"checkpoints/{mode}/by_row.npz", arrays)
 
 
 def load_by_row(folder: RunFolder, mode: str) -> dict[str, ByRow]:
     """What `save_by_row` kept."""
     with np.load(folder.path / "checkpoints" / mode / "by_row.npz", allow_pickle=False) as arrays:
         found = {name: arrays[name] for name in arrays.files}
-    if "models" not in found:  # as runs wrote it before: KEY/MODEL
-        models = list(dict.fromkeys(name.partition("/")[2] for name in found))
-        return {m: {n.partition("/")[0]: a for n, a in found.items() if n.partition("/")[2] == m} for m in models}
     out: dict[str, ByRow] = {model: {} for model in json.loads(found.pop("models").tobytes())}
     for name, array in found.items():
         key, _, i = name.partition("/")
@@ -68,7 +65,7 @@ def write_predictions(
     """
     names = sorted(found, key=lambda n: (n != "federated", n != "central", n))
     if names:
-        save_arrays(folder, "scores.npz", _scores(tokens, names, found))
+        folder.write_arrays("scores.npz", _scores(tokens, names, found))
     words, test = source.labels, tokens["test"]
     predictions = {n: found[n]["chosen_predicted"] for n in names if "chosen_predicted" in found[n]}
     if not predictions or words is None:

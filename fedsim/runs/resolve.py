@@ -14,9 +14,10 @@ from fedsim.core.errors import UserError
 from fedsim.core.store import Records
 from fedsim.data.partition import VirtualPartition
 from fedsim.runs.build import Parts, draw_of
-from fedsim.simulate.availability import Life, by_number
-from fedsim.simulate.rounds import CENTRAL as CENTRAL_CLIENT
-from fedsim.simulate.rounds import Schedule, State
+from fedsim.simulate.availability import ClientAvailability, by_number
+from fedsim.simulate.schedule import CENTRAL as CENTRAL_CLIENT
+from fedsim.simulate.schedule import Schedule
+from fedsim.simulate.state import State
 from fedsim.training.optim import Optim
 from fedsim.training.trainer import Recipe
 
@@ -49,8 +50,8 @@ def recipe_of(exp: Experiment) -> Recipe:
     )
 
 
-def life_of(parts: Parts) -> Life | None:
-    """The clients' simulated life, or None where the config says nothing of it.
+def behavior_of(parts: Parts) -> ClientAvailability | None:
+    """The simulated availability, dropout and speed of the clients; None if the config simulates none.
 
     Raises:
         UserError: for a client that is not there, or is not named where all have to be.
@@ -66,7 +67,7 @@ def life_of(parts: Parts) -> Life | None:
         elif isinstance(keys[key], list):
             keys[key] = tuple(keys[key])
     sim = exp.simulation
-    return Life(exp.seed, partition.name, drop=sim.drop, deadline_s=sim.deadline_s, late=sim.late, **keys)
+    return ClientAvailability(exp.seed, partition.name, drop=sim.drop, deadline_s=sim.deadline_s, late=sim.late, **keys)
 
 
 def schedule_of(parts: Parts, mode: str) -> Schedule:
@@ -97,7 +98,7 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
         every_rounds=exp.evaluate.every_rounds,
         scores_clients=exp.evaluate.clients,
         central_rows=len(partition.kept) if isinstance(partition, VirtualPartition) else None,
-        life=life_of(parts),
+        behavior=behavior_of(parts),
     )
 
 
@@ -106,7 +107,7 @@ def work_of(parts: Parts, mode: str) -> float:
 
     An estimate from round 1 with all clients available, for the time left.
     """
-    schedule = dataclasses.replace(schedule_of(parts, mode), life=None)
+    schedule = dataclasses.replace(schedule_of(parts, mode), behavior=None)
     packs = schedule.packs(1, State(torch.empty(0), {}, Records(), keeps=False), 1)
     models = len(packs) if mode != "federated" or schedule.scores_clients else 0
     models += mode == "federated"

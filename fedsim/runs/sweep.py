@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,11 +29,11 @@ from torch import Tensor
 from fedsim.config.experiment import Experiment, results_of
 from fedsim.config.sections import Pool
 from fedsim.core.errors import ClientError, UserError
-from fedsim.core.files import check_own, damage, read_checked, read_json, write_atomic
+from fedsim.core.files import RUN_RECORD, check_own, damage, read_checked, read_json, write_atomic
 from fedsim.core.numerics import settled
 from fedsim.core.pulse import LOOK_S, Watch, pulses, silence, watched_by
 from fedsim.core.section import plain
-from fedsim.executors.fleet import Fleet, Member
+from fedsim.executors.fleet import Fleet
 from fedsim.executors.processes import (
     DEATHS,
     die_with_parent,
@@ -44,7 +44,7 @@ from fedsim.executors.processes import (
 from fedsim.runs.build import Parts, Shared, prepare
 from fedsim.runs.progress import Board, Progress
 from fedsim.runs.resolve import devices_of
-from fedsim.runs.run import run, run_folder_of
+from fedsim.runs.run import run_folder_of, run_steps
 from fedsim.runs.signals import ended_by_signals
 from fedsim.runs.sweep_plan import Job, Sweep, said
 
@@ -345,16 +345,13 @@ def _attempt(
     ended: Callable[[int, Outcome], None],
 ) -> None:
     """Run experiments on a device, several of them side by side; `ended` is called as each comes to its end."""
-    if len(work) == 1:
-        i, exp, path, progress = work[0]
-        ended(i, _run_one(exp, path, shared, device, threads, progress))
-        return
+    fleet = Fleet(device, threads)
 
-    def body(i: int, exp: Experiment, path: Path | None, progress: Progress) -> Callable[[Member], None]:
-        return lambda member: ended(i, _run_one(exp, path, shared, device, threads, progress, member))
+    def one(i: int, exp: Experiment, path: Path | None, progress: Progress) -> Iterator[None]:
+        ended(i, (yield from _run_one(exp, path, shared, device, threads, progress, fleet if len(work) > 1 else None)))
 
     with settled([device]):
-        Fleet(device, threads).run([body(*one) for one in work])
+        fleet.run([one(*each) for each in work])
 
 
 def _run_one(
@@ -364,21 +361,15 @@ def _run_one(
     device: str,
     threads: int,
     progress: Progress,
-    member: Member | None = None,
-) -> Outcome:
+    fleet: Fleet | None,
+) -> Generator[None, None, Outcome]:
     """Run one experiment: (state, result or reason, traceback)."""
     try:
         tree = exp.to_dict()
         # The last bits depend on the threads: a run that was started before keeps its own.
-        known = None
-        if path is not None:
-            with contextlib.suppress(OSError, UserError):  # the run itself says that the file is damaged
-                plan = read_checked(path / "checkpoints" / "plan.json") or read_json(path / "plan.json")
-                known = plan.get("threads")
-        tree["executor"] = {"name": "serial", "device": device, "threads": known or threads}
-        # A finished run is here only if it is damaged: what can be made again is.
-        resume = path if path is not None and _finished(path, exp.rounds) else None
-        done = run(Experiment.from_dict(tree), progress=progress, shared=shared, member=member, resume=resume)
+        known = None if path is None else (read_checked(path / RUN_RECORD) or {}).get("plan")
+        tree["executor"] = {"name": "serial", "device": device, "threads": known["threads"] if known else threads}
+        done = yield from run_steps(Experiment.from_dict(tree), progress=progress, shared=shared, fleet=fleet)
         return "finished", _result(done.path), ""
     except (UserError, ClientError) as error:
         lines = str(error).strip().split("\n")
@@ -386,7 +377,7 @@ def _run_one(
     except Exception as error:
         return "failed", _in_a_line(error), traceback.format_exc()
     finally:
-        if device.startswith("cuda") and member is None:
+        if device.startswith("cuda") and fleet is None:
             torch.cuda.empty_cache()  # what the last run's allocator keeps would look taken to the next one's planner
 
 

@@ -134,7 +134,6 @@ def choose_lanes(
     measure: Callable[[Sequence[np.ndarray]], Measured | None],
     configure: Callable[[Engine], None],
     peak: Callable[[], int],
-    evaluate: Callable[[], object],
     *,
     workers: int,
     lanes: int | str,
@@ -157,7 +156,6 @@ def choose_lanes(
         measure: a pass over these rows, one array a lane; None where it does not fit.
         configure: tells the trainers of another micro-batch or of checkpointing.
         peak: highest memory so far, in bytes: of the GPU's allocator since the last pass, or resident in the process.
-        evaluate: evaluates the initial model, which takes what every evaluation takes.
         workers: workers that must have something to do, under `measure`.
         lanes, checkpointing: as the config says.
         base_bytes: of the base.
@@ -213,7 +211,6 @@ def choose_lanes(
         full = one if plan.lanes == 1 else measure(packs.first(plan.lanes, plan.micro_batch))
         if full is not None:
             predicted = max(predicted, int(resident + (peak() - resident) * max(1.0, largest / max(1, full.tokens))))
-    evaluate()
     plan.memory = {
         "base": base_bytes,
         "lane": state,

@@ -1,0 +1,75 @@
+"""What a run tells the user before it trains: what is trained, sent and kept, and what the data holds."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fedsim.algorithms import Algorithm
+from fedsim.channel.codecs import codec
+from fedsim.core.params import Layout, meta
+from fedsim.core.store import Store
+from fedsim.models import adapters
+from fedsim.runs.build import Parts
+from fedsim.runs.bundle import Bundle
+from fedsim.runs.folder import RunFolder
+from fedsim.runs.progress import Progress
+from fedsim.training.planner import Plan
+
+
+def describe(
+    parts: Parts,
+    folder: RunFolder,
+    show: Progress,
+    spec: Bundle,
+    model: nn.Module,
+    layout: Layout,
+    stores: dict[str, Store],
+    where: str,
+    plan: Plan,
+) -> tuple[int, int]:
+    """Show it, and write `model.json`.
+
+    Returns:
+        Bytes that a client sends and receives per round.
+    """
+    exp, messages, trained = parts.exp, parts.exp.messages, adapters.trained(model)
+    about, dtype = adapters.describe(model, trained), next(iter(trained.values())).dtype
+    algorithm = spec.algorithms.get("federated", Algorithm())
+    sent = [s for group in algorithm.messages(layout).values() for s in group.shapes.values()]
+    received = [*layout.shapes.values()]
+    received += [tuple(t.shape) for t in algorithm.sent(algorithm.init(meta(layout))[0]).values()]
+    up, down = codec(messages.up).nbytes(sent, dtype), codec(messages.down).nbytes(received, dtype)
+    about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
+    kept = {m: stores[m].nbytes for m in exp.modes}
+    folder.write_json("model.json", {**about, "adapter": exp.adapter.name, "kept_bytes_per_client": kept})
+    how = [f" as {name}" if name else "" for name in (messages.up, messages.down)]
+    show.note(
+        f"{exp.adapter.name} on {exp.model.path}: {about['trained']:,} of {about['parameters']:,} parameters are trained "
+        f"({about['per_cent']:.2f} %); per client and round: {up.total / 1e6:.2f} MB up{how[0]}, {down.total / 1e6:.2f} MB down{how[1]}"
+    )
+    if "federated" not in exp.modes and any(how):
+        show.note("messages: nothing is sent without the mode federated, so messages.up and down have no effect")
+    if any(kept.values()):
+        most = exp.checkpoint.keep + 1 + (exp.checkpoint.every > 1)  # a round writes beside what checkpoints refer to
+        total = sum(b * most * (1 if m == "central" else len(parts.clients)) for m, b in kept.items()) / 1e6
+        each = ", ".join(f"{b / 1e6:,.1f} MB ({m})" for m, b in kept.items() if b)
+        show.note(f"client state on disk: {each} per client; at most {total:,.1f} MB in total")
+    report = parts.report
+    skew = f"mean JS divergence {report['js_mean']:.3f} bits, size Gini {report['size_gini']:.2f}"
+    show.note(f"{len(parts.clients)} clients, {report['rows']} examples, {skew}; {where}, {plan.threads} thread(s)")
+    tokenizer = parts.tokenizer
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        show.note(f"examples are padded with the end-of-text token {tokenizer.eos_token!r}")
+    if "overlap" in report["notes"]:
+        show.note(f"virtual clients: {report['notes']['overlap']}")
+    if names := report["empty_clients"]:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        show.note(f"left out, no examples: {', '.join(names[:10])}{more}")
+    for split, why in report["left_out"].items():
+        if empty := ", ".join(f"{n} examples left out ({k})" for k, n in why.items() if k != "too long"):
+            show.note(f"{split}: {empty}")
+    for split, tokens in parts.tokens.items():
+        if (over := tokens.over(exp.data.max_length)) is not None:
+            share, text = over
+            (show.warn if share > 0.05 else show.note)(f"{'warning: ' if share > 0.05 else ''}{split}: {text}")
+    return up.total, down.total

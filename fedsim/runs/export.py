@@ -1,0 +1,81 @@
+"""Models as folders that PEFT or transformers read, with a card of what each scored."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.core.params import Layout
+from fedsim.models import adapters
+from fedsim.models.card import write_card
+from fedsim.runs.build import Parts
+from fedsim.runs.bundle import Bundle
+from fedsim.runs.folder import RunFolder
+
+
+def save_model(
+    parts: Parts, folder: RunFolder, spec: Bundle, model: nn.Module, layout: Layout, flat: Tensor | None, name: str
+) -> None:
+    """Write the model with these parameters, `[N]`, into a folder of the run; None = with those it has."""
+    exp = parts.exp
+    full = exp.adapter.name == "none"
+    for key, view in ({} if flat is None else layout.views(flat)).items():
+        parameter = model.get_parameter(key)
+        if full:
+            parameter.data = view  # a copy would take the memory of a second model
+        else:
+            parameter.data.copy_(view)
+    if full:  # transformers copies tensors that share one block of memory
+        for parameter in model.parameters():
+            parameter.data = torch.from_dlpack(parameter.data)
+    place = folder.path / name
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
+    # Clients can be many and their adapters small: a tokenizer in each would be most of what is written.
+    small = name.startswith("local/") and not full
+    try:
+        adapters.save(
+            model,
+            beside,
+            name=exp.adapter.name,
+            settings=spec.settings,
+            base_name=parts.model.reference,
+            tokenizer=None if small else parts.tokenizer,
+            shard_mb=exp.checkpoint.shard_mb,
+        )
+        folder.replace(name, beside)
+    except BaseException:  # a full disk gets its space back
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def write_cards(
+    parts: Parts,
+    folder: RunFolder,
+    mode: str,
+    exported: Mapping[str, tuple[str | None, int]],
+    metrics: Iterable[dict[str, Any]],
+) -> None:
+    """Write a model card into each exported folder.
+
+    Args:
+        parts: of the run.
+        folder: of the run.
+        mode: whose models they are.
+        exported: folder -> the client whose model it is (None: no client's) and the model's round.
+        metrics: of the mode, on validation and test examples.
+    """
+    scores: dict[tuple[str | None, int], dict[tuple[str, str], float]] = {}
+    for m in metrics:  # of two of a round the later is the global model's
+        scores.setdefault((m["client"], m["round"]), {})[m["split"], m["name"]] = m["value"]
+    examples = len(parts.tokens["train"].kept())
+    for place, (client, last) in exported.items():
+        round = max((r for c, r in scores if c == client and r <= last), default=last)  # a client may have sat some out
+        title = f"{mode} model{f' of {client}' if client else ''} after round {round}"
+        found = [(*key, value) for key, value in scores.get((client, round), {}).items() if ":" not in key[1]]
+        about = {"title": title, "scores": found, "examples": examples}
+        write_card(folder.path / place, parts.exp.to_dict(), parts.model, **about)

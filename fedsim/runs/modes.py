@@ -1,0 +1,313 @@
+"""One mode of a run: resume it, train its remaining rounds, and evaluate and export its models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Generator
+from typing import Any
+
+import numpy as np
+
+from fedsim.core.errors import CallbackError
+from fedsim.core.files import folder_names, record
+from fedsim.core.params import clone
+from fedsim.core.store import Records
+from fedsim.core.types import RoundEnd, Row, Scores, Scoring
+from fedsim.runs.build import CENTRAL
+from fedsim.runs.export import save_model, write_cards
+from fedsim.runs.folder import Metrics
+from fedsim.runs.predictions import ByRow, by_row, load_by_row, save_by_row
+from fedsim.runs.resolve import schedule_of
+from fedsim.runs.setup import Setup, save_plan
+from fedsim.runs.tracking import Tracking
+from fedsim.simulate.faults import SIMULATED, describe_faults
+from fedsim.simulate.rounds import Halved, PackDone, Round, World, collect, global_metrics, rounds
+from fedsim.simulate.schedule import CENTRAL as CENTRAL_CLIENT
+from fedsim.simulate.schedule import Schedule
+from fedsim.simulate.state import GLOBAL, State
+from fedsim.training.trainer import reducers_of
+
+BY_ROW_CLIENTS = 100  # local models that are evaluated example by example at the end; of more, only the best ones
+
+
+def run_mode(
+    setup: Setup,
+    mode: str,
+    seconds: Callable[[], float],
+    tracking: Tracking,
+    callback: Callable[[RoundEnd], object] | None,
+) -> Generator[None, None, dict[str, ByRow]]:
+    """Run a mode, resume it, or take it as it is if it has come to its end.
+
+    Returns:
+        Scores by example of its last and best models, by model.
+    """
+    folder, show, exp = setup.folder, setup.show, setup.exp
+    checkpoints = setup.checkpoints(mode)
+    done, why = checkpoints.done(exp.rounds)
+    if done is not None:
+        Metrics(folder.path, mode, done["metrics"]).close()  # cuts off what came after
+        tracking.tell(mode, done["metrics"])
+        return load_by_row(folder, mode)
+    if why is not None:
+        show.warn(f"{mode}: {why}; its end is done again")
+    world = _world(setup, mode)
+    state, info = _resume(setup, world, mode)
+    metrics = Metrics(folder.path, mode, info and info["metrics"])
+    try:
+        if metrics.torn:
+            show.warn(f"metrics/{mode}.jsonl: its last line was torn, and is cut off")
+        tracking.cut(mode, metrics.mark())
+        yield from _begin(setup, world, state, info, metrics, seconds, tracking)
+        yield from _rounds(setup, world, state, info, metrics, seconds, tracking, callback)
+        for line in describe_faults(mode, faults := list(metrics.of_split("fault"))):
+            (show.note if all(m["name"] in SIMULATED for m in faults) else show.warn)(line)
+        found, tested, exported = yield from _finish(setup, world, state)
+        save_by_row(folder, mode, found)
+        metrics.log(tested, seconds())
+        scored = [m for split in ("validation", "test") for m in metrics.of_split(split)]
+        write_cards(setup.parts, folder, mode, exported, scored)
+        mark = metrics.mark()
+        files = record(folder.path, [*exported, f"checkpoints/{mode}/by_row.npz"])
+        checkpoints.end(rounds=exp.rounds, models=len(found), metrics=mark, files=files)
+        tracking.tell(mode, mark)
+    finally:
+        metrics.close()
+    show.end()
+    return found
+
+
+def _world(setup: Setup, mode: str) -> World:
+    algorithm = setup.spec.algorithms[mode]
+    return World(
+        schedule_of(setup.parts, mode),
+        algorithm,
+        setup.layout,
+        reducers_of({mode: algorithm}, setup.layout, setup.spec.recipe)[mode],
+        setup.choice,
+        setup.plan,
+        setup.memory,
+        setup.stores[mode],
+        setup.stores[f"best-{mode}"],
+        setup.exp.evaluate.generate,
+        setup.spec.recipe.chunk,
+        setup.bytes_of,
+    )
+
+
+def _fresh(setup: Setup, world: World) -> State:
+    flat = setup.read(setup.first, 0)
+    server = clone(world.algorithm.init(setup.layout.views(flat))[0])
+    return State(flat, server, Records(), keeps=world.store.width > 0)
+
+
+def _resume(setup: Setup, world: World, mode: str) -> tuple[State, dict[str, Any] | None]:
+    """The state of the newest valid checkpoint, and its manifest; a fresh state if there is none."""
+    checkpoints, show = setup.checkpoints(mode), setup.show
+    kept = checkpoints.kept()
+    for round, info in reversed(kept):
+        why = checkpoints.why_not(info)
+        if why is None and not world.schedule.scores_as(info["rounds"], round):
+            why = f"a run of {info['rounds']} rounds evaluates after other rounds"
+        if why is None:
+            state = _fresh(setup, world)
+            why = checkpoints.restore(state, setup.layout, world.reducer.numel, round)
+        if why is None:
+            checkpoints.drop_after(round)
+            return state, info
+        show.warn(f"{mode}: the checkpoint of round {round} is not used: {why}")
+    if kept:
+        show.warn(f"{mode}: no checkpoint can be used; starts from the beginning")
+    checkpoints.drop_after(0)
+    for store in (world.store, world.best):
+        store.path.unlink(missing_ok=True)
+    return _fresh(setup, world), None
+
+
+def _begin(
+    setup: Setup,
+    world: World,
+    state: State,
+    info: dict[str, Any] | None,
+    metrics: Metrics,
+    seconds: Callable[[], float],
+    tracking: Tracking,
+) -> Generator[None, None, None]:
+    """Log what the first round to come follows: the scores before training, or nothing new on a resume."""
+    mode, schedule = world.schedule.mode, world.schedule
+    known: Collection[int] | None = ()
+    if info is not None:
+        tracking.tell(mode, info["metrics"])
+        setup.show.note(f"{mode}: resumed after round {state.round}")
+        former = dataclasses.replace(schedule, rounds=info["rounds"])
+        # More rounds may sample more clients.
+        known = former.last_rounds if mode == "local" and former.rounds != schedule.rounds else None
+    if known is not None:
+        if setup.initial is None:
+            setup.executor.broadcast(state.params, world.algorithm.sent(state.server))
+        scores = yield from setup.initial_scores()
+        metrics.log(_initial(schedule, scores, known), seconds())
+    setup.show.begin(mode, state.round)
+
+
+def _initial(schedule: Schedule, scores: Scores, known: Collection[int]) -> list[Row]:
+    """Scores before training, the start of every curve: every mode and client starts from the same parameters.
+
+    A client that is in no cohort never trains and has no curve; `known` clients have their metrics.
+    """
+    initial, names = global_metrics(0, 0, scores, schedule.mode, schedule), [None]
+    if schedule.mode == "local":
+        names = [schedule.name(c) for c in sorted(set(schedule.last_rounds) - set(known))]
+    return [dataclasses.replace(m, client=name) for name in names for m in initial]
+
+
+def _rounds(
+    setup: Setup,
+    world: World,
+    state: State,
+    info: dict[str, Any] | None,
+    metrics: Metrics,
+    seconds: Callable[[], float],
+    tracking: Tracking,
+    callback: Callable[[RoundEnd], object] | None,
+) -> Generator[None, None, None]:
+    """Train the remaining rounds: after each one log, checkpoint and show it."""
+    exp, show, mode = setup.exp, setup.show, world.schedule.mode
+    checkpoints, costs = setup.checkpoints(mode), _costs(state, mode, info, seconds) if info else None
+    useful = computed = 0
+    spent: list[tuple[float, float]] = []  # seconds of evaluation, and all seconds, by pack of the round
+    told = False
+    for event in rounds(world, state, setup.executor):
+        match event:
+            case None:
+                yield
+            case PackDone(round, report):
+                useful, computed = useful + report.tokens, computed + report.computed
+                spent.append((report.scoring, report.seconds))
+                show.pack(round, report)
+            case Halved(round, lanes):
+                save_plan(setup.folder, setup.plan)
+                show.warn(f"{mode}: out of memory in round {round}; it starts again with {lanes} lane(s)")
+            case Round(round, rows, evaluation):
+                share, total = np.sum([*spent, (evaluation, evaluation)], axis=0)
+                if share > total / 2 and not told:
+                    told = True
+                    show.note(
+                        f"evaluation took {share / total:.0%} of round {round}; to spend less, set evaluate.max_examples, "
+                        f"or evaluate.every_rounds above {exp.evaluate.every_rounds}"
+                    )
+                spent.clear()
+                if costs is not None:  # what a checkpoint took is known once it is there: logged with the next round
+                    metrics.log(*costs)
+                    costs = None
+                metrics.log(rows, seconds())
+                if round % exp.checkpoint.every == 0 or round == exp.rounds:
+                    tensors = state.tensors(setup.layout, world.algorithm.merges)
+                    more = {"rounds": exp.rounds, "plan": dataclasses.asdict(setup.plan)}
+                    info = checkpoints.save(state, tensors, metrics, **more)
+                    costs = _costs(state, mode, info, seconds)
+                    tracking.tell(mode, info["metrics"])
+                show.round(round, _headline(rows, exp.best.metric))
+                if callback is not None:
+                    try:
+                        callback(RoundEnd(mode, round, exp.rounds, list(rows)))
+                    except Exception as error:
+                        raise CallbackError(error) from error
+    if costs is not None:
+        metrics.log(*costs)
+    if computed:
+        show.note(f"{mode}: padding overhead {1 - useful / computed:.1%} ({useful:,} of {computed:,} computed tokens)")
+
+
+def _costs(state: State, mode: str, info: dict[str, Any], seconds: Callable[[], float]) -> tuple[list[Row], float]:
+    """What a checkpoint took, as metrics, with the time at which they are logged."""
+    took = {"checkpoint_seconds": info["seconds"], "checkpoint_bytes": float(info["bytes"])}
+    return [Row(state.round, state.step, mode, None, "run", n, v) for n, v in took.items()], seconds()
+
+
+def _headline(metrics: list[Row], metric: str) -> str:
+    """What a round came to, in a few words."""
+    last = [m for m in metrics if m.split == "validation" and m.name == metric]
+    model = [m.value for m in last if m.client is None]
+    own = [m.value for m in {m.client: m for m in last if m.client is not None}.values()]
+    train = [m.value for m in metrics if m.split == "train" and m.name == "loss"]
+    parts = [f"train loss {np.mean(train):.3f}"] if train else []
+    parts += [f"clients' {metric} {np.mean(own):.3f}"] if own else []
+    parts += [f"{metric} {model[-1]:.3f}"] if model else []
+    return ", ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------- the end
+
+
+def _finish(
+    setup: Setup, world: World, state: State
+) -> Generator[None, None, tuple[dict[str, ByRow], list[Row], dict[str, tuple[str | None, int]]]]:
+    """Export last and best models, and evaluate the best ones once on the test examples.
+
+    Returns:
+        Scores by example by model; the test metrics; the folders that were written, with client and round of the model.
+    """
+    mode, executor, exported = world.schedule.mode, setup.executor, {}
+
+    def export(place: str, client: str | None, round: int) -> None:
+        """Write a folder of the model whose parameters were just read."""
+        save_model(setup.parts, setup.folder, setup.spec, setup.model, setup.layout, setup.memory.params, place)
+        exported[place] = (client, round)
+
+    owners: list[tuple[str | None, Any, str]] = []  # of best models: client, choice, label
+    if world.algorithm.merges:
+        export("global", None, state.round)
+        answers = yield from collect(executor.score([Scoring("validation", by_row=True)]))
+        last = _by_row("validation", [mode], answers)
+        requests = []
+        if state.best is not None:
+            executor.broadcast(setup.read(world.best, state.best_records.read(GLOBAL)), {})
+            export("best", None, state.best.round)
+            requests.append(Scoring("test"))
+            owners.append((None, state.best, mode))
+    else:
+        labels, records, best_records = [], [], []
+        folders = folder_names(setup.parts.partition.names or ())
+        for client, at in sorted(state.records.table.items()):
+            name = None if client == CENTRAL_CLIENT else world.schedule.name(client)
+            place, label = (CENTRAL, CENTRAL) if name is None else (f"local/{folders.get(name, name)}", f"local {name}")
+            setup.read(world.store, at)
+            export(place, name, state.round)
+            labels.append(label)
+            records.append(at)
+            if client in state.client_best:
+                best = state.best_records.read(client)
+                setup.read(world.best, best)
+                export(f"{place}/best", name, state.client_best[client].round)
+                best_records.append(best)
+                owners.append((name, state.client_best[client], label))
+        few = slice(0, BY_ROW_CLIENTS)
+        answers = yield from collect(executor.score(_packed(setup, mode, mode, records[few])))
+        last = _by_row("validation", labels[few], answers)
+        requests = _packed(setup, mode, f"best-{mode}", best_records)
+    if len(setup.parts.tokens["test"].kept()) == 0:
+        return last, [], exported
+    generate = setup.exp.evaluate.generate
+    asked = [dataclasses.replace(r, split="test", generate=generate, by_row=True) for r in requests]
+    answers = yield from collect(executor.score(asked))
+    tested = [
+        Row(best.round, best.step, mode, client, "test", n, v, w)
+        for scores, (client, best, _) in zip((s for part in answers for s in part), owners, strict=True)
+        for n, (v, w) in scores.values.items()
+    ]
+    chosen = _by_row("test", [label for *_, label in owners], answers)
+    found = {label: {**last.get(label, {}), **chosen.get(label, {})} for label in {**last, **chosen}}
+    return found, tested, exported
+
+
+def _packed(setup: Setup, mode: str, store: str, records: list[int]) -> list[Scoring]:
+    """Requests to evaluate these records on the validation examples, as many side by side as there are lanes."""
+    lanes = setup.plan.lanes_at(mode, setup.exp.rounds)
+    parts = [tuple(records[i : i + lanes]) for i in range(0, len(records), lanes)]
+    return [Scoring("validation", records=part, store=store, by_row=True) for part in parts]
+
+
+def _by_row(split: str, labels: list[str], answers: list[list[Scores]]) -> dict[str, ByRow]:
+    found = [scores for part in answers for scores in part]
+    return {label: by_row(split, scores) for label, scores in zip(labels, found, strict=True)}

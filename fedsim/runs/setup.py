@@ -1,0 +1,398 @@
+"""From an experiment's parts to an executor that is ready to train: base, adapter, workers, plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsim.algorithms import Local
+from fedsim.config.experiment import Experiment
+from fedsim.config.sections import algorithm_of
+from fedsim.core.errors import UserError
+from fedsim.core.files import differing, record
+from fedsim.core.numerics import kernels, threads
+from fedsim.core.params import Layout, Params, meta
+from fedsim.core.seeding import stream
+from fedsim.core.store import Records, Store
+from fedsim.core.types import Engine, Memory, Scores, Scoring
+from fedsim.executors import FleetExecutor, PoolExecutor, SerialExecutor
+from fedsim.executors.fleet import Fleet
+from fedsim.models import adapters, base
+from fedsim.models.forward import Recompute, layers_of
+from fedsim.runs.build import Parts, Shared
+from fedsim.runs.bundle import Bundle, shareable
+from fedsim.runs.checkpoints import Checkpoints
+from fedsim.runs.describe import describe
+from fedsim.runs.export import save_model
+from fedsim.runs.folder import RunFolder
+from fedsim.runs.progress import Progress
+from fedsim.runs.resolve import check_memory, free_memory, recipe_of, schedule_of, token_bytes
+from fedsim.simulate.rounds import collect
+from fedsim.simulate.schedule import CENTRAL
+from fedsim.simulate.state import Choice, State
+from fedsim.training.planner import Packs, Plan, choose_lanes
+from fedsim.training.planner import describe as describe_plan
+from fedsim.training.trainer import filled, reducers_of, stores_of
+
+MODES = ("local", "federated", "central")
+
+
+@dataclass
+class Setup:
+    """A run that is ready to train.
+
+    Attributes:
+        parts: config, examples and partition.
+        folder, show: the run folder, and where progress is shown.
+        devices: of each worker.
+        plan: threads and lanes.
+        spec: what workers are made of.
+        model: the base with the adapter, in this process.
+        layout: of the global parameters.
+        executor, memory: where packs run, and what it allocated for this run.
+        stores: by mode, records of client state, and `best-<mode>` of best models.
+        first: the parameters that training starts from, as one record.
+        bytes_of: of a client's message to the server, and of the server's to it.
+        initial: validation scores before training, once they are known.
+    """
+
+    parts: Parts
+    folder: RunFolder
+    show: Progress
+    devices: list[str]
+    plan: Plan
+    spec: Bundle
+    model: nn.Module
+    layout: Layout
+    executor: Any
+    memory: Memory
+    stores: dict[str, Store]
+    first: Store
+    bytes_of: tuple[int, int]
+    initial: Scores | None = None
+
+    @property
+    def exp(self) -> Experiment:
+        """The config."""
+        return self.parts.exp
+
+    @property
+    def modes(self) -> list[str]:
+        """The modes of the run, in their order."""
+        return [m for m in MODES if m in self.exp.modes]
+
+    @property
+    def choice(self) -> Choice:
+        """How the best model is chosen."""
+        return Choice(self.exp.best.metric, self.exp.best.mode)
+
+    def checkpoints(self, mode: str) -> Checkpoints:
+        """The checkpoints of a mode."""
+        keep, shard = self.exp.checkpoint.keep, self.exp.checkpoint.shard_mb << 20
+        return Checkpoints(self.folder.path, mode, self.stores[mode], self.stores[f"best-{mode}"], keep, shard)
+
+    def read(self, store: Store, record: int) -> Tensor:
+        """Copy the parameters of a record into the run's own vector, a chunk at a time; returns that."""
+        for chunk in self.layout.chunks(self.spec.recipe.chunk):
+            self.memory.params[chunk.span].copy_(store.read(record, chunk.start, chunk.stop))
+        return self.memory.params
+
+    def initial_scores(self) -> Generator[None, None, Scores]:
+        """Validation scores of the model that training starts from, which the executor must have been sent."""
+        if self.initial is None:
+            request = Scoring("validation", generate=self.exp.evaluate.generate)
+            ((self.initial,),) = yield from collect(self.executor.score([request]))
+        return self.initial
+
+
+def resolve_plan(exp: Experiment, folder: RunFolder, devices: list[str]) -> tuple[Plan, bool]:
+    """The plan that the run was started with, or a new one to be filled in; and whether it was known.
+
+    Threads and lanes decide the last bits, so they are resolved once and hold for every resume.
+
+    Raises:
+        UserError: if the config asks for other threads than the run was started with.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads, micro = exp.executor.threads, exp.local.micro_batch or exp.local.batch_size
+    known = recorded(folder).get("plan")
+    if known is None:
+        return Plan(threads or max(1, cores // len(devices)), micro_batch=micro), False
+    if threads is not None and threads != known["threads"]:
+        way = "the run was started with another number, which its last bits depend on; leave the key out, or use another name"
+        raise UserError(f"executor.threads: {threads}, but {folder.path.name} has {known['threads']}: {way}")
+    return Plan(**{"micro_batch": micro, **known}), True
+
+
+def recorded(folder: RunFolder) -> dict[str, Any]:
+    """What a run recorded of itself: rounds and plan; from its last checkpoints if the record is damaged."""
+    found = folder.record()
+    for mode in reversed(MODES):
+        if "plan" not in found:
+            kept = Checkpoints(folder.path, mode, *[Store(folder.path, 0, torch.float32)] * 2).kept()
+            info = next((info for _, info in reversed(kept) if info is not None), {})
+            found |= {key: info[key] for key in ("rounds", "plan") if key in info}
+    return found
+
+
+def save_plan(folder: RunFolder, plan: Plan) -> None:
+    """Write the plan, for the next resume and to be read."""
+    value = dataclasses.asdict(plan)
+    folder.record(plan=value)
+    folder.write_json("plan.json", value)
+
+
+def set_up(
+    parts: Parts,
+    folder: RunFolder,
+    show: Progress,
+    kind: str,
+    devices: list[str],
+    plan: Plan,
+    known: bool,
+    shared: Shared,
+    fleet: Fleet | None,
+) -> Generator[None, None, Setup]:
+    """Load the base once, start the executor, attach the adapter, resolve the plan, and say what is trained.
+
+    Args:
+        parts: config, examples and partition.
+        folder, show: the run folder, and where progress is shown.
+        kind: serial | pool.
+        devices: of each worker.
+        plan, known: from `resolve_plan`.
+        shared: what other runs of this process have loaded.
+        fleet: of runs whose packs share passes; None = this run alone.
+    """
+    exp = parts.exp
+    full = exp.adapter.name == "none"
+    show.note(f"loading {exp.model.path}")
+    model = shared.base(parts)
+    if note := getattr(model, "head_note", None):
+        show.note(note)
+    (folder.path / "checkpoints").mkdir(exist_ok=True)
+    spec = _spec(parts, model, folder)
+    home = "cpu" if exp.aggregation.device == "cpu" else None
+    executor: SerialExecutor | PoolExecutor | FleetExecutor | None = None
+    if kind == "pool":
+        check_memory(devices, sum(p.nbytes for p in model.parameters()), full)
+        executor = _pool(spec, model, parts, devices, plan.threads, home, show)
+    try:
+        lent = base.memory_of(model)
+        with threads(plan.threads):
+            model, own = spec.attach()
+        trained = adapters.trained(model)
+        if not full:  # a head of the base that is trained; exports write into the trained parameters
+            base.own_memory(trained.values(), lent)
+        if not known and exp.training.lanes != 1:
+            plan.why_not = spec.why_not_packed(model, own)
+            plan.packed = plan.why_not is None
+        if exp.training.packing:
+            spec.check_packing(model, own)
+        if exp.training.checkpointing is True:
+            Recompute(model, lambda: False).release()  # fails here, where the user sees it, and not in a worker
+        layout = Layout.of(trained).sums
+        stores = stores_of(spec.state, spec.algorithms, Layout.of(trained), spec.recipe)
+        if executor is None:
+
+            def make(device: torch.device, engine: Engine) -> Any:
+                return spec.trainer(model, own, device, engine)
+
+            if fleet is not None:
+                executor = fleet.executor(make, spec.guest)
+            else:
+                executor = SerialExecutor(make, devices[0], plan.threads, home)
+        bytes_of = describe(parts, folder, show, spec, model, layout, stores, f"{kind} on {', '.join(devices)}", plan)
+        first = _keep_start(parts, folder, spec, model, layout)
+        memory = _start(executor, parts, spec, layout, plan.engine)
+        made = Setup(parts, folder, show, devices, plan, spec, model, layout, executor, memory, stores, first, bytes_of)
+        made.read(first, 0)
+        if full and kind == "pool":  # this process's model is that of the global parameters
+            for name, view in layout.views(memory.params).items():
+                model.get_parameter(name).data = view
+        executor.broadcast(memory.params, _sent(spec, layout.views(memory.params)))
+        yield from _fill_in(made, known)
+    except BaseException:
+        if kind == "pool":
+            executor.close()
+        raise
+    return made
+
+
+def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> Bundle:
+    exp = parts.exp
+    sixteen = exp.model.dtype in ("bfloat16", "float16")
+    settings = exp.to_dict()["adapter"]
+    settings.pop("name")
+    return Bundle(
+        model=model,
+        adapter=exp.adapter.name,
+        settings=settings,
+        task=exp.model.task,
+        base_dropout=exp.model.base_dropout,
+        autocast=getattr(torch, exp.model.dtype)
+        if exp.adapter.name == "none" and sixteen and exp.training.master_weights
+        else None,
+        seed=exp.seed,
+        tokens=parts.tokens,
+        train=shareable(parts.partition),
+        own=None if parts.own is None else shareable(parts.own),
+        algorithms={m: algorithm_of(exp.algorithm) if m == "federated" else Local() for m in exp.modes},
+        recipe=dataclasses.replace(recipe_of(exp), slots=schedule_of(parts, "federated").slots),
+        state=folder.path / "checkpoints",
+        tokenizer=parts.tokenizer,
+        masters=exp.training.master_weights,
+        packing=exp.training.packing,
+        kernels=kernels(),
+    )
+
+
+def _pool(
+    spec: Bundle, model: nn.Module, parts: Parts, devices: list[str], count: int, home: str | None, show: Progress
+) -> PoolExecutor:
+    """A pool whose workers share the base and the examples with this process.
+
+    Workers are sent modules of their own, on which nothing is put here, since a worker that replaces a dead one starts late.
+    The weights of full fine-tuning are the global parameters.
+    """
+    full = parts.exp.adapter.name == "none"
+    if not full:
+        base.share_memory(model)
+    bare = base.blank(model) if full else base.borrow(model)
+    base.share_memory(bare)  # its buffers
+    for tensor in spec.shared():
+        tensor.share_memory_()
+    for tokens in parts.tokens.values():
+        tokens.share()
+    made = dataclasses.replace(spec, model=bare)
+    return PoolExecutor(made, devices, count, home, hang_s=parts.exp.executor.hang_s, note=show.warn)
+
+
+def _start(executor: Any, parts: Parts, spec: Bundle, layout: Layout, engine: Engine) -> Memory:
+    reducers = reducers_of(spec.algorithms, layout, spec.recipe)
+    summed = max(reducer.numel for reducer in reducers.values())
+    server = Layout.of(_sent(spec, meta(layout)))
+    return executor.start(layout, server, engine, summed, schedule_of(parts, "federated").many_packs)
+
+
+def _sent(spec: Bundle, params: Params) -> Params:
+    """The server's state that clients of the first round receive."""
+    algorithm = spec.algorithms.get("federated")
+    return algorithm.sent(algorithm.init(params)[0]) if algorithm else {}
+
+
+def _keep_start(parts: Parts, folder: RunFolder, spec: Bundle, model: nn.Module, layout: Layout) -> Store:
+    """Write what training starts from: `init/`, a folder that reloads, and the same as one record.
+
+    Neither stays in memory, where a full model would be one copy too many.
+    """
+    first, start = Store(folder.path / "checkpoints" / "start.bin", layout.numel, layout.dtype), 0
+    for parameter in adapters.trained(model).values():
+        first.write_at(0, start, parameter.data.reshape(-1))
+        start += parameter.numel()
+    kept = folder.record().get("init")
+    if not kept or differing(folder.path, kept) or not (folder.path / "init").is_dir():
+        save_model(parts, folder, spec, model, layout, None, "init")
+        folder.record(init=record(folder.path, ["init"]))
+    return first
+
+
+def _fill_in(setup: Setup, known: bool) -> Generator[None, None, None]:
+    """Resolve the plan at the first start of a run, and show it."""
+    exp, plan, executor, device = setup.exp, setup.plan, setup.executor, setup.devices[0]
+    full = exp.adapter.name == "none"
+    if known or not (plan.packed or full):
+        if not known:
+            plan.checkpointing = exp.training.checkpointing is True
+            save_plan(setup.folder, plan)
+        executor.configure(plan.engine)
+    else:
+        on_gpu, here = device.startswith("cuda"), setup.devices.count(device)
+        frozen = [*setup.model.buffers(), *([] if full else setup.model.parameters())]
+        first, free = first_packs(setup), free_memory(device)
+        choose_lanes(
+            plan,
+            first,
+            executor.measure,
+            executor.configure,
+            lambda: executor.peaks()[0],
+            workers=len(setup.devices),
+            lanes=1 if full else exp.training.lanes,
+            checkpointing=exp.training.checkpointing if layers_of(setup.model) else False,
+            base_bytes=sum(t.nbytes for t in frozen),
+            token_bytes=token_bytes(setup.model),
+            total=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
+            free=None if free is None else free // here,
+            # The weights of full fine-tuning are there already, and are counted with its gradient and optimizer state.
+            resident=executor.peaks()[0] - (setup.layout.nbytes if full and not on_gpu else 0),
+            on_gpu=on_gpu,
+        )
+        yield from setup.initial_scores()
+        plan.memory["predicted"] = max(plan.memory["predicted"], executor.peaks()[0])
+        packs = -(-first.clients // plan.lanes)
+        if packs < len(setup.devices) and first.clients > packs:
+            way = f"lower training.lanes (now {plan.lanes})"
+            setup.show.note(f"{packs} pack(s) per round for {len(setup.devices)} workers: {way} to give each one")
+        if full:
+            plan.memory |= dict.fromkeys(("global", "sum"), setup.layout.nbytes)
+            plan.memory["chunk"] = min(setup.layout.nbytes, 4 * (setup.spec.recipe.chunk or 0))
+        save_plan(setup.folder, plan)
+    for line in describe_plan(plan, ", ".join(setup.devices)):
+        setup.show.note(line)
+
+
+def first_packs(setup: Setup) -> Packs:
+    """What round 1 trains, for the planner: its first passes are measured, its largest one is predicted."""
+    exp, spec = setup.exp, setup.spec
+    mode = next(m for m in ("federated", "local", "central") if m in exp.modes)
+    schedule = dataclasses.replace(schedule_of(setup.parts, mode), behavior=None)  # as if every client were available
+    sites = spec.sites()
+    tokens, draw, most = setup.parts.tokens["train"], spec.recipe.draw, spec.recipe.row_tokens
+    front = spec.settings.get("num_virtual_tokens", 0) if spec.adapter in ("p_tuning", "prompt") else 0
+    state = State(torch.empty(0), {}, Records(), keeps=False)
+    tasks = {t.client: t for t in schedule.tasks(1, state)}
+
+    @functools.cache
+    def batches(client: int) -> list[np.ndarray]:
+        rows = sites.everything() if client == CENTRAL else sites.train(client)
+        return draw.batches(rows, stream(exp.seed, "batches", tasks[client].name, 1), tasks[client].steps)
+
+    def one_pass(batch: np.ndarray, rows: int) -> np.ndarray:
+        """The examples of a first pass; packed end to end, of the fullest one."""
+        if most is None:
+            return batch[:rows]
+        batch = batch[np.argsort(tokens.lengths_of(batch), kind="stable")]
+        passes = filled(batch, tokens.lengths_of(batch), rows * most)
+        return max(passes, key=lambda p: tokens.lengths_of(p).sum())
+
+    def first(lanes: int, rows: int) -> list[np.ndarray]:
+        return [one_pass(batches(t.client)[0], rows) for t in schedule.packs(1, state, lanes)[0].tasks]
+
+    def last(lanes: int, rows: int) -> list[np.ndarray]:
+        return [batches(t.client)[-1][:rows] for t in schedule.packs(1, state, lanes)[0].tasks]
+
+    def largest(lanes: int, rows: int) -> int:
+        found = 0
+        for pack in schedule.packs(1, state, lanes):
+            each = [batches(t.client) for t in pack.tasks]
+            for i in range(min(50, max(map(len, each)))):  # the steps of a round are much alike
+                here = [b[i] for b in each if i < len(b)]
+                if most is not None:
+                    found = max(found, *(int(tokens.lengths_of(one_pass(b, rows)).sum()) for b in here))
+                else:
+                    longest = [np.sort(tokens.lengths_of(b))[-rows:] for b in here]
+                    found = max(found, int(sum(n.sum() + front * len(n) for n in longest)))
+        return found
+
+    some = batches(next(iter(tasks)))
+    short = len(some) > 1 and len(some[-1]) < len(some[0])
+    mean = float(tokens.lengths_of(tokens.kept()).mean()) + front
+    return Packs(len(tasks), first, largest, last if short else None, len(some), mean)

@@ -1,0 +1,201 @@
+"""Who trains in which round, and how much: a function of the config and the partition alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fedsim.aggregators import GROUP
+from fedsim.core.seeding import stream
+from fedsim.core.types import Pack, Task
+from fedsim.simulate.availability import ClientAvailability
+from fedsim.simulate.state import State
+from fedsim.simulate.timeline import Timeline
+
+CENTRAL = -1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who trains when and how much, in one mode.
+
+    Attributes:
+        mode: local | federated | central.
+        seed, rounds: of the experiment.
+        clients: numbers of the clients that have examples, int64, ascending.
+        size: clients of a cohort.
+        name: client number -> id.
+        sizes: examples by client number, int64.
+        count: (examples, steps) -> optimizer steps of a round.
+        steps: optimizer steps of a round; None where a round is given in epochs.
+        epochs, batch_size: epochs of a round; examples of a batch.
+        match: how the centralized baseline is matched: epochs | steps.
+        weights: samples | steps | uniform.
+        length: client number -> mean tokens of its examples; the longest packs go first.
+        every_rounds, scores_clients: evaluation frequency; whether clients are evaluated before aggregation.
+        central_rows: examples of the centralized baseline; None = those of `clients` together. Virtual clients draw examples
+            with repetition: there it holds each example once, and still does as much work as the cohort.
+        behavior: availability, dropout and speeds of the clients; None = every client is available and in time.
+    """
+
+    mode: str
+    seed: int
+    rounds: int
+    clients: np.ndarray
+    size: int
+    name: Callable[[int], str]
+    sizes: np.ndarray
+    count: Callable[[int, int | None], int]
+    steps: int | None
+    epochs: int
+    batch_size: int
+    match: str
+    weights: str
+    length: Callable[[int], float]
+    every_rounds: int
+    scores_clients: bool = True
+    central_rows: int | None = None
+    behavior: ClientAvailability | None = None
+
+    def cohort(self, round: int) -> np.ndarray:
+        """The clients of a round, ascending: a function of (seed, round). Empty if no client is available."""
+        clients = self.clients if self.behavior is None else self.behavior.available(round, self.clients)
+        if self.size >= len(clients):
+            return clients
+        rng = stream(self.seed, "cohort", round)
+        return np.sort(clients[rng.choice(len(clients), self.size, replace=False, shuffle=False)])
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """When clients start and their messages arrive; dropout and deadlines are simulated in the mode federated alone."""
+        behavior = self.behavior if self.mode == "federated" else None
+        return Timeline(self.cohort, lambda client: self._work(client)[1], behavior)
+
+    @property
+    def slots(self) -> int:
+        """How many clients can send messages that are aggregated together."""
+        return self.size * (1 + self.timeline.delay)
+
+    @property
+    def many_packs(self) -> bool:
+        """Whether a round can have more packs than one group of the accumulator."""
+        return self.size > GROUP
+
+    @cached_property
+    def all_weight(self) -> float:
+        """Sum of the weights of all clients."""
+        if self.weights == "uniform":
+            return float(len(self.clients))
+        sizes, times = np.unique(self.sizes[self.clients], return_counts=True)
+        each = sizes if self.weights == "samples" else [self.count(int(n), self.steps) for n in sizes]
+        return float(np.dot(each, times))
+
+    def evaluates(self, round: int) -> bool:
+        """Whether models are evaluated at the end of a round."""
+        return round % self.every_rounds == 0 or round == self.rounds
+
+    @cached_property
+    def last_rounds(self) -> dict[int, int]:
+        """Client number -> the last round in which it trains, for clients that are in at least one cohort of the run."""
+        return {int(c): r for r in range(1, self.rounds + 1) for c in self.cohort(r)}
+
+    def scores_as(self, rounds: int, until: int) -> bool:
+        """Whether rounds 1 to `until` are evaluated as in a run of `rounds` rounds, of which the last is always evaluated."""
+        if self.every_rounds == 1 or rounds == self.rounds:
+            return True
+        other = dataclasses.replace(self, rounds=rounds)
+        for r in range(1, until + 1):
+            if self.evaluates(r) != other.evaluates(r):
+                return False
+            only_last = self.mode == "local" and not self.evaluates(r)  # clients whose last round it is
+            if only_last and any(
+                (self.last_rounds[c] == r) != (other.last_rounds[c] == r) for c in map(int, self.cohort(r))
+            ):
+                return False
+        return True
+
+    @cached_property
+    def central_total(self) -> int:
+        """Examples of the centralized baseline."""
+        return int(self.sizes[self.clients].sum()) if self.central_rows is None else self.central_rows
+
+    def central_steps(self, round: int) -> int | None:
+        """Optimizer steps of the centralized baseline in a round; None for as many epochs as a client trains."""
+        sizes = self.sizes[self.cohort(round)]
+        if not len(sizes):
+            return 0
+        counts = [self.count(int(n), self.steps) for n in sizes]
+        if self.match == "steps":
+            return max(1, round_half_up(sum(counts) / len(counts)))
+        held = int(sizes.sum())
+        if self.steps is None and held == self.central_total:  # every client takes part: the epochs are theirs
+            return None
+        rows = sum(counts) * self.batch_size if self.steps is not None else held * self.epochs
+        return max(1, round_half_up(rows / self.batch_size))
+
+    @cached_property
+    def _central_counts(self) -> list[int]:
+        steps = [self.central_steps(r) for r in range(1, self.rounds + 1)]
+        return [0 if s == 0 else self.count(self.central_total, s) for s in steps]
+
+    def tasks(self, round: int, state: State, clients: Sequence[int] | None = None, slot: int = 0) -> list[Task]:
+        """The work of the cohort's clients, or of these `clients`, whose messages take the slots from `slot` on."""
+        if self.mode == "central":
+            steps, counts = self.central_steps(round), self._central_counts
+            given = [(CENTRAL, "central", steps, sum(counts[: round - 1]), sum(counts), 1.0)] if steps != 0 else []
+        else:
+            given = []
+            for c in map(int, self.cohort(round) if clients is None else clients):
+                n = int(self.sizes[c])
+                each = self.count(n, self.steps)
+                weight = {"samples": n, "steps": each, "uniform": 1}[self.weights]
+                given.append((c, self.name(c), self.steps, (round - 1) * each, self.rounds * each, float(weight)))
+        out = []
+        for i, (client, name, steps, start, horizon, weight) in enumerate(given, slot):
+            write = state.records.new() if state.keeps else -1
+            done, read = state.steps.get(client, 0), state.records.read(client)
+            out.append(Task(client, name, round, steps, done, start, horizon, weight, read, write, slot=i))
+        return out
+
+    def _work(self, client: int, steps: int | None = None) -> tuple[int, float]:
+        """(optimizer steps, tokens) of a client's round; `steps` are those of the centralized baseline."""
+        total = self.central_total if client == CENTRAL else int(self.sizes[client])
+        given = self.steps if client != CENTRAL else steps
+        done = self.count(total, given)
+        rows = done * self.batch_size if given is not None else total * self.epochs
+        return done, rows * self.length(client)
+
+    def packs(
+        self, round: int, state: State, lanes: int, clients: Sequence[int] | None = None, slot: int = 0
+    ) -> list[Pack]:
+        """Clients of similar step count and length trained together, at most `lanes` of them; the longest pack first.
+
+        A function of the cohort, the config and the lanes, not of the workers: messages are aggregated in this order. Packs
+        are as even as possible: 20 clients in 8 lanes are 7, 7 and 6.
+        """
+        work = []
+        for task in self.tasks(round, state, clients, slot):
+            steps, tokens = self._work(task.client, task.steps)
+            scored = self.evaluates(round) and (self.scores_clients or self.mode != "federated")
+            last = self.mode == "local" and self.last_rounds[task.client] == round
+            length = self.length(task.client)
+            work.append((-steps, -length, task.client, tokens, dataclasses.replace(task, evaluate=scored or last)))
+        if not work:
+            return []
+        work.sort(key=lambda w: w[:3])
+        count = -(-len(work) // lanes)
+        cuts = [len(work) * i // count for i in range(count + 1)]
+        parts = [work[a:b] for a, b in itertools.pairwise(cuts)]
+        packs = [Pack(0, self.mode, tuple(w[4] for w in part), int(sum(w[3] for w in part))) for part in parts]
+        packs.sort(key=lambda p: (-p.tokens, p.tasks[0].client))
+        return [dataclasses.replace(p, index=i) for i, p in enumerate(packs)]
+
+
+def round_half_up(x: float) -> int:
+    """The nearest integer, halves up; Python's own `round` takes them to the even one."""
+    return int(np.floor(x + 0.5))
