@@ -95,6 +95,12 @@ def _config(kind: str) -> Any:
     raise KeyError(kind)
 
 
+def metrics_lines(run: Path) -> list[str]:
+    """The lines of a run's metrics files, mode after mode."""
+    files = [run / "metrics" / f"{mode}.jsonl" for mode in ("local", "federated", "central")]
+    return [line for file in files if file.is_file() for line in file.read_text().splitlines()]
+
+
 class Lab:
     """Where a test's experiments run.
 
@@ -164,8 +170,7 @@ class Lab:
     @staticmethod
     def metrics(folder: Path) -> list[dict[str, Any]]:
         """Metrics rows in order, less the seconds and what checkpoints took."""
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows = [row for row in rows if not row["name"].startswith("checkpoint_")]
+        rows = [row for row in map(json.loads, metrics_lines(folder)) if not row["name"].startswith("checkpoint_")]
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
     @staticmethod

@@ -200,7 +200,7 @@ def one(place: Path, seed: int) -> tuple[str, str]:
     out, err = io.StringIO(), io.StringIO()
     before = set(place.rglob("*"))
     try:
-        stop = mock.patch("fedsim.runs.session.Session._choose_lanes", side_effect=Passed)
+        stop = mock.patch("fedsim.runs.setup._fill_in", side_effect=Passed)
         with _inside(place), stop, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(["run", "e.yaml", "-q"])
     except Passed:

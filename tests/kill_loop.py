@@ -233,7 +233,7 @@ def differences(whole: Path, run: Path) -> list[str]:
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for file in sorted(run.glob("metrics/*.jsonl")) for line in file.read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     return [{**row, "value": 0.0} if row["name"] == "checkpoint_seconds" else row for row in rows]
 
@@ -250,8 +250,7 @@ def _where(place: Path) -> str:
             state = json.loads((run / "status.json").read_text())["state"]
         except (OSError, ValueError, KeyError):
             state = "no status"
-        metrics = run / "metrics.jsonl"
-        return f"({state}, {metrics.stat().st_size if metrics.is_file() else 0} bytes of metrics)"
+        return f"({state}, {sum(f.stat().st_size for f in run.glob('metrics/*.jsonl'))} bytes of metrics)"
     return "(no folder yet)"
 
 

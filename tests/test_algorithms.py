@@ -208,8 +208,8 @@ def test_a_whole_model_in_chunks_is_the_same_in_one_piece(
 ) -> None:
     keys = {**SMALL, "rounds": 2, "adapter": {"name": "none"}, "algorithm": method, "local": {"lr": 1e-3}}
     whole = lab.run(**keys)
-    original = fedsim.runs.session.recipe_of
-    monkeypatch.setattr(fedsim.runs.session, "recipe_of", lambda exp: dataclasses.replace(original(exp), chunk=4096))
+    original = fedsim.runs.setup.recipe_of
+    monkeypatch.setattr(fedsim.runs.setup, "recipe_of", lambda exp: dataclasses.replace(original(exp), chunk=4096))
     lab.same_bits(lab.run(**keys, name="chunks"), whole)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Lab
 from fuzz_input import fuzz
 
@@ -579,21 +580,21 @@ def test_clients_with_wild_names_are_shown_with_escapes_and_have_folders_of_thei
 
 def test_a_checkpoint_that_names_files_elsewhere_is_refused(lab: Lab, tmp_path: Path) -> None:
     from fedsim.core.files import read_checked, write_checked
-    from fedsim.runs.folder import RunFolder
+    from fedsim.core.store import Store
+    from fedsim.runs.checkpoints import Checkpoints
 
     run = lab.run()
-    (info,) = (run / "checkpoints" / "federated").glob("round-*.json")
+    (info,) = (run / "checkpoints" / "federated").glob("round-*/manifest.json")
     held = read_checked(info)
     ((name, digest),) = held["files"].items()
     outside = tmp_path / "x.safetensors"
     shutil.copy(info.with_name(name), outside)
     for wrong in (str(outside), f"../../../../../{outside.name}", "sub/x"):
         write_checked(info, {**held, "files": {wrong: digest}})
-        folder = RunFolder(run)
-        ((_, found),) = folder.checkpoints("federated")
-        with pytest.raises(UserError, match="is no file of its own folder; .*delete it") as caught:
-            folder.has_tensors("federated", found)
-        folder.close()
+        checkpoints = Checkpoints(run, "federated", *[Store(run, 0, torch.float32)] * 2)
+        ((_, found),) = checkpoints.kept()
+        with pytest.raises(UserError, match="is not a file of its own folder; .*delete it") as caught:
+            checkpoints.why_not(found)
         assert wrong in str(caught.value) and str(info) in str(caught.value)
 
 
@@ -631,7 +632,7 @@ def test_more_workers_than_memory_holds_are_refused_before_they_start(
     def never(*args: Any, **keys: Any) -> Any:
         raise AssertionError("workers were started")
 
-    monkeypatch.setattr("fedsim.runs.session.PoolExecutor", never)
+    monkeypatch.setattr("fedsim.runs.setup.PoolExecutor", never)
     monkeypatch.setattr("fedsim.runs.resolve.free_memory", lambda device: 3 << 30)
     before = everything(here)
     assert main([*RUN, "executor={name: pool, devices: [cpu], workers: 40}"]) == 2
@@ -671,7 +672,7 @@ def test_an_error_once_rows_are_logged_keeps_the_run(here: Path, monkeypatch: py
     def fail(*args: Any, **keys: Any) -> Any:
         raise UserError("out of something in round 1")
 
-    monkeypatch.setattr("fedsim.runs.session.run_rounds", fail)
+    monkeypatch.setattr("fedsim.runs.modes.rounds", fail)
     assert main(RUN) == 2
     (run,) = (here / "results" / "wrong").iterdir()
     assert json.loads((run / "status.json").read_text())["state"] == "failed"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import metrics_lines
 
 import fedsim
 from fedsim.cli.main import main
@@ -103,7 +104,7 @@ def test_run_makes_a_run_folder_and_prints_the_table_and_the_figures(finished: F
     assert all((finished.root / f).stat().st_size > 100 for f in figures), "whole paths, whatever the terminal's width"
     for row in ("local site-1", "local site-2", "local mean", "federated"):
         assert sum(line.startswith(f"{row}  ") for line in done.stdout.splitlines()) == 4, f"{row} in each table"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics_lines(run)]
     merged = [r for r in rows if r["scope"] == "federated" and r["client"] is None and r["split"] == "validation"]
     assert [r["round"] for r in merged if r["name"] == "accuracy"] == [0, 1, 2]
     (line,) = [x for x in done.stdout.partition("macro_f1 of")[0].splitlines() if x.startswith("federated  ")]
@@ -443,13 +444,13 @@ def test_a_failing_client_exits_with_1_its_round_and_id_first_then_its_traceback
     (run,) = (here / "results" / "small").iterdir()
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "failed" and status["reason"].startswith("round 2, client site-2 failed")
-    done = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    done = [json.loads(x) for x in metrics_lines(run)]
     assert max(r["round"] for r in done) == 1, "no row of the round that failed"
 
     monkeypatch.setattr(Trainer, "_batches", batches)
     assert main(command) == 0, "the same command goes on"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
-    rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(x) for x in metrics_lines(run)]
     assert rows[: len(done)] == done, "after round 1, whose rows stay"
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import metrics_lines
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import fedsim.runs.session
+import fedsim.runs.setup
 from fedsim.core.errors import ClientError, UserError
 
 WORDS = [
@@ -43,7 +44,7 @@ def model(folder: Path, name: str = "global") -> dict[str, Tensor]:
 
 
 def rows(folder: Path, split: str, name: str | None = None) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in metrics_lines(folder)]
     return [r for r in found if r["split"] == split and name in (None, r["name"])]
 
 
@@ -237,8 +238,8 @@ def test_scaling_is_the_same_in_chunks_in_lanes_and_in_workers(
     assert len(rows(plain, "fault", "clipped_norm")) == 6
     pool = {"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1}
     lab.same_bits(lab.run(**keys, name="pool", executor=pool), plain)
-    original = fedsim.runs.session.recipe_of
-    monkeypatch.setattr(fedsim.runs.session, "recipe_of", lambda e: dataclasses.replace(original(e), chunk=4096))
+    original = fedsim.runs.setup.recipe_of
+    monkeypatch.setattr(fedsim.runs.setup, "recipe_of", lambda e: dataclasses.replace(original(e), chunk=4096))
     lab.same_bits(lab.run(**keys, name="chunks"), plain)
     lora = {"faults": {"policy": "clip", "max_norm": 0.01}, "rounds": 2}
     one, three = (lab.run(**lora, training={"lanes": n}) for n in (1, 3))

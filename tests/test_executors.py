@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import fedsim
-import fedsim.runs.session
+import fedsim.runs.setup
 from fedsim.aggregators import GROUP, Accumulator
 from fedsim.core.errors import ClientError, OutOfMemory, WorkerDied
 from fedsim.core.params import Layout, Params
@@ -335,7 +335,7 @@ def test_a_run_that_fails_in_a_worker_names_the_client_and_goes_on_in_serial(
     federated = {**ALL, "modes": ["federated"], "name": "fails", "training": {"lanes": 1}}
     pool = {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(fedsim.runs.session, "Bundle", Failing)
+        patch.setattr(fedsim.runs.setup, "Bundle", Failing)
         with pytest.raises(ClientError) as caught:
             lab.run(**{**federated, "executor": pool})
     text = str(caught.value)

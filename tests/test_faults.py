@@ -23,7 +23,7 @@ import yaml
 from frail import ENGINE, LAYOUT, SERVER, WEIGHTS, Frail, alive, arm, armed, come_to, left_behind, pack
 
 import fedsim
-import fedsim.runs.session
+import fedsim.runs.setup
 from fedsim.aggregators import Accumulator
 from fedsim.aggregators.reducer import Reducer
 from fedsim.cli.main import main
@@ -396,9 +396,9 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
     noted(Trainer, "_received")  # of a chunk
     noted(Reducer, "add")
     monkeypatch.setattr("fedsim.training.trainer.beat", lambda: events.append("beat"))
-    original = fedsim.runs.session.recipe_of
+    original = fedsim.runs.setup.recipe_of
     cut = {"chunk": ALIGN} if adapter["name"] == "none" else {}
-    monkeypatch.setattr(fedsim.runs.session, "recipe_of", lambda exp: dataclasses.replace(original(exp), **cut))
+    monkeypatch.setattr(fedsim.runs.setup, "recipe_of", lambda exp: dataclasses.replace(original(exp), **cut))
     evaluate = {"generate": True, "max_new_tokens": 3, "batch_size": 8}
     keys = {"modes": ["federated"], "rounds": 2, "local": {"micro_batch": 2}}
     lab.run(**keys, adapter=adapter, evaluate=evaluate)
@@ -412,7 +412,7 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
 @pytest.fixture
 def frail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of runs come to grief where points are armed."""
-    monkeypatch.setattr(fedsim.runs.session, "Bundle", FrailBundle)
+    monkeypatch.setattr(fedsim.runs.setup, "Bundle", FrailBundle)
 
 
 def kill_a_worker() -> None:

@@ -13,7 +13,7 @@ import yaml
 
 import fedsim.runs.sweep as sweeps
 from fedsim.runs.build import Shared, prepare
-from fedsim.runs.folder import RunFolder
+from fedsim.runs.folder import Metrics
 from fedsim.runs.sweep import Sweep, run_sweep
 from fedsim.training.trainer import Trainer
 
@@ -211,15 +211,15 @@ def test_too_little_memory_for_all_is_no_fault_of_any(
 def test_a_fleet_that_is_stopped_goes_on(plan: Any, lab: Any, distance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = SETTINGS["seeds"]
     alone = run_sweep(plan(settings, 1, "alone", rounds=3), progress=False).jobs
-    count, log = [0], RunFolder.log
+    count, log = [0], Metrics.log
 
-    def stop(self: RunFolder, rows: list, seconds: float) -> None:
+    def stop(self: Metrics, rows: list, seconds: float) -> None:
         count[0] += 1
         if count[0] == 14:
             raise KeyboardInterrupt
         log(self, rows, seconds)
 
-    monkeypatch.setattr(RunFolder, "log", stop)
+    monkeypatch.setattr(Metrics, "log", stop)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(plan(settings, 3, "beside", rounds=3), progress=False)
     monkeypatch.undo()

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import fedsim
+import fedsim.runs.plan
 import fedsim.runs.session
 from fedsim.core.errors import UserError
 from fedsim.core.types import Engine, Measured
 from fedsim.models.stacked import StackedNet
+from fedsim.runs.checkpoints import Checkpoints
 from fedsim.training.planner import Packs, Plan, choose_lanes, describe, lanes_of
 from fedsim.training.trainer import Trainer
 
@@ -234,14 +236,14 @@ def test_a_resume_keeps_the_plan_and_its_halvings(lab: Any, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         too_small(patch, most=2, after=2 + 2)
-        save = fedsim.runs.session.Session._checkpoint
+        save = Checkpoints.save
 
-        def stop(self: Any, mode: str, state: Any, algorithm: Any) -> None:
-            save(self, mode, state, algorithm)
+        def stop(self: Any, state: Any, *rest: Any, **more: Any) -> None:
+            save(self, state, *rest, **more)
             if state.round == 2:
                 raise Stopped
 
-        patch.setattr(fedsim.runs.session.Session, "_checkpoint", stop)
+        patch.setattr(Checkpoints, "save", stop)
         with pytest.raises(Stopped):
             lab.run(**FOUR, name="stopped")
     with monkeypatch.context() as patch:
@@ -280,13 +282,13 @@ def test_lanes_are_resolved_once(lab: Any, monkeypatch: pytest.MonkeyPatch, aske
     """The second start decides nothing, whatever the first one chose, and reads the same number."""
     keys = {**FOUR, "training": {"lanes": asked}}
     with monkeypatch.context() as patch:
-        patch.setattr(fedsim.runs.session.Session, "_run_mode", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(fedsim.runs.session, "run_mode", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             lab.run(**keys)
     (folder,) = (lab.root / "results" / "lab").iterdir()
     before = plan_of(folder)
     assert before["packed"] and 1 <= before["lanes"] <= 4 and bool(before["measured"]) == (asked == "measure")
-    monkeypatch.setattr(fedsim.runs.session, "choose_lanes", lambda *args, **keys: pytest.fail("chosen again"))
+    monkeypatch.setattr(fedsim.runs.plan, "choose_lanes", lambda *args, **keys: pytest.fail("chosen again"))
     assert lab.run(**keys) == folder
     assert plan_of(folder) == before
     memory = json.loads((folder / "memory.json").read_text())

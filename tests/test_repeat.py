@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Lab
+from conftest import Lab, metrics_lines
 
 import fedsim
 import fedsim.runs.run
-import fedsim.runs.session
+import fedsim.runs.setup
 from fedsim.analysis.diff import diff_runs
 from fedsim.core import numerics
 from fedsim.runs.build import batches, prepare
 from fedsim.runs.bundle import Bundle
-from fedsim.runs.folder import environment
+from fedsim.runs.environment import environment
 from fedsim.runs.resolve import schedule_of
 
 ROOT = Path(fedsim.__file__).parent.parent
@@ -106,14 +106,14 @@ class Late(Bundle):
 def test_any_number_of_workers_whoever_is_first(
     workers: int, lab: Any, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedsim.runs.session, "Bundle", Late)
+    monkeypatch.setattr(fedsim.runs.setup, "Bundle", Late)
     pool = {"name": "pool", "devices": ["cpu"], "workers": workers, "threads": 1}
     agree(lab, plain, lab.run(name=f"pool-{workers}", **{**UNEVEN, "executor": pool, "training": {"lanes": 2}}))
 
 
 def test_large_updates_in_any_order(lab: Any, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that go straight into the one sum; every pack is of one client, the longest is the last to be ready."""
-    monkeypatch.setattr(fedsim.runs.session, "Bundle", Late)
+    monkeypatch.setattr(fedsim.runs.setup, "Bundle", Late)
     monkeypatch.setattr("fedsim.executors.pool._SLOTS_BELOW", 0)
     pool = {"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1}
     alone = {**UNEVEN, "modes": ["federated"], "training": {"lanes": 1}, "evaluate": {"clients": False}}
@@ -336,7 +336,7 @@ def test_progress_trackers_and_checkpoints_change_nothing(
     monkeypatch.setattr(tracking, "TensorBoardTracker", Tracker)
     keys = {**UNEVEN, "tracking": {"with": ["tensorboard"]}, "checkpoint": {"every": 2, "keep": 1}}
     run = fedsim.run(lab.exp(name="tracked", **keys), progress=True).path
-    told = (run / "metrics.jsonl").read_text().splitlines()  # what checkpoints took, too
+    told = metrics_lines(run)  # what checkpoints took, too
     assert 0 < len(logged) < len(told) / 5
     assert lab.metrics(run) == lab.metrics(plain)
     found = diff_runs(plain, run)

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import metrics_lines
 
 import fedsim
 from fedsim.core.errors import UserError
-from fedsim.runs.folder import RunFolder
+from fedsim.runs.checkpoints import Checkpoints
+from fedsim.runs.folder import Metrics, RunFolder
 from fedsim.runs.progress import Progress
 from fedsim.runs.trackers import Trackers
 from fedsim.training.trainer import Trainer
@@ -77,16 +79,16 @@ def test_rounds_since_the_last_checkpoint_are_done_again(
 ) -> None:
     """Stopped while round 3 is written down: its rows are in the file already and may not stay there twice."""
     fed = {"modes": ["federated"], "checkpoint": {"every": every}}
-    save = RunFolder.save_checkpoint
+    save = Checkpoints.save
 
-    def fail(self: RunFolder, mode: str, round: int, *rest: Any) -> None:
-        if round == 3:
-            self.sync_metrics()
+    def fail(self: Checkpoints, state: Any, tensors: Any, metrics: Metrics, **more: Any) -> Any:
+        if state.round == 3:
+            metrics.mark()
             raise Stopped
-        save(self, mode, round, *rest)
+        return save(self, state, tensors, metrics, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save_checkpoint", fail)
+        patch.setattr(Checkpoints, "save", fail)
         with pytest.raises(Stopped):
             lab.run(**{**LONG, **fed, "name": "stopped"})
     lab.same_bits(lab.run(**{**LONG, **fed, "name": "stopped"}), whole(**fed))
@@ -96,16 +98,16 @@ def test_a_run_killed_amid_its_rows_gives_the_same_bits(lab: Any, whole: Any) ->
     """SIGKILL in a process of its own, when half of the rows of federated round 2 are in the file."""
     script = (
         "import os, signal, fedsim, fedsim.runs.folder as rf\n"
-        "log = rf.RunFolder.log\n"
+        "log = rf.Metrics.log\n"
         "def killed(self, rows, seconds):\n"
         "    rows = list(rows)\n"
         "    here = [r for r in rows if (r.round, r.scope) == (2, 'federated')]\n"
         "    log(self, rows[: len(rows) // 2] if here else rows, seconds)\n"
         "    if here:\n"
-        '        self._metrics.write(b\'{"round": 2, "st\')\n'
-        "        self.sync_metrics()\n"
+        '        self._out.write(b\'{"round": 2, "st\')\n'
+        "        self.mark()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "rf.RunFolder.log = killed\n"
+        "rf.Metrics.log = killed\n"
         f"fedsim.run({lab.tree(**{**LONG, 'name': 'killed'})!r}, progress=False)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(fedsim.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
@@ -128,14 +130,15 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
         with pytest.raises(Stopped):
             lab.run(**{**LONG, **fed, "name": "stopped"})
     (folder,) = (lab.root / "results" / "stopped").iterdir()
-    newest = folder / "checkpoints" / mode / "round-00003.safetensors"
+    newest = folder / "checkpoints" / mode / "round-00003" / "tensors.safetensors"
     data = newest.read_bytes()
     if damage == "cut":
         newest.write_bytes(data[:-8])
     elif damage == "changed":
         newest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     else:
-        newest.with_suffix(".json").write_bytes(newest.with_suffix(".json").read_bytes()[:30])
+        manifest = newest.with_name("manifest.json")
+        manifest.write_bytes(manifest.read_bytes()[:30])
     resumed, batches = set(), Trainer._batches
 
     def note(self: Trainer, task: Any) -> Any:
@@ -237,7 +240,7 @@ def put(file: Path, **values: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-CENTRAL = "checkpoints/central/round-00002.json"
+CENTRAL = "checkpoints/central/round-00002/manifest.json"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "records": (lambda r: change(r / "checkpoints/central.bin", -5), "records of client state"),
     "records are gone": (lambda r: (r / "checkpoints/central.bin").unlink(), "records of client state"),
@@ -247,31 +250,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "records of client state",
     ),
     "a digit of a checkpoint": (lambda r: digit(r / CENTRAL, b'"steps": [[-1], ['), "round 2 is not used: damaged"),
-    "the last rows": (lambda r: change(r / "metrics.jsonl", -30), "rows in metrics.jsonl"),
-    "the first rows": (lambda r: digit(r / "metrics.jsonl", b'"value": '), "local: its rows in metrics.jsonl"),
-    "no metrics": (lambda r: (r / "metrics.jsonl").unlink(), "local: its rows in metrics.jsonl"),
-    "a torn line": (lambda r: (r / "metrics.jsonl").open("a").write('{"round": 3, "st'), "last line was torn"),
+    "the last metrics": (lambda r: change(r / "metrics/central.jsonl", -30), "metrics/central.jsonl is damaged"),
+    "the first metrics": (lambda r: digit(r / "metrics/local.jsonl", b'"value": '), "metrics/local.jsonl is damaged"),
+    "no metrics": (lambda r: (r / "metrics/local.jsonl").unlink(), "local: metrics/local.jsonl is damaged or missing"),
+    "a torn line": (lambda r: (r / "metrics/central.jsonl").open("a").write('{"round": 3, "st'), "last line was torn"),
     "an export": (
         lambda r: change(r / "global/adapter_model.safetensors", -1),
-        "federated: damaged or missing, and made",
+        "federated: damaged or missing: global/adapter_model.safetensors; its end is done again",
     ),
-    "an export is gone": (lambda r: shutil.rmtree(r / "local/site-2"), "local: damaged or missing, and made anew"),
-    "scores by row": (lambda r: cut(r / "checkpoints/local/by_row.npz"), "local: damaged or missing, and made anew"),
+    "an export is gone": (lambda r: shutil.rmtree(r / "local/site-2"), "local: damaged or missing: local/site-2/"),
+    "scores by row": (
+        lambda r: cut(r / "checkpoints/local/by_row.npz"),
+        "local: damaged or missing: checkpoints/local",
+    ),
     "the end of a mode": (lambda r: digit(r / "checkpoints/local/done.json", b'"models": '), "done.json is damaged"),
-    "the plan": (lambda r: digit(r / "plan.json", b'"lanes": '), "plan.json: damaged"),
-    "no plan": (lambda r: (r / "plan.json").unlink(), "plan.json: damaged or missing"),
+    "the plan": (lambda r: digit(r / "plan.json", b'"lanes": '), ""),
+    "no plan": (lambda r: (r / "plan.json").unlink(), ""),
+    "the record": (lambda r: cut(r / "checkpoints/run.json"), ""),
     "the status": (lambda r: cut(r / "status.json"), "status.json: damaged"),
     "another number of rounds": (lambda r: digit(r / "status.json", b'"rounds": '), "the run was started with 3"),
     "a status of text": (lambda r: put(r / "status.json", seconds="x"), ""),
-    "an environment of numbers": (lambda r: put(r / "environment.json", devices=3, versions=[1]), "cannot be told"),
-    "a checkpoint of a mode that is done": (
-        lambda r: cut(r / "checkpoints/federated/round-00003.safetensors"),
-        "federated: its models and scores are whole, but its checkpoint of round 3 is damaged and is removed",
-    ),
-    "records of a mode that is done": (
-        lambda r: change(r / "checkpoints/local.bin", -5),
-        "local: its models and scores are whole, but its checkpoint of round 3 is damaged and is removed",
-    ),
+    "an environment of numbers": (lambda r: put(r / "environment.json", devices=3, versions=[1]), "is unknown"),
     "the start": (lambda r: change(r / "init/adapter_model.safetensors", -1), ""),
     "all else": (
         lambda r: [cut(r / n) for n in ("partition.npz", "environment.json", "config.yaml", "model.json")],
@@ -304,42 +303,51 @@ def test_what_is_damaged_is_found_and_made_again(
     said = notes(monkeypatch)
     assert lab.run(**{**keys, "name": "stopped"}) == run
     assert any(line in text for text in said), said
-    if "of a mode that is done" in what:  # nothing rests on its checkpoint by now
-        mode = line.partition(":")[0]
-        assert not list((run / "checkpoints" / mode).glob("round-00003*"))
-        whole = next((lab.root / "results" / "whole").iterdir())
-        for file in (whole / "checkpoints" / mode).glob("round-00003*.safetensors"):  # a mode that merges has one
-            shutil.copy(file, run / "checkpoints" / mode)
     lab.same_bits(run, damaged_from["whole"])
     assert not [f for f in run.rglob("*") if f.name in ("rows.jsonl", "start.bin") or f.name.startswith(".")]
 
 
-def test_a_finished_run_that_lost_a_file_says_so(lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", [False, True], ids=["run", "--resume"])
+def test_a_finished_run_that_is_damaged_is_named_and_left_as_it_is(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """Missing, or of the same size and one digit or one bit from what it was."""
     keys = {**LONG, "rounds": 2, "modes": ["federated"]}
     run = lab.run(**keys)
     (run / "best/adapter_model.safetensors").unlink()
-    said = notes(monkeypatch)
-    assert lab.run(**keys) == run
-    assert any("finished, but damaged or missing since: best/adapter_model.safetensors" in text for text in said)
-    assert not (run / "best/adapter_model.safetensors").exists()
-    assert fedsim.run(lab.exp(**keys), progress=False, resume=run).path == run, "asked for, it is made again"
-    lab.same_bits(run, whole(**{"rounds": 2, "modes": ["federated"]}))
-
-
-def test_a_finished_run_that_says_something_else_is_not_believed(
-    lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the same size, one digit or one bit from what it was."""
-    keys = {**LONG, "rounds": 2, "modes": ["federated"]}
-    run = lab.run(**keys)
-    digit(run / "metrics.jsonl", b'"value": ')
+    digit(run / "metrics/federated.jsonl", b'"value": ')
     change(run / "global/adapter_model.safetensors", -2)
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     said = notes(monkeypatch)
-    assert lab.run(**keys) == run
-    (line,) = [text for text in said if "damaged or missing since" in text]
-    assert "metrics.jsonl, global/adapter_model.safetensors" in line
-    assert fedsim.run(lab.exp(**keys), progress=False, resume=run).path == run
-    lab.same_bits(run, whole(**{"rounds": 2, "modes": ["federated"]}))
+    assert fedsim.run(lab.exp(**keys), resume=run if asked else None).path == run
+    (line,) = [text for text in said if "finished, but damaged or missing since: " in text]
+    names = {"metrics/federated.jsonl", "global/adapter_model.safetensors", "best/adapter_model.safetensors"}
+    assert set(line.partition("since: ")[2].partition(";")[0].split(", ")) == names
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
+
+
+def test_a_damaged_checkpoint_of_a_finished_run_is_not_resumed_by_more_rounds(lab: Any) -> None:
+    keys = {**LONG, "modes": ["federated"], "local": {**LONG["local"], "schedule": "constant"}}
+    run = lab.run(**{**keys, "name": "raised", "rounds": 2})
+    cut(run / "checkpoints/federated/round-00002/tensors.safetensors")
+    fedsim.run(lab.exp(**{**keys, "name": "raised", "rounds": 3}), progress=False, resume=run)
+    lab.same_bits(run, lab.run(**{**keys, "name": "whole", "rounds": 3}))
+
+
+def test_a_run_of_the_first_layout_is_read_and_not_resumed(lab: Any) -> None:
+    """One metrics file, as the committed reference runs have it."""
+    keys = {**LONG, "modes": ["federated"], "rounds": 1}
+    run = lab.run(**keys)
+    (run / "metrics/federated.jsonl").rename(run / "metrics.jsonl")
+    shutil.rmtree(run / "metrics")
+    shutil.rmtree(run / "checkpoints")
+    assert len(fedsim.load_runs(run)) and lab.run(**keys) == run, "finished, and taken as it is"
+    put(run / "status.json", state="stopped")
+    with pytest.raises(
+        UserError, match=r"written by an earlier version of fedsim: it can be read, not resumed; use"
+    ) as e:
+        lab.run(**keys)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("damage", ["none", "digit", "name", "gone"])
@@ -376,7 +384,7 @@ def test_rows_of_what_checkpoints_took_are_there_once(lab: Any, monkeypatch: pyt
     lab.run(**{**LONG, "name": "stopped"})
     found: dict[str, list[Any]] = {}
     for folder in (run, lab.run(**{**LONG, "name": "whole"})):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in metrics_lines(folder)]
         took = [r for r in rows if r["split"] == "run"]
         assert sorted({(r["scope"], r["round"]) for r in took}) == sorted((m, n) for m in MODES for n in range(1, 5))
         assert len(took) == 2 * 3 * 4 and all(r["value"] > 0 and r["client"] is None for r in took)
@@ -411,31 +419,31 @@ def test_trackers_get_every_committed_row_once(lab: Any, monkeypatch: pytest.Mon
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr("fedsim.runs.session.Trackers", Told)
-    save, log = RunFolder.save_checkpoint, Told.log
+    monkeypatch.setattr("fedsim.runs.tracking.Trackers", Told)
+    save, log = Checkpoints.save, Told.log
 
-    def before(self: RunFolder, mode: str, round: int, *rest: Any) -> None:
-        if (mode, round) == ("federated", 3):
+    def before(self: Checkpoints, state: Any, *rest: Any, **more: Any) -> Any:
+        if (self.mode, state.round) == ("federated", 3):
             raise Stopped
-        save(self, mode, round, *rest)
+        return save(self, state, *rest, **more)
 
     def after(self: Told, rows: Any) -> None:
         if any((r["scope"], r["round"]) == ("central", 2) for r in rows):
             raise Stopped
         log(self, rows)
 
-    for name, patched in ((("runs.folder.RunFolder.save_checkpoint"), before), ("", after)):
+    for name, patched in (("runs.checkpoints.Checkpoints.save", before), ("", after)):
         with monkeypatch.context() as patch:
             patch.setattr(f"fedsim.{name}", patched) if name else patch.setattr(Told, "log", patched)
             with pytest.raises(Stopped):
                 lab.run(**LONG)
     (run,) = (lab.root / "results" / "lab").iterdir()
     if damaged:
-        digit(run / "checkpoints/tracked.json", b'"metrics_bytes": ')
+        digit(run / "checkpoints/tracked.json", b'"local": ')
         told.clear()
         damaged_now = True
     assert lab.run(**LONG) == run
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics_lines(run)]
     assert told == rows
 
 
@@ -592,12 +600,12 @@ def test_a_file_that_may_not_grow_is_one_line(lab: Any, whole: Any, monkeypatch:
     keys = {**LONG, "modes": ["central"], "executor": {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}}
     script = (
         "import multiprocessing, resource, sys, fedsim.cli.main, fedsim.runs.session as session\n"
-        "begin = session.Session._run_mode\n"
-        "def limited(self, *args):\n"  # workers are there by now, and what they share
+        "begin = session.run_mode\n"
+        "def limited(*args):\n"  # workers are there by now, and what they share
         "    for pid in (0, *(p.pid for p in multiprocessing.active_children())):\n"
         "        resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
-        "    return begin(self, *args)\n"
-        "session.Session._run_mode = limited\n"
+        "    return begin(*args)\n"
+        "session.run_mode = limited\n"
         "sys.exit(fedsim.cli.main.main(['run', *sys.argv[1:]]))\n"
     )
     file = lab.root / "experiment.yaml"

@@ -18,7 +18,8 @@ from fedsim.core.seeding import stream
 from fedsim.core.store import Records
 from fedsim.data.batches import Draw
 from fedsim.runs.progress import Progress
-from fedsim.simulate.rounds import CENTRAL, Choice, Chosen, Schedule, State
+from fedsim.simulate.schedule import CENTRAL, Schedule
+from fedsim.simulate.state import Choice, Chosen, State
 
 SIZES = np.array([30, 0, 7, 90, 64, 12])
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from conftest import metrics_lines
 
 from fedsim.analysis.load import (
     find_runs,
@@ -156,7 +157,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_load_runs_types_and_config(run: Path) -> None:
     df = load_runs(run)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = metrics_lines(run)
     assert len(df) == len(lines)
     assert (df["round"].dtype, df["step"].dtype, df["value"].dtype) == ("Int64", "Int64", np.float64)
     assert df["client"].dtype == object

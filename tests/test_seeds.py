@@ -48,7 +48,7 @@ def test_every_seed_is_an_ordinary_run_and_is_resumed(lab: Any, monkeypatch: pyt
     def never(*args: Any) -> None:
         pytest.fail("a finished run was run again")
 
-    monkeypatch.setattr(fedsim.runs.session.Session, "run", never)
+    monkeypatch.setattr(fedsim.runs.run, "session", never)
     again = fedsim.run(tree(lab, seeds=[5, 6]), progress=False)
     assert again.runs == done.runs and all(figure.is_file() for figure in again.figures)
 

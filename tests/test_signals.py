@@ -17,7 +17,8 @@ from conftest import Lab
 from kill_loop import EXECUTORS, Ending, Loop, differences, left_over
 
 from fedsim.core.errors import Ended
-from fedsim.runs.folder import RunFolder
+from fedsim.runs.checkpoints import Checkpoints
+from fedsim.runs.folder import Metrics, RunFolder
 from fedsim.runs.signals import ended_by_signals
 
 STOPPED = "; the same command goes on from there"
@@ -137,26 +138,25 @@ def test_in_a_thread_signals_are_left_alone() -> None:
     assert found == [signal.getsignal(signal.SIGTERM)]
 
 
-@pytest.mark.parametrize("name", ["save_checkpoint", "end_mode", "log"])
+@pytest.mark.parametrize("name", ["save", "end", "log"])
 def test_the_round_that_is_named_is_the_one_that_is_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    usual, calls = getattr(RunFolder, name), []
+    owner = Metrics if name == "log" else Checkpoints
+    usual, calls = getattr(owner, name), []
 
-    def stopped(self: RunFolder, *args: Any, **keys: Any) -> Any:
+    def stopped(self: Any, *args: Any, **keys: Any) -> Any:
         calls.append(name)
         done = usual(self, *args, **keys)
-        if (
-            len(calls) == 2 or name == "end_mode"
-        ):  # right behind round 2's checkpoint file, or its end; or round 1's rows
+        if len(calls) == 2 or name == "end":  # right behind round 2's checkpoint file, or its end; or round 1's rows
             raise KeyboardInterrupt
         return done
 
-    monkeypatch.setattr(RunFolder, name, stopped)
+    monkeypatch.setattr(owner, name, stopped)
     with pytest.raises(KeyboardInterrupt) as caught:
         lab.run(rounds=2)
-    kept = {"save_checkpoint": 2, "end_mode": 2, "log": 0}[name]
-    said = f"after round {kept} of federated" if kept else "before round 1 of federated"
-    assert caught.value.__notes__ == [f"stopped {said}; the same command goes on from there"]
+    kept = {"save": 2, "end": 2, "log": 0}[name]
+    said = f"after round {kept} (federated)" if kept else "before round 1"
+    assert caught.value.__notes__ == [f"stopped {said}; run the same command to resume"]
     (folder,) = (lab.root / "results/lab").iterdir()
-    assert len(list(folder.glob("checkpoints/federated/round-*.json"))) == kept
-    monkeypatch.setattr(RunFolder, name, usual)
+    assert len(list(folder.glob("checkpoints/federated/round-*/manifest.json"))) == kept
+    monkeypatch.setattr(owner, name, usual)
     lab.same_bits(lab.run(rounds=2), lab.run(rounds=2, results=str(lab.root / "whole")))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import metrics_lines
 from torch import Tensor
 
 import fedsim
@@ -17,13 +18,14 @@ from fedsim.core.errors import ClientError, UserError
 from fedsim.runs.build import prepare
 from fedsim.runs.progress import Progress
 from fedsim.runs.resolve import schedule_of
-from fedsim.simulate.availability import Life
+from fedsim.simulate.availability import ClientAvailability
+from fedsim.simulate.timeline import RoundWork, Timeline
 
 ONE_LANE = {"training": {"lanes": 1}, "evaluate": {"every_rounds": 100}}
 
 
-def life(**keys: Any) -> Life:
-    return Life(7, "site-{}".format, **keys)
+def life(**keys: Any) -> ClientAvailability:
+    return ClientAvailability(7, "site-{}".format, **keys)
 
 
 def model(folder: Path, name: str = "global") -> dict[str, Tensor]:
@@ -33,7 +35,7 @@ def model(folder: Path, name: str = "global") -> dict[str, Tensor]:
 
 
 def rows(folder: Path, split: str, name: str | None = None) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in metrics_lines(folder)]
     return [r for r in found if r["split"] == split and name in (None, r["name"])]
 
 
@@ -48,7 +50,7 @@ def test_a_fraction_of_the_clients_is_there_each_round_and_others_under_another_
     counts = np.bincount(np.concatenate(there), minlength=1000)
     assert abs(counts.var() - 40 * 0.3 * 0.7) < 1.6  # no client is favoured: the spread of a binomial, 8.4
     assert np.array_equal(there[4], life(availability=0.3).available(5, clients))
-    other = Life(8, "site-{}".format, availability=0.3).available(5, clients)
+    other = ClientAvailability(8, "site-{}".format, availability=0.3).available(5, clients)
     assert not np.array_equal(there[4], other)
 
 
@@ -148,17 +150,31 @@ def test_who_is_late_and_how_long_a_round_takes_by_hand() -> None:
     tokens = {0: 100.0, 1: 100.0, 2: 300.0}.__getitem__
     speeds = {0: 10.0, 1: 50.0, 2: 10.0}
     cohort = np.arange(3)
-    found = life(speeds=speeds).turnout(1, cohort, tokens, {})
-    assert (found.on_time.tolist(), found.round_seconds) == ([0, 1, 2], 30.0)
-    assert found.seconds == {0: 10.0, 1: 2.0, 2: 30.0}
-    found = life(speeds=speeds, deadline_s=10.0).turnout(1, cohort, tokens, {})
-    assert (found.on_time.tolist(), found.lost, found.round_seconds) == ([0, 1], {2: "late"}, 10.0)
-    found = life(speeds=speeds, deadline_s=12.0, late="next").turnout(1, cohort, tokens, {})
-    assert (found.on_time.tolist(), found.late.tolist(), found.lost) == ([0, 1], [2], {})
-    assert found.round_seconds == 12.0
-    found = life(speeds=speeds, deadline_s=12.0, late="next").turnout(2, cohort, tokens, {2: 11.0})
-    assert (found.on_time.tolist(), found.busy.tolist(), found.late.tolist()) == ([0, 1], [2], [])
-    assert found.round_seconds == 11.0  # the one that was late before arrives last
+
+    def timeline(**keys: Any) -> Timeline:
+        return Timeline(lambda round: cohort, tokens, life(speeds=speeds, **keys))
+
+    def clients(found: RoundWork, round: int | None) -> list[int]:
+        return [w.client for w in found.arriving(round)]
+
+    found = timeline().work(1)
+    assert (clients(found, 1), found.seconds) == ([0, 1, 2], 30.0)
+    assert [w.seconds for w in found.work] == [10.0, 2.0, 30.0]
+    found = timeline(deadline_s=10.0).work(1)
+    assert (clients(found, 1), found.arriving(None)[0].lost, found.seconds) == ([0, 1], "late", 10.0)
+    made = timeline(deadline_s=12.0, late="next")
+    found = made.work(1)
+    assert (clients(found, 1), clients(found, 2), found.arrivals, found.seconds) == ([0, 1], [2], [2, 1], 12.0)
+    found = made.work(2)  # client 2 needs 18 of its 30 seconds more: it sits the round out, which lasts to the deadline
+    assert (clients(found, 2), found.seconds, found.clock) == ([0, 1], 12.0, 24.0)
+    assert clients(made.work(3), 4) == [2], "and is sampled again once its message has arrived"
+    assert timeline(deadline_s=12.0, late="next").work(3) == made.work(3), (
+        "a function of the round, whatever was asked before"
+    )
+    tokens = {0: 100.0, 1: 100.0, 2: 200.0}.__getitem__
+    assert timeline(deadline_s=12.0, late="next").work(2).seconds == 10.0, (
+        "8 seconds are left of client 2's 20, client 0 takes 10"
+    )
     assert life(speeds=20.0).speed(5) == 20.0
 
 
@@ -247,23 +263,24 @@ def test_workers_and_a_sum_that_packs_add_to_in_turn_give_the_same_bits(
     lab.same_bits(lab.run(**BUSY, name="turns", executor=pool), serial)
 
 
-def test_the_clock_in_the_metrics_is_that_of_the_turnout(lab: Any) -> None:
+def test_the_clock_in_the_metrics_is_that_of_the_timeline(lab: Any) -> None:
     folder = lab.run(**BUSY)
     schedule = schedule_of(prepare(lab.exp(**BUSY)), "federated")
-    owed, clock = {}, 0.0
+    clock = 0.0
     for round in range(1, 6):
-        turnout = schedule.turnout(round, owed)
-        clock += turnout.round_seconds
+        work = schedule.timeline.work(round)
+        clock += work.seconds
         found = {(r["client"], r["name"]): r["value"] for r in rows(folder, "simulated") if r["round"] == round}
         assert found.pop((None, "seconds")) == clock
-        assert turnout.round_seconds <= 4.0, "simulated: the deadline"
-        assert found.pop((None, "round_seconds")) == turnout.round_seconds
-        assert found == {(schedule.name(c), "seconds"): s for c, s in turnout.seconds.items()}
-        owed = {int(c): turnout.seconds[int(c)] - turnout.round_seconds for c in turnout.late}
-    for client, seconds in schedule.turnout(1, {}).seconds.items():
-        if schedule.life.fails_at(1, client) is None:
-            mean = prepare(lab.exp(**BUSY)).tokens["train"].lengths[_rows_of(lab, client)].mean()
-            assert seconds == pytest.approx(2 * 6 * mean / schedule.life.speed(client), rel=1e-12)  # 2 steps of 6 rows
+        assert work.seconds <= 4.0, "simulated: the deadline"
+        assert found.pop((None, "round_seconds")) == work.seconds
+        assert found == {(schedule.name(w.client), "seconds"): w.seconds for w in work.work}
+    for w in schedule.timeline.work(1).work:
+        if w.lost != "dropped":
+            mean = prepare(lab.exp(**BUSY)).tokens["train"].lengths[_rows_of(lab, w.client)].mean()
+            assert w.seconds == pytest.approx(
+                2 * 6 * mean / schedule.behavior.speed(w.client), rel=1e-12
+            )  # 2 steps of 6 rows
 
 
 def _rows_of(lab: Any, client: int) -> np.ndarray:

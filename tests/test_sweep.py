@@ -208,12 +208,12 @@ def test_finished_runs_are_skipped_and_more_rounds_are_not_finished(
 ) -> None:
     file = write({**GRID, "workers": 1, "threads": 1})
     first = run_sweep(file, progress=False).jobs
-    before = {j.path: (j.path / "metrics.jsonl").stat().st_mtime_ns for j in first}
+    before = {j.path: (j.path / "metrics/federated.jsonl").stat().st_mtime_ns for j in first}
     calls: list[str] = []
     monkeypatch.setattr(sweeps, "run", lambda exp, **k: calls.append(exp.name))
     again = run_sweep(file, progress=False).jobs
     assert not calls and all(j.skipped and j.state == "finished" for j in again)
-    assert {j.path: (j.path / "metrics.jsonl").stat().st_mtime_ns for j in again} == before
+    assert {j.path: (j.path / "metrics/federated.jsonl").stat().st_mtime_ns for j in again} == before
 
 
 def test_a_failed_run_does_not_stop_the_rest(write: Any, lab: Any, capsys: pytest.CaptureFixture) -> None:
@@ -253,17 +253,17 @@ def test_a_client_that_fails_names_itself_in_the_reason(write: Any, monkeypatch:
 
 def test_an_interrupted_sweep_goes_on_where_it_was(write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write({**GRID, "workers": 1, "threads": 1}, rounds=3, results=str(lab.root / "stopped"))
-    from fedsim.runs.folder import RunFolder
+    from fedsim.runs.folder import Metrics
 
-    count, log = [0], RunFolder.log
+    count, log = [0], Metrics.log
 
-    def stop(self: RunFolder, rows: list[Row], seconds: float) -> None:
+    def stop(self: Metrics, rows: list[Row], seconds: float) -> None:
         count[0] += 1
         if count[0] == 12:  # in the second run, with a round of it and its checkpoint behind
             raise KeyboardInterrupt
         log(self, rows, seconds)
 
-    monkeypatch.setattr(RunFolder, "log", stop)
+    monkeypatch.setattr(Metrics, "log", stop)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(file, progress=False)
     monkeypatch.undo()
@@ -326,7 +326,7 @@ def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(
     )
     assert said[1:] in (
         [],
-        [f"{killed[0] + 1}/4  seed={killed[0]}  metrics.jsonl: its last line was torn, and is cut off"],
+        [f"{killed[0] + 1}/4  seed={killed[0]}  metrics/federated.jsonl: its last line was torn, and is cut off"],
     )
     whole = lab.run(fedsim.Experiment.from_dict({**jobs[killed[0]].exp.to_dict(), "results": str(lab.root / "w")}))
     lab.same_bits(whole, jobs[killed[0]].path)

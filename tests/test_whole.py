@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedsim
-import fedsim.runs.session
+import fedsim.runs.setup
 from fedsim.channel.codecs import codec
 from fedsim.core.errors import UserError
 from fedsim.core.params import ALIGN
@@ -36,12 +36,12 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Call it with a number of elements: what follows works on so many at a time (a config's least is 1 MiB)."""
 
     def cut(elements: int | None) -> None:
-        original = fedsim.runs.session.recipe_of
+        original = fedsim.runs.setup.recipe_of
 
         def recipe(exp: Any) -> Any:
             return dataclasses.replace(original(exp), chunk=elements)
 
-        monkeypatch.setattr(fedsim.runs.session, "recipe_of", recipe)
+        monkeypatch.setattr(fedsim.runs.setup, "recipe_of", recipe)
 
     return cut
 
@@ -357,19 +357,20 @@ def test_a_large_model_gives_the_same_bits_in_serial_and_in_a_pool(
 def test_a_stopped_run_goes_on_to_the_same_bits(
     lab: Any, pieces: Any, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    from fedsim.runs.folder import RunFolder
+    from fedsim.runs.checkpoints import Checkpoints
 
     pieces(ALIGN)
     unbroken = lab.run(**HARD, name="unbroken")
-    save = RunFolder.save_checkpoint
+    save = Checkpoints.save
 
-    def stop(self: RunFolder, at: str, round: int, *args: Any) -> None:
-        save(self, at, round, *args)
-        if (at, round) == (mode, 2):
+    def stop(self: Checkpoints, state: Any, *rest: Any, **more: Any) -> Any:
+        saved = save(self, state, *rest, **more)
+        if (self.mode, state.round) == (mode, 2):
             raise KeyboardInterrupt
+        return saved
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save_checkpoint", stop)
+        patch.setattr(Checkpoints, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             lab.run(**HARD, name="stopped")
     lab.same_bits(lab.run(**HARD, name="stopped"), unbroken)
@@ -385,15 +386,16 @@ def test_checkpoints_and_exports_are_cut_into_files(lab: Any, monkeypatch: pytes
         (folder / file.name).write_bytes(file.read_bytes())
     keys = {**TWO, "rounds": 2, "model": {"path": str(folder)}, "checkpoint": {"shard_mb": 1}}
     run = lab.run(**keys)
-    parts = sorted(p.name for p in (run / "checkpoints/federated").glob("round-00002-*.safetensors"))
-    assert len(parts) >= 3 and parts[0] == f"round-00002-00001-of-{len(parts):05d}.safetensors"
+    held = run / "checkpoints/federated/round-00002"
+    parts = sorted(p.name for p in held.glob("*.safetensors"))
+    assert len(parts) >= 3 and parts[0] == f"tensors-00001-of-{len(parts):05d}.safetensors"
     assert not list((run / "checkpoints/federated").glob(".*"))
     assert len(list((run / "global").glob("model-*.safetensors"))) >= 3
     loaded = AutoModelForCausalLM.from_pretrained(run / "global")
-    merged = {k: v for p in parts for k, v in load_file(run / "checkpoints/federated" / p).items()}
+    merged = {k: v for p in parts for k, v in load_file(held / p).items()}
     for name, tensor in named(loaded).items():
         assert torch.equal(tensor, merged[f"params.{name}"]), name
-    (run / "checkpoints/federated" / parts[1]).unlink()  # what is left of round 2 is no checkpoint
+    (held / parts[1]).unlink()  # what is left of round 2 is no checkpoint
     (run / "status.json").write_text(json.dumps({"state": "running", "rounds": 2}))
     (run / "checkpoints/federated/done.json").unlink()
     before = whole(run)

@@ -422,76 +422,52 @@ class _Enough(Exception):
 
 def fedsim_side(turn: Turn) -> None:
     """`fedsim.run` as a user calls it, one run a cell; only its round loop waits for its turn."""
+    import fedsim.runs.modes as modes
     import fedsim.runs.run as experiment
-    import fedsim.runs.session as session
-    from fedsim.simulate.rounds import run_rounds
+    from fedsim.simulate.rounds import rounds
 
     while (message := turn.hear())["do"] != "stop":
         if message["do"] == "cell":
             exp = experiment.Experiment.load(message["config"], message["overrides"])
-            session.run_rounds = _Rounds(turn, run_rounds, Path(message["results"]))
+            modes.rounds = _Rounds(turn, rounds, Path(message["results"]))
             with contextlib.suppress(_Enough):
                 experiment.run(exp, progress=False)
-            session.run_rounds = run_rounds  # ours holds on to the run
+            modes.rounds = rounds  # ours holds on to the run
             release()
         turn.say()
 
 
 class _Rounds:
-    """Stands in for `fedsim.simulate.rounds.run_rounds`: the same, round by round as the benchmark says."""
+    """Stands in for `fedsim.simulate.rounds.rounds`: the same, round by round as the benchmark says."""
 
-    def __init__(self, turn: Turn, run_rounds: Callable, results: Path) -> None:
-        self.turn, self.run_rounds, self.results = turn, run_rounds, results
+    def __init__(self, turn: Turn, rounds: Callable, results: Path) -> None:
+        self.turn, self.rounds, self.results = turn, rounds, results
 
-    def __call__(
-        self,
-        schedule: Any,
-        algorithm: Any,
-        layout: Any,
-        reducer: Any,
-        executor: Any,
-        state: Any,
-        *args: Any,
-        on_pack: Callable,
-        on_round: Callable,
-        **keys: Any,
-    ) -> Any:
-        self.executor, self.layout, self.state, self.rows_of_step = executor, layout, state, schedule.batch_size
-        self.clock, self.held = MergeClock(algorithm, executor), False
+    def __call__(self, world: Any, state: Any, executor: Any) -> Iterator[Any]:
+        from fedsim.simulate.rounds import PackDone, Round
+
+        self.executor, self.layout, self.state = executor, world.layout, state
+        self.clock, self.held = MergeClock(world.algorithm, executor), False
         self._count()
-
-        def pack_done(round: int, report: Any) -> None:
-            self.useful += report.tokens
-            self.computed += report.computed
-            self.rows += sum(report.steps.values()) * self.rows_of_step
-            self.packs, self.clients = self.packs + 1, self.clients + len(report.steps)
-            on_pack(round, report)
-
-        def round_done(round: int, rows: list[Any]) -> None:
-            on_round(round, rows)
-            finish_work()
-            seconds = time.perf_counter() - self.began
-            found = {k: getattr(self, k) for k in ("useful", "computed", "rows", "packs", "clients")}
-            self.turn.say(seconds=seconds, merging=self.clock.seconds, memory=memory(self.held), **found)
-            self._count()
-            self._obey()
-
         folder = next(self.results.glob("*/*/init")).parent
         plan = json.loads((folder / "plan.json").read_text())
-        self.turn.say(init=str(folder / "init"), lanes=plan["lanes"], plan=plan, trained=layout.numel)
+        self.turn.say(init=str(folder / "init"), lanes=plan["lanes"], plan=plan, trained=world.layout.numel)
         self._obey()
-        return self.run_rounds(
-            schedule,
-            algorithm,
-            layout,
-            reducer,
-            executor,
-            state,
-            *args,
-            on_pack=pack_done,
-            on_round=round_done,
-            **keys,
-        )
+        for event in self.rounds(world, state, executor):
+            if isinstance(event, PackDone):
+                report = event.report
+                self.useful += report.tokens
+                self.computed += report.computed
+                self.rows += sum(report.steps.values()) * world.schedule.batch_size
+                self.packs, self.clients = self.packs + 1, self.clients + len(report.steps)
+            yield event
+            if isinstance(event, Round):  # logged and checkpointed by now
+                finish_work()
+                seconds = time.perf_counter() - self.began
+                found = {k: getattr(self, k) for k in ("useful", "computed", "rows", "packs", "clients")}
+                self.turn.say(seconds=seconds, merging=self.clock.seconds, memory=memory(self.held), **found)
+                self._count()
+                self._obey()
 
     def _count(self) -> None:
         self.useful = self.computed = self.rows = self.packs = self.clients = 0
@@ -529,7 +505,7 @@ class MergeClock:
         from fedsim.aggregators.reducer import Reducer
 
         self.seconds, self._on = 0.0, False
-        for owner, name in ((Reducer, "zero"), (Reducer, "add"), (fedsim.simulate.rounds, "_merge")):
+        for owner, name in ((Reducer, "zero"), (Reducer, "add"), (fedsim.simulate.rounds, "server_step")):
             function = getattr(owner, name)
             setattr(owner, name, self._timed(getattr(function, "original", function)))
         object.__setattr__(algorithm, "finish", self._timed(algorithm.finish))
@@ -572,7 +548,7 @@ def helper_side(turn: Turn, more: dict[str, Callable[..., dict[str, Any]]] | Non
 
 
 def _environment(device: str, threads: int) -> dict[str, Any]:
-    from fedsim.runs.folder import environment
+    from fedsim.runs.environment import environment
 
     return environment([device], threads)
 

@@ -601,7 +601,7 @@ def doctor() -> None:
 
     import torch
 
-    from fedsim.runs.folder import versions
+    from fedsim.runs.environment import versions
 
     lines: list[tuple[str, str]] = [("python", platform.python_version())]
     missing = "missing: pip install fedsim-llm, or pip install -e . in the repository"

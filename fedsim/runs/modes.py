@@ -16,9 +16,10 @@ from fedsim.core.types import RoundEnd, Row, Scores, Scoring
 from fedsim.runs.build import CENTRAL
 from fedsim.runs.export import save_model, write_cards
 from fedsim.runs.folder import Metrics
+from fedsim.runs.plan import save_plan
 from fedsim.runs.predictions import ByRow, by_row, load_by_row, save_by_row
 from fedsim.runs.resolve import schedule_of
-from fedsim.runs.setup import Setup, save_plan
+from fedsim.runs.setup import Setup
 from fedsim.runs.tracking import Tracking
 from fedsim.simulate.faults import SIMULATED, describe_faults
 from fedsim.simulate.rounds import Halved, PackDone, Round, World, collect, global_metrics, rounds

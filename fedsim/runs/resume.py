@@ -13,9 +13,9 @@ from fedsim.core.errors import UserError
 from fedsim.core.files import SMALL, damage
 from fedsim.runs.build import Parts, identity_of
 from fedsim.runs.folder import RunFolder
+from fedsim.runs.plan import recorded
 from fedsim.runs.progress import Progress
 from fedsim.runs.session import draw_figures
-from fedsim.runs.setup import recorded
 
 
 def find_run(name: str | Path, exp: Experiment) -> Path:

@@ -18,10 +18,11 @@ from fedsim.runs.build import Parts, Shared
 from fedsim.runs.environment import changes, environment
 from fedsim.runs.folder import RunFolder, disk_error
 from fedsim.runs.modes import run_mode
+from fedsim.runs.plan import MODES, recorded, resolve_plan
 from fedsim.runs.predictions import ByRow, write_predictions
 from fedsim.runs.progress import Progress
 from fedsim.runs.resolve import work_of
-from fedsim.runs.setup import MODES, Setup, recorded, resolve_plan, set_up
+from fedsim.runs.setup import Setup, set_up
 from fedsim.runs.tracking import Tracking
 
 _PRODUCTS = (

@@ -3,46 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import os
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedsim.algorithms import Local
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import algorithm_of
-from fedsim.core.errors import UserError
 from fedsim.core.files import differing, record
 from fedsim.core.numerics import kernels, threads
 from fedsim.core.params import Layout, Params, meta
-from fedsim.core.seeding import stream
-from fedsim.core.store import Records, Store
+from fedsim.core.store import Store
 from fedsim.core.types import Engine, Memory, Scores, Scoring
 from fedsim.executors import FleetExecutor, PoolExecutor, SerialExecutor
 from fedsim.executors.fleet import Fleet
 from fedsim.models import adapters, base
-from fedsim.models.forward import Recompute, layers_of
+from fedsim.models.forward import Recompute
 from fedsim.runs.build import Parts, Shared
 from fedsim.runs.bundle import Bundle, shareable
 from fedsim.runs.checkpoints import Checkpoints
 from fedsim.runs.describe import describe
 from fedsim.runs.export import save_model
 from fedsim.runs.folder import RunFolder
+from fedsim.runs.plan import MODES, choose, save_plan
 from fedsim.runs.progress import Progress
-from fedsim.runs.resolve import check_memory, free_memory, recipe_of, schedule_of, token_bytes
+from fedsim.runs.resolve import check_memory, recipe_of, schedule_of
 from fedsim.simulate.rounds import collect
-from fedsim.simulate.schedule import CENTRAL
-from fedsim.simulate.state import Choice, State
-from fedsim.training.planner import Packs, Plan, choose_lanes
+from fedsim.simulate.state import Choice
+from fedsim.training.planner import Plan
 from fedsim.training.planner import describe as describe_plan
-from fedsim.training.trainer import filled, reducers_of, stores_of
-
-MODES = ("local", "federated", "central")
+from fedsim.training.trainer import reducers_of, stores_of
 
 
 @dataclass
@@ -111,43 +104,6 @@ class Setup:
             request = Scoring("validation", generate=self.exp.evaluate.generate)
             ((self.initial,),) = yield from collect(self.executor.score([request]))
         return self.initial
-
-
-def resolve_plan(exp: Experiment, folder: RunFolder, devices: list[str]) -> tuple[Plan, bool]:
-    """The plan that the run was started with, or a new one to be filled in; and whether it was known.
-
-    Threads and lanes decide the last bits, so they are resolved once and hold for every resume.
-
-    Raises:
-        UserError: if the config asks for other threads than the run was started with.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads, micro = exp.executor.threads, exp.local.micro_batch or exp.local.batch_size
-    known = recorded(folder).get("plan")
-    if known is None:
-        return Plan(threads or max(1, cores // len(devices)), micro_batch=micro), False
-    if threads is not None and threads != known["threads"]:
-        way = "the run was started with another number, which its last bits depend on; leave the key out, or use another name"
-        raise UserError(f"executor.threads: {threads}, but {folder.path.name} has {known['threads']}: {way}")
-    return Plan(**{"micro_batch": micro, **known}), True
-
-
-def recorded(folder: RunFolder) -> dict[str, Any]:
-    """What a run recorded of itself: rounds and plan; from its last checkpoints if the record is damaged."""
-    found = folder.record()
-    for mode in reversed(MODES):
-        if "plan" not in found:
-            kept = Checkpoints(folder.path, mode, *[Store(folder.path, 0, torch.float32)] * 2).kept()
-            info = next((info for _, info in reversed(kept) if info is not None), {})
-            found |= {key: info[key] for key in ("rounds", "plan") if key in info}
-    return found
-
-
-def save_plan(folder: RunFolder, plan: Plan) -> None:
-    """Write the plan, for the next resume and to be read."""
-    value = dataclasses.asdict(plan)
-    folder.record(plan=value)
-    folder.write_json("plan.json", value)
 
 
 def set_up(
@@ -307,92 +263,15 @@ def _keep_start(parts: Parts, folder: RunFolder, spec: Bundle, model: nn.Module,
 
 def _fill_in(setup: Setup, known: bool) -> Generator[None, None, None]:
     """Resolve the plan at the first start of a run, and show it."""
-    exp, plan, executor, device = setup.exp, setup.plan, setup.executor, setup.devices[0]
-    full = exp.adapter.name == "none"
-    if known or not (plan.packed or full):
+    exp, plan, executor, hint = setup.exp, setup.plan, setup.executor, None
+    if known or not (plan.packed or exp.adapter.name == "none"):
         if not known:
             plan.checkpointing = exp.training.checkpointing is True
-            save_plan(setup.folder, plan)
         executor.configure(plan.engine)
     else:
-        on_gpu, here = device.startswith("cuda"), setup.devices.count(device)
-        frozen = [*setup.model.buffers(), *([] if full else setup.model.parameters())]
-        first, free = first_packs(setup), free_memory(device)
-        choose_lanes(
-            plan,
-            first,
-            executor.measure,
-            executor.configure,
-            lambda: executor.peaks()[0],
-            workers=len(setup.devices),
-            lanes=1 if full else exp.training.lanes,
-            checkpointing=exp.training.checkpointing if layers_of(setup.model) else False,
-            base_bytes=sum(t.nbytes for t in frozen),
-            token_bytes=token_bytes(setup.model),
-            total=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
-            free=None if free is None else free // here,
-            # The weights of full fine-tuning are there already, and are counted with its gradient and optimizer state.
-            resident=executor.peaks()[0] - (setup.layout.nbytes if full and not on_gpu else 0),
-            on_gpu=on_gpu,
-        )
-        yield from setup.initial_scores()
+        hint = choose(plan, setup.parts, setup.spec, setup.model, setup.layout, executor, setup.devices)
+        yield from setup.initial_scores()  # takes what every evaluation takes
         plan.memory["predicted"] = max(plan.memory["predicted"], executor.peaks()[0])
-        packs = -(-first.clients // plan.lanes)
-        if packs < len(setup.devices) and first.clients > packs:
-            way = f"lower training.lanes (now {plan.lanes})"
-            setup.show.note(f"{packs} pack(s) per round for {len(setup.devices)} workers: {way} to give each one")
-        if full:
-            plan.memory |= dict.fromkeys(("global", "sum"), setup.layout.nbytes)
-            plan.memory["chunk"] = min(setup.layout.nbytes, 4 * (setup.spec.recipe.chunk or 0))
-        save_plan(setup.folder, plan)
-    for line in describe_plan(plan, ", ".join(setup.devices)):
+    save_plan(setup.folder, plan)
+    for line in [hint] * (hint is not None) + describe_plan(plan, ", ".join(setup.devices)):
         setup.show.note(line)
-
-
-def first_packs(setup: Setup) -> Packs:
-    """What round 1 trains, for the planner: its first passes are measured, its largest one is predicted."""
-    exp, spec = setup.exp, setup.spec
-    mode = next(m for m in ("federated", "local", "central") if m in exp.modes)
-    schedule = dataclasses.replace(schedule_of(setup.parts, mode), behavior=None)  # as if every client were available
-    sites = spec.sites()
-    tokens, draw, most = setup.parts.tokens["train"], spec.recipe.draw, spec.recipe.row_tokens
-    front = spec.settings.get("num_virtual_tokens", 0) if spec.adapter in ("p_tuning", "prompt") else 0
-    state = State(torch.empty(0), {}, Records(), keeps=False)
-    tasks = {t.client: t for t in schedule.tasks(1, state)}
-
-    @functools.cache
-    def batches(client: int) -> list[np.ndarray]:
-        rows = sites.everything() if client == CENTRAL else sites.train(client)
-        return draw.batches(rows, stream(exp.seed, "batches", tasks[client].name, 1), tasks[client].steps)
-
-    def one_pass(batch: np.ndarray, rows: int) -> np.ndarray:
-        """The examples of a first pass; packed end to end, of the fullest one."""
-        if most is None:
-            return batch[:rows]
-        batch = batch[np.argsort(tokens.lengths_of(batch), kind="stable")]
-        passes = filled(batch, tokens.lengths_of(batch), rows * most)
-        return max(passes, key=lambda p: tokens.lengths_of(p).sum())
-
-    def first(lanes: int, rows: int) -> list[np.ndarray]:
-        return [one_pass(batches(t.client)[0], rows) for t in schedule.packs(1, state, lanes)[0].tasks]
-
-    def last(lanes: int, rows: int) -> list[np.ndarray]:
-        return [batches(t.client)[-1][:rows] for t in schedule.packs(1, state, lanes)[0].tasks]
-
-    def largest(lanes: int, rows: int) -> int:
-        found = 0
-        for pack in schedule.packs(1, state, lanes):
-            each = [batches(t.client) for t in pack.tasks]
-            for i in range(min(50, max(map(len, each)))):  # the steps of a round are much alike
-                here = [b[i] for b in each if i < len(b)]
-                if most is not None:
-                    found = max(found, *(int(tokens.lengths_of(one_pass(b, rows)).sum()) for b in here))
-                else:
-                    longest = [np.sort(tokens.lengths_of(b))[-rows:] for b in here]
-                    found = max(found, int(sum(n.sum() + front * len(n) for n in longest)))
-        return found
-
-    some = batches(next(iter(tasks)))
-    short = len(some) > 1 and len(some[-1]) < len(some[0])
-    mean = float(tokens.lengths_of(tokens.kept()).mean()) + front
-    return Packs(len(tasks), first, largest, last if short else None, len(some), mean)

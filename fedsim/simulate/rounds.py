@@ -122,7 +122,8 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
         if algorithm.merges:
             acc = state.pending.pop(t)
             if acc.weight > 0:  # otherwise no client was available, or all are still at work
-                _step(world, state, acc, t)
+                info = Info(t, acc.clients, acc.weight, len(schedule.clients), schedule.all_weight)
+                server_step(algorithm, world.reducer, world.layout, acc, state, info, world.chunk)
                 executor.broadcast(state.params, algorithm.sent(state.server))
             metrics += _traffic(world, state, t, work, packs) + _clock(schedule, state, t, work)
             began = time.monotonic()
@@ -203,12 +204,18 @@ def _commit(packs: Sequence[Pack], reports: Sequence[Report], state: State) -> N
             state.records.wrote(task.client, task.write)
 
 
-def _step(world: World, state: State, acc: Accumulator, round: int) -> None:
+def server_step(
+    algorithm: Algorithm,
+    reducer: Reducer,
+    layout: Layout,
+    acc: Accumulator,
+    state: State,
+    info: Info,
+    chunk: int | None,
+) -> None:
     """The next global parameters, in place: in chunks if the algorithm allows it and the server keeps no state."""
-    schedule, algorithm, reducer = world.schedule, world.algorithm, world.reducer
-    info = Info(round, acc.clients, acc.weight, len(schedule.clients), schedule.all_weight)
     apart = algorithm.blockwise and reducer.blockwise and not state.server
-    for part in world.layout.chunks(world.chunk if apart else None):
+    for part in layout.chunks(chunk if apart else None):
         here = part.views(state.params[part.span])
         after = algorithm.step(Server(here, state.server), reducer.result(acc, part), info)
         for name, view in here.items():

@@ -23,7 +23,7 @@ from fedsim.core.errors import UserError, is_out_of_memory
 from fedsim.core.inductor import without_folder
 from fedsim.models import base as bases
 from fedsim.models.adapters import load_adapter
-from fedsim.runs.folder import versions
+from fedsim.runs.environment import versions
 from fedsim.zero_shot.models import Candidate, find_models, load, longest
 from fedsim.zero_shot.scores import Evaluation, Result, baselines, scores_of
 from fedsim.zero_shot.tasks import TASKS, find_local, load_tasks, origin, write_task_files

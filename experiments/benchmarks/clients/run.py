@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,39 +41,34 @@ def one_case(overrides: list[str], out: Path, turn: Callable[[], None]) -> None:
         out: file to write.
         turn: returns when the next round may begin.
     """
+    import fedsim.runs.modes
     import fedsim.runs.run
-    import fedsim.runs.session
-    from fedsim.runs.folder import environment
-    from fedsim.simulate.rounds import run_rounds
+    from fedsim.runs.environment import environment
+    from fedsim.simulate.rounds import PackDone, Round, rounds
 
     exp = fedsim.Experiment.load(HERE / "clients.yaml", overrides)
-    rounds: list[dict[str, Any]] = []
-    value: dict[str, Any] = {"clients": exp.partition.num_clients, "cohort": exp.cohort.size, "rounds": rounds}
+    told: list[dict[str, Any]] = []
+    value: dict[str, Any] = {"clients": exp.partition.num_clients, "cohort": exp.cohort.size, "rounds": told}
 
-    def timed(*args: Any, on_pack: Callable, on_round: Callable, **keys: Any) -> Any:
+    def timed(world: Any, state: Any, executor: Any) -> Iterator[Any]:
         value["start"] = time.perf_counter() - called
         turn()
         trained, began = 0.0, time.perf_counter()
-
-        def pack_done(round: int, report: Any) -> None:
-            nonlocal trained
-            trained += report.seconds
-            on_pack(round, report)
-
-        def round_done(round: int, rows: list[Any]) -> None:
-            nonlocal trained, began
-            on_round(round, rows)  # metrics, checkpoint, progress: part of the round
-            seconds = time.perf_counter() - began
-            rounds.append({"round": round, "seconds": seconds, "training": trained, "outside": seconds - trained})
-            if round < exp.rounds:
-                turn()
-            trained, began = 0.0, time.perf_counter()
-
-        state = run_rounds(*args, on_pack=pack_done, on_round=round_done, **keys)
+        for event in rounds(world, state, executor):
+            if isinstance(event, PackDone):
+                trained += event.report.seconds
+            yield event
+            if isinstance(event, Round):  # with metrics, checkpoint and progress, which are part of it
+                seconds = time.perf_counter() - began
+                told.append(
+                    {"round": event.round, "seconds": seconds, "training": trained, "outside": seconds - trained}
+                )
+                if event.round < exp.rounds:
+                    turn()
+                trained, began = 0.0, time.perf_counter()
         value["rounds_mb"], value["seen"] = peak_mb(), len(state.steps)
-        return state
 
-    fedsim.runs.session.run_rounds = timed
+    fedsim.runs.modes.rounds = timed
     called = time.perf_counter()
     fedsim.runs.run.run(exp, progress=False)
     value["process_mb"] = peak_mb()

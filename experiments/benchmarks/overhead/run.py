@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -125,23 +125,22 @@ def fedsim_side(work: Path, turn: Turn, side: str) -> None:
     """`fedsim.run` as a user calls it; only its round loop waits for its turn, and tells the time of each round."""
     from safetensors.torch import save_file
 
+    import fedsim.runs.modes
     import fedsim.runs.run
-    import fedsim.runs.session
-    from fedsim.simulate.rounds import run_rounds
+    from fedsim.simulate.rounds import Round, rounds
 
-    def in_turns(schedule: Any, algorithm: Any, layout: Any, *args: Any, on_round: Callable, **keys: Any) -> Any:
-        def end_of_round(round: int, rows: list[Any]) -> None:
-            began = time.perf_counter()
-            on_round(round, rows)
-            turn.done(after=time.perf_counter() - began)
-            turn.wait()
-
+    def in_turns(world: Any, state: Any, executor: Any) -> Iterator[Any]:
         turn.wait()
-        state = run_rounds(schedule, algorithm, layout, *args, on_round=end_of_round, **keys)
-        save_file({n: t.clone() for n, t in layout.views(state.params).items()}, work / f"{side}.safetensors")
-        return state
+        for event in rounds(world, state, executor):
+            began = time.perf_counter()
+            yield event
+            if isinstance(event, Round):
+                turn.done(after=time.perf_counter() - began)
+                turn.wait()
+        start = {n: t.clone() for n, t in world.layout.views(state.params).items()}
+        save_file(start, work / f"{side}.safetensors")
 
-    fedsim.runs.session.run_rounds = in_turns
+    fedsim.runs.modes.rounds = in_turns
     fedsim.runs.run.run(fedsim.Experiment.load(work / f"{side}.yaml"))
 
 
@@ -149,7 +148,7 @@ def prepare_side(work: Path, turn: Turn) -> None:
     """Write what the plain loop is handed: rows, the batches of each client and round, shares, settings."""
     import fedsim
     from fedsim.runs.build import prepare
-    from fedsim.runs.folder import environment
+    from fedsim.runs.environment import environment
     from fedsim.runs.resolve import schedule_of
 
     parts = prepare(fedsim.Experiment.load(work / "auto.yaml"))

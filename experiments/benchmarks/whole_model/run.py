@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,10 +155,12 @@ class Clock:
 
 def clock_engine(*clocks: Clock) -> None:
     """Have fedsim's round loop, in this process, tell the clocks what it does."""
-    import fedsim.runs.session as session
-    import fedsim.simulate.rounds as rounds
+    import fedsim.runs.modes as modes
+    import fedsim.simulate.rounds as loop
     from fedsim.aggregators.reducer import Reducer
+    from fedsim.core.store import Store
     from fedsim.executors import SerialExecutor
+    from fedsim.runs.checkpoints import Checkpoints
     from fedsim.training.trainer import Trainer
 
     for owner, name, part in (
@@ -168,33 +170,31 @@ def clock_engine(*clocks: Clock) -> None:
         (Trainer, "_score_lanes", "scoring"),
         (SerialExecutor, "score", "scoring"),
         (Reducer, "zero", "merging"),
-        (rounds, "_merge", "merging"),
+        (loop, "server_step", "merging"),
         (SerialExecutor, "broadcast", "merging"),
-        (session.Session, "_copy_best", "best model to disk"),
-        (session.Session, "_checkpoint", "checkpoint"),
+        (Store, "write", "best model to disk"),
+        (Checkpoints, "save", "checkpoint"),
     ):
         for clock in clocks:
             setattr(owner, name, clock.timed(part, getattr(owner, name)))
 
-    def run_rounds(*args: Any, on_pack: Callable, on_round: Callable, **keys: Any) -> Any:
+    rounds = loop.rounds
+
+    def clocked(world: Any, state: Any, executor: Any) -> Iterator[Any]:
         packs: list[Any] = []
-
-        def pack_done(round: int, report: Any) -> None:
-            packs.append(report)
-            on_pack(round, report)
-
-        def round_done(round: int, rows: list[Any]) -> None:
-            on_round(round, rows)
-            sums = {"tokens": sum(p.tokens for p in packs), "computed": sum(p.computed for p in packs)}
-            for clock in clocks:
-                clock.end(**sums, packs=len(packs), clients=sum(len(p.steps) for p in packs))
-            packs.clear()
-
         for clock in clocks:
             clock.begin()
-        return rounds.run_rounds(*args, on_pack=pack_done, on_round=round_done, **keys)
+        for event in rounds(world, state, executor):
+            if isinstance(event, loop.PackDone):
+                packs.append(event.report)
+            yield event
+            if isinstance(event, loop.Round):
+                sums = {"tokens": sum(p.tokens for p in packs), "computed": sum(p.computed for p in packs)}
+                for clock in clocks:
+                    clock.end(**sums, packs=len(packs), clients=sum(len(p.steps) for p in packs))
+                packs.clear()
 
-    session.run_rounds = run_rounds
+    modes.rounds = clocked
 
 
 def make_on_device(device: str) -> None:
@@ -241,7 +241,7 @@ def engine_side(turn: Turn) -> None:
     if message["on_device"]:
         make_on_device(message["device"])
     folder = experiment.run(experiment.Experiment.load(message["config"]), progress=False).path
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics" / "federated.jsonl").read_text().splitlines()]
     losses = [r["value"] for r in rows if (r["round"], r["split"], r["name"]) == (1, "train", "loss")]
     said = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("plan", "memory", "model")}
     disk = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
@@ -356,7 +356,7 @@ def bandwidth_side(turn: Turn) -> None:
             clocked("adding", lambda: trainer._finish(part, [1], [0.0], torch.zeros(1)))
         summed = Accumulator(total, weight=float(clients))
         here, info = rounds.State(weights, {}, Records(), keeps=False), Info(1, clients, clients, clients, clients)
-        clocked("server step", lambda: rounds._merge(algorithm, reducer, layout, summed, here, info, chunk))
+        clocked("server step", lambda: rounds.server_step(algorithm, reducer, layout, summed, here, info, chunk))
         seconds["a round"] = seconds["clearing"] + seconds["adding"] + seconds["server step"]
         seconds["adding"] /= clients
         return seconds, max(abs(float(f(weights)) - 1.5) for f in (torch.min, torch.max))
