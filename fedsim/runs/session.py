@@ -294,7 +294,9 @@ class Session:
             tokens=parts.tokens,
             train=shareable(parts.partition),
             own=None if parts.own is None else shareable(parts.own),
-            algorithms={m: algorithm_of(exp.algorithm) if m == "federated" else Local() for m in exp.modes},
+            algorithms={
+                m: algorithm_of(exp.algorithm, exp.aggregator) if m == "federated" else Local() for m in exp.modes
+            },
             recipe=dataclasses.replace(recipe_of(exp), slots=schedule_of(parts, "federated").slots),
             state=self.folder.path / "checkpoints",
             tokenizer=parts.tokenizer,
