@@ -360,7 +360,7 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
         (["run"], "Missing argument"),
         (["run", "--bogus"], "No such option"),
         (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["run", "small.yaml", "local.lr=-1"], "local.lr: -1 is not a positive number"),
+        (["run", "small.yaml", "local.lr=-1"], "local.lr: must be > 0 (got -1)"),
         (["run", "small.yaml", "local.lrr=1"], "unknown key local.lrr"),
         (["run", "small.yaml", "lr"], "'lr': not an override"),
         (["run", "small.yaml", "partition.counts=[[300, 0, 0]]"], "246"),

@@ -271,8 +271,8 @@ def test_a_stopped_run_goes_on_with_the_same_bits(lab: Any, poisoned: Any, monke
     [
         ({"policy": "clip"}, r"^faults\.policy: 'clip' needs faults\.max_norm"),
         ({"policy": "ignore"}, r"^faults\.policy: 'ignore' is not one of fail, skip, clip"),
-        ({"max_norm": 0}, r"^faults\.max_norm: 0 is not a positive number"),
-        ({"max_norm": float("nan")}, r"^faults\.max_norm: nan is not a positive number"),
+        ({"max_norm": 0}, r"^faults\.max_norm: must be > 0 \(got 0\)"),
+        ({"max_norm": float("nan")}, r"^faults\.max_norm: must be a finite number \(got nan\)"),
     ],
 )
 def test_what_cannot_be_is_one_line(lab: Any, section: dict[str, Any], message: str) -> None:

@@ -31,7 +31,7 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {  # what a component cannot do 
 }
 COMPONENTS = [
     (section, name or "loha")
-    for section in ("adapter", "data", "partition", "algorithm", "executor")
+    for section in ("adapter", "data", "partition", "algorithm", "aggregator", "executor")
     for name in components(section)
 ]
 
@@ -263,7 +263,7 @@ def test_the_identity_leaves_out_what_changes_no_number() -> None:
 def test_sections_may_be_given_as_dataclasses() -> None:
     exp = Experiment(adapter=config.PTuning(hidden=7), local=config.LocalWork(steps=3))
     assert exp == Experiment(adapter={"name": "p_tuning", "hidden": 7}, local={"steps": 3})
-    with pytest.raises(UserError, match=r"^r: 0 is below 1$"):
+    with pytest.raises(UserError, match=r"^r: must be >= 1 \(got 0\)$"):
         Experiment(adapter=config.Lora(r=0))
 
 
@@ -336,8 +336,8 @@ def test_override_values_are_read_as_yaml(override: str, value: Any) -> None:
 
 # (override, the key path the message opens with, the value it shows, words of the way out)
 WRONG = [
-    ("seed=-1", "seed", "-1", "below 0"),
-    ("rounds=0", "rounds", "0", "below 1"),
+    ("seed=-1", "seed", "-1", ">= 0"),
+    ("rounds=0", "rounds", "0", ">= 1"),
     ("rounds=2.5", "rounds", "2.5", "whole number"),
     ("rounds=true", "rounds", "True", "whole number"),
     ("name=a/b", "name", "'a/b'", "letters"),
@@ -353,21 +353,20 @@ WRONG = [
     ("adapter=lora", "adapter", "'lora'", "adapter.name=lora"),
     ("adapter.name=loar", "adapter.name", "'loar'", "did you mean lora?"),
     ("adapter={r: 3}", "adapter.name", "r", "lora, p_tuning"),
-    ("adapter.r=0", "adapter.r", "0", "below 1"),
+    ("adapter.r=0", "adapter.r", "0", ">= 1"),
     ("adapter.r=many", "adapter.r", "'many'", "whole number"),
-    ("adapter.alpha=-1", "adapter.alpha", "-1", "positive"),
-    ("adapter.alpha=.inf", "adapter.alpha", "inf", "is not"),
-    ("adapter.dropout=1", "adapter.dropout", "1", "[0, 1)"),
-    ("adapter.dropout=.nan", "adapter.dropout", "nan", "[0, 1)"),
+    ("adapter.alpha=-1", "adapter.alpha", "-1", "> 0"),
+    ("adapter.alpha=.inf", "adapter.alpha", "inf", "a finite number"),
+    ("adapter.dropout=1", "adapter.dropout", "1", "< 1"),
+    ("adapter.dropout=.nan", "adapter.dropout", "nan", "a finite number"),
     ("adapter.target_modules=q", "adapter.target_modules", "'q'", "a list"),
     ("adapter.target_modules=[]", "adapter.target_modules", "[]", "auto"),
-    ("adapter={name: p_tuning, num_virtual_tokens: 0}", "adapter.num_virtual_tokens", "0", "below 1"),
-    ("adapter={name: adapter, bottleneck: 0}", "adapter.bottleneck", "0", "below 1"),
-    ("adapter={name: prefix, hidden: 0}", "adapter.hidden", "0", "below 1"),
+    ("adapter={name: p_tuning, num_virtual_tokens: 0}", "adapter.num_virtual_tokens", "0", ">= 1"),
+    ("adapter={name: adapter, bottleneck: 0}", "adapter.bottleneck", "0", ">= 1"),
+    ("adapter={name: prefix, hidden: 0}", "adapter.hidden", "0", ">= 1"),
     ("adapter={name: ia3, target_modules: [k]}", "adapter.feedforward_modules", "'auto'", "both or none"),
-    ("adapter={name: loha, rr: 3}", "adapter.rr", "3", "did you mean r?"),
     ("data.name=headline", "data.name", "'headline'", "did you mean headlines?"),
-    ("data.max_length=1", "data.max_length", "1", "below 2"),
+    ("data.max_length=1", "data.max_length", "1", ">= 2"),
     ("data.too_long=cut", "data.too_long", "'cut'", "truncate, drop, error"),
     ("data.template=hello", "data.template", "'hello'", "braces"),
     ("data.labels=[a]", "data.labels", "['a']", "two"),
@@ -384,36 +383,36 @@ WRONG = [
     ("data={name: hub}", "data.path", "missing", "org/name"),
     ("partition=iid", "partition", "'iid'", "partition.name=iid"),
     ("partition.name=random", "partition.name", "'random'", "dirichlet_fedma"),
-    ("partition.num_clients=0", "partition.num_clients", "0", "below 1"),
-    ("partition={name: dirichlet, alpha: 0}", "partition.alpha", "0", "positive"),
-    ("partition={name: dirichlet_fedma, alpha: .inf}", "partition.alpha", "inf", "positive"),
-    ("partition={name: dirichlet, max_redraws: 0}", "partition.max_redraws", "0", "below 1"),
+    ("partition.num_clients=0", "partition.num_clients", "0", ">= 1"),
+    ("partition={name: dirichlet, alpha: 0}", "partition.alpha", "0", "> 0"),
+    ("partition={name: dirichlet_fedma, alpha: .inf}", "partition.alpha", "inf", "a finite number"),
+    ("partition={name: dirichlet, max_redraws: 0}", "partition.max_redraws", "0", ">= 1"),
     ("partition={name: class_counts}", "partition.counts", "missing", "each client"),
     ("partition={name: class_counts, counts: [[1, 2], [3]]}", "partition.counts", "[[1, 2], [3]]", "length"),
-    ("partition={name: class_counts, counts: [[1, -2]]}", "partition.counts[0][1]", "-2", "below 0"),
+    ("partition={name: class_counts, counts: [[1, -2]]}", "partition.counts[0][1]", "-2", ">= 0"),
     ("partition={name: class_counts, counts: [[], []]}", "partition.counts[0]", "[]", "per class"),
     ("partition={name: class_counts, counts: [[1, x]]}", "partition.counts[0][1]", "'x'", "whole number"),
-    ("partition={name: shards, classes_per_client: 0}", "partition.classes_per_client", "0", "below 1"),
+    ("partition={name: shards, classes_per_client: 0}", "partition.classes_per_client", "0", ">= 1"),
     ("partition={name: by_column}", "partition.column", "missing", "clients' ids"),
-    ("partition={name: quantity, exponent: -1}", "partition.exponent", "-1", "below 0"),
+    ("partition={name: quantity, exponent: -1}", "partition.exponent", "-1", ">= 0"),
     ("cohort.size=0", "cohort.size", "0", "or all"),
     ("cohort.size=some", "cohort.size", "'some'", "or all"),
     ("local={steps: 2, epochs: 1}", "local.steps", "2", "local.epochs=1"),
-    ("local.steps=0", "local.steps", "0", "below 1"),
+    ("local.steps=0", "local.steps", "0", ">= 1"),
     ("local={steps: 2, drop_last: true}", "local.drop_last", "True", "epochs"),
-    ("local.batch_size=0", "local.batch_size", "0", "below 1"),
+    ("local.batch_size=0", "local.batch_size", "0", ">= 1"),
     ("local.micro_batch=64", "local.micro_batch", "64", "batch_size=32"),
     ("local.optimizer=adam", "local.optimizer", "'adam'", "adamw, sgd"),
-    ("local.lr=0", "local.lr", "0", "positive"),
-    ("local.lr=.nan", "local.lr", "nan", "positive"),
+    ("local.lr=0", "local.lr", "0", "> 0"),
+    ("local.lr=.nan", "local.lr", "nan", "a finite number"),
     ("local.lr=fast", "local.lr", "'fast'", "a number"),
     ("local.min_lr=1", "local.min_lr", "1.0", "lr=0.001"),
-    ("local.weight_decay=-0.1", "local.weight_decay", "-0.1", "below 0"),
-    ("local.weight_decay=.inf", "local.weight_decay", "inf", "finite"),
-    ("local.betas=[0.9]", "local.betas", "[0.9]", "2 values"),
-    ("local.betas=[0.9, 1.0]", "local.betas[1]", "1.0", "[0, 1)"),
-    ("local.eps=0", "local.eps", "0", "positive"),
-    ("local.eps=.inf", "local.eps", "inf", "is not"),
+    ("local.weight_decay=-0.1", "local.weight_decay", "-0.1", ">= 0"),
+    ("local.weight_decay=.inf", "local.weight_decay", "inf", "a finite number"),
+    ("local.betas=[0.9]", "local.betas", "[0.9]", ">= 2"),
+    ("local.betas=[0.9, 1.0]", "local.betas[1]", "1.0", "< 1"),
+    ("local.eps=0", "local.eps", "0", "> 0"),
+    ("local.eps=.inf", "local.eps", "inf", "a finite number"),
     ("local.momentum=0.9", "local.momentum", "0.9", "sgd"),
     ("local.clip=0", "local.clip", "0", "null"),
     ("local.horizon=10", "local.horizon", "10", "cosine"),
@@ -424,9 +423,9 @@ WRONG = [
     ("algorithm.weights=size", "algorithm.weights", "'size'", "samples, steps, uniform"),
     ("best.metric=f1", "best.metric", "'f1'", "accuracy, loss"),
     ("best.metric=exact_match", "best.metric", "'exact_match'", "evaluate.generate=true"),
-    ("checkpoint.keep=0", "checkpoint.keep", "0", "below 1"),
-    ("evaluate.every_steps=0", "evaluate.every_steps", "0", "below 1"),
-    ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens", "0", "below 1"),
+    ("checkpoint.keep=0", "checkpoint.keep", "0", ">= 1"),
+    ("evaluate.every_steps=0", "evaluate.every_steps", "0", ">= 1"),
+    ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens", "0", ">= 1"),
     ("training.lanes=0", "training.lanes", "0", "auto"),
     ("executor=pool", "executor", "'pool'", "executor.name=pool"),
     ("executor.name=ray", "executor.name", "'ray'", "auto, serial, pool"),
@@ -434,7 +433,7 @@ WRONG = [
     ("executor={name: pool, devices: []}", "executor.devices", "[]", "[cpu]"),
     ("executor={name: pool, devices: [cpu, gpu]}", "executor.devices[1]", "'gpu'", "cuda:N"),
     ("executor={name: pool, devices: [cpu, cpu], workers: 1}", "executor.workers", "1", "devices"),
-    ("executor.threads=0", "executor.threads", "0", "below 1"),
+    ("executor.threads=0", "executor.threads", "0", ">= 1"),
     ("executor.hang_s=0", "executor.hang_s", "0", "null = wait for ever"),
     ("executor={name: pool, hang_s: .inf}", "executor.hang_s", "inf", "null = wait for ever"),
     ("tracking.with=[neptune]", "tracking.with[0]", "'neptune'", "wandb"),
@@ -443,9 +442,9 @@ WRONG = [
     ("messages.error_feedback=true", "messages.error_feedback", "True", "messages.up"),
     ("messages={up: fp32, error_feedback: true}", "messages.error_feedback", "True", "messages.up, e.g. nf4"),
     ("messages={up: fp32, down: nf4, error_feedback: true}", "messages.error_feedback", "True", "float32 as it is"),
-    ("aggregation.chunk_mb=0", "aggregation.chunk_mb", "0", "below 1"),
+    ("aggregation.chunk_mb=0", "aggregation.chunk_mb", "0", ">= 1"),
     ("aggregation.device=tpu", "aggregation.device", "'tpu'", "cpu"),
-    ("checkpoint.shard_mb=0", "checkpoint.shard_mb", "0", "below 1"),
+    ("checkpoint.shard_mb=0", "checkpoint.shard_mb", "0", ">= 1"),
     ("training.packing=true", "training.packing", "True", "adapter.name=none"),
     ("training.master_weights=false", "training.master_weights", "False", "model.dtype=bfloat16; leave it out"),
     ("results=3", "results", "3", "text"),
@@ -534,25 +533,26 @@ UNKNOWN = [
         "executor.workers with executor.name=auto or pool",
         "device",
     ),
+    ("adapter={name: loha, rr: 3}", "adapter.rr", "adapter.r", "r"),
     ("algorithm.mu=0.1", "algorithm.mu", "algorithm.mu with algorithm.name=fedprox", "weights"),
     ("recovery.retries=2", "recovery", "", "seed"),
 ]
 
 
 EXACT = [
-    ("rounds=0", "rounds: 0 is below 1"),
+    ("rounds=0", "rounds: must be >= 1 (got 0)"),
     ("rounds=x", "rounds: 'x' is not a whole number"),
-    ("local.lr=-1", "local.lr: -1 is not a positive number"),
-    ("local.clip=.inf", "local.clip: inf is not a positive number; null = no clipping"),
-    ("local.betas=[0.9, 1]", "local.betas[1]: 1 is outside [0, 1)"),
+    ("local.lr=-1", "local.lr: must be > 0 (got -1)"),
+    ("local.clip=.inf", "local.clip: must be a finite number (got inf); null = no clipping"),
+    ("local.betas=[0.9, 1]", "local.betas[1]: must be < 1 (got 1)"),
     ("local.optimizer=adam", "local.optimizer: 'adam' is not one of adamw, sgd; did you mean adamw?"),
-    ("cohort.size=0", "cohort.size: 0 is below 1; give a whole number or all"),
+    ("cohort.size=0", "cohort.size: must be >= 1 (got 0); give a whole number or all"),
     (
         "adapter.target_modules=[]",
-        "adapter.target_modules: [] is empty; give leaf names of the layers to adapt, or one of auto, all-linear",
+        "adapter.target_modules: number of values must be >= 1 (got []); give leaf names of the layers to adapt, or one of auto, all-linear",
     ),
     ("data={name: hub}", "data.path: missing; give a data set id such as org/name, or a folder"),
-    ("partition={name: dirichlet, alpha: 0}", "partition.alpha: 0 is not a positive number"),
+    ("partition={name: dirichlet, alpha: 0}", "partition.alpha: must be > 0 (got 0)"),
     (
         "algorithm.name=fedagv",
         "algorithm.name: 'fedagv' is not known; did you mean fedavg? one of fedavg, fedprox, fedadam, scaffold",
@@ -700,7 +700,7 @@ def test_every_key_and_every_section_has_a_sentence() -> None:
         assert len(key.about) > 4 and key.about.endswith("."), key
     for section, info in fields_of(Experiment).items():
         assert (info.description or "").endswith("."), section
-    for section in ("adapter", "data", "partition", "algorithm", "executor"):
+    for section in ("adapter", "data", "partition", "algorithm", "aggregator", "executor"):
         for cls in components(section).values():
             assert (cls.__doc__ or "").partition("\n")[0].endswith("."), cls
 

@@ -400,8 +400,8 @@ def test_perplexity_is_of_the_mean_over_answer_tokens(lab: Any) -> None:
     [
         ({"best": {"metric": "macro_f1"}, "data": {"template": "{label} {sentence}"}}, "'macro_f1' needs label words"),
         ({"best": {"metric": "perplexity"}, "model": {"task": "sequence_classification"}}, "of a head use loss"),
-        ({"evaluate": {"max_examples": 0}}, "evaluate.max_examples: 0 is below 1"),
-        ({"evaluate": {"max_new_tokens": 10**9}}, "evaluate.max_new_tokens: 1000000000 is above 65,536"),
+        ({"evaluate": {"max_examples": 0}}, "evaluate.max_examples: must be >= 1 .got 0."),
+        ({"evaluate": {"max_new_tokens": 10**9}}, "evaluate.max_new_tokens: must be <= 65,536 .got 1000000000."),
     ],
 )
 def test_scores_that_cannot_be_are_refused(lab: Any, keys: dict[str, Any], why: str) -> None:

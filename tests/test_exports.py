@@ -126,10 +126,13 @@ def test_a_config_object_of_peft_is_a_section_of_plain_keys(lab: Any, what: str)
 @pytest.mark.parametrize(
     ("adapter", "words"),
     [
-        ({"name": "lora", "peft": {"use_dorra": True}}, ["adapter.peft.use_dorra: True", "did you mean use_dora?"]),
+        (
+            {"name": "lora", "peft": {"use_dorra": True}},
+            ["unknown key adapter.peft.use_dorra (did you mean adapter.peft.use_dora?)"],
+        ),
         ({"name": "lora", "peft": {"lora_alpha": 32}}, ["adapter.peft.lora_alpha: 32", "write adapter.alpha"]),
         ({"name": "lora", "peft": {"use_dora": "maybe"}}, ["adapter.peft.use_dora: 'maybe'", "true or false"]),
-        ({"name": "prefix", "peft": {"rank": 2}}, ["adapter.peft.rank: 2", "num_layers"]),
+        ({"name": "prefix", "peft": {"rank": 2}}, ["unknown key adapter.peft.rank", "num_layers"]),
         ({"name": "adalora", "target_r": 2}, ["adapter.name: 'adalora'", "rank_pattern"]),
         (
             {"name": "lora", "peft": {"init_lora_weights": "pissa"}},

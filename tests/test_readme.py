@@ -35,8 +35,8 @@ def test_the_experiment_file_shown_is_the_file() -> None:
 
 def test_every_yaml_block_of_the_documents_is_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where the file of the page on extensions lies
-    own, *_ = blocks((ROOT / "docs" / "extend.md").read_text(encoding="utf-8"), "python")
-    (tmp_path / "my_file.py").write_text(own)
+    own = blocks((ROOT / "docs" / "extend.md").read_text(encoding="utf-8"), "python")
+    (tmp_path / "my_file.py").write_text("\n".join(own))
     found = [(d.name, block) for d in DOCUMENTS for block in blocks(d.read_text(encoding="utf-8"), "yaml")]
     assert len(found) >= 3
     for document, block in found:

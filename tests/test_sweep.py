@@ -82,7 +82,7 @@ def test_the_experiment_can_stand_in_the_file(lab: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "said_in_error"),
     [
-        ({"gird": {}}, "'gird' is no key of a sweep; did you mean grid?"),
+        ({"gird": {}}, "unknown key gird (did you mean grid?)"),
         ({}, "names no run"),
         ({"grid": {"seed": 3}}, "grid.seed: 3 is no list of values"),
         ({"grid": {"seed": []}}, "grid.seed: [] is empty; give one value or more"),

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,70 +15,28 @@ import pytest
 import torch
 from test_algorithms import POOL, SMALL
 from test_equivalence import adapter_of
+from test_readme import blocks
 
 import fedsim
-from fedsim.config.sections import algorithm_of
+from fedsim.aggregators import AGGREGATORS
+from fedsim.config.experiment import components
+from fedsim.config.sections import algorithm_of, component_of
 from fedsim.core.errors import UserError
 
-OWN = '''
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from fedsim.algorithms import Algorithm, Server, per_lane
-
-
-class TrimmedMean:
-    """Per coordinate, without the smallest and the largest value."""
-
-    blockwise = True
-
-    def buffers(self, slots):
-        from fedsim.aggregators import Buffer
-
-        return {"values": Buffer(slots), "seen": Buffer(slots, by_element=False)}
-
-    def add(self, acc, values, weights, slots):
-        acc["values"][list(slots)] = values
-        acc["seen"][list(slots)] = 1.0
-
-    def result(self, acc, weight):
-        return acc["values"][acc["seen"] > 0].sort(dim=0).values[1:-1].mean(dim=0)
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "extend.md"
+OWN = (
+    "\n".join(blocks(DOCUMENT.read_text(encoding="utf-8"), "python"))
+    + """
+@dataclass(frozen=True)
+class Fixed(Algorithm):
+    aggregates: ClassVar[dict] = {"update": TrimmedMean(0.34)}
 
 
 @dataclass(frozen=True)
-class Toy(Algorithm):
-    """SCAFFOLD for uniform weights."""
-
-    aggregates: ClassVar[dict] = {"update": "mean", "control": "sum"}
-    sends_state: ClassVar[bool] = True
-    server_lr: float = 1.0
-    """Learning rate of the server."""
-
-    def init(self, params):
-        zeros = {n: torch.zeros_like(p) for n, p in params.items()}
-        return zeros, zeros
-
-    def after_step(self, params, scratch, c, lr):
-        for n, p in params.items():
-            p -= per_lane(lr, p) * (c.server[n] - c.state[n])
-
-    def finish(self, params, scratch, c):
-        update = {n: p - c.params[n] for n, p in params.items()}
-        new = {n: c.state[n] - c.server[n] - u / per_lane(c.lr_sum, u) for n, u in update.items()}
-        return {"update": update, "control": {n: new[n] - c.state[n] for n in new}}, new
-
-    def step(self, server, reduced, info):
-        params = {n: x + self.server_lr * reduced["update"][n] for n, x in server.params.items()}
-        return Server(params, {n: c + reduced["control"][n] / info.all_clients for n, c in server.state.items()})
-
-
-@dataclass(frozen=True)
-class Trimmed(Algorithm):
-    """FedAvg with a trimmed mean."""
-
-    aggregates: ClassVar[dict] = {"update": TrimmedMean()}
-'''
+class Other(Algorithm):
+    aggregates: ClassVar[dict] = {"other": "mean"}
+"""
+)
 
 
 @pytest.fixture
@@ -89,61 +48,113 @@ def own(lab: Any) -> Path:
     return file
 
 
-def test_a_strangers_scaffold_runs_from_the_command_line(lab: Any, distance: Any, own: Path) -> None:
-    """With lanes, in a pool from another directory, resumed; it gives what the package's own gives."""
-    keys = {**SMALL, "algorithm": {"name": "my_file.py:Toy", "server_lr": 0.7, "weights": "uniform"}}
+@pytest.fixture
+def command(lab: Any, own: Path) -> Callable[..., Path]:
+    """(name, flags, keys) -> folder of a run by the command line, in another directory than the YAML file's."""
     env = {**os.environ, "PYTHONPATH": str(Path(fedsim.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
-    def run(name: str, *flags: str, **more: Any) -> Path:
+    def run(name: str, *flags: str, **keys: Any) -> Path:
         file = own.parent / f"{name}.yaml"
-        file.write_text(json.dumps(lab.tree(**{**keys, **more, "name": name})))
+        file.write_text(json.dumps(lab.tree(**{**keys, "name": name})))
         argv = [sys.executable, "-m", "fedsim", "run", str(file), *flags]
         done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd=lab.root)
         assert done.returncode == 0, done.stderr[-3000:]
         (folder,) = (lab.root / "results" / name).iterdir()
         return folder
 
-    pool = run("pool", "--resume", str(run("pool", executor=POOL, rounds=2)), executor=POOL)
-    serial = run("serial")
-    lab.same_bits(pool, serial)
+    return run
+
+
+def test_a_strangers_scaffold_runs_from_the_command_line(lab: Any, distance: Any, command: Any) -> None:
+    """With lanes, in a pool from another directory, resumed; it gives what the package's own gives."""
+    keys = {**SMALL, "algorithm": {"name": "my_file.py:MyScaffold", "server_lr": 0.7, "weights": "uniform"}}
+    pool = {**keys, "executor": POOL}
+    resumed = command("pool", "--resume", str(command("pool", **{**pool, "rounds": 2})), **pool)
+    serial = command("serial", **keys)
+    lab.same_bits(resumed, serial)
     builtin = lab.run(**{**keys, "name": "builtin", "algorithm": {**keys["algorithm"], "name": "scaffold"}})
     assert distance(adapter_of(serial / "global"), adapter_of(builtin / "global")) < 1e-12
 
 
-def test_a_strangers_aggregator_sees_every_client(lab: Any, distance: Any, own: Path) -> None:
-    """Of 3 clients the trimmed mean is the median of their parameters, whatever the packs and workers."""
-    name = {"algorithm": {"name": f"{own}:Trimmed"}}
-    keys = {"evaluate": {"clients": False}, "modes": ["local", "federated"]}
-    run = lab.run(**keys, **name)
-    lab.same_bits(lab.run(**keys, **name, executor=POOL), run)
+def test_a_strangers_aggregator_runs_from_the_command_line(lab: Any, distance: Any, command: Any, own: Path) -> None:
+    """Of 3 clients the trimmed mean is the median, whatever the lanes and workers, resumed or not; an algorithm may fix it."""
+    keys = {"training": {"lanes": 2}, "evaluate": {"clients": False}, "modes": ["local", "federated"], "rounds": 1}
+    keys["aggregator"] = {"name": "my_file.py:TrimmedMean", "trim": 0.34}
+    run = command("serial", **keys)
     alone = [adapter_of(run / "local" / f"site-{k}") for k in (1, 2, 3)]
     median = {n: torch.stack([a[n] for a in alone]).median(dim=0).values for n in alone[0]}
     assert distance(adapter_of(run / "global"), median) < 1e-12
+    pool = {**keys, "executor": POOL}
+    resumed = command("pool", "--resume", str(command("pool", **pool)), **{**pool, "rounds": 2})
+    lab.same_bits(resumed, command("two", **{**keys, "rounds": 2}))
+    fixed = {k: v for k, v in keys.items() if k != "aggregator"} | {"algorithm": {"name": f"{own}:Fixed"}}
+    lab.same_bits(lab.run(**fixed, name="fixed"), run)
 
 
-def test_the_files_content_is_in_the_id_and_travels_as_it_was_read(lab: Any, own: Path) -> None:
-    exp = lab.exp(algorithm={"name": f"{own}:Toy"})
-    before, sent = exp.identity()["algorithm"], pickle.dumps(algorithm_of(exp.algorithm))
-    assert before["name"].startswith("Toy@") and fedsim.Experiment.from_dict(exp.to_dict()) == exp
+@pytest.mark.parametrize(
+    ("algorithm", "why"),
+    [
+        ("scaffold", None),
+        ("Fixed", "aggregator.name: 'sum' has no use: algorithm.name=.*:Fixed fixes its aggregator"),
+        ("Other", "aggregator.name: 'sum' has no use: algorithm.name=.*:Other sends no message group update"),
+    ],
+)
+def test_an_aggregator_is_of_the_updates_of_an_algorithm_that_takes_their_mean(
+    lab: Any, own: Path, algorithm: str, why: str | None
+) -> None:
+    keys = {"algorithm": {"name": algorithm if why is None else f"{own}:{algorithm}"}, "aggregator": {"name": "sum"}}
+    if why is not None:
+        with pytest.raises(UserError, match=why):
+            lab.exp(**keys)
+        return
+    exp = lab.exp(**keys)
+    assert algorithm_of(exp.algorithm, exp.aggregator).aggregates == {"update": "sum", "control": "sum"}
+    assert exp.identity()["aggregator"] == {"name": "sum"} and "aggregator" not in lab.exp().identity()
+    again = pickle.loads(pickle.dumps(algorithm_of(exp.algorithm, exp.aggregator)))
+    assert again.aggregates["update"] == "sum", "in a worker too"
+
+
+def test_the_aggregators_of_the_config_are_those_there_are() -> None:
+    assert list(AGGREGATORS) == list(components("aggregator"))
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "field"), [("algorithm", "MyScaffold", "server_lr"), ("aggregator", "TrimmedMean", "trim")]
+)
+def test_the_files_content_is_in_the_id_and_travels_as_it_was_read(
+    lab: Any, own: Path, section: str, name: str, field: str
+) -> None:
+    def identity(file: Path) -> Any:
+        return lab.exp(**{section: {"name": f"{file}:{name}"}}).identity()[section]
+
+    exp = lab.exp(**{section: {"name": f"{own}:{name}"}})
+    before, sent = exp.identity()[section], pickle.dumps(component_of(getattr(exp, section)))
+    assert before["name"].startswith(f"{name}@") and fedsim.Experiment.from_dict(exp.to_dict()) == exp
     other = own.parent / "other.py"
     other.write_text(OWN)
-    assert lab.exp(algorithm={"name": f"{other}:Toy"}).identity()["algorithm"] == before, "not where it lies"
-    own.write_text(OWN.replace("server_lr: float = 1.0", "server_lr: float = 2.0"))
-    assert lab.exp(algorithm={"name": f"{own}:Toy"}).identity()["algorithm"] != before
-    code = f"import pickle; made = pickle.loads({sent!r}); print(type(made).__name__, made.server_lr, type(made)().server_lr)"
+    assert identity(other) == before, "not where it lies"
+    value = getattr(component_of(getattr(exp, section)), field)
+    own.write_text(OWN.replace(f"{field}: float = {value}", f"{field}: float = 0.5"))
+    assert identity(own) != before
+    code = (
+        f"import pickle; made = pickle.loads({sent!r}); print(type(made).__name__, made.{field}, type(made)().{field})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["Toy", "1.0", "1.0"], "the bytes that were read first, in every process"
+    assert done.stdout.split() == [name, str(value), str(value)], "the bytes that were read first, in every process"
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("nowhere.py:Toy", "algorithm.name: 'nowhere.py' cannot be read"),
-        ("my_file.py:Tou", "has no class 'Tou' derived from Algorithm; it has Toy, Trimmed"),
-        ("my_file.py:TrimmedMean", "has no class 'TrimmedMean' derived from Algorithm; it has Toy, Trimmed"),
+        ("my_file.py:Tou", "has no class 'Tou' derived from Algorithm; it has MyScaffold, Fixed, Other"),
+        (
+            "my_file.py:TrimmedMean",
+            "has no class 'TrimmedMean' derived from Algorithm; it has MyScaffold, Fixed, Other",
+        ),
         ("broken.py:Toy", "broken.py, line 2: ZeroDivisionError: division by zero"),
         ("wrong.py:Toy", "wrong.py, line 1: SyntaxError"),
-        ("bare.py:Toy", "Toy is no dataclass; put @dataclass"),
+        ("bare.py:Toy", "Toy is not a frozen dataclass; put @dataclass"),
         ("open.py:Toy", "open.py:Toy: mu has no default"),
     ],
 )
@@ -159,3 +170,11 @@ def test_a_file_that_cannot_be_used_is_told_in_one_line(
     with pytest.raises(UserError, match=said) as caught:
         fedsim.Experiment(algorithm={"name": name})
     assert "\n" not in str(caught.value)
+
+
+def test_a_class_that_is_no_aggregator_is_told_in_one_line(own: Path) -> None:
+    with pytest.raises(UserError, match=r"'MyScaffold' with blockwise, buffers, add and result; it has TrimmedMean"):
+        fedsim.Experiment(aggregator={"name": f"{own}:MyScaffold"})
+    own.write_text(OWN.replace("@dataclass(frozen=True)\nclass TrimmedMean", "@dataclass\nclass TrimmedMean"))
+    with pytest.raises(UserError, match="TrimmedMean is not a frozen dataclass"):
+        fedsim.Experiment(aggregator={"name": f"{own}:TrimmedMean"})

@@ -653,7 +653,7 @@ def _components() -> None:
     from fedsim.config.experiment import components
     from fedsim.core.section import keys_of
 
-    for section in ("data", "partition", "adapter", "algorithm", "executor"):
+    for section in ("data", "partition", "adapter", "algorithm", "aggregator", "executor"):
         print(f"{section}:")
         for name, cls in components(section).items():
             if name:

@@ -26,6 +26,7 @@ _NOT_IN_ID = ("seeds", "rounds", "results", "executor", "tracking", "checkpoint"
 # What ids of the first version hold at its defaults, too; a key that came later is in an id where it is set.
 _FIRST = ("modes", "model", "adapter", "data", "partition", "cohort", "local", "central", "algorithm", "best", "evaluate", "training")  # fmt: skip
 _PATHS = (("model", "path"), ("data", "path"), ("data", "validation"), ("data", "test"), ("results",))
+_USER_CODE = ("algorithm", "aggregator")  # sections whose name may be FILE.py:CLASS
 _SOURCES = ("data", "sources")  # a list of sections with a `path` each, which may itself be a list
 Section = Mapping[str, Any]
 _Path = tuple[str | int, ...]  # keys and places in lists that lead to a value
@@ -89,7 +90,9 @@ class Experiment:
     central: s.Central = Field(default_factory=s.Central)
     """How the budget of centralized training is matched to federated training."""
     algorithm: s.Algorithm = Field(default_factory=s.FedAvgKeys)
-    """Aggregation algorithm."""
+    """Federated algorithm."""
+    aggregator: s.Aggregator = Field(default_factory=s.Mean)
+    """How the clients' updates become one."""
     best: s.Best = Field(default_factory=s.Best)
     """How the best model is chosen."""
     checkpoint: s.Checkpoint = Field(default_factory=s.Checkpoint)
@@ -130,6 +133,7 @@ class Experiment:
             local: s.LocalWork | Section = ...,
             central: s.Central | Section = ...,
             algorithm: s.Algorithm | Section = ...,
+            aggregator: s.Aggregator | Section = ...,
             best: s.Best | Section = ...,
             checkpoint: s.Checkpoint | Section = ...,
             evaluate: s.Evaluate | Section = ...,
@@ -178,6 +182,12 @@ class Experiment:
         if self.messages.error_feedback and self.messages.up == "fp32" and dtype != "float64":
             way = "needs a type that loses something, and updates are float32 as it is; set messages.up, e.g. nf4"
             raise wrong("messages.error_feedback", True, way)
+        aggregates = s.algorithm_of(self.algorithm).aggregates
+        if self.aggregator.name != "mean" and aggregates.get("update") != "mean":
+            why = "fixes its aggregator" if "update" in aggregates else "sends no message group update"
+            raise wrong(
+                "aggregator.name", self.aggregator.name, f"has no use: algorithm.name={self.algorithm.name} {why}"
+            )
         if self.best.metric == "exact_match" and not self.evaluate.generate:
             raise wrong("best.metric", "exact_match", "needs evaluate.generate=true")
         return self
@@ -251,11 +261,12 @@ class Experiment:
             held = getattr(self, key)
             value = plain(held)
             if isinstance(value, dict):
-                default = defaults_of(type(held))
-                value = {k: v for k, v in value.items() if k == "name" or k not in default or v != default[k]}
-            if key == "algorithm" and is_user_code(value["name"]):  # what the file holds, wherever it lies
+                own = defaults_of(type(held))
+                value = {k: v for k, v in value.items() if k == "name" or k not in own or v != own[k]}
+                default = {k: v for k, v in default.items() if k == "name"}
+            if key in _USER_CODE and is_user_code(value["name"]):  # what the file holds, wherever it lies
                 value["name"] = f"{value['name'].rpartition(':')[2]}@{digest(type(held).of)}"
-            if key not in _NOT_IN_ID and (key in _FIRST or value not in ({}, default)):
+            if key not in _NOT_IN_ID and (key in _FIRST or value != default):
                 tree[key] = value
         return tree
 
@@ -452,11 +463,12 @@ def results_of(exp: Experiment) -> Path:
 
 def _absolute_paths(tree: dict[str, Any], folder: Path) -> None:
     """A relative path that exists from here or from the YAML's folder becomes absolute: the resolved config stands alone."""
-    name = _get(tree, ("algorithm", "name"))
-    if isinstance(name, str) and is_user_code(name):
-        file, _, wanted = name.rpartition(":")
-        if not _exists(Path(file).expanduser()) and _exists(folder / file):
-            tree["algorithm"]["name"] = f"{(folder / file).resolve()}:{wanted}"
+    for key in _USER_CODE:
+        name = _get(tree, (key, "name"))
+        if isinstance(name, str) and is_user_code(name):
+            file, _, wanted = name.rpartition(":")
+            if not _exists(Path(file).expanduser()) and _exists(folder / file):
+                tree[key]["name"] = f"{(folder / file).resolve()}:{wanted}"
     for path in _paths_in(tree):
         text = _get(tree, path) if path != ("results",) else None
         if not isinstance(text, str) or not text or "${" in text or text == "tiny" or text.startswith("package:"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -420,7 +420,7 @@ class LocalWork:
     weight_decay: NotNegative = 0.01
     """Weight decay of every trained tensor, as torch's optimizer defines it."""
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(default_factory=lambda: [0.9, 0.999])
-    """AdamW's decay rates of the two moment estimates."""
+    """Decay rates of the two moment estimates of AdamW."""
     eps: Positive = 1e-8
     """AdamW's epsilon."""
     momentum: Share = 0.0
@@ -480,33 +480,64 @@ class Central:
 
 
 @functools.cache
-def section_of(name: str, algorithm: type[algorithms.Algorithm]) -> Any:
-    """The section of an algorithm: its own fields, and its name."""
-    about = {"__annotations__": {"name": Literal[name]}, "name": name, "of": algorithm}
-    about |= {"__doc__": algorithm.__doc__, "__module__": algorithm.__module__}
-    made = section(type(algorithm.__name__, (algorithm,), about))
-    copyreg.pickle(made, lambda held: (_section_again, (name, algorithm_of(held))))
+def section_of(name: str, kind: type) -> Any:
+    """The section of a component that is a frozen dataclass: its own fields, and its name."""
+    about = {"__annotations__": {"name": Literal[name]}, "name": name, "of": kind}
+    about |= {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    made = section(type(kind.__name__, (kind,), about))
+    copyreg.pickle(made, lambda held: (_section_again, (name, component_of(held))))
     return made
 
 
-def _section_again(name: str, algorithm: algorithms.Algorithm) -> Any:
-    return section_of(name, type(algorithm))(**{f.name: getattr(algorithm, f.name) for f in fields(algorithm)})
+def _section_again(name: str, component: Any) -> Any:
+    return section_of(name, type(component))(**{f.name: getattr(component, f.name) for f in fields(component)})
 
 
-def _algorithm_in_file(keys: Mapping[str, Any]) -> Any:
-    """The section of an algorithm in a user's file, whose name is `FILE.py:CLASS`; None for another name."""
-    if not is_user_code(keys["name"]):
-        return None
-    kind = load(keys["name"], algorithms.Algorithm, "algorithm.name")
-    file, _, wanted = keys["name"].rpartition(":")
-    name = f"{Path(file).expanduser().resolve()}:{wanted}"
-    return made_of(section_of(name, kind), {**keys, "name": name}, "algorithm")
-
-
-def algorithm_of(held: Any) -> algorithms.Algorithm:
-    """The algorithm that a section describes."""
+def component_of(held: Any) -> Any:
+    """The component that a section of `section_of` describes."""
     kind = type(held).of
     return kind(**{f.name: getattr(held, f.name) for f in fields(kind)})
+
+
+def _in_file(key: str, fits: Callable[[type], bool], what: str) -> Callable[[Mapping[str, Any]], Any]:
+    """What finds the section of a component in a user's file by its name, `FILE.py:CLASS`; None for another name."""
+
+    def find(keys: Mapping[str, Any]) -> Any:
+        if not is_user_code(keys["name"]):
+            return None
+        kind = load(keys["name"], f"{key}.name", fits, what)
+        file, _, wanted = keys["name"].rpartition(":")
+        name = f"{Path(file).expanduser().resolve()}:{wanted}"
+        return made_of(section_of(name, kind), {**keys, "name": name}, key)
+
+    return find
+
+
+def algorithm_of(held: Any, aggregator: Any = None) -> algorithms.Algorithm:
+    """The algorithm that a section describes, whose message group `update` is aggregated as the other section says."""
+    made = component_of(held)
+    if aggregator is not None and aggregator.name != "mean":
+        how = component_of(aggregator) if hasattr(type(aggregator), "of") else aggregator.name
+        object.__setattr__(made, "aggregates", {**made.aggregates, "update": how})  # else a constant of its class
+    return made
+
+
+@section
+class Mean:
+    """The mean, weighted as `algorithm.weights` says."""
+
+    name: Literal["mean"] = "mean"
+
+
+@section
+class Sum:
+    """The sum of weight times update."""
+
+    name: Literal["sum"] = "sum"
+
+
+def _is_aggregator(kind: type) -> bool:
+    return all(hasattr(kind, name) for name in ("blockwise", "buffers", "add", "result"))
 
 
 FedAvgKeys: Any = section_of("fedavg", algorithms.ALGORITHMS["fedavg"])
@@ -712,6 +743,7 @@ DATA = {
     "instructions": Instructions,
 }
 ALGORITHMS = {name: section_of(name, kind) for name, kind in algorithms.ALGORITHMS.items()}
+AGGREGATORS = {"mean": Mean, "sum": Sum}
 EXECUTORS = {"auto": AutoExecutor, "serial": Serial, "pool": Pool}
 
 Adapter = Annotated[
@@ -719,5 +751,20 @@ Adapter = Annotated[
 ]
 Data = Annotated[Headlines | FinancialPhraseBank | Table | Hub | Instructions, OneOf(DATA)]
 Partitioner = Annotated[Any, OneOf({name: made.keys for name, made in PARTITIONERS.items()})]
-Algorithm = Annotated[Any, OneOf(ALGORITHMS, default="fedavg", find=_algorithm_in_file)]
+Algorithm = Annotated[
+    Any,
+    OneOf(
+        ALGORITHMS,
+        default="fedavg",
+        find=_in_file("algorithm", lambda kind: issubclass(kind, algorithms.Algorithm), "derived from Algorithm"),
+    ),
+]
+Aggregator = Annotated[
+    Any,
+    OneOf(
+        AGGREGATORS,
+        default="mean",
+        find=_in_file("aggregator", _is_aggregator, "with blockwise, buffers, add and result"),
+    ),
+]
 Executor = Annotated[AutoExecutor | Serial | Pool, OneOf(EXECUTORS, default="auto")]

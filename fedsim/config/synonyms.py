@@ -177,7 +177,6 @@ SYNONYMS = {
     "client_optimizer": "local.optimizer",
     "local_batch_size": "local.batch_size",
     "client_batch_size": "local.batch_size",
-    "aggregator": "algorithm.name",
     "strategy": "algorithm.name",
     "server_optimizer": "algorithm.name",
     "aggregation_weights": "algorithm.weights",

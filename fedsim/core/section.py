@@ -16,7 +16,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform, get_args, get_origin
@@ -78,7 +78,7 @@ def section(cls: type, *, unknown: Callable[[str, Sequence[str]], str] = near_ke
         try:
             init(self, **{key: _tidy(value, key) for key, value in given.items()})
         except ValidationError as error:
-            raise UserError(_told(error, made, unknown)) from None
+            raise UserError(_message(error, made, unknown)) from None
 
     made.__init__ = checked
     return made
@@ -96,7 +96,7 @@ def made_of(
     try:
         cls.__init__.__wrapped__(made, **{key: _tidy(value, f"{path}.{key}") for key, value in given.items()})
     except ValidationError as error:
-        raise UserError(_told(error, cls, unknown, path)) from None
+        raise UserError(_message(error, cls, unknown, path)) from None
     return made
 
 
@@ -166,6 +166,9 @@ class OneOf:
                 "properties": {"name": {"type": "string", "not": {"enum": [*self.table]}}},
                 "required": ["name"],
             }
+        if self.find is not None:
+            named = {"type": "string", "pattern": r"\.py:\w+$"}
+            refs["file"] = {"type": "object", "properties": {"name": named}, "required": ["name"]}
         return {"anyOf": list(refs.values())}
 
     def _check(self, value: Any, by_table: Callable[[Any], Any]) -> Any:
@@ -324,6 +327,17 @@ def _tidy(value: Any, path: str) -> Any:
 
 # ------------------------------------------------------------------------------------------------ messages
 
+_BOUNDS = {  # pydantic's error -> what the value must be, and the number in it
+    "greater_than_equal": ("must be >=", "ge"),
+    "greater_than": ("must be >", "gt"),
+    "less_than_equal": ("must be <=", "le"),
+    "less_than": ("must be <", "lt"),
+    "finite_number": ("must be a finite number", ""),
+    "too_short": ("number of values must be >=", "min_length"),
+    "too_long": ("number of values must be <=", "max_length"),
+    "string_pattern_mismatch": ("must not be empty", ""),
+}
+
 
 @dataclass(frozen=True)
 class _Problem:
@@ -334,7 +348,7 @@ class _Problem:
         path: of the value, e.g. `local.betas[1]`.
         key: of the field that holds it, e.g. `local.betas`.
         hint: annotation of the value; None for an unknown key.
-        info: of the field; None for the whole config.
+        about: description of the field.
         owner: the section that holds the field.
     """
 
@@ -342,24 +356,50 @@ class _Problem:
     path: str
     key: str
     hint: Any
-    info: FieldInfo | None
+    about: str
     owner: type
 
     @property
     def rank(self) -> tuple[bool, bool, int]:
-        """Which of several errors tells most: a key that is unknown, a value out of bounds, the innermost value."""
+        """Which of several errors says most: an unknown key, a value out of bounds, the innermost value."""
         kind = self.error["type"]
         return kind == "unexpected_keyword_argument", kind in _BOUNDS, self.path.count("[") + self.path.count(".")
 
+    @property
+    def takes(self) -> set[Any]:
+        """The types that are allowed, without their bounds."""
+        return {*map(bare, (self.hint, *_members(self.hint)))}
 
-_BOUNDS = {
-    **{"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"},
-    **{"finite_number": "", "too_short": "min_length", "too_long": "max_length", "string_pattern_mismatch": ""},
-}
+    @property
+    def words(self) -> list[Any]:
+        """The words that are allowed beside other types."""
+        return [m for m in _members(self.hint) if get_origin(bare(m)) is Literal]
+
+    def wanted(self) -> str:
+        """`give ` and the choices, or the start of the field's description."""
+        if "one of" in describe(self.hint) and not self.words:
+            return f"give {describe(self.hint)}"
+        about = re.split(r"(?<!e\.g)[.;] |\.$", self.about or "a value")[0]
+        return f"give {', or '.join([about[:1].lower() + about[1:], *map(describe, self.words)])}"
+
+    def out_of_bounds(self) -> str:
+        """What the value must be, and what to write in its place."""
+        kind, found = self.error["type"], self.error.get("ctx", {})
+        must, key = _BOUNDS[kind]
+        limit = found.get(key)
+        must += "" if limit is None else f" {int(limit) if limit == int(limit) else limit:,}"
+        fix = ""
+        if kind in ("string_pattern_mismatch", "too_short") or str in self.takes:
+            fix = f"; {self.wanted()}"
+        elif null := re.search(r"[Nn]ull = (.+?)(?:[.;] |[.;]?$)", self.about):
+            fix = f"; null = {null[1]}"
+        elif self.words:
+            fix = f"; give {describe(self.hint)}"
+        return f"{must} (got {shown(self.error['input'])}){fix}"
 
 
-def _told(error: ValidationError, cls: type, unknown: Callable[[str, Sequence[str]], str], start: str = "") -> str:
-    """What does not fit, in one line: the full key path, the value and the way out."""
+def _message(error: ValidationError, cls: type, unknown: Callable[[str, Sequence[str]], str], start: str = "") -> str:
+    """What does not fit, in one line: the full key path, the value and the fix."""
     problems = [_located(e, cls, start) for e in error.errors(include_url=False)]
     first = max(problems, key=lambda p: p.error["type"] == "unexpected_keyword_argument")
     p = max((p for p in problems if p.key == first.key), key=lambda p: p.rank)
@@ -374,16 +414,16 @@ def _told(error: ValidationError, cls: type, unknown: Callable[[str, Sequence[st
         of_section = "." if dataclasses.is_dataclass(bare(p.hint)) else ": "  # its own check begins with the key
         return str(found["error"]) if isinstance(found["error"], UserError) else f"{p.path}{of_section}{found['error']}"
     if kind == "missing":
-        return f"{p.path}: missing; {_wanted(p)}"
+        return f"{p.path}: missing; {p.wanted()}"
     if dataclasses.is_dataclass(bare(p.hint)):
         return f"{p.path}: {shown(value)} is not a section; its keys are {', '.join(keys_of(bare(p.hint)))}"
     if kind in _BOUNDS:
-        return f"{p.path}: {shown(value)} {_out_of_bounds(p)}{_way_out(p)}"
-    quotes = "; put it in quotes" if _takes_text(p.hint) and not isinstance(value, (list, dict)) else ""
+        return f"{p.path}: {p.out_of_bounds()}"
+    quotes = "; put it in quotes" if str in p.takes and not isinstance(value, (list, dict)) else ""
     options = get_args(bare(p.hint)) if get_origin(bare(p.hint)) is Literal else ()
     near = _near(value, map(str, options)).rstrip(";") if isinstance(value, str) else ""
-    whole = isinstance(value, float) and value.is_integer() and int in map(bare, (p.hint, *_members(p.hint)))
-    return f"{p.path}: {shown(value)} is not {describe(p.hint)}{near}{quotes}{f'; write {int(value)}' if whole else ''}"
+    whole = f"; write {int(value)}" if isinstance(value, float) and value.is_integer() and int in p.takes else ""
+    return f"{p.path}: {shown(value)} is not {describe(p.hint)}{near}{quotes}{whole}"
 
 
 def _near(name: Any, known: Any) -> str:
@@ -393,7 +433,7 @@ def _near(name: Any, known: Any) -> str:
 
 def _located(error: Any, cls: type, start: str) -> _Problem:
     """Follows pydantic's path, in which names of components and of a union's types stand between the keys."""
-    path, key, hint, info, owner, chosen = start, start, cls, None, cls, False
+    path, key, hint, about, owner, chosen = start, start, cls, "", cls, False
     for part in error["loc"]:
         if component := one_of(hint):
             hint = component.choices[part]
@@ -409,70 +449,10 @@ def _located(error: Any, cls: type, start: str) -> _Problem:
         if dataclasses.is_dataclass(inner):
             path = key = f"{path}.{part}" if path else str(part)
             info = fields_of(inner).get(part)
+            about = (info and info.description) or ""
             owner, hint = inner, None if info is None else hint_of(inner, part)
         elif get_origin(inner) is list:
             path, hint = f"{path}[{part}]", get_args(inner)[0]
         elif part != "[key]":
             path, hint = f"{path}.{part}", get_args(inner)[1]
-    return _Problem(error, path, key, hint, info, owner)
-
-
-def _limits(p: _Problem) -> dict[str, Any]:
-    """Bounds of a value, from its annotation and from the field's: `{"ge": 0, "lt": 1}`."""
-
-    def marks(hint: Any) -> Iterator[Any]:
-        for mark in _metadata(hint):
-            yield from mark.metadata if isinstance(mark, FieldInfo) else (mark,)
-        for member in _members(hint):
-            yield from marks(member)
-
-    every = [*marks(p.hint), *(p.info.metadata if p.info is not None and p.path == p.key else ())]
-    names = filter(None, _BOUNDS.values())
-    return {name: getattr(mark, name) for name in names for mark in every if getattr(mark, name, None) is not None}
-
-
-def _out_of_bounds(p: _Problem) -> str:
-    kind, limits, number = p.error["type"], _limits(p), p.error["input"]
-    if kind in ("string_pattern_mismatch", "too_short") and limits.get("min_length", 1) == 1:
-        return "is empty"
-    if kind in ("too_short", "too_long"):
-        least, most = limits.get("min_length"), limits.get("max_length")
-        return f"is not {least} values" if least == most else f"has fewer than {least} values"
-    low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
-    if (
-        low is not None
-        and high is not None
-        and (isinstance(high, float) or float in map(bare, (p.hint, *_members(p.hint))))
-    ):
-        return f"is outside {'[' if 'ge' in limits else '('}{low:g}, {high:g}{']' if 'le' in limits else ')'}"
-    if low == 0 and "gt" in limits:
-        return "is not a positive number"
-    if kind == "finite_number":
-        return "is not a finite number"
-    return f"is below {low:,}" if low is not None and number < low else f"is above {high:,}"
-
-
-def _way_out(p: _Problem) -> str:
-    if _out_of_bounds(p) == "is empty" or _takes_text(p.hint):
-        return f"; {_wanted(p)}"
-    if null := re.search(r"[Nn]ull = (.+?)(?:[.;] |[.;]?$)", (p.info.description if p.info else "") or ""):
-        return f"; null = {null[1]}"
-    return f"; give {describe(p.hint)}" if _literals(p.hint) else ""
-
-
-def _literals(hint: Any) -> list[Any]:
-    return [m for m in _members(hint) if get_origin(bare(m)) is Literal]
-
-
-def _wanted(p: _Problem) -> str:
-    """`give ` and the choice there is, or what the field's sentence says that it is."""
-    others = _literals(p.hint)
-    if "one of" in describe(p.hint) and not others:
-        return f"give {describe(p.hint)}"
-    about = re.split(r"(?<!e\.g)[.;] |\.$", (p.info.description if p.info else "") or "a value")[0]
-    return f"give {', or '.join([about[:1].lower() + about[1:], *map(describe, others)])}"
-
-
-def _takes_text(hint: Any) -> bool:
-    """Whether text is allowed, which YAML takes for a number, a boolean or null where it looks like one."""
-    return str in map(bare, (hint, *_members(hint)))
+    return _Problem(error, path, key, hint, about, owner)

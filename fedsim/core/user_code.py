@@ -8,6 +8,7 @@ import functools
 import hashlib
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,15 +22,16 @@ def is_user_code(name: str) -> bool:
     return bool(colon) and file.endswith(".py")
 
 
-def load(name: str, base: type, key: str) -> type:
-    """The class that `FILE.py:CLASS` names: a frozen dataclass derived from `base`, each of whose fields has a default.
+def load(name: str, key: str, fits: Callable[[type], bool], what: str) -> type:
+    """The class that `FILE.py:CLASS` names: a frozen dataclass each of whose fields has a default.
 
     Instances of it may be sent to other processes, where the class is made from the same bytes.
 
     Args:
         name: as the user writes it; a relative file is looked for in the working directory.
-        base: what the class has to derive from.
         key: of the config, for messages.
+        fits: whether a class is of the kind that is wanted.
+        what: that kind in words, for messages, e.g. `derived from Algorithm`.
 
     Raises:
         UserError: if it cannot be read, run or used.
@@ -43,21 +45,18 @@ def load(name: str, base: type, key: str) -> type:
     try:
         module = _module(source, str(file.resolve()))
     except (Exception, SystemExit) as error:
-        if isinstance(error, SyntaxError):
-            line = error.lineno
-        else:
-            line = next(
-                (s.lineno for s in traceback.extract_tb(error.__traceback__) if s.filename == str(file.resolve())), 0
-            )
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file.resolve())]
+        line = error.lineno if isinstance(error, SyntaxError) else next(iter(lines), 0)
         what = " ".join(str(error).split())
         raise UserError(f"{key}: {text}, line {line}: {type(error).__name__}: {what}") from None
     found = getattr(module, wanted, None)
-    own = [n for n, o in vars(module).items() if _is_own(o, module) and issubclass(o, base)]
-    if not (isinstance(found, type) and issubclass(found, base)):
-        there = f"it has {', '.join(own)}" if own else f"derive a class from {base.__module__}.{base.__name__}"
-        raise UserError(f"{key}: {text} has no class {wanted!r} derived from {base.__name__}; {there}")
-    if "__dataclass_fields__" not in vars(found):
-        raise UserError(f"{key}: {name}: {wanted} is no dataclass; put @dataclass(frozen=True) above it")
+    if not (isinstance(found, type) and fits(found)):
+        own = [n for n, o in vars(module).items() if _is_own(o, module) and fits(o)]
+        there = f"it has {', '.join(own)}" if own else "see docs/extend.md"
+        raise UserError(f"{key}: {text} has no class {wanted!r} {what}; {there}")
+    if "__dataclass_fields__" not in vars(found) or not found.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise UserError(f"{key}: {name}: {wanted} is not a frozen dataclass; put @dataclass(frozen=True) above it")
     for field in dataclasses.fields(found):
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{key}: {name}: {field.name} has no default; give it one")

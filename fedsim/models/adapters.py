@@ -21,6 +21,7 @@ from torch import nn
 
 from fedsim.core.errors import UserError, is_out_of_memory, nearest_first
 from fedsim.core.params import Params
+from fedsim.core.section import near_key
 from fedsim.core.seeding import stream_seed
 from fedsim.models import bottleneck
 from fedsim.models.base import quiet
@@ -220,7 +221,7 @@ def check_peft_settings(name: str, settings: dict[str, Any], path: str) -> None:
     if name.lower() == "adalora":
         why = "prunes ranks by scores that each client keeps for itself, and masks of unlike ranks have no mean"
         raise UserError(f"{path}.name: {name!r} {why}; use lora, with peft: {{rank_pattern: ...}} for unequal ranks")
-    _check_options(known[name.lower()], name, settings, path)
+    _check_options(known[name.lower()], settings, path)
 
 
 def check_peft_options(name: str, options: dict[str, Any], path: str) -> None:
@@ -232,19 +233,14 @@ def check_peft_options(name: str, options: dict[str, Any], path: str) -> None:
     for key, own in _OWN_KEYS[name].items():
         if key in options:
             raise UserError(f"{path}.peft.{key}: {options[key]!r} has a key of its own here; write {path}.{own}")
-    _check_options(_peft_classes()[_PEFT_NAMES.get(name, name)], name, options, f"{path}.peft")
+    _check_options(_peft_classes()[_PEFT_NAMES.get(name, name)], options, f"{path}.peft")
 
 
-def _check_options(cls: type, name: str, options: dict[str, Any], path: str) -> None:
+def _check_options(cls: type, options: dict[str, Any], path: str) -> None:
     fields = {f.name for f in dataclasses.fields(cls)} - _NOT_OPTIONS
     for key in options:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(
-                f"{path}.{key}: {options[key]!r} is for no known key; {hint}PEFT's {name} takes: {', '.join(sorted(fields))}"
-            )
-
+            raise UserError(near_key(f"{path}.{key}", sorted(fields)))
     for f in dataclasses.fields(cls):
         wanted = {"bool": bool, "int": int}.get(getattr(f.type, "__name__", str(f.type)))
         if wanted and f.name in options and type(options[f.name]) is not wanted:

@@ -201,7 +201,7 @@ def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> Bundle:
         tokens=parts.tokens,
         train=shareable(parts.partition),
         own=None if parts.own is None else shareable(parts.own),
-        algorithms={m: algorithm_of(exp.algorithm) if m == "federated" else Local() for m in exp.modes},
+        algorithms={m: algorithm_of(exp.algorithm, exp.aggregator) if m == "federated" else Local() for m in exp.modes},
         recipe=dataclasses.replace(recipe_of(exp), slots=schedule_of(parts, "federated").slots),
         state=folder.path / "checkpoints",
         tokenizer=parts.tokenizer,

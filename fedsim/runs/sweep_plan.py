@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from fedsim.config.experiment import Experiment, expand_path, read_yaml, results_of
 from fedsim.core.errors import UserError
-from fedsim.core.section import plain
+from fedsim.core.section import near_key, plain
 
 _NOT_SWEPT = {
     "name": "the runs of a sweep lie in one folder",
@@ -104,9 +103,7 @@ class Sweep:
         path = Path(file)
         for key in tree:
             if key not in _KEYS:
-                near = difflib.get_close_matches(str(key), _KEYS, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
-                raise UserError(f"{path}: {key!r} is no key of a sweep; {hint}it takes: {', '.join(_KEYS)}")
+                raise UserError(f"{path}: {near_key(str(key), _KEYS)}")
         found = tree.get("experiment")
         if isinstance(found, str):
             at = (
