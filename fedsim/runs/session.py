@@ -34,10 +34,10 @@ from fedsim.core.store import Records, Store
 from fedsim.core.types import Engine, Report, RoundEnd, Row, Scores, Scoring
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.executors.fleet import FleetExecutor, Member
-from fedsim.models import adapters, base
+from fedsim.models import adapters, export, sharing
 from fedsim.models.card import write_card
-from fedsim.models.flat import has_fast_float32
-from fedsim.models.forward import Recompute, layers_of
+from fedsim.models.projections import has_fast_float32
+from fedsim.models.recompute import check_layers, layers_of
 from fedsim.runs.build import CENTRAL, Parts, Shared
 from fedsim.runs.bundle import Bundle, shareable
 from fedsim.runs.folder import RunFolder, disk_error, environment, replace_folder, save_arrays
@@ -309,9 +309,9 @@ class Session:
             # Workers are sent modules of their own, on which nothing is put here: one that follows a dead one starts late. A
             # whole model's weights are those of the global parameters.
             if not whole:
-                base.share_memory(model)
-            bare = base.blank(model) if whole else base.borrow(model)
-            base.share_memory(bare)  # its buffers
+                sharing.share_memory(model)
+            bare = sharing.blank(model) if whole else sharing.borrow(model)
+            sharing.share_memory(bare)  # its buffers
             for shared in self.bundle.shared():
                 shared.share_memory_()
             for tokens in parts.tokens.values():
@@ -320,18 +320,18 @@ class Session:
             watch = {"hang_s": exp.executor.hang_s, "note": self.show.warn}
             executor = PoolExecutor(made, self.devices, self.plan.threads, home, **watch)
         try:
-            lent = base.memory_of(model)
+            lent = sharing.memory_of(model)
             with threads(self.plan.threads):
                 self.model, own = self.bundle.attach()
             if not whole:  # a head of the base that is trained; exports write into the trained parameters
-                base.own_memory(adapters.trained(self.model).values(), lent)
+                sharing.own_memory(adapters.trained(self.model).values(), lent)
             if not self.planned and exp.training.lanes != 1:
                 self.plan.why_not = self.bundle.why_not_packed(self.model, own)
                 self.plan.packed = self.plan.why_not is None
             if exp.training.packing:
                 self.bundle.check_packing(self.model, own)
             if exp.training.checkpointing is True:
-                Recompute(self.model, lambda: False).release()  # here, and not in a worker, it is told to the user
+                check_layers(self.model)  # an error here, and not in a worker, reaches the user
             trained = Layout.of(adapters.trained(self.model))
             self.layout = trained.sums
             self.stores = stores_of(self.bundle.state, self.bundle.algorithms, trained, self.bundle.recipe)
@@ -971,7 +971,7 @@ class Session:
         exp = self.exp
         settings, whole = self.bundle.settings, exp.adapter.name == "none"
         try:
-            adapters.save(
+            export.save(
                 self.model,
                 beside,
                 name=exp.adapter.name,
