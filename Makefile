@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fedsim run experiments/lora_sentiment/tiny.yaml
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not thorough"
 
 test-all: lint models
 	$(BIN)/python -m pytest

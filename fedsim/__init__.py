@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # editors and type checkers do not follow __getattr__
     from fedsim.analysis.tables import sweep_table
     from fedsim.config.experiment import Experiment
     from fedsim.core.errors import ClientError, UserError
-    from fedsim.models.adapters import load_adapter
+    from fedsim.models.export import load_adapter
     from fedsim.runs.build import batches
     from fedsim.runs.run import Run, run
     from fedsim.runs.sweep import run_sweep
@@ -58,7 +58,7 @@ _WHERE = {
     "diff_runs": "analysis.diff",
     "summary": "analysis.load",
     "sweep_table": "analysis.tables",
-    "load_adapter": "models.adapters",
+    "load_adapter": "models.export",
     "evaluate_zero_shot": "zero_shot",
     "UserError": "core.errors",
     "ClientError": "core.errors",

@@ -121,7 +121,7 @@ class Lab:
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-        from fedsim.models.base import TINY
+        from fedsim.models.locate import TINY
 
         folder = self.shared / kind
         if not folder.is_dir():

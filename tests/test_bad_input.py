@@ -611,7 +611,7 @@ def test_a_checkpoint_that_names_files_elsewhere_is_refused(lab: Lab, tmp_path: 
 def test_adapters_that_are_no_safetensors_are_refused(files: dict[str, bytes], why: str, lab: Lab) -> None:
     from transformers import AutoModelForCausalLM
 
-    from fedsim.models.adapters import load_adapter
+    from fedsim.models.export import load_adapter
 
     place = lab.root / "a"
     place.mkdir()

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import fedsim
 from fedsim.core.errors import UserError
 from fedsim.models.adapters import attach
-from fedsim.models.base import TINY
 from fedsim.models.forward import Net
+from fedsim.models.locate import TINY
 from fedsim.runs.build import prepare
 from fedsim.training.evaluation import greedy as greedy_ids
 from fedsim.training.evaluation import macro_f1

@@ -27,8 +27,9 @@ from transformers import (
 import fedsim
 from fedsim.core.errors import UserError
 from fedsim.models import adapters
-from fedsim.models.base import TINY, Source, find, quiet
+from fedsim.models.base import quiet
 from fedsim.models.card import write_card
+from fedsim.models.locate import TINY, Source, find
 
 ONE = {"partition": {"name": "iid", "num_clients": 1}, "local": {"steps": 3}}
 HEADS = {"task": "sequence_classification"}

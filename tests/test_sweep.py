@@ -20,7 +20,7 @@ from fedsim.analysis.plots import save_figures
 from fedsim.cli.main import main
 from fedsim.core.errors import UserError
 from fedsim.core.types import Row
-from fedsim.models import base
+from fedsim.models import sharing
 from fedsim.runs.build import Shared, prepare
 from fedsim.runs.sweep import Job, Sweep, run_jobs, run_sweep, said
 
@@ -159,7 +159,7 @@ def test_a_borrowed_model_shares_memory_but_not_its_modules(lab: Any) -> None:
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert a is not b and a.data_ptr() == b.data_ptr()
     own = one.model.norm.weight
-    base.own_memory([own], base.memory_of(other))
+    sharing.own_memory([own], sharing.memory_of(other))
     assert own.data_ptr() != other.model.norm.weight.data_ptr() and torch.equal(own, other.model.norm.weight)
     shared.keep_only([])
     again = shared.base(parts)

@@ -232,10 +232,10 @@ def test_a_packed_plan_measures_full_passes(lab: Any, monkeypatch: pytest.Monkey
 
 def test_workers_let_go_of_the_weights_that_they_were_sent(lab: Any) -> None:
     """Weights and buffers lie in blocks of their own: a buffer that stays would keep all weights in memory."""
-    from fedsim.models import base
+    from fedsim.models import sharing
 
     model = start(lab.exp())
-    base.share_memory(model)
+    sharing.share_memory(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     buffers = {b.untyped_storage().data_ptr() for b in model.buffers()}
     assert len(weights) == 1 and buffers and not weights & buffers
@@ -408,7 +408,7 @@ def test_files_with_names_of_their_own_are_read_back_piece_by_piece(lab: Any, mo
     neither a changed byte nor a tensor that is missing is missed."""
     from safetensors.torch import save_file
 
-    from fedsim.models import adapters
+    from fedsim.models import adapters, export
 
     model, _ = adapters.attach(
         start(lab.exp(model={"path": lab.base("gpt_neox")})), "none", {}, task="causal_lm", seed=1
@@ -421,7 +421,7 @@ def test_files_with_names_of_their_own_are_read_back_piece_by_piece(lab: Any, mo
     monkeypatch.setattr(type(model), "from_pretrained", loads)
     how = {"name": "none", "settings": {}, "base_name": "neox", "tokenizer": tokenizer}
     folder = lab.root / "neox"
-    adapters.save(model, folder, **how)
+    export.save(model, folder, **how)
     written = whole(lab.root, "neox")
     assert "embed_out.weight" in written and "lm_head.weight" not in written
     assert torch.equal(written["embed_out.weight"], model.lm_head.weight)
@@ -440,7 +440,7 @@ def test_files_with_names_of_their_own_are_read_back_piece_by_piece(lab: Any, mo
 
         monkeypatch.setattr(type(model), "save_pretrained", damaged)
         with pytest.raises(OSError, match=reason):
-            adapters.save(model, folder, **how)
+            export.save(model, folder, **how)
 
 
 # ---------------------------------------------------------------------------------------------------- messages

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from fedsim.data.tokens import Tokens
 from fedsim.models import adapters
-from fedsim.models.base import find, load_base, quiet
-from fedsim.models.flat import Unsuitable, use_padded
+from fedsim.models.attention import use_padded
+from fedsim.models.base import load_base, quiet
 from fedsim.models.forward import Net
-from fedsim.models.stacked import StackedNet, probe
+from fedsim.models.locate import find
+from fedsim.models.probe import probe
+from fedsim.models.stacked import StackedNet
+from fedsim.models.unsuitable import Unsuitable
 
 WINDOW, CPU = 8, torch.device("cpu")
 LENGTHS = (30, 5, 21, 8, 9, 2)
@@ -162,7 +165,7 @@ def test_padded_batches_and_lanes_are_rows_alone(kind: str, method: str) -> None
     flat = stacked.layout.fill(stacked.layout.empty(CPU), {n: p.detach() for n, p in params.items()})
     stacked.bind(flat[None], torch.zeros_like(flat)[None])
     stacked.train(False)
-    same(ours(stacked, list(stacked._leaves.values())), expected)
+    same(ours(stacked, list(stacked.leaves.values())), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16"])

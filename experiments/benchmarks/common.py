@@ -560,17 +560,17 @@ def _make_base(path: str | None, shape: dict[str, int] | None, task: str, folder
     import torch
     import transformers
 
-    from fedsim.models import base
+    from fedsim.models import base, locate
 
     if path is None:
-        tokenizer = base.load_tokenizer(base.find("tiny"))
+        tokenizer = base.load_tokenizer(locate.find("tiny"))
         ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = transformers.GPT2Config(**shape, **ends, pad_token_id=tokenizer.pad_token_id, n_positions=1024)
         torch.manual_seed(0)
         transformers.GPT2LMHeadModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         path = folder
-    source = base.find(path)
+    source = locate.find(path)
     if source.gguf:  # laid out once: turning it into float32 again for each side would be most of the time
         with base.quiet():
             packed = transformers.AutoModelForCausalLM.from_pretrained(source.location, **source.load_args())
@@ -578,7 +578,7 @@ def _make_base(path: str | None, shape: dict[str, int] | None, task: str, folder
         model.load_state_dict(packed.state_dict())
         model.save_pretrained(folder)
         base.load_tokenizer(source).save_pretrained(folder)
-        path, source = folder, base.find(folder)
+        path, source = folder, locate.find(folder)
     heads = task == "sequence_classification"
     auto = transformers.AutoModelForSequenceClassification if heads else transformers.AutoModelForCausalLM
     with torch.device("meta"):

@@ -7,23 +7,12 @@ from the base exactly. Deviations: layer norms of the base stay frozen (the pape
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from fedsim.core.errors import UserError, nearest_first
+from fedsim.models.targets import block_outputs, matching, projections
 
-CONFIG, WEIGHTS = "fedsim_adapter.json", "fedsim_adapter.safetensors"
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
-# The output projections of attention and MLP in the layers of the usual architectures, by full module name.
-_AUTO = re.compile(
-    r"((self_attn|attn|attention|self_attention|attn\.attention)\.(o_proj|out_proj|c_proj|dense|out_lin|wo)"
-    r"|attention\.output\.dense|\d+\.output\.dense"
-    r"|(mlp|feed_forward|ffn)\.(down_proj|c_proj|fc2|dense_4h_to_h|fc_out|lin2|w2)|layers\.\d+\.fc2)$"
-)
 
 
 class Bottleneck(nn.Module):
@@ -60,13 +49,6 @@ class Bottleneck(nn.Module):
         return h + self.adapter_up(z).to(h.dtype)
 
 
-def projections(model: nn.Module) -> dict[str, nn.Module]:
-    """Full name -> layer of every `nn.Linear` and `Conv1D` in the model."""
-    from transformers.pytorch_utils import Conv1D
-
-    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-
-
 def attach_bottleneck(
     model: nn.Module,
     *,
@@ -75,62 +57,13 @@ def attach_bottleneck(
     activation: str,
     target_modules: list[str] | str,
     dtype: torch.dtype,
-) -> list[str]:
-    """Put a `Bottleneck` on each target, in place; returns the targets' full names.
+) -> None:
+    """Put a `Bottleneck` on each target, in place.
 
     Raises:
         UserError: if a target does not exist; the line lists those that do.
     """
-    layers = projections(model)
-    if target_modules == "auto":
-        chosen = [name for name in layers if _AUTO.search(name)]
-    else:
-        chosen = [name for name in layers if any(name == t or name.endswith(f".{t}") for t in target_modules)]
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    if not chosen:
-        asked = "auto" if target_modules == "auto" else target_modules[0]
-        raise UserError(
-            f"adapter.target_modules: {asked!r} fits no layer of this base; it has: {nearest_first(asked, leaves)}"
-        )
-    for target in [] if target_modules == "auto" else target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            raise UserError(
-                f"adapter.target_modules: {target!r} does not exist in this base; it has: {nearest_first(target, leaves)}"
-            )
-    for name in chosen:
+    layers, auto = projections(model), target_modules == "auto"
+    for name in block_outputs(model) if auto else matching(model, layers, target_modules):
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, Bottleneck(layers[name], bottleneck, dropout, activation, dtype))
-    return chosen
-
-
-def save_bottleneck(folder: Path, state: dict[str, Tensor], settings: dict) -> None:
-    """Write the trained tensors and the settings that rebuild them."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({"adapter": "bottleneck", **settings}, indent=2) + "\n")
-
-
-def load_bottleneck(model: nn.Module, folder: Path) -> nn.Module:
-    """Attach and fill the adapters that `save_bottleneck` wrote.
-
-    Raises:
-        UserError: if the file's tensors do not fit the base.
-    """
-    from safetensors.torch import load_file
-
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    state = load_file(folder / WEIGHTS)
-    keys = ("bottleneck", "dropout", "activation", "target_modules")
-    dtype = next(iter(state.values())).dtype
-    attach_bottleneck(model, **{k: settings[k] for k in keys}, dtype=dtype)
-    own = dict(model.named_parameters())
-    for name, tensor in state.items():
-        if name not in own or own[name].shape != tensor.shape:
-            raise UserError(
-                f"{folder}: tensor {name} {list(tensor.shape)} does not fit this base; load it on the base it was trained on"
-            )
-        own[name].data = tensor.to(own[name].device)
-    model.eval()
-    return model

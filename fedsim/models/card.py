@@ -1,16 +1,21 @@
-"""The model card of an exported model: what it is, how it scores and how it is loaded. No path of this machine is in it."""
+"""The model card of an exported model: what it is, how it scores and how it is loaded. No path of this machine is in it.
+
+Its text is `assets/model_card.md.j2`.
+"""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsim.models.base import Source
+from fedsim.models.locate import Source
 
-_AUTO = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
-_TAG = {"AutoModelForCausalLM": "text-generation", "AutoModelForSequenceClassification": "text-classification"}
+_ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_LOADERS = {
+    "causal_lm": ("AutoModelForCausalLM", "text-generation"),
+    "sequence_classification": ("AutoModelForSequenceClassification", "text-classification"),
+}
 
 
 def write_card(
@@ -32,76 +37,26 @@ def write_card(
         scores: (split, metric, value).
         examples: in the training split.
     """
-    model, auto = config["model"], _AUTO[config["model"]["task"]]
-    adapter, base = config["adapter"], _base(source)
-    whole, ours = adapter["name"] == "none", adapter["name"] == "adapter"
-    head = [
-        f"library_name: {'transformers' if whole else 'peft'}",
-        f"pipeline_tag: {_TAG[auto]}",
-        "tags:",
-        "- federated-learning",
-    ]
-    head += [f"base_model: {source.location}"] if source.is_hub else []
-    table = [f"| {split} | {name} | {value:.4f} |" for split, name, value in scores]
-    method = "all parameters are trained" if whole else _keys(adapter)
-    local = _keys({k: v for k, v in config["local"].items() if v is not None})
-    text = f"""\
-        ---
-        HEAD
-        ---
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-        # {config["name"]}: {title}
-
-        Trained by fedsim, a simulator of federated fine-tuning.
-
-        - **Base**: {base}
-        - **Method**: {method}
-        - **Data**: {_data(config["data"])}, {examples} training examples
-        - **Partition**: {_keys(config["partition"])}
-        - **Training**: rounds {config["rounds"]}, algorithm {config["algorithm"]["name"]}, seed {config["seed"]}, {local}
-
-        ## Scores
-
-        | split | metric | value |
-        | --- | --- | --- |
-        SCORES
-
-        ## How to load it
-
-        `FOLDER` is the folder that holds this file.
-
-        ```python
-        LOADING
-        ```
-        """
-    labels = len(config["data"]["labels"]) if model["task"] == "sequence_classification" else None
-    loading = _loading(source, auto, model["dtype"], labels, whole=whole, ours=ours)
-    text = textwrap.dedent(text)
-    for mark, lines in {"HEAD": head, "SCORES": table, "LOADING": loading}.items():
-        text = text.replace(f"\n{mark}\n", "\n" + "".join(f"{line}\n" for line in lines), 1)
+    model, ours = config["model"], config["adapter"]["name"] == "adapter"
+    auto, tag = _LOADERS[model["task"]]
+    arguments = {**source.load_args(), "dtype": model["dtype"]}
+    if model["task"] == "sequence_classification":
+        arguments["num_labels"] = len(config["data"]["labels"])
+    env = Environment(
+        loader=FileSystemLoader(_ASSETS), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    env.filters["settings"] = _settings
+    text = env.get_template("model_card.md.j2").render(
+        **{"config": config, "source": source, "title": title, "scores": scores, "examples": examples},
+        **{"auto": auto, "tag": tag, "base": _base(source), "data": _data(config["data"])},
+        whole=config["adapter"]["name"] == "none",
+        ours=ours,
+        by_peft=not ours and not source.gguf,
+        arguments="".join(f", {key}={value!r}" for key, value in arguments.items()),
+    )
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _loading(source: Source, auto: str, dtype: str, labels: int | None, *, whole: bool, ours: bool) -> list[str]:
-    """Python that loads the model and its tokenizer."""
-    keys = f", dtype={dtype!r}" + (f", num_labels={labels}" if labels else "")
-    if whole:
-        imports = [f"from transformers import {auto}, AutoTokenizer, pipeline"]
-        model = f"{auto}.from_pretrained(FOLDER)"
-    elif not ours and not source.gguf:
-        peft = auto.replace("Auto", "AutoPeft")
-        imports = [f"from peft import {peft}", "from transformers import AutoTokenizer, pipeline"]
-        model = f"{peft}.from_pretrained(FOLDER{keys})"
-    else:
-        imports = ["import fedsim" if ours else "from peft import PeftModel"]
-        imports += [f"from transformers import {auto}, AutoTokenizer, pipeline"]
-        file = f", gguf_file={source.gguf!r}" if source.gguf else ""
-        name = repr(source.location) if source.is_hub else "BASE"
-        load = "fedsim.load_adapter" if ours else "PeftModel.from_pretrained"
-        model = f"{load}({auto}.from_pretrained({name}{file}{keys}), FOLDER)"
-        model += "" if source.is_hub else "  # BASE: the base's folder"
-    last = f'pipe = pipeline("{_TAG[auto]}", model=model, tokenizer=tokenizer)'
-    return [*imports, "", "tokenizer = AutoTokenizer.from_pretrained(FOLDER)", f"model = {model}", last]
 
 
 def _base(source: Source) -> str:
@@ -124,8 +79,8 @@ def _data(data: Mapping[str, Any]) -> str:
     return " ".join([str(data["name"]), *(f"`{p}`" for p in shown)])
 
 
-def _keys(section: Mapping[str, Any]) -> str:
-    """`name` and the keys that are set, but for paths."""
-    said = {k: v for k, v in section.items() if k != "name" and v not in (None, {}, [])}
-    rest = [" ".join(f"{k} {v}".split()) for k, v in said.items() if not Path(str(v)).is_absolute()]
+def _settings(section: Mapping[str, Any]) -> str:
+    """`name` and the keys that are set, except for paths."""
+    given = {k: v for k, v in section.items() if k != "name" and v not in (None, {}, [])}
+    rest = [" ".join(f"{k} {v}".split()) for k, v in given.items() if not Path(str(v)).is_absolute()]
     return ", ".join([*([str(section["name"])] if "name" in section else []), *rest])

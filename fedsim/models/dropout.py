@@ -1,4 +1,4 @@
-"""Dropout whose draws belong to a lane: a function of (its stream, pass, layer), of nobody else's rows and of no layout.
+"""Dropout whose masks are a function of a lane's own stream, the pass and the layer alone.
 
 A mask is drawn for a lane's real tokens, end to end, so that the same client drops the same units whether it trains alone
 in padded batches or beside others in one stream, and again when a checkpointed layer is computed a second time.
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedsim.models.adapters import base_of
+
 _MASK = (1 << 64) - 1
 
 
@@ -24,7 +26,7 @@ def _mix(x: int) -> int:
 
 
 class Draws:
-    """What the dropout layers of a model share: whose tokens are under way, and which pass this is."""
+    """What the dropout layers of a model share: which positions belong to which lane, and the number of the pass."""
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
@@ -34,7 +36,7 @@ class Draws:
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def begin(self, seeds: Sequence[int]) -> None:
-        """A pack begins: one stream a lane."""
+        """A pack begins: one stream for each lane."""
         self.seeds, self.passes = list(seeds), [0] * len(seeds)
 
     def next(self, sizes: dict[str, Sequence[int]], real: Tensor | None = None) -> None:
@@ -42,7 +44,7 @@ class Draws:
 
         Args:
             sizes: tokens | scored | rows -> how many each lane has; a lane without tokens is not part of the pass.
-            real: bool `[B, T]`, where tokens are in a padded batch; None where they lie end to end.
+            real: bool `[B, T]`, where tokens are in a padded batch; None where examples lie end to end.
         """
         self.sizes, self.real = sizes, real
         for k, size in enumerate(sizes["tokens"]):
@@ -78,8 +80,8 @@ class Draws:
             out = drawn.new_zeros(positions, width)
             out[self.real.reshape(-1)] = drawn
             return out.view(x.shape)
-        more = positions - len(drawn)  # tokens that fill a stream up and belong to nobody
-        return (torch.cat([drawn, drawn.new_zeros(more, width)]) if more else drawn).view(x.shape)
+        more = positions - len(drawn)  # tokens that fill a stream up and belong to no example
+        return F.pad(drawn, (0, 0, 0, more)).view(x.shape)
 
 
 class LaneDropout(nn.Module):
@@ -100,7 +102,7 @@ class LaneDropout(nn.Module):
         """`[..., D]` -> `[..., D]`.
 
         Raises:
-            LookupError: if the positions are no tokens of a stream.
+            LookupError: if the positions are not tokens of a stream.
         """
         if not self.training:
             return x
@@ -109,24 +111,16 @@ class LaneDropout(nn.Module):
             return x * mask
         if self.draws.real is None:
             raise LookupError("a dropout layer sees positions that belong to no lane")
-        return F.dropout(x, self.p)  # one client at a time: torch's own stream is its own
+        return F.dropout(x, self.p)  # one client at a time: it has torch's own stream for itself
 
 
 def put_dropout(model: nn.Module, own: Sequence[nn.Module], task: str, draws: Draws) -> list[LaneDropout]:
-    """Replace the adapter's own dropout layers, in place; returns them.
-
-    Args:
-        model: with its adapter.
-        own: the adapter's modules.
-        task: causal_lm | sequence_classification.
-        draws: what the layers share from now on.
-    """
-    ids, out = set(map(id, own)), []
-    kinds = position_kinds(model, task)
+    """Replace the dropout layers among the adapter's `own` modules, in place; returns them."""
+    ids, out, kinds = set(map(id, own)), [], position_kinds(model, task)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LaneDropout):
-                child.draws = draws  # a model that has had another net around it
+                child.draws = draws  # the model had another net around it before
                 out.append(child)
             elif isinstance(child, nn.Dropout) and id(child) in ids and child.p > 0:
                 new = LaneDropout(child.p, draws, len(out), kinds.get(id(child), "tokens"))
@@ -136,24 +130,18 @@ def put_dropout(model: nn.Module, own: Sequence[nn.Module], task: str, draws: Dr
 
 
 def position_kinds(model: nn.Module, task: str) -> dict[int, str]:
-    """Module, by its `id` -> what the positions are that it sees, where they are not all tokens.
+    """`id` of a module -> the kind of positions that it sees, where they are not all tokens.
 
-    The output head of a language model sees scored positions alone; what stands outside a classifier's body, and a
-    pooler in it, one position a row; the encoder of a prompt its virtual tokens.
+    The output head of a language model sees scored positions alone; what is outside a classifier's body, and a pooler in
+    it, one position for each example; the encoder of a prompt its virtual tokens.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    out: dict[int, str] = {}
-    head = base.get_output_embeddings() if task == "causal_lm" else None
-    if head is not None:
-        out |= {id(m): "scored" for m in head.modules()}
+    base = base_of(model)
+    encoder = getattr(model, "prompt_encoder", None)
+    out = {} if encoder is None else {id(m): "prompt" for m in encoder.modules()}
+    if task == "causal_lm":
+        head = base.get_output_embeddings()
+        return out if head is None else out | {id(m): "scored" for m in head.modules()}
     body = getattr(base, base.base_model_prefix, base)
-    if task != "causal_lm":
-        inside = set(map(id, body.modules()))
-        out |= {id(m): "rows" for m in base.modules() if id(m) not in inside}
-        for name, module in body.named_modules():
-            if "pooler" in name.split("."):
-                out |= {id(m): "rows" for m in module.modules()}
-    prompts = getattr(model, "prompt_encoder", None)
-    if prompts is not None:
-        out |= {id(m): "prompt" for m in prompts.modules()}
-    return out
+    inside = set(body.modules())
+    poolers = {m for name, m in body.named_modules() if "pooler" in name.split(".")}
+    return out | {id(m): "rows" for m in base.modules() if m not in inside or m in poolers}

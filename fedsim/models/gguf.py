@@ -1,4 +1,4 @@
-"""What a GGUF file says of its rotary frequencies, which transformers' loader of such files passes over.
+"""The scaling of rotary frequencies in a GGUF file, which transformers' loader of such files ignores.
 
 llama.cpp scales them by metadata (`ARCH.rope.scaling.*`) or divides them by a tensor, `rope_freqs.weight`, into which its
 converter has worked Llama 3's rule. A config that names the same rule gives the same frequencies, here and in an export.
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.core.errors import UserError
+from fedsim.models.locate import wrong
 
 _KEYS = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
-_SAID = {"type", "finetuned", *_KEYS}
+_KNOWN = {"type", "finetuned", *_KEYS}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # 3.1 to 3.3
 
 
@@ -30,26 +30,24 @@ def scale_rotary(config: Any, file: Path) -> None:
     Raises:
         UserError: for a scaling that no rule of transformers is known to reproduce.
     """
-    said, factors, others = _scaling(file, file.stat().st_mtime_ns)
+    scaling, factors, others = _scaling(file, file.stat().st_mtime_ns)
     way = "give the transformers folder that it was made from"
-    kind = said.get("type", "none")
+    kind = scaling.get("type", "none")
     if kind == "none" and factors is None and not others:
         return
     rope = getattr(config, "rope_parameters", None)
     plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default" and "rope_theta" in rope
-    odd = sorted(set(said) - _SAID) + others
+    odd = sorted(set(scaling) - _KNOWN) + others
     if not plain or odd or kind not in ("none", "linear", "yarn") or (factors is not None and kind != "none"):
         what = ", ".join(odd) or f"{kind} of {config.model_type}"
-        raise UserError(f"model.path: {file.name!r} scales its rotary frequencies in an unknown way ({what}); {way}")
+        raise wrong(file.name, f"scales its rotary frequencies in an unknown way ({what}); {way}")
     if factors is None:
-        scaled = {"rope_type": kind, **{_KEYS[k]: said[k] for k in _KEYS if k in said}}
+        scaled = {"rope_type": kind, **{_KEYS[k]: scaling[k] for k in _KEYS if k in scaling}}
     else:
         scaled = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
     config.rope_parameters = {**rope, **scaled}
     if factors is not None and not _same(config, factors):
-        raise UserError(
-            f"model.path: {file.name!r} divides its rotary frequencies by a table that is not Llama 3's; {way}"
-        )
+        raise wrong(file.name, f"divides its rotary frequencies by a table that is not Llama 3's; {way}")
 
 
 def _same(config: Any, factors: np.ndarray) -> bool:
@@ -67,9 +65,9 @@ def _scaling(file: Path, modified: int) -> tuple[dict[str, Any], np.ndarray | No
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
-    said = {n.split(".rope.scaling.")[1]: f.contents() for n, f in reader.fields.items() if ".rope.scaling." in n}
+    found = {n.split(".rope.scaling.")[1]: f.contents() for n, f in reader.fields.items() if ".rope.scaling." in n}
     older = [f.contents() for n, f in reader.fields.items() if n.endswith(".rope.scale_linear")]
-    said |= {"type": "linear", "factor": older[0]} if older else {}
+    found |= {"type": "linear", "factor": older[0]} if older else {}
     tables = {t.name: t for t in reader.tensors if t.name.startswith("rope_f")}
     freqs = tables.pop("rope_freqs.weight", None)
-    return said, None if freqs is None else np.array(freqs.data, dtype=np.float64), sorted(tables)
+    return found, None if freqs is None else np.array(freqs.data, dtype=np.float64), sorted(tables)

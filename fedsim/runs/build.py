@@ -30,7 +30,8 @@ from fedsim.data.partition import (
 )
 from fedsim.data.sources import Source, Split
 from fedsim.data.tokens import CHAT_DATE, Template, Tokens, encode, encode_chats, tells_time
-from fedsim.models import base
+from fedsim.models import base, locate, sharing
+from fedsim.models.positions import ends_at, max_positions
 
 CENTRAL = "central"
 MOST_STEPS = 10**9  # of a client in a run: weeks, even at a millisecond each
@@ -50,7 +51,7 @@ class Rows:
     """
 
     source: Source
-    model: base.Source
+    model: locate.Source
     tokenizer: Any
     tokens: dict[str, Tokens]
     template: str | None
@@ -59,7 +60,7 @@ class Rows:
     @functools.cached_property
     def model_hash(self) -> str:
         """Of the base's files."""
-        return base.content_hash(self.model)
+        return locate.content_hash(self.model)
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Parts:
         return self.rows.source
 
     @property
-    def model(self) -> base.Source:
+    def model(self) -> locate.Source:
         """Where the base comes from."""
         return self.rows.model
 
@@ -275,7 +276,7 @@ class Shared:
             return load_base(parts)
         if key not in self._bases:
             self._bases[key] = load_base(parts)
-        return base.borrow(self._bases[key])
+        return sharing.borrow(self._bases[key])
 
     def keep_only(self, keys: Collection[str | None]) -> None:
         """Free the bases that no run to come needs."""
@@ -284,7 +285,7 @@ class Shared:
     def share(self) -> None:
         """Move weights and rows into shared memory, so that other processes read the same pages."""
         for model in self._bases.values():
-            base.share_memory(model)
+            sharing.share_memory(model)
         for rows in self._rows.values():
             for tokens in rows.tokens.values():
                 tokens.share()
@@ -315,7 +316,7 @@ def load_rows(exp: Experiment) -> Rows:
         UserError: for a base, data or a template that cannot be.
     """
     exp = _with_max_length(exp)
-    model = base.find(expand_path(exp.model.path, "model.path"))
+    model = locate.find(expand_path(exp.model.path, "model.path"))
     source = load_source(exp)
     template = template_of(exp, source)
     words = source.labels if _answers_are_labels(exp, template, source) else None
@@ -335,7 +336,7 @@ def _sample(tokens: Tokens, count: int) -> None:
         tokens.left_out[f"evaluate.max_examples={count}"] = sorted(out.tolist())
 
 
-def _load_texts(exp: Experiment, model: base.Source, source: Source, template: str, words: list[str] | None) -> Rows:
+def _load_texts(exp: Experiment, model: locate.Source, source: Source, template: str, words: list[str] | None) -> Rows:
     fields = Template.parse(template).fields
     # The rows of instructions have the same names whatever those of the file.
     renamed = {} if exp.data.name == "instructions" else exp.data.columns
@@ -361,7 +362,7 @@ def _load_texts(exp: Experiment, model: base.Source, source: Source, template: s
     return Rows(source, model, tokenizer, tokens, template, words)
 
 
-def _load_chats(exp: Experiment, model: base.Source, source: Source) -> Rows:
+def _load_chats(exp: Experiment, model: locate.Source, source: Source) -> Rows:
     tokenizer = base.load_tokenizer(model)
     if tokenizer.chat_template is None:
         raise UserError(
@@ -385,7 +386,7 @@ def _with_max_length(exp: Experiment) -> Experiment:
     """The config with `data.max_length` as a number: where it is null, 1024 or what the base takes besides virtual tokens."""
     if exp.data.max_length is not None:
         return exp
-    positions = base.max_positions(base.load_config(base.find(expand_path(exp.model.path, "model.path"))))
+    positions = max_positions(base.load_config(locate.find(expand_path(exp.model.path, "model.path"))))
     room = 1024 if positions is None else positions - _virtual_tokens(exp)
     return dataclasses.replace(exp, data=dataclasses.replace(exp.data, max_length=max(2, min(1024, room))))
 
@@ -570,7 +571,7 @@ def _check(parts: Parts) -> None:
             )
     _check_work(parts)
     _check_vocabulary(parts)
-    positions = base.max_positions(base.load_config(parts.model))
+    positions = max_positions(base.load_config(parts.model))
     extra = _virtual_tokens(exp)
     longest = max(int(t.lengths.max(initial=0)) for t in parts.tokens.values())
     if positions is not None and longest + extra > positions:
@@ -588,7 +589,7 @@ def _check_room(parts: Parts, positions: int | None, extra: int) -> None:
     prompt = max(int(t.prompts.numpy()[t.kept()].max(initial=0)) for t in scored) + extra
     labels = max((len(c) for t in scored for c in t.candidates or ()), default=0)
     new = evaluate.max_new_tokens - 1 if evaluate.generate else 0  # the last one is not fed back
-    if positions is None or prompt + max(labels, new) <= positions or base.ends_at(parts.model) is None:
+    if positions is None or prompt + max(labels, new) <= positions or ends_at(parts.model) is None:
         return
     virtual = f" and {extra} virtual tokens" if extra else ""
     if prompt + new > positions:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from fedsim.core.types import Engine
 from fedsim.data.partition import Partition, VirtualPartition
 from fedsim.data.tokens import Tokens
 from fedsim.models import adapters, base
-from fedsim.models.flat import Unsuitable
 from fedsim.models.forward import Net
-from fedsim.models.stacked import StackedNet, StreamNet, probe, probe_stream
+from fedsim.models.probe import probe
+from fedsim.models.stacked import StackedNet, StreamNet
+from fedsim.models.unsuitable import Unsuitable
 from fedsim.training.trainer import Recipe, Sites, Trainer
 
 
@@ -94,7 +94,7 @@ class Bundle:
             return "the whole model is trained, of which a device holds one"
         if self.base_dropout:
             return "model.base_dropout draws for all rows of a pass at once"
-        return _tried(StackedNet, probe, model, own, self.task)
+        return _tried(StackedNet, model, own, self.task)
 
     def check_packing(self, model: nn.Module, own: list[nn.Module]) -> None:
         """Whether rows of a whole model can lie end to end, found out on the CPU.
@@ -103,7 +103,7 @@ class Bundle:
             UserError: if they cannot.
         """
         why = "model.base_dropout draws for padded batches" if self.base_dropout else None
-        why = why or _tried(StreamNet, probe_stream, model, own, self.task)
+        why = why or _tried(StreamNet, model, own, self.task)
         if why is not None:
             raise UserError(f"training.packing: true, but {why}; set it to false")
 
@@ -114,12 +114,12 @@ class Bundle:
             return self.trainer(*self.attach(), device, engine)
 
 
-def _tried(kind: type, trial: Callable[[Any], None], model: nn.Module, own: list[nn.Module], task: str) -> str | None:
+def _tried(kind: type, model: nn.Module, own: list[nn.Module], task: str) -> str | None:
     """Why rows cannot lie end to end in a model, or None where they can."""
     try:
         net = kind(model, own, task=task, device=torch.device("cpu"))
         try:
-            trial(net)
+            probe(net)
         finally:
             net.release()
     except Unsuitable as reason:

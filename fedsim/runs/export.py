@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core.params import Layout
-from fedsim.models import adapters
+from fedsim.models import export
 from fedsim.models.card import write_card
 from fedsim.runs.build import Parts
 from fedsim.runs.bundle import Bundle
@@ -38,7 +38,7 @@ def save_model(
     # Clients can be many and their adapters small: a tokenizer in each would be most of what is written.
     small = name.startswith("local/") and not full
     try:
-        adapters.save(
+        export.save(
             model,
             beside,
             name=exp.adapter.name,

@@ -16,7 +16,7 @@ from fedsim.core.errors import UserError
 from fedsim.core.params import Layout
 from fedsim.core.seeding import stream
 from fedsim.core.store import Records, Store
-from fedsim.models.forward import layers_of
+from fedsim.models.recompute import layers_of
 from fedsim.runs.build import Parts
 from fedsim.runs.bundle import Bundle
 from fedsim.runs.checkpoints import Checkpoints

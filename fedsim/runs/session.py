@@ -13,7 +13,7 @@ from fedsim.core.errors import CallbackError, WorkerDied
 from fedsim.core.files import CLIENT_FOLDERS, folder_names, read_checked, record
 from fedsim.core.types import RoundEnd
 from fedsim.executors.fleet import Fleet
-from fedsim.models.flat import has_fast_float32
+from fedsim.models.projections import has_fast_float32
 from fedsim.runs.build import Parts, Shared
 from fedsim.runs.environment import changes, environment
 from fedsim.runs.folder import RunFolder, disk_error

@@ -20,8 +20,8 @@ from fedsim.core.store import Store
 from fedsim.core.types import Engine, Memory, Scores, Scoring
 from fedsim.executors import FleetExecutor, PoolExecutor, SerialExecutor
 from fedsim.executors.fleet import Fleet
-from fedsim.models import adapters, base
-from fedsim.models.forward import Recompute
+from fedsim.models import adapters, sharing
+from fedsim.models.recompute import check_layers
 from fedsim.runs.build import Parts, Shared
 from fedsim.runs.bundle import Bundle, shareable
 from fedsim.runs.checkpoints import Checkpoints
@@ -142,19 +142,19 @@ def set_up(
         check_memory(devices, sum(p.nbytes for p in model.parameters()), full)
         executor = _pool(spec, model, parts, devices, plan.threads, home, show)
     try:
-        lent = base.memory_of(model)
+        lent = sharing.memory_of(model)
         with threads(plan.threads):
             model, own = spec.attach()
         trained = adapters.trained(model)
         if not full:  # a head of the base that is trained; exports write into the trained parameters
-            base.own_memory(trained.values(), lent)
+            sharing.own_memory(trained.values(), lent)
         if not known and exp.training.lanes != 1:
             plan.why_not = spec.why_not_packed(model, own)
             plan.packed = plan.why_not is None
         if exp.training.packing:
             spec.check_packing(model, own)
         if exp.training.checkpointing is True:
-            Recompute(model, lambda: False).release()  # fails here, where the user sees it, and not in a worker
+            check_layers(model)  # fails here, where the user sees it, and not in a worker
         layout = Layout.of(trained).sums
         stores = stores_of(spec.state, spec.algorithms, Layout.of(trained), spec.recipe)
         if executor is None:
@@ -221,9 +221,9 @@ def _pool(
     """
     full = parts.exp.adapter.name == "none"
     if not full:
-        base.share_memory(model)
-    bare = base.blank(model) if full else base.borrow(model)
-    base.share_memory(bare)  # its buffers
+        sharing.share_memory(model)
+    bare = sharing.blank(model) if full else sharing.borrow(model)
+    sharing.share_memory(bare)  # its buffers
     for tensor in spec.shared():
         tensor.share_memory_()
     for tokens in parts.tokens.values():

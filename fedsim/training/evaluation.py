@@ -18,7 +18,8 @@ import torch
 from fedsim.core.types import Scores
 from fedsim.data.tokens import Tokens
 from fedsim.models.forward import Net
-from fedsim.models.stacked import StackedNet, frequencies_by_length
+from fedsim.models.stacked import StackedNet
+from fedsim.models.unsuitable import frequencies_by_length
 
 _FEW_CLASSES = 20  # with more of them, counts by class would be most of a run's metrics
 

@@ -22,7 +22,8 @@ from torch import nn
 from fedsim.core.errors import UserError, is_out_of_memory
 from fedsim.core.inductor import without_folder
 from fedsim.models import base as bases
-from fedsim.models.adapters import load_adapter
+from fedsim.models import locate, sharing
+from fedsim.models.export import load_adapter
 from fedsim.runs.environment import versions
 from fedsim.zero_shot.models import Candidate, find_models, load, longest
 from fedsim.zero_shot.scores import Evaluation, Result, baselines, scores_of
@@ -95,7 +96,7 @@ def evaluate_zero_shot(
     against_rows = baselines(candidates, against)
     for one in {c.loads: c for c in candidates}.values():
         try:
-            bases.check_task(bases.find(one.loads), "causal_lm")
+            bases.check_task(locate.find(one.loads), "causal_lm")
         except UserError as error:
             if not one.borrows or one.name == one.base:
                 raise
@@ -150,7 +151,7 @@ def _score_all(
                 lent = (one.loads, *load(one.loads, dtype, device))
             _, model, tokenizer, kind = lent
             if one.folder is not None:
-                model = load_adapter(bases.borrow(model), one.folder).to(device)
+                model = load_adapter(sharing.borrow(model), one.folder).to(device)
         else:
             model, tokenizer, kind = load(one.loads, dtype, device)
         hook = None if bars else model.register_forward_pre_hook(_Lines(loaded, say), with_kwargs=True)

@@ -17,7 +17,9 @@ from fedsim.analysis.load import experiment_name, find_runs, read_config, read_s
 from fedsim.core.errors import UserError
 from fedsim.core.files import client_folders, differing, model_name, read_json, recorded
 from fedsim.models import base as bases
-from fedsim.models.bottleneck import CONFIG as BOTTLENECK
+from fedsim.models import locate
+from fedsim.models.export import BOTTLENECK
+from fedsim.models.positions import has_position_table, max_positions
 
 _ADAPTERS = ("adapter_config.json", BOTTLENECK)
 
@@ -111,7 +113,7 @@ def _candidates(path: str, which: str, only: Sequence[str] | None, base_path: st
     folder = Path(path).expanduser()
     if len(folder.parts) > 1 and folder.parent.is_dir() and not folder.exists():
         raise UserError(f"no folder {path!r}; give a run folder, or a PEFT or transformers folder")
-    if not folder.is_dir():  # tiny, package:, a GGUF file, a hub id; `bases.find` says if it is none
+    if not folder.is_dir():  # tiny, package:, a GGUF file, a hub id; `locate.find` says if it is none
         return [Candidate("", path, path, None)]
     if _is_run(folder):
         return _of_run(folder, which, only, base_path)
@@ -193,7 +195,7 @@ def _resolved(text: str, where: str) -> str:
         ) from None
 
 
-def _own_dtype(source: bases.Source) -> str:
+def _own_dtype(source: locate.Source) -> str:
     """The type that `dtype="auto"` means to transformers, and so to the harness: what the model's own files say."""
     if source.gguf:
         return "float32"
@@ -209,7 +211,7 @@ def _own_dtype(source: bases.Source) -> str:
 
 def load(path: str, dtype: str, device: torch.device) -> tuple[nn.Module, Any, str]:
     """A whole model on the device, its tokenizer, and the name of its type."""
-    source = bases.find(path)
+    source = locate.find(path)
     bases.check_task(source, "causal_lm")
     tokenizer = bases.load_tokenizer(source)
     kind = _own_dtype(source) if dtype == "auto" else dtype
@@ -227,5 +229,5 @@ def longest(model: nn.Module) -> int | None:
     if prompt is None or not prompt.is_prompt_learning:
         return None
     base = model.get_base_model()
-    positions = bases.max_positions(base.config) if bases.has_position_table(base) else None
+    positions = max_positions(base.config) if has_position_table(base) else None
     return None if positions is None else positions - prompt.num_virtual_tokens

@@ -22,7 +22,7 @@ from fedsim.core.errors import UserError
 from fedsim.data.instructions import ROLES, conversations, instructions
 from fedsim.data.sources import SPLITS, Source
 from fedsim.data.tokens import encode_chats
-from fedsim.models.base import TINY
+from fedsim.models.locate import TINY
 from fedsim.runs.build import Parts, Shared, load_source, prepare
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -383,10 +383,10 @@ def make_base(name: str, folder: str, device: str, weights: bool) -> dict[str, A
     import transformers
     from safetensors.torch import save_file
 
-    from fedsim.models import base
+    from fedsim.models import base, locate
 
     kind, keys = SHAPES[name]
-    tokenizer = base.load_tokenizer(base.find("tiny"))
+    tokenizer = base.load_tokenizer(locate.find("tiny"))
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = transformers.AutoConfig.for_model(kind, **keys, **ends, pad_token_id=tokenizer.pad_token_id)
     with torch.device("meta"):
