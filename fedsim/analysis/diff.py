@@ -28,7 +28,7 @@ import pandas as pd
 
 from fedsim.analysis.load import SCOPES, PathLike, find_runs, flatten_config, load_runs, read_config
 from fedsim.core.errors import Notice, UserError
-from fedsim.core.files import (
+from fedsim.core.files import (, metrics_files
     DAMAGED_ARRAYS,
     client_folders,
     model_name,
@@ -161,7 +161,7 @@ def _one_run(path: PathLike) -> Path:
     found = find_runs(path)
     if len(found) > 1:
         raise UserError(f"{str(path)!r} holds {len(found)} runs; give the folder of one, such as {str(found[0])!r}")
-    warn_of_damage(found[0], *(name for name in recorded(found[0]) if name != "metrics.jsonl"))
+    warn_of_damage(found[0], *(name for name in recorded(found[0]) if not name.startswith("metrics")))
     warn_of_damaged_rows(found[0])
     return found[0]
 
@@ -343,9 +343,8 @@ def _left_out(name: str, common: _Common) -> bool:
 
 def _repeated(folder: Path, frame: pd.DataFrame, torn: str, common: _Common) -> list[tuple[Any, ...]]:
     """Keys of rows that are there a second time, in the order of the file."""
-    lines = [
-        x for x in (folder / "metrics.jsonl").read_bytes().decode("utf-8", errors="replace").split("\n") if x.strip()
-    ]
+    text = "\n".join(f.read_bytes().decode("utf-8", errors="replace") for f in metrics_files(folder))
+    lines = [x for x in text.split("\n") if x.strip()]
     if len(lines) - bool(torn) == len(frame):
         return []
     seen: set[tuple[Any, ...]] = set()

@@ -160,7 +160,7 @@ def run(
     """Run an experiment, or resume it from its last checkpoint.
 
     Trains the modes that the file names (local, federated, central), selects models on the validation examples, evaluates
-    them once on the test examples, and writes RESULTS/NAME/ID/: config.yaml, environment.json, partition.npz, metrics.jsonl,
+    them once on the test examples, and writes RESULTS/NAME/ID/: config.yaml, environment.json, partition.npz, metrics/,
     checkpoints/, the models (global/, best/, local/CLIENT/, central/) and figures/. The run id is a hash of every setting
     that affects the results. Running the same command again therefore shows the finished run, or resumes the stopped one.
 

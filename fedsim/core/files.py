@@ -241,6 +241,12 @@ def differing(run: Path, recorded: dict[str, list[int]], most: int | None = None
     return out
 
 
+def metrics_files(run: Path) -> list[Path]:
+    """The metrics of a run, by mode; of a run of the first layout one file with all modes."""
+    names = ("metrics.jsonl", "metrics/local.jsonl", "metrics/federated.jsonl", "metrics/central.jsonl")
+    return [run / name for name in names if (run / name).is_file()]
+
+
 def recorded(run: Path) -> dict[str, list[int]]:
     """What `record` found when the run finished; {} for a run that has not, or that has no such record."""
     return (read_checked(run / RUN_RECORD) or {}).get("files", {})

@@ -126,7 +126,7 @@ class RoundEnd:
         mode: local | federated | central.
         round: the round that ended, from 1.
         rounds: how many the mode has.
-        metrics: the round's metrics, as in `metrics.jsonl`.
+        metrics: the round's metrics, as in `metrics/<mode>.jsonl`.
     """
 
     mode: str

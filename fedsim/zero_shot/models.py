@@ -15,7 +15,7 @@ from torch import nn
 
 from fedsim.analysis.load import experiment_name, find_runs, read_config, read_state
 from fedsim.core.errors import UserError
-from fedsim.core.files import client_folders, differing, model_name, read_json, recorded
+from fedsim.core.files import client_folders, differing, metrics_files, model_name, read_json, recorded
 from fedsim.models import base as bases
 from fedsim.models import locate
 from fedsim.models.export import BOTTLENECK
@@ -132,7 +132,7 @@ def _candidates(path: str, which: str, only: Sequence[str] | None, base_path: st
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
+    return (folder / "config.yaml").is_file() and bool(metrics_files(folder))
 
 
 def _is_adapter(folder: Path) -> bool:

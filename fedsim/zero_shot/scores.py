@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.core.errors import UserError
-from fedsim.core.files import check_own, write_atomic
+from fedsim.core.files import check_own, metrics_files, write_atomic
 from fedsim.zero_shot.models import Candidate
 
 NOISE = 1.96  # standard errors: 95 % of a normal distribution
@@ -249,7 +249,7 @@ def check_writable(folders: list[Path], key: str) -> None:
         UserError: for a file in a folder's place, a folder in a file's, or one that cannot be written to.
     """
     for folder in folders:
-        if (folder / "metrics.jsonl").exists():
+        if metrics_files(folder):
             check_own(folder)
         there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         if not there.is_dir():
