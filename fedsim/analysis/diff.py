@@ -28,9 +28,10 @@ import pandas as pd
 
 from fedsim.analysis.load import SCOPES, PathLike, find_runs, flatten_config, load_runs, read_config
 from fedsim.core.errors import Notice, UserError
-from fedsim.core.files import (, metrics_files
+from fedsim.core.files import (
     DAMAGED_ARRAYS,
     client_folders,
+    metrics_files,
     model_name,
     read_json,
     recorded,
