@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fedsim.algorithms import Algorithm, Local
 from fedsim.channel.codecs import codec
+from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
-from fedsim.config.sections import algorithm_of
 from fedsim.core.errors import CallbackError, UserError, WorkerDied
 from fedsim.core.files import CLIENT_FOLDERS, differing, folder_names, read_checked, record, write_checked
 from fedsim.core.numerics import kernels, threads
