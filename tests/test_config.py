@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-import fedsim.config.sections as config
-from fedsim.config import reference, yaml_text
+from fedsim.config import adapters, datasets, reference, sections, yaml_text
 from fedsim.config.experiment import Experiment, components, expand_path
 from fedsim.config.reference import every_key
-from fedsim.config.synonyms import SYNONYMS
 from fedsim.core.errors import UserError
 from fedsim.core.section import fields_of, keys_of
 from fedsim.data import partition
@@ -261,10 +259,10 @@ def test_the_identity_leaves_out_what_changes_no_number() -> None:
 
 
 def test_sections_may_be_given_as_dataclasses() -> None:
-    exp = Experiment(adapter=config.PTuning(hidden=7), local=config.LocalWork(steps=3))
+    exp = Experiment(adapter=adapters.PTuning(hidden=7), local=sections.LocalWork(steps=3))
     assert exp == Experiment(adapter={"name": "p_tuning", "hidden": 7}, local={"steps": 3})
     with pytest.raises(UserError, match=r"^r: must be >= 1 \(got 0\)$"):
-        Experiment(adapter=config.Lora(r=0))
+        Experiment(adapter=adapters.Lora(r=0))
 
 
 # ------------------------------------------------------------------------------------------------ overrides
@@ -274,24 +272,24 @@ FILE = "adapter: {name: lora, r: 4, alpha: 99}\npartition: {name: dirichlet, num
 
 def test_another_name_drops_the_files_keys_of_that_section_only() -> None:
     exp = load(FILE, "adapter.name=ia3")
-    assert exp.adapter == config.Ia3()
+    assert exp.adapter == adapters.Ia3()
     assert exp.partition == partition.Dirichlet(num_clients=7, alpha=0.25)
     exp = load(FILE, "partition.name=dirichlet_fedma")
     assert exp.partition == partition.DirichletFedma(), "not the file's 7 clients, though it takes that key as well"
 
 
 def test_the_same_name_keeps_the_files_keys() -> None:
-    assert load(FILE, "adapter.name=lora").adapter == config.Lora(r=4, alpha=99)
-    assert load(FILE, "adapter.r=5").adapter == config.Lora(r=5, alpha=99)
+    assert load(FILE, "adapter.name=lora").adapter == adapters.Lora(r=4, alpha=99)
+    assert load(FILE, "adapter.r=5").adapter == adapters.Lora(r=5, alpha=99)
 
 
 def test_a_whole_section_replaces_the_files() -> None:
-    assert load(FILE, "adapter={name: lora, r: 2}").adapter == config.Lora(r=2)
-    assert load(FILE, "adapter={name: p_tuning}").adapter == config.PTuning()
+    assert load(FILE, "adapter={name: lora, r: 2}").adapter == adapters.Lora(r=2)
+    assert load(FILE, "adapter={name: p_tuning}").adapter == adapters.PTuning()
 
 
 def test_keys_after_a_new_name_are_the_new_components() -> None:
-    assert load(FILE, "adapter.name=prefix", "adapter.hidden=3").adapter == config.Prefix(hidden=3)
+    assert load(FILE, "adapter.name=prefix", "adapter.hidden=3").adapter == adapters.Prefix(hidden=3)
     message = refusal(FILE, "adapter.name=prefix", "adapter.r=3")
     assert message.startswith("unknown key adapter.r (did you mean adapter.r with adapter.name=lora?)"), message
     assert "Valid keys: name, num_virtual_tokens" in message
@@ -299,12 +297,12 @@ def test_keys_after_a_new_name_are_the_new_components() -> None:
 
 def test_later_overrides_win() -> None:
     assert load(FILE, "seed=1", "seed=2").seed == 2
-    assert load(FILE, "adapter.name=prefix", "adapter.name=lora").adapter == config.Lora()
+    assert load(FILE, "adapter.name=prefix", "adapter.name=lora").adapter == adapters.Lora()
 
 
 def test_overrides_reach_sections_the_file_lacks() -> None:
     assert load(FILE, "local.steps=3").local.steps == 3
-    assert load(FILE, "executor.workers=2").executor == config.AutoExecutor(workers=2)
+    assert load(FILE, "executor.workers=2").executor == sections.AutoExecutor(workers=2)
     assert load(FILE, "algorithm.weights=uniform").algorithm.weights == "uniform"
 
 
@@ -375,10 +373,10 @@ WRONG = [
     ("data.columns=[a]", "data.columns", "['a']", "mapping"),
     ("data={name: financial_phrasebank}", "data.path", "missing", "Sentences_AllAgree.txt"),
     ("data={name: table}", "data.path", "missing", ".csv"),
-    ("data={name: table, path: x.csv, validation: 0}", "data.validation", "0.0", "validate"),
-    ("data={name: table, path: x.csv, validation: 2}", "data.validation", "2", "fraction of `path`"),
-    ("data={name: table, path: x.csv, validation: 0.6, test: 0.5}", "data.test", "0.5", "no training rows"),
-    ("data={name: hub, path: a/b, validation: 0.6, test: 0.5}", "data.test", "0.5", "no training rows"),
+    ("data={name: table, path: x.csv, validation: 0}", "data.validation", "0.0", "validation examples"),
+    ("data={name: table, path: x.csv, validation: 2}", "data.validation", "2", "fraction of the training"),
+    ("data={name: table, path: x.csv, validation: 0.6, test: 0.5}", "data.test", "0.5", "no training examples"),
+    ("data={name: hub, path: a/b, validation: 0.6, test: 0.5}", "data.test", "0.5", "no training examples"),
     ("data={name: table, path: x.csv, validation: ''}", "data.validation", "''", "file"),
     ("data={name: hub}", "data.path", "missing", "org/name"),
     ("partition=iid", "partition", "'iid'", "partition.name=iid"),
@@ -434,8 +432,8 @@ WRONG = [
     ("executor={name: pool, devices: [cpu, gpu]}", "executor.devices[1]", "'gpu'", "cuda:N"),
     ("executor={name: pool, devices: [cpu, cpu], workers: 1}", "executor.workers", "1", "devices"),
     ("executor.threads=0", "executor.threads", "0", ">= 1"),
-    ("executor.hang_s=0", "executor.hang_s", "0", "null = wait for ever"),
-    ("executor={name: pool, hang_s: .inf}", "executor.hang_s", "inf", "null = wait for ever"),
+    ("executor.hang_s=0", "executor.hang_s", "0", "null = wait forever"),
+    ("executor={name: pool, hang_s: .inf}", "executor.hang_s", "inf", "null = wait forever"),
     ("tracking.with=[neptune]", "tracking.with[0]", "'neptune'", "wandb"),
     ("tracking.with=wandb", "tracking.with", "'wandb'", "a list"),
     ("messages={up: int7}", "messages.up", "'int7'", "blockwise8"),
@@ -597,7 +595,7 @@ def test_python_gets_the_same_line_for_an_unknown_key() -> None:
 
 def test_every_synonym_leads_to_a_key_that_exists() -> None:
     paths = {k.path for k in every_key()} | {f.name for f in dataclasses.fields(Experiment)}
-    assert {path.partition("=")[0] for path in SYNONYMS.values()} <= paths
+    assert {path.partition("=")[0] for path in reference.synonyms().values()} <= paths
 
 
 @pytest.mark.parametrize("override", ["lr", "=3", "local.lr=[1", "", "partition.counts[0]=3"])
@@ -733,13 +731,13 @@ def test_keys_sections_and_components_are_explained() -> None:
 
 def sections_module_sentence(cls: str, field: str) -> str:
     """The string under a field, read from the source by its lines alone."""
-    lines = Path(config.__file__).read_text(encoding="utf-8").partition(f"class {cls}:")[2].splitlines()
+    lines = Path(sections.__file__).read_text(encoding="utf-8").partition(f"class {cls}:")[2].splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.startswith(f"    {field}: ")][:1]
     return lines[at + 1].strip().strip('"')
 
 
 def test_keys_are_listed_as_the_user_writes_them() -> None:
-    assert keys_of(config.Tracking) == ["with", "clients"]
-    assert "name" in keys_of(config.Lora) and "max_length" in keys_of(config.Table)
+    assert keys_of(sections.Tracking) == ["with", "clients"]
+    assert "name" in keys_of(adapters.Lora) and "max_length" in keys_of(datasets.Table)
     with pytest.raises(KeyError):
         components("local")

@@ -42,7 +42,9 @@ ALSO = {
     # Examples, or a PEFT config, that a script hands over; and the default partition.
     "config.experiment": {"data.memory", "data.partition", "models.adapters"},
     # Components own their sections, and who knows a value checks it.
-    "config.sections": {"data.files", "data.partition", "models.adapters", "channel.codecs"},
+    "config.adapters": {"models.adapters"},
+    "config.datasets": {"data.files"},
+    "config.sections": {"data.partition", "channel.codecs"},
     "analysis.diff": {"data.partition"},  # reads a partition as the run wrote it
     "runs.reproduce": {"zero_shot"},  # of a published table of scores
 }

@@ -19,8 +19,8 @@ from test_readme import blocks
 
 import fedsim
 from fedsim.aggregators import AGGREGATORS
+from fedsim.config.components import algorithm_of, component_of
 from fedsim.config.experiment import components
-from fedsim.config.sections import algorithm_of, component_of
 from fedsim.core.errors import UserError
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "extend.md"

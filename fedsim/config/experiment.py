@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from fedsim.config import adapters as a
+from fedsim.config import components as c
+from fedsim.config import datasets as d
 from fedsim.config import sections as s
 from fedsim.config import yaml_text
 from fedsim.config.keys import document
+from fedsim.config.tree import USER_CODE, escape, expand_path, override, read_yaml, resolve
 from fedsim.core.errors import UserError, shown
 from fedsim.core.inductor import without_folder
 from fedsim.core.section import Natural, Text, defaults_of, hints_of, one_of, plain, section, wrong
@@ -25,11 +27,7 @@ from fedsim.data.partition import Iid
 _NOT_IN_ID = ("seeds", "rounds", "results", "executor", "tracking", "checkpoint", "aggregation")
 # What ids of the first version hold at its defaults, too; a key that came later is in an id where it is set.
 _FIRST = ("modes", "model", "adapter", "data", "partition", "cohort", "local", "central", "algorithm", "best", "evaluate", "training")  # fmt: skip
-_PATHS = (("model", "path"), ("data", "path"), ("data", "validation"), ("data", "test"), ("results",))
-_USER_CODE = ("algorithm", "aggregator")  # sections whose name may be FILE.py:CLASS
-_SOURCES = ("data", "sources")  # a list of sections with a `path` each, which may itself be a list
 Section = Mapping[str, Any]
-_Path = tuple[str | int, ...]  # keys and places in lists that lead to a value
 
 
 def _unknown_key(path: str, known: Sequence[str]) -> str:
@@ -75,12 +73,12 @@ class Experiment:
     """Number of federated rounds; the other modes do the same amount of work, evaluated at the same points."""
     results: Text = "results"
     """The root folder of all runs; a run lies in results/NAME/ID."""
-    model: s.Model = Field(default_factory=s.Model)
+    model: a.Model = Field(default_factory=a.Model)
     """The base model."""
-    adapter: s.Adapter = Field(default_factory=s.Lora)
+    adapter: a.Adapter = Field(default_factory=a.Lora)
     """Fine-tuning method."""
-    data: s.Data = Field(default_factory=s.Headlines)
-    """Data set; in Python also a DataFrame, a `datasets.Dataset` or a `DatasetDict`."""
+    data: d.Data = Field(default_factory=d.Headlines)
+    """Data set; in Python also a DataFrame, a `datasetd.Dataset` or a `DatasetDict`."""
     partition: s.Partitioner = Field(default_factory=Iid)
     """How the training examples are divided among the clients."""
     cohort: s.CohortKeys = Field(default_factory=s.CohortKeys)
@@ -89,9 +87,9 @@ class Experiment:
     """Local training: what a client does in one round."""
     central: s.Central = Field(default_factory=s.Central)
     """How the budget of centralized training is matched to federated training."""
-    algorithm: s.Algorithm = Field(default_factory=s.FedAvgKeys)
+    algorithm: c.Algorithm = Field(default_factory=c.FedAvg)
     """Federated algorithm."""
-    aggregator: s.Aggregator = Field(default_factory=s.Mean)
+    aggregator: c.Aggregator = Field(default_factory=c.Mean)
     """How the clients' updates become one."""
     best: s.Best = Field(default_factory=s.Best)
     """How the best model is chosen."""
@@ -125,15 +123,15 @@ class Experiment:
             modes: Sequence[str] = ...,
             rounds: int = ...,
             results: str = ...,
-            model: s.Model | Section = ...,
-            adapter: s.Adapter | Section | Any = ...,  # or a PEFT config
-            data: s.Data | Section | Any = ...,  # or examples in memory
+            model: a.Model | Section = ...,
+            adapter: a.Adapter | Section | Any = ...,  # or a PEFT config
+            data: d.Data | Section | Any = ...,  # or examples in memory
             partition: s.Partitioner | Section = ...,
             cohort: s.CohortKeys | Section = ...,
             local: s.LocalWork | Section = ...,
             central: s.Central | Section = ...,
-            algorithm: s.Algorithm | Section = ...,
-            aggregator: s.Aggregator | Section = ...,
+            algorithm: c.Algorithm | Section = ...,
+            aggregator: c.Aggregator | Section = ...,
             best: s.Best | Section = ...,
             checkpoint: s.Checkpoint | Section = ...,
             evaluate: s.Evaluate | Section = ...,
@@ -182,7 +180,7 @@ class Experiment:
         if self.messages.error_feedback and self.messages.up == "fp32" and dtype != "float64":
             way = "needs a type that loses something, and updates are float32 as it is; set messages.up, e.g. nf4"
             raise wrong("messages.error_feedback", True, way)
-        aggregates = s.algorithm_of(self.algorithm).aggregates
+        aggregates = c.algorithm_of(self.algorithm).aggregates
         if self.aggregator.name != "mean" and aggregates.get("update") != "mean":
             why = "fixes its aggregator" if "update" in aggregates else "sends no message group update"
             raise wrong(
@@ -219,18 +217,7 @@ class Experiment:
         settings: Mapping[str, Any] | None = None,
     ) -> Experiment:
         """The experiment of what a YAML file in `folder` holds; see `load`."""
-        tree = copy.deepcopy(tree)
-        given = [(str(key).split("."), copy.deepcopy(value)) for key, value in (settings or {}).items()]
-        for changes in ([_parse_override(text) for text in overrides], given):
-            named = {path[0] for path, _ in changes} & {"seed", "seeds"}
-            if len(named) == 1:  # over whichever of the two the file has
-                tree.pop("seeds" if named == {"seed"} else "seed", None)
-            # Whole sections first, then names: neither drops a key that stands beside it on the command line.
-            for path, value in sorted(changes, key=_rank):
-                _override(tree, path, value)
-        tree = _interpolate(tree)
-        _absolute_paths(tree, folder)
-        return cls.from_dict(tree)
+        return cls.from_dict(resolve(override(tree, overrides, settings), folder))
 
     @classmethod
     @without_folder()  # PEFT is asked for the keys of its methods
@@ -249,7 +236,7 @@ class Experiment:
 
     def to_yaml(self) -> str:
         """The resolved config; `fedsim run` takes it as it is."""
-        return yaml_text.dump(_escape(self.to_dict(), ()))
+        return yaml_text.dump(escape(self.to_dict()))
 
     def identity(self) -> dict[str, Any]:
         """The part of the config that the numbers depend on: the run's id hashes it, with content hashes for paths.
@@ -264,7 +251,7 @@ class Experiment:
                 own = defaults_of(type(held))
                 value = {k: v for k, v in value.items() if k == "name" or k not in own or v != own[k]}
                 default = {k: v for k, v in default.items() if k == "name"}
-            if key in _USER_CODE and is_user_code(value["name"]):  # what the file holds, wherever it lies
+            if key in USER_CODE and is_user_code(value["name"]):  # what the file holds, wherever it lies
                 value["name"] = f"{value['name'].rpartition(':')[2]}@{digest(type(held).of)}"
             if key not in _NOT_IN_ID and (key in _FIRST or value != default):
                 tree[key] = value
@@ -286,172 +273,6 @@ def components(section: str) -> dict[str, type]:
     return held.choices
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """What a YAML file holds, interpolations unresolved.
-
-    Raises:
-        UserError: for a missing file, or one that is no YAML mapping in UTF-8.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; give the YAML file of an experiment, e.g. experiments/lora_sentiment/tiny.yaml"
-        )
-    try:
-        tree = yaml_text.parse(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save the YAML file as UTF-8"
-        ) from None
-    except RecursionError:
-        raise UserError(f"{path}: values nested too deep; an experiment has sections of keys and lists") from None
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        raise UserError(f"{path}: invalid YAML{yaml_text.problem(error)}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds {type(tree).__name__}, not sections with keys; see experiments/ for examples")
-    return tree
-
-
-def _escape(value: Any, path: tuple[str, ...]) -> Any:
-    """Protect `${` in text from being taken for an interpolation, but leave the environment variables of paths."""
-    if isinstance(value, dict):
-        return {k: _escape(v, (*path, k)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_escape(v, path) for v in value]
-    if isinstance(value, str) and path not in (*_PATHS, (*_SOURCES, "path")):
-        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
-    return value
-
-
-def _rank(override: tuple[list[str], Any]) -> int:
-    path = override[0]
-    return 0 if len(path) == 1 else 1 if path[1:] == ["name"] else 2
-
-
-def _parse_override(text: str) -> tuple[list[str], Any]:
-    """`key=value` -> (the key's parts, the value)."""
-    key, equals, value = text.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(re.fullmatch(r"[^\s\[\]{}.]+", part) for part in path):
-        raise UserError(f"{shown(text)}: not an override; write key=value with a dotted key, e.g. local.lr=1e-3")
-    try:
-        return path, yaml_text.parse(value)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        way = "quote a value that holds braces, colons or commas"
-        example = "'data.template=\"{sentence} topic: {label}\"'"
-        raise UserError(f"{shown(text)}: not readable as key=value; {way}, e.g. {example}") from None
-
-
-def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    section = tree.get(path[0])
-    renames = len(path) == 2 and path[1] == "name" and one_of(hints_of(Experiment).get(path[0])) is not None
-    if renames and isinstance(section, dict) and section.get("name") != value:
-        tree[path[0]] = {"name": value}
-        return
-    target = tree
-    for depth, part in enumerate(path[:-1]):
-        if target.get(part) is None:
-            target[part] = {}
-        target = target[part]
-        if not isinstance(target, dict):
-            raise UserError(
-                f"{'.'.join(path[: depth + 1])}: {shown(target)} is no section, so {'.'.join(path)} cannot be set"
-            )
-    target[path[-1]] = value
-
-
-def _interpolate(tree: dict[str, Any]) -> dict[str, Any]:
-    """Resolve ${...}, but leave environment variables in paths as they are: the resolved config then runs elsewhere."""
-    if "${" not in repr(tree):
-        return tree
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    kept = {}
-    for path in _paths_in(tree):
-        text = _get(tree, path)
-        if isinstance(text, str) and "${" in text:
-            kept[path] = text
-            expand_path(text, _key(path))
-            _set(tree, path, "")
-    try:
-        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-    except RecursionError:
-        raise UserError("config: nested too deep; an experiment has sections of keys and lists") from None
-    except OmegaConfBaseException as error:
-        way = "interpolations are ${oc.env:NAME} and ${section.key}; write \\${ for plain text"
-        raise UserError(
-            f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}; {way}"
-        ) from None
-    for path, text in kept.items():
-        _set(resolved, path, text)
-    return resolved
-
-
-def _paths_in(tree: dict[str, Any]) -> list[_Path]:
-    """Where paths stand in a config: at the same keys always, and in the data sets that it lists."""
-    found: list[_Path] = list(_PATHS)
-    sources = _get(tree, _SOURCES)
-    for i, source in enumerate(sources if isinstance(sources, list) else []):
-        text = source.get("path") if isinstance(source, dict) else None
-        several = [(*_SOURCES, i, "path", j) for j in range(len(text))] if isinstance(text, list) else None
-        found += [(*_SOURCES, i, "path")] if several is None else several
-    return found
-
-
-def _key(path: _Path) -> str:
-    """`data.sources[0].path`."""
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path)[1:]
-
-
-def _get(tree: dict[str, Any], path: _Path) -> Any:
-    value: Any = tree
-    for part in path:
-        if isinstance(part, int) and isinstance(value, list):
-            value = value[part]
-        elif isinstance(value, dict):
-            value = value.get(part)
-        else:
-            return None
-    return value
-
-
-def _set(tree: dict[str, Any], path: _Path, value: Any) -> None:
-    at: Any = tree
-    for part in path[:-1]:
-        at = at[part]
-    at[path[-1]] = value
-
-
-def expand_path(text: str, key: str) -> str:
-    """Put environment variables (`${oc.env:NAME}`) and `~` into a path.
-
-    Raises:
-        UserError: for an empty path, if a variable is not set, or the user of `~user` is not known.
-    """
-    if not text.strip():
-        raise UserError(f"{key}: {text!r} is empty; give a path")
-    if "${" in text:
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
-        try:
-            text = str(OmegaConf.create({"value": text}).value)
-        except OmegaConfBaseException as error:
-            name = re.search(r"oc\.env:(\w+)", text)
-            way = (
-                f"set {name[1]} to the folder that holds it, or give {key}=PATH" if name else str(error).split("\n")[0]
-            )
-            raise UserError(f"{key}: {text!r} cannot be resolved; {way}") from None
-    if not text.startswith("~"):
-        return text
-    try:
-        return str(Path(text).expanduser())
-    except RuntimeError:
-        raise UserError(f"{key}: {text!r} is of a user who is not known here; give the whole path") from None
-
-
 def results_of(exp: Experiment) -> Path:
     """The root of an experiment's run folders.
 
@@ -459,28 +280,3 @@ def results_of(exp: Experiment) -> Path:
         UserError: if a variable in it is not set.
     """
     return Path(expand_path(exp.results, "results"))
-
-
-def _absolute_paths(tree: dict[str, Any], folder: Path) -> None:
-    """A relative path that exists from here or from the YAML's folder becomes absolute: the resolved config stands alone."""
-    for key in _USER_CODE:
-        name = _get(tree, (key, "name"))
-        if isinstance(name, str) and is_user_code(name):
-            file, _, wanted = name.rpartition(":")
-            if not _exists(Path(file).expanduser()) and _exists(folder / file):
-                tree[key]["name"] = f"{(folder / file).resolve()}:{wanted}"
-    for path in _paths_in(tree):
-        text = _get(tree, path) if path != ("results",) else None
-        if not isinstance(text, str) or not text or "${" in text or text == "tiny" or text.startswith("package:"):
-            continue
-        for candidate in (Path(expand_path(text, _key(path))), folder / text):
-            if _exists(candidate):
-                _set(tree, path, str(candidate.resolve()))
-                break
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, or no path at all: an error where it is read
-        return False

@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Sequence
+from importlib.resources import files
 
+from fedsim.config import yaml_text
 from fedsim.config.experiment import Experiment
 from fedsim.config.keys import Key, keys_below
-from fedsim.config.synonyms import SYNONYMS
 from fedsim.core.errors import UserError
 from fedsim.core.section import fields_of, hints_of, one_of
 from fedsim.core.section import unknown_key as unknown_key_with
@@ -43,14 +44,14 @@ def suggestion(path: str, known: Sequence[str]) -> str:
     same = [k for k in known if _bare(k) == _bare(name)] or difflib.get_close_matches(name, known, n=2, cutoff=0.8)
     if same:
         return _meant([here + k for k in same])
-    if (known_as := _synonyms().get(_bare(path)) or _synonyms().get(_bare(name))) is not None:
+    if (known_as := synonyms().get(_bare(path)) or synonyms().get(_bare(name))) is not None:
         return _meant([known_as])
     found = _elsewhere(_bare(name), section)
     if not found:
         leaves = {_bare(k.path.rpartition(".")[2]) for k in every_key()}
-        near = difflib.get_close_matches(_bare(name), [*leaves, *_synonyms()], n=1, cutoff=0.85)
+        near = difflib.get_close_matches(_bare(name), [*leaves, *synonyms()], n=1, cutoff=0.85)
         found = (
-            [_synonyms()[near[0]]] if near and near[0] in _synonyms() else _elsewhere(near[0], section) if near else []
+            [synonyms()[near[0]]] if near and near[0] in synonyms() else _elsewhere(near[0], section) if near else []
         )
     return _meant(found[:3] or [here + k for k in difflib.get_close_matches(name, known, n=1)])
 
@@ -64,8 +65,10 @@ def _bare(name: str) -> str:
 
 
 @functools.cache
-def _synonyms() -> dict[str, str]:
-    return {_bare(name): path for name, path in SYNONYMS.items()}
+def synonyms() -> dict[str, str]:
+    """What other libraries call a key, without case and separators -> the key here."""
+    text = files("fedsim").joinpath("assets/synonyms.yaml").read_text(encoding="utf-8")
+    return {_bare(name): key for key, names in yaml_text.parse(text).items() for name in names}
 
 
 def _elsewhere(bare: str, section: str) -> list[str]:

@@ -1,51 +1,23 @@
-"""The sections of an experiment: types and bounds in the annotations, a sentence under each field.
+"""How an experiment is run: training, evaluation, messages, simulation, execution.
 
-What a bound cannot say is a validator beside its fields. A component is a section and one line in its table.
+Types and bounds are in the annotations, a sentence is under each field; what a bound cannot say is a validator beside its fields.
 """
 
 from __future__ import annotations
 
-import copyreg
-import functools
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import fields
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fedsim import algorithms
-from fedsim.core.section import Count, Like, Natural, OneOf, Positive, Share, Text, made_of, section, wrong
-from fedsim.core.user_code import is_user_code, load
-from fedsim.data.files import Form
+from fedsim.core.section import Count, Natural, OneOf, Positive, Share, section, wrong
 from fedsim.data.partition import PARTITIONERS
 
 MOST_EXAMPLES = 10**8  # of a model per round: their order is drawn at once and held in memory
 
-Layers = Annotated[list[str], Field(min_length=1)]
 NotNegative = Annotated[float, Field(ge=0)]
-Seed32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Tokens = Annotated[int, Field(ge=2)]
 Trace = Annotated[list[Literal[0, 1]], Field(min_length=1)]
 Workers = Annotated[int, Field(ge=1, le=1024)]  # more than any machine has cores is a slip that would take it down
-
-
-def _with_a_field(template: str) -> str:
-    if "{" not in template:
-        raise wrong("", template, "has no {field}; name columns in braces")
-    return template
-
-
-def _label_words(labels: Any) -> Any:
-    words = list(dict.fromkeys(labels.values())) if isinstance(labels, dict) else labels
-    if len(words) < 2:
-        raise wrong("", labels, "has fewer than two labels")
-    if len(set(words)) < len(words):
-        raise wrong("", labels, "names a label twice")
-    if any(word.strip() != word or not word for word in (*words, *labels)):
-        raise wrong("", labels, "has an empty label, or one with white space around it")
-    return labels
 
 
 def _known_type(name: str) -> str:
@@ -63,334 +35,8 @@ def _known_device(device: str) -> str:
     return device
 
 
-Template = Annotated[str, AfterValidator(_with_a_field)]
 DataType = Annotated[str, AfterValidator(_known_type)]
 Device = Annotated[str, AfterValidator(_known_device)]
-
-
-@section
-class Model:
-    """The base model."""
-
-    path: Text = "tiny"
-    """`tiny` (ships with fedsim), a hub id, a transformers folder, a GGUF file, or `package:NAME/FILE` for a file or folder inside an installed package."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Type of the frozen base; what is trained stays float32 (float64 under a float64 base)."""
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
-    """Answer written as text and scored by its likelihood, or a classification head on the last token or the pooled output."""
-    base_dropout: bool = False
-    """Whether the dropout layers inside the base act in training; an adapter's own dropout is a key of the adapter."""
-
-
-@section
-class _OfPeft:
-    @model_validator(mode="after")
-    def _check_options(self) -> Any:
-        if self.peft:  # a field of each method, since the options differ
-            from fedsim.models.adapters import check_peft_options
-
-            check_peft_options(self.name, self.peft, "adapter")
-        return self
-
-
-@section
-class Lora(_OfPeft):
-    """Low-rank adaptation (Hu et al., 2021), by PEFT."""
-
-    name: Literal["lora"] = "lora"
-    r: Count = 8
-    """Rank of the update."""
-    alpha: Positive = 16.0
-    """Scaling: the update is multiplied by alpha / r."""
-    dropout: Share = 0.0
-    """Dropout on the input of A, in training only."""
-    target_modules: Layers | Literal["auto", "all-linear"] = "auto"
-    """Leaf names of the layers to adapt; auto = the attention input projections: q, k and v, or the fused one."""
-    init: Literal["kaiming", "xavier", "gaussian"] = "kaiming"
-    """Initialization of A (B starts at zero): kaiming is PEFT's default, xavier that of the published runs."""
-    peft: dict[str, Any] = Field(default_factory=dict)
-    """Further options of PEFT's own config class for the method, e.g. {use_dora: true, modules_to_save: [score]}; they hold over the keys above."""
-
-
-@section
-class PTuning(_OfPeft):
-    """P-tuning (Liu et al., 2021): virtual tokens made by an MLP prompt encoder, by PEFT."""
-
-    name: Literal["p_tuning"] = "p_tuning"
-    num_virtual_tokens: Count = 10
-    """Virtual tokens in front of every input."""
-    hidden: Count = 1024
-    """Width of the prompt encoder's hidden layers."""
-    peft: dict[str, Any] = Field(default_factory=dict)
-    """Further options of PEFT's own config class for the method, e.g. {encoder_reparameterization_type: LSTM}; they hold over the keys above."""
-
-
-@section
-class Bottleneck:
-    """Bottleneck adapters (Houlsby et al., 2019) after the attention's and the MLP's output projection; fedsim's own."""
-
-    name: Literal["adapter"] = "adapter"
-    bottleneck: Count = 32
-    """Width of the bottleneck."""
-    dropout: Share = 0.0
-    """Dropout on the adapter's hidden layer, in training only."""
-    activation: Literal["gelu", "relu", "silu"] = "gelu"
-    """Non-linearity inside the bottleneck."""
-    target_modules: Layers | Literal["auto"] = "auto"
-    """Leaf names of the layers whose output is adapted; auto = the output projections of attention and MLP."""
-
-
-@section
-class Prefix(_OfPeft):
-    """Prefix tuning (Li and Liang, 2021), by PEFT."""
-
-    name: Literal["prefix"] = "prefix"
-    num_virtual_tokens: Count = 10
-    """Length of the trained key/value prefix of every layer."""
-    projection: bool = False
-    """Make the prefix by an MLP, as in the paper, or train it directly."""
-    hidden: Count = 512
-    """Width of that MLP."""
-    peft: dict[str, Any] = Field(default_factory=dict)
-    """Further options of PEFT's own config class for the method, e.g. {init_weights: false}; they hold over the keys above."""
-
-
-@section
-class Prompt(_OfPeft):
-    """Prompt tuning (Lester et al., 2021), by PEFT."""
-
-    name: Literal["prompt"] = "prompt"
-    num_virtual_tokens: Count = 10
-    """Trained embeddings in front of every input."""
-    init_text: Text | None = None
-    """Start from the embeddings of this text; null starts from randomly drawn ones."""
-    peft: dict[str, Any] = Field(default_factory=dict)
-    """Further options of PEFT's own config class for the method, e.g. {prompt_tuning_init: SAMPLE_VOCAB}; they hold over the keys above."""
-
-
-@section
-class Ia3(_OfPeft):
-    """IA3 (Liu et al., 2022): trained scales on keys, values and the MLP's inner activations, by PEFT."""
-
-    name: Literal["ia3"] = "ia3"
-    target_modules: list[str] | Literal["auto"] = "auto"
-    """Leaf names of the layers to scale; auto = PEFT's choice for the architecture."""
-    feedforward_modules: list[str] | Literal["auto"] = "auto"
-    """Those of them whose input is scaled instead of their output; auto = PEFT's choice."""
-    peft: dict[str, Any] = Field(default_factory=dict)
-    """Further options of PEFT's own config class for the method, e.g. {modules_to_save: [lm_head]}; they hold over the keys above."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Ia3:
-        if (self.target_modules == "auto") != (self.feedforward_modules == "auto"):
-            raise wrong("feedforward_modules", self.feedforward_modules, "goes with target_modules: give both or none")
-        return self
-
-
-@section
-class Whole:
-    """Full fine-tuning: every parameter of the base model is trained and exchanged."""
-
-    name: Literal["none"] = "none"
-
-
-@section
-class OtherPeft:
-    """Any PEFT method by its PEFT name, with PEFT's own settings as keys.
-
-    The methods above go by their names in capitals, e.g. LORA. A `peft.PeftConfig` given in Python becomes such a section.
-    """
-
-    name: str = ""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """Keys of PEFT's config class for the method."""
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        """Virtual tokens in front of every input."""
-        return self.settings.get("num_virtual_tokens") or 0
-
-    @model_validator(mode="after")
-    def _check(self) -> OtherPeft:
-        from fedsim.models.adapters import check_peft_settings
-
-        check_peft_settings(self.name, self.settings, "adapter")
-        return self
-
-
-@section
-class _DataKeys:
-    template: Template | None = None
-    """Text of one example with {fields}; the last field is the answer of a causal LM. Null = the source's own default."""
-    labels: Annotated[list[str], AfterValidator(_label_words)] | None = None
-    """Label words in order, which numbers the classes; null = the source's own, or the sorted values of the label column."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Template field -> column of the file, where their names differ, e.g. {sentence: text, label: sentiment}."""
-    max_length: Tokens = 128
-    """Longest example in tokens, answer included."""
-    too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to longer ones: cut the prompt from its left (then the answer from its right; a head's text from its right), leave them out, or stop. Special tokens around the text stay."""
-
-
-@section
-class Headlines(_DataKeys):
-    """The embedded data set: generated financial headlines with the PhraseBank's class counts."""
-
-    name: Literal["headlines"] = "headlines"
-    seed: Natural = 0
-    """Seed of the generator."""
-
-
-@section
-class FinancialPhraseBank(_DataKeys):
-    """Financial PhraseBank (Malo et al., 2014): `sentence@label` lines, the published shuffle and 80/10/10 cut."""
-
-    name: Literal["financial_phrasebank"] = "financial_phrasebank"
-    path: Text
-    """The original text file, Sentences_AllAgree.txt of version 1.0 (UTF-8 or ISO-8859-1), or a hub id."""
-    shuffle_seed: int = 1234
-    """Seed of the one shuffle before the cut, by Python's `random`."""
-
-
-def _check_held_out(data: Any) -> None:
-    """Rows to train and to validate on have to be left; text names a file or a split of its own."""
-    if data.validation == 0:
-        raise wrong("validation", data.validation, "leaves no row to validate on")
-    if sum(share for share in (data.validation, data.test) if not isinstance(share, str)) >= 1:
-        raise wrong("test", data.test, "and validation together leave no training rows")
-
-
-@section
-class Table(Form, _DataKeys):
-    """Your own CSV, TSV, JSON, JSONL or Parquet file; in Python a DataFrame, a `datasets.Dataset` or a `DatasetDict`, too."""
-
-    name: Literal["table"] = "table"
-    path: Text
-    """A .csv, .tsv, .json, .jsonl or .parquet file; its ending tells the format. In Python examples in memory can stand in its place, and in that of `validation` and `test`."""
-    labels: Annotated[list[str] | dict[str, str], AfterValidator(_label_words)] | None = None
-    """Label words in order, which numbers the classes from 0; or what the file holds -> label word, e.g. {1: World, 2: Sports}; null = the sorted values of the label column."""
-    validation: Text | Share = 0.1
-    """A file of its own, or the fraction of `path` to hold out."""
-    test: Text | Share = 0.1
-    """A file of its own, or the fraction of `path` to hold out; 0 = no test rows."""
-    split_seed: int = 0
-    """Seed of the shuffle before fractions are cut off."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Table:
-        _check_held_out(self)
-        return self
-
-
-@section
-class Hub(_DataKeys):
-    """Any data set that `datasets.load_dataset` opens: a hub id or a local data set folder."""
-
-    name: Literal["hub"] = "hub"
-    path: Text
-    """A data set id such as org/name, or a folder."""
-    subset: str | None = None
-    """Configuration name of the data set."""
-    labels: Annotated[list[str] | dict[str, str], AfterValidator(_label_words)] | None = None
-    """Label words in order, which numbers the classes from 0; or what the data set holds -> label word; null = the data set's own, or the sorted values of the label column."""
-    train: str = "train"
-    """Split to train on."""
-    validation: Text | Share = 0.1
-    """Split to validate on, or the fraction of the training split to hold out."""
-    test: Text | Share = 0.1
-    """Split to test on, or the fraction of the training split to hold out; 0 = no test rows."""
-    split_seed: int = 0
-    """Seed of the shuffle before fractions are cut off."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Hub:
-        _check_held_out(self)
-        return self
-
-
-_ROLES = {  # format of a data set -> what `columns` can name in it; of those that are always written alike nothing
-    **{"alpaca": (), "dolly": (), "oasst1": ()},
-    "prompt_response": ("prompt", "response", "context", "category", "user_id"),
-    "messages": ("messages", "category", "user_id"),
-}
-
-
-@section
-class Source(Form):
-    """One data set of instructions."""
-
-    format: Literal["alpaca", "dolly", "oasst1", "prompt_response", "messages"]
-    """Its format, which says what its columns hold."""
-    path: Text | Annotated[list[Text], Field(min_length=1)]
-    """A file or a hub id, or a list of them."""
-    name: Text | None = None
-    """Name of its rows in the column `source`; null = the format's."""
-    columns: dict[str, str] | None = None
-    """Role -> column of the file, where their names differ."""
-    subset: Text | None = None
-    """Configuration name of a hub data set."""
-    split: Text | None = None
-    """Split of a hub data set to take."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Source:
-        takes = ", ".join(_ROLES[self.format]) or "nothing, its columns are always named alike"
-        for role, column in (self.columns or {}).items():
-            if role not in _ROLES[self.format]:
-                raise wrong(f"columns.{role}", column, f"has no use; format {self.format} takes {takes}")
-        return self
-
-
-@section
-class Instructions(_DataKeys):
-    """Instruction data: Alpaca, Dolly, OASST1, or your own prompts with answers, or chats; each data set cut by itself."""
-
-    name: Literal["instructions"] = "instructions"
-    sources: Annotated[list[Annotated[dict[str, Any], Like(Source)]], Field(min_length=1)]
-    """Data sets, each {format: alpaca | dolly | oasst1 | prompt_response | messages, path: FILE or hub id, or a list of them}; optional name, columns, of a hub id subset and split, and of a text file header, names, delimiter and encoding, as for a table."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """For prompt_response (prompt, response, context) and messages (messages), and category or user_id of both: role -> column of the file, where their names differ."""
-    max_length: Tokens | None = None
-    """Longest example in tokens, answer included; null = 1024, or what the base takes where that is less."""
-    chat_template: bool = False
-    """Write prompts and chats by the tokenizer's chat template instead of `template`. One that writes today's date always writes 26 July 2024."""
-    turns: Literal["last", "every"] = "last"
-    """Which assistant turns of a chat are answers: the last one, or every one, each a row of its own after the turns before it."""
-    validation: Share = 0.1
-    """Fraction of each data set to validate on, rounded down to whole rows."""
-    test: Share = 0.1
-    """Fraction of each data set to test on, rounded down to whole rows; 0 = no test rows."""
-    validation_rows: Count | None = None
-    """At most so many validation rows, of each data set in proportion and the first in its shuffled order; the others are used for nothing. Null = all."""
-    test_rows: Natural | None = None
-    """The same of the test rows; 0 = none, and the training rows stay as they are."""
-    split_seed: Seed32 = 0
-    """Seed of the one shuffle of each data set before the cut, as pandas' `sample` draws it."""
-    order_seed: Seed32 = 0
-    """Seed of the order of instruction and context in a prompt."""
-    length_classes: Count = 4
-    """Classes of about equal size by characters of prompt and answer, in the column `length`."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Instructions:
-        if self.labels is not None:
-            raise wrong("labels", self.labels, "has no use here: answers are free text")
-        if self.template is not None and self.chat_template:
-            raise wrong("template", self.template, "and chat_template=true exclude each other; give one")
-        _check_held_out(self)
-        names = [source.get("name") or source["format"] for source in self.sources]
-        for i, name in enumerate(names):
-            if name in names[:i]:
-                raise wrong(f"sources[{i}].name", name, "names two sources; give each a name of its own")
-        roles = {role for s in self.sources if not s.get("columns") for role in _ROLES[s["format"]]}
-        for role, column in self.columns.items():
-            if role not in roles:
-                takes = (
-                    "has no use; it is for sources of format prompt_response and messages without columns of their own"
-                )
-                takes += f", which take: {', '.join(sorted(roles))}" if roles else ""
-                raise wrong(f"columns.{role}", column, takes)
-        return self
 
 
 @section
@@ -450,7 +96,7 @@ class LocalWork:
             object.__setattr__(self, "epochs", 1)
         if self.steps is not None:
             if self.epochs is not None:
-                both = f"and local.epochs={self.epochs} are both given; set one of them to null"
+                both = f"and local.epochs={self.epochs} exclude each other; set one of them to null"
                 raise wrong("steps", self.steps, both)
             if self.drop_last:
                 raise wrong("drop_last", True, "goes with epochs; work in steps always draws full batches")
@@ -479,70 +125,6 @@ class Central:
     """`epochs`: as many examples per round as all sampled clients together; `steps`: as many optimizer steps as one client."""
 
 
-@functools.cache
-def section_of(name: str, kind: type) -> Any:
-    """The section of a component that is a frozen dataclass: its own fields, and its name."""
-    about = {"__annotations__": {"name": Literal[name]}, "name": name, "of": kind}
-    about |= {"__doc__": kind.__doc__, "__module__": kind.__module__}
-    made = section(type(kind.__name__, (kind,), about))
-    copyreg.pickle(made, lambda held: (_section_again, (name, component_of(held))))
-    return made
-
-
-def _section_again(name: str, component: Any) -> Any:
-    return section_of(name, type(component))(**{f.name: getattr(component, f.name) for f in fields(component)})
-
-
-def component_of(held: Any) -> Any:
-    """The component that a section of `section_of` describes."""
-    kind = type(held).of
-    return kind(**{f.name: getattr(held, f.name) for f in fields(kind)})
-
-
-def _in_file(key: str, fits: Callable[[type], bool], what: str) -> Callable[[Mapping[str, Any]], Any]:
-    """What finds the section of a component in a user's file by its name, `FILE.py:CLASS`; None for another name."""
-
-    def find(keys: Mapping[str, Any]) -> Any:
-        if not is_user_code(keys["name"]):
-            return None
-        kind = load(keys["name"], f"{key}.name", fits, what)
-        file, _, wanted = keys["name"].rpartition(":")
-        name = f"{Path(file).expanduser().resolve()}:{wanted}"
-        return made_of(section_of(name, kind), {**keys, "name": name}, key)
-
-    return find
-
-
-def algorithm_of(held: Any, aggregator: Any = None) -> algorithms.Algorithm:
-    """The algorithm that a section describes, whose message group `update` is aggregated as the other section says."""
-    made = component_of(held)
-    if aggregator is not None and aggregator.name != "mean":
-        how = component_of(aggregator) if hasattr(type(aggregator), "of") else aggregator.name
-        object.__setattr__(made, "aggregates", {**made.aggregates, "update": how})  # else a constant of its class
-    return made
-
-
-@section
-class Mean:
-    """The mean, weighted as `algorithm.weights` says."""
-
-    name: Literal["mean"] = "mean"
-
-
-@section
-class Sum:
-    """The sum of weight times update."""
-
-    name: Literal["sum"] = "sum"
-
-
-def _is_aggregator(kind: type) -> bool:
-    return all(hasattr(kind, name) for name in ("blockwise", "buffers", "add", "result"))
-
-
-FedAvgKeys: Any = section_of("fedavg", algorithms.ALGORITHMS["fedavg"])
-
-
 @section
 class Best:
     """How the best model is selected on the validation examples."""
@@ -567,20 +149,20 @@ class Checkpoint:
 
 @section
 class Evaluate:
-    """When and how models are scored on the validation rows."""
+    """When and how models are evaluated on the validation examples."""
 
     every_steps: Count | None = None
-    """Score a client inside a round after every so many of its optimiser steps since the start; null = never inside."""
+    """Evaluate a client within a round after every N of its optimizer steps since the start; null = only after its round."""
     every_rounds: Count = 1
     """Evaluate every N rounds, and always after the last."""
     clients: bool = True
-    """Score the clients of a federated round just before they are merged, or the merged model alone."""
+    """Also evaluate the clients of a federated round just before aggregation; otherwise the global model alone."""
     batch_size: Count = 64
-    """Rows of a scoring batch."""
+    """Examples per evaluation batch."""
     generate: bool = False
-    """Also generate the answer greedily and count exact matches (causal LM)."""
+    """Also generate answers greedily and count exact matches (causal LM)."""
     max_new_tokens: int = Field(32, ge=1, le=1 << 16)
-    """Longest generated answer in tokens."""
+    """Maximum length of a generated answer, in tokens."""
     max_examples: Count | None = None
     """Evaluate on at most this many validation examples: a random subset, the same for every model, round and seed; null = all. Test scores are always of all test examples."""
 
@@ -590,22 +172,21 @@ class Training:
     """How clients share a device."""
 
     lanes: Count | Literal["auto", "measure"] = "auto"
-    """Clients trained side by side in one forward and backward pass. auto = by the sizes of the experiment and the base and the kind of device, the same wherever it runs; measure = timed once, at the run's first start, so another start may choose otherwise, and its last bits differ; 1 = one after another, PEFT's own model in padded batches."""
+    """Number of clients trained in one forward and backward pass. auto = a rule on the sizes of experiment and base model and on the kind of device, the same on every machine; measure = timed at the run's first start, so another start may choose another number, with other last bits; 1 = one client after another, PEFT's own model in padded batches."""
     checkpointing: bool | Literal["auto"] = "auto"
-    """Compute activations a second time in the backward pass instead of keeping them; auto = where one lane would not fit otherwise."""
-
+    """Recompute activations in the backward pass instead of keeping them; auto = if one lane does not fit into memory otherwise."""
     packing: bool = False
-    """Where the whole model is trained: rows lie end to end without padding, each attending to itself alone, as many a pass as fit into local.micro_batch x data.max_length tokens. Adapters in lanes are always trained so. Refused for bases whose layers do not take rows so, GPT-Neo among them."""
+    """Full fine-tuning only: examples are concatenated without padding, each attending to itself alone; a pass takes as many as fit into local.micro_batch x data.max_length tokens. Adapters in lanes are always trained like this. An error for bases whose layers do not support it, e.g. GPT-Neo."""
     master_weights: bool = True
-    """Where the whole model is trained under a 16-bit model.dtype: weights, gradients and moments in float32, computing in 16 bits; false = everything in 16 bits, in half the memory. Sums over clients are float32 either way."""
+    """Full fine-tuning under a 16-bit model.dtype: weights, gradients and optimizer state in float32, computation in 16 bits; false = everything in 16 bits, in half the memory. Sums over clients are float32 either way."""
 
 
 @section
 class Aggregation:
-    """How updates are summed; the results do not depend on it."""
+    """Memory of aggregation; the results do not depend on it."""
 
     chunk_mb: Count = 16
-    """Parameters that are summed, encoded or saved at a time, in MiB of float32; a round needs this much memory besides the global parameters and their running sum."""
+    """Parameters that are summed, encoded or saved at a time, in MiB of float32; a round needs this much memory beside the global parameters and their running sum."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the global parameters and the running sum are kept: auto = on the training device; cpu = in host memory, which leaves device memory to training; cuda = as auto, but an error without a GPU."""
 
@@ -624,7 +205,7 @@ class Messages:
     @model_validator(mode="after")
     def _check(self) -> Messages:
         if self.error_feedback and self.up is None:
-            raise wrong("error_feedback", True, "needs a type that loses something; set messages.up, e.g. nf4")
+            raise wrong("error_feedback", True, "needs a lossy type; set messages.up, e.g. nf4")
         return self
 
 
@@ -662,7 +243,7 @@ class Simulation:
     @model_validator(mode="after")
     def _check(self) -> Simulation:
         if isinstance(self.speeds, list) and self.speeds[0] > self.speeds[1]:
-            raise wrong("speeds", self.speeds, "is not [least, most]")
+            raise wrong("speeds", self.speeds, "is not [min, max]; swap the two")
         if self.deadline_s is not None and self.speeds is None:
             raise wrong("deadline_s", self.deadline_s, "needs simulation.speeds")
         if self.late != "drop" and self.deadline_s is None:
@@ -672,15 +253,15 @@ class Simulation:
 
 @section
 class AutoExecutor:
-    """Every CUDA device there is, one worker process each where there are several; without any, this process on the CPU."""
+    """All CUDA devices, with one worker process each if there are several; without any, this process on the CPU."""
 
     name: Literal["auto"] = "auto"
     workers: Workers | None = None
     """Number of worker processes on the default devices; null = one per CUDA device, none on the CPU."""
     threads: Workers | None = None
-    """CPU threads of a worker; null = the cores divided by the workers, fixed at the run's first start."""
+    """CPU threads per worker; null = the cores divided by the workers, fixed at the run's first start."""
     hang_s: Positive | None = 600.0
-    """As the pool's; null = wait for ever. Without worker processes it has no effect."""
+    """As for `pool`; null = wait forever. No effect without worker processes."""
 
 
 @section
@@ -696,17 +277,17 @@ class Serial:
 
 @section
 class Pool:
-    """Worker processes that live for the whole run, each pinned to a device."""
+    """Worker processes, each on one device, for the whole run."""
 
     name: Literal["pool"] = "pool"
     devices: Annotated[list[Device], Field(min_length=1)] | Literal["auto"] = "auto"
     """Devices, e.g. [cuda:0, cuda:1] or [cpu]; auto = every CUDA device, else the CPU."""
     workers: Workers | None = None
-    """Worker processes, dealt over the devices in turn; null = one per device."""
+    """Number of worker processes, assigned to the devices in turn; null = one per device."""
     threads: Workers | None = None
-    """CPU threads of a worker; null = the cores divided by the workers, fixed at the run's first start."""
+    """CPU threads per worker; null = the cores divided by the workers, fixed at the run's first start."""
     hang_s: Positive | None = 600.0
-    """Seconds without a sign of life after which a worker that is at work is ended and replaced; null = wait for ever. Signs are: something new to do, each forward and backward pass, scoring batch, generated token, and chunk or record that is copied, added or kept. Not limited: loading the model, and waiting for a turn to add."""
+    """Seconds without a heartbeat after which a busy worker is replaced; null = wait forever. Heartbeats: a new task, each forward and backward pass, evaluation batch, generated token, and each chunk or record that is copied, added or saved. Not limited: loading the model, and waiting for a turn to add."""
 
     @model_validator(mode="after")
     def _check(self) -> Pool:
@@ -721,50 +302,11 @@ class Tracking:
     """Experiment trackers, through accelerate."""
 
     with_: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, alias="with")
-    """Trackers that get the metrics of each round, and the figures; each needs its own package."""
+    """Trackers that receive the metrics of each round, and the figures; each needs its own package."""
     clients: bool = False
-    """Log each client's metrics, too; otherwise their mean, minimum and maximum."""
+    """Log the metrics of each client; otherwise their mean, minimum and maximum."""
 
 
-ADAPTERS = {
-    "lora": Lora,
-    "p_tuning": PTuning,
-    "adapter": Bottleneck,
-    "prefix": Prefix,
-    "prompt": Prompt,
-    "ia3": Ia3,
-    "none": Whole,
-}
-DATA = {
-    "headlines": Headlines,
-    "financial_phrasebank": FinancialPhraseBank,
-    "table": Table,
-    "hub": Hub,
-    "instructions": Instructions,
-}
-ALGORITHMS = {name: section_of(name, kind) for name, kind in algorithms.ALGORITHMS.items()}
-AGGREGATORS = {"mean": Mean, "sum": Sum}
 EXECUTORS = {"auto": AutoExecutor, "serial": Serial, "pool": Pool}
-
-Adapter = Annotated[
-    Lora | PTuning | Bottleneck | Prefix | Prompt | Ia3 | Whole | OtherPeft, OneOf(ADAPTERS, other=OtherPeft)
-]
-Data = Annotated[Headlines | FinancialPhraseBank | Table | Hub | Instructions, OneOf(DATA)]
 Partitioner = Annotated[Any, OneOf({name: made.keys for name, made in PARTITIONERS.items()})]
-Algorithm = Annotated[
-    Any,
-    OneOf(
-        ALGORITHMS,
-        default="fedavg",
-        find=_in_file("algorithm", lambda kind: issubclass(kind, algorithms.Algorithm), "derived from Algorithm"),
-    ),
-]
-Aggregator = Annotated[
-    Any,
-    OneOf(
-        AGGREGATORS,
-        default="mean",
-        find=_in_file("aggregator", _is_aggregator, "with blockwise, buffers, add and result"),
-    ),
-]
 Executor = Annotated[AutoExecutor | Serial | Pool, OneOf(EXECUTORS, default="auto")]

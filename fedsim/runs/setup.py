@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.algorithms import Local
+from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
-from fedsim.config.sections import algorithm_of
 from fedsim.core.files import differing, record
 from fedsim.core.numerics import kernels, threads
 from fedsim.core.params import Layout, Params, meta
