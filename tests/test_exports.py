@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_equivalence import Texts, adamw, load, train
+from tiers import fast
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -72,7 +73,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
 }
 
 
-@pytest.mark.parametrize("what", OPTIONS)
+@pytest.mark.parametrize("what", fast(OPTIONS, "ranks", "head of classes", "p_tuning"))
 def test_options_of_peft_train_as_in_a_plain_loop_and_load_again(lab: Any, distance: Any, what: str) -> None:
     kind, model, adapter, options = OPTIONS[what]
     exp = lab.exp(model={"path": lab.base(kind), **model}, adapter={**adapter, "peft": options}, **ONE)
@@ -113,7 +114,7 @@ def test_what_is_no_config_of_one_method_is_one_line(given: Any, name: str) -> N
         fedsim.Experiment(adapter=given)
 
 
-@pytest.mark.parametrize("what", CONFIGS)
+@pytest.mark.parametrize("what", fast(CONFIGS, "vera"))
 def test_a_config_object_of_peft_is_a_section_of_plain_keys(lab: Any, what: str) -> None:
     make, section = CONFIGS[what]
     exp, written = lab.exp(adapter=make(), **ONE), lab.exp(adapter=section, **ONE)
@@ -162,16 +163,15 @@ def test_an_empty_section_of_options_keeps_the_runs_id(lab: Any) -> None:
 # ------------------------------------------------------------------------------- what starts anew is in the export
 
 
+WITH_POOLER: list[dict[str, Any]] = [
+    *({"name": "lora", "r": 3}, {"name": "ia3"}, {"name": "prefix", "num_virtual_tokens": 3}, {"name": "none"}),
+    *({"name": "adapter", "bottleneck": 4}, {"name": "vera", "r": 4, "target_modules": ["query"]}),
+]
+
+
 @pytest.mark.parametrize(
     "adapter",
-    [
-        {"name": "lora", "r": 3},
-        {"name": "ia3"},
-        {"name": "prefix", "num_virtual_tokens": 3},
-        {"name": "adapter", "bottleneck": 4},
-        {"name": "vera", "r": 4, "target_modules": ["query"]},
-        {"name": "none"},
-    ],
+    fast(WITH_POOLER, WITH_POOLER[0], *WITH_POOLER[3:5]),
     ids=lambda a: a["name"],
 )
 def test_a_pooler_that_the_base_lacks_is_trained_and_saved(lab: Any, adapter: dict) -> None:
@@ -197,8 +197,8 @@ def test_a_pooler_that_the_base_lacks_is_trained_and_saved(lab: Any, adapter: di
     assert loss_of(lab, exp, model) == pytest.approx(reported(lab, run), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["prompt", "p_tuning"])
-@pytest.mark.parametrize("kind", ["electra", "opt"])
+@pytest.mark.parametrize("name", fast(["prompt", "p_tuning"], "p_tuning"))
+@pytest.mark.parametrize("kind", fast(["electra", "opt"], "electra"))
 def test_virtual_tokens_are_as_wide_as_the_embeddings(lab: Any, kind: str, name: str) -> None:
     """Some bases have embeddings narrower than their layers, with a projection between the two."""
     folder, heads = str(lab.root / kind), kind == "electra"
@@ -238,8 +238,12 @@ LOADERS = {"lora": {"name": "lora", "r": 3}, "prefix": {"name": "prefix", "num_v
 LOADERS |= {"adapter": {"name": "adapter", "bottleneck": 4}, "none": {"name": "none"}}
 
 
-@pytest.mark.parametrize("model", ["tiny", "folder", "heads"])
-@pytest.mark.parametrize("name", LOADERS)
+CARDS = [(name, model) for name in LOADERS for model in ("tiny", "folder", "heads")]
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), fast(CARDS, ("lora", "tiny"), ("prefix", "heads"), ("adapter", "folder"), ("none", "tiny"))
+)
 def test_the_code_of_a_model_card_gives_the_scores_that_stand_in_it(lab: Any, name: str, model: str) -> None:
     """`global/`, the central model and the chosen one: base found, tokenizer there, loss as reported."""
     base = "tiny" if model == "tiny" else lab.base("llama")

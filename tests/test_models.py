@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiers import fast
 from transformers import AutoTokenizer
 
 from fedsim.core.errors import UserError
@@ -230,8 +231,8 @@ def headed(folder: Path, kind: str, ids: bool) -> tuple[Path, torch.nn.Module]:
     return folder, transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "llama"])
-@pytest.mark.parametrize("ids", [True, False])
+@pytest.mark.parametrize("kind", fast(["bert", "roberta", "distilbert", "llama"], "bert", "llama"))
+@pytest.mark.parametrize("ids", fast([True, False], False))
 def test_the_rows_of_a_trained_head_follow_the_labels(tmp_path: Path, kind: str, ids: bool) -> None:
     folder, plain = headed(tmp_path / "base", kind, ids)
     text = torch.tensor([[5, 6, 7]])
@@ -266,7 +267,18 @@ def test_a_head_for_other_labels_starts_anew_and_one_without_names_is_kept(tmp_p
 
 @pytest.mark.parametrize(
     ("kind", "positions"),
-    [("gpt2", 32), ("opt", 32), ("gptj", 32), ("biogpt", 32), ("llama", None), ("gpt_neox", None), ("falcon", None)],
+    fast(
+        [
+            ("gpt2", 32),
+            ("opt", 32),
+            ("gptj", 32),
+            ("biogpt", 32),
+            ("llama", None),
+            ("gpt_neox", None),
+            ("falcon", None),
+        ],
+        *[("gpt2", 32), ("opt", 32), ("llama", None)],
+    ),
 )
 def test_positions_that_end_are_told_from_those_that_go_on(tmp_path: Path, kind: str, positions: int | None) -> None:
     config = transformers.AutoConfig.for_model(kind, **SMALL, rotary_dim=4)
@@ -355,7 +367,11 @@ def test_an_encoder_from_its_package_is_no_causal_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["gpt2", "gpt_neox", "opt", "bert", "distilbert", "qwen2", "mamba", "bloom", "mixtral"]
+    "kind",
+    fast(
+        ["gpt2", "gpt_neox", "opt", "bert", "distilbert", "qwen2", "mamba", "bloom", "mixtral"],
+        *("gpt2", "bert", "qwen2"),
+    ),
 )
 def test_a_config_with_more_blocks_than_its_weights_is_refused_before_it_is_built(
     kind: str, lab: Any, tmp_path: Path

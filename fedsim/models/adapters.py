@@ -201,7 +201,9 @@ def check_peft_settings(name: str, settings: dict[str, Any], path: str) -> None:
             f"{path}.name: {name!r} is not known; {hint}fedsim's own: {', '.join(ours)}; or a PEFT method: {', '.join(sorted(known))}"
         )
     if name.lower() in ("multitask_prompt_tuning", "poly", "xlora"):
-        raise UserError(f"{path}.name: {name!r} needs task ids or other adapters with every row; use another method")
+        raise UserError(
+            f"{path}.name: {name!r} needs task ids or other adapters with every example; use another method"
+        )
     if name.lower() == "adalora":
         why = "prunes ranks by scores that each client keeps for itself, and masks of unlike ranks have no mean"
         raise UserError(f"{path}.name: {name!r} {why}; use lora, with peft: {{rank_pattern: ...}} for unequal ranks")
@@ -237,7 +239,7 @@ def _check_options(cls: type, options: dict[str, Any], path: str) -> None:
 
 
 def section_of(config: Any) -> dict[str, Any]:
-    """The section `adapter` that says what a `peft.PeftConfig` says: its PEFT name, and what is not at its default.
+    """A `peft.PeftConfig` as a section `adapter`: its PEFT name, and what is not at its default.
 
     Raises:
         UserError: for a class in place of a config, a config of no method, or a value that YAML cannot hold.

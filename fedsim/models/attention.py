@@ -73,7 +73,7 @@ def attend(
         query: `[1, H, N, d]`; key and value may have fewer heads, each then serves several of the query's.
         attention_mask: must be None: examples alone decide what may be seen.
         scaling: of the products; None = 1 / sqrt(d).
-        is_causal: None = as the layer says.
+        is_causal: None = the layer's own attribute.
         sliding_window: tokens that a token sees at most, itself included.
 
     Returns:
@@ -85,9 +85,9 @@ def attend(
     lanes = getattr(module, "fedsim_lanes", None)
     if lanes is None or lanes.stream is None:
         raise Unsuitable("its attention was called outside a pass")
-    wants = [n for n in ("softcap", "s_aux", "position_bias") if keys.get(n) is not None]
-    if wants or attention_mask is not None or dropout:
-        raise Unsuitable(f"its attention wants {wants[0] if wants else 'a mask or dropout of its own'}")
+    needs = [n for n in ("softcap", "s_aux", "position_bias") if keys.get(n) is not None]
+    if needs or attention_mask is not None or dropout:
+        raise Unsuitable(f"its attention needs {needs[0] if needs else 'a mask or dropout of its own'}")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if sliding_window is not None and (lanes.prefix is not None or not causal):
         raise Unsuitable("its attention slides a window over more than the past of an example")
@@ -109,7 +109,7 @@ def attend(
             k, v = (torch.cat([f.to(x.dtype), x], dim=2) for f, x in zip(front, (k, v), strict=True))
         if heads != shared:
             k, v = (x.repeat_interleave(heads // shared, dim=1) for x in (k, v))
-        mask = _mask(group, causal, prefix, sliding_window, q.device)  # None: is_causal says it all
+        mask = _mask(group, causal, prefix, sliding_window, q.device)
         a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, scale=scaling)
         out.append(a.transpose(1, 2).reshape(group.count * group.length, -1))
     whole = out[0] if len(out) == 1 else torch.cat(out)

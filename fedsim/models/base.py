@@ -52,12 +52,12 @@ def load_tokenizer(source: Source) -> Any:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.load_args())
     except Exception as error:  # of a dozen kinds, by tokenizer and transport
-        said = f"no tokenizer could be loaded from {source.name!r} ({first_line(error)})"
-        raise UserError(f"model.path: {said}; {_way_out(source)}") from None
+        why = f"no tokenizer could be loaded from {source.name!r} ({first_line(error)})"
+        raise UserError(f"model.path: {why}; {_way_out(source)}") from None
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            said = f"the tokenizer of {source.name!r} has neither a pad nor an end-of-text token"
-            raise UserError(f"model.path: {said}; add pad_token to its tokenizer_config.json")
+            why = f"the tokenizer of {source.name!r} has neither a pad nor an end-of-text token"
+            raise UserError(f"model.path: {why}; add pad_token to its tokenizer_config.json")
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return tokenizer
 
@@ -66,7 +66,7 @@ def load_config(source: Source) -> Any:
     """The transformers config of the base.
 
     Raises:
-        UserError: if it cannot be read, or says that the weights are quantized.
+        UserError: if it cannot be read, or its weights are quantized.
     """
     from transformers import AutoConfig
 
@@ -140,7 +140,7 @@ def _check_blocks(source: Source, config: Any) -> None:
             fewer.layer_types = fewer.layer_types[: held + 1]
         with quiet(), torch.device("meta"):
             made = _blocks(transformers.AutoModel.from_config(fewer, trust_remote_code=False).state_dict())
-    except Exception:  # weights and configs can be wrong in any way; the load says how
+    except Exception:  # weights and configs can be wrong in any way; the load reports it
         return
     if made > held:
         what = f"the weights of {source.name!r} hold {held} blocks, its config asks for {asked} (num_hidden_layers)"
@@ -182,8 +182,8 @@ def load_base(
 
     Returns:
         The model. Its attribute `starts_anew` names the parameters that are not what the folder holds: whatever the method,
-        they are trained and saved, since a loader of the folder would start them at other values. Its `head_note` says
-        what a user should know of a head that the folder holds, or is None.
+        they are trained and saved, since a loader of the folder would start them at other values. Its `head_note` is
+        what a user should know of a head that the folder holds, or None.
 
     Raises:
         UserError: if the weights cannot be loaded.
@@ -254,7 +254,7 @@ def _check_whole(source: Source, model: nn.Module, task: str, report: dict[str, 
 
 
 def _in_block(name: str) -> str | None:
-    """A weight's name behind its block's number, other numbers left out; None = in no block."""
+    """A weight's name after its block's number, other numbers left out; None = in no block."""
     _, number, inside = re.sub(r"\.\d+\.", ".N.", name).partition(".N.")
     return inside if number else None
 

@@ -32,7 +32,7 @@ class Net:
         model: from `attach`.
         own: the adapter's own modules, whose dropout acts in training.
         task: causal_lm | sequence_classification.
-        device: where the model lies.
+        device: of the model.
         base_dropout: whether the base's dropout acts in training.
         autocast: compute in this type over float32 weights, or None.
     """
@@ -71,7 +71,8 @@ class Net:
         self.draws = Draws()
         self._drops = put_dropout(model, own, task, self.draws)
         self.own = [*own, *self._drops]
-        self.layout = Layout.of(trained(model))
+        self.params = trained(model)
+        self.layout = Layout.of(self.params)
         prompt = prompt_of(model)
         in_front = prompt is not None and prompt.peft_type.value != "PREFIX_TUNING"
         self._virtual = prompt.num_virtual_tokens if in_front else 0
@@ -79,7 +80,7 @@ class Net:
     def adopt(self, weights: Tensor) -> None:
         """Move the trained parameters as they are into `weights`, `[1, N]`, one by one; their old memory is freed."""
         views = self.layout.views(weights[0])
-        for name, parameter in trained(self.model).items():
+        for name, parameter in self.params.items():
             views[name].copy_(parameter.data)
             parameter.data = views[name]
 
@@ -121,14 +122,14 @@ class Net:
         """
         views = self.layout.views(weights[0])
         grads = {} if grad is None else self.layout.views(grad[0])
-        for name, parameter in trained(self.model).items():
+        for name, parameter in self.params.items():
             parameter.data, parameter.grad = views[name], grads.get(name)
 
     def show(self, lane: int) -> None:
-        """Put a lane's weights into the model itself; they are there."""
+        """Put a lane's weights into the model itself, where they are already."""
 
     def begin(self, seeds: Sequence[int]) -> None:
-        """A client begins: its stream of dropout, for the layers that draw by lanes."""
+        """A pack begins: streams of dropout, one for each lane."""
         self.draws.begin(seeds)
 
     def backward(self, tokens: Tokens, rows: Sequence[np.ndarray], answers: Tensor) -> tuple[Tensor, list[int]]:

@@ -45,7 +45,7 @@ def fit(
         What the user should know of it, or None.
     """
     rows, count = rows_of(held, labels), model.config.num_labels
-    model.config.id2label = dict(enumerate(labels))  # what is saved names the rows as they are now
+    model.config.id2label = dict(enumerate(labels))  # an export names the rows as they are now
     model.config.label2id = {name: i for i, name in enumerate(labels)}
     model.num_labels = len(labels)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == count}

@@ -1,4 +1,4 @@
-"""Whether a base and a method can be packed: what their config says, and a trial on a few random examples.
+"""Whether a base and a method can be packed: from their config, and by a trial on a few random examples.
 
 An architecture that mixes tokens outside the attention interface or counts positions in a way of its own, and a method
 that does not call the layers it trains, fail the trial, before a run would be wrong without a sign of it.
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.models.forward import Net
 from fedsim.models.stacked import StackedNet, StreamNet
 from fedsim.models.unsuitable import Unsuitable
 
@@ -47,11 +48,11 @@ def probe(net: StackedNet) -> None:
         grads = _gradients((found * ask).sum(), net.leaves.values())
         for k, lane in enumerate(lanes):
             if lane is not None:
-                net.plain.bind(lane[None].clone(), None)
+                Net.bind(net, lane[None].clone(), None)
                 own = [g[k] for g in grads]
             else:
                 own = grads
-            expected = net.plain.logits(*given)[0][0]
+            expected = Net.logits(net, *given)[0][0]
             _compare(net, found[k], expected, own, _gradients((expected * ask).sum(), net.params.values()))
     except _FAILS as error:
         raise Unsuitable(f"examples laid end to end fail in it ({' '.join(str(error).split())[:160]})") from None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedsim.data.stream import Span, Stream, stream, stream_of
 from fedsim.data.tokens import Tokens
-from fedsim.models.adapters import prompt_of, trained
+from fedsim.models.adapters import prompt_of
 from fedsim.models.attention import ATTENTION
 from fedsim.models.dropout import position_kinds
 from fedsim.models.forward import Net, at_least_float32, autocast, head_dtype
@@ -29,32 +29,28 @@ from fedsim.models.projections import fast_frozen
 from fedsim.models.unsuitable import Unsuitable, cannot_pack
 
 
-class StackedNet:
-    """A model with K sets of trained weights.
+class StackedNet(Net):
+    """A model with K sets of trained weights; its methods are those of `Net` with a leading lane axis.
 
     Args:
         model: from `attach`, on its device; changed in place: it is PEFT's again outside a pass.
         own: the adapter's modules.
         task: causal_lm | sequence_classification.
-        device: where the model lies.
+        device: of the model.
 
     Raises:
         Unsuitable: if the method or the base cannot be packed; the text says why.
     """
 
     def __init__(self, model: nn.Module, own: list[nn.Module], *, task: str, device: torch.device) -> None:
-        self.model, self.task, self.device = model, task, device
-        self.plain = Net(model, own, task=task, device=device, base_dropout=False, autocast=None)
-        self.plain.in_pass = lambda: self._lanes.stream is not None
-        self.base, self.layout, self.draws = self.plain.base, self.plain.layout, self.plain.draws
-        self.params = trained(model)
-        self.leaves: dict[str, Tensor] = {}
-        self.lanes = 0
+        super().__init__(model, own, task=task, device=device, base_dropout=False, autocast=None)
+        self.lanes, self.leaves = 0, {}
         self._names = {id(p): n for n, p in self.params.items()}
         self._lanes = Lanes()
         self._head_out: Tensor | None = None
         self._prompts: Callable[[], Tensor] | None = None
-        self._virtual, self._prefix, self._fast = 0, 0, False
+        self._in_stream, self._prefix = 0, 0  # virtual tokens in front of an example, or only in its attention
+        self._fast = False
         self._undo = ExitStack()
         if reason := cannot_pack(self.base, task):
             raise Unsuitable(reason)
@@ -76,15 +72,14 @@ class StackedNet:
         setattr(module, name, value)
         self._undo.callback(module.__dict__.pop, name, None)
 
-    # --------------------------------------------------------------------------------------------- lanes
+    # -------------------------------------------------------------------------------------------- passes
+
+    def in_pass(self) -> bool:
+        """Whether a training or scoring pass is under way."""
+        return self._lanes.stream is not None
 
     def bind(self, weights: Tensor, grad: Tensor | None) -> None:
-        """Use these weights from now on.
-
-        Args:
-            weights: `[K, N]`, one lane after another; read in place.
-            grad: `[K, N]`, gradients are added here; None where nothing is trained.
-        """
+        """Use these weights, `[K, N]`, from now on, read in place; gradients are added to `grad`, `[K, N]`, or None."""
         self.lanes = len(weights)
         self.leaves = {n: v.detach().requires_grad_(grad is not None) for n, v in self.layout.lanes(weights).items()}
         self._grads = None if grad is None else list(self.layout.lanes(grad).values())
@@ -95,34 +90,14 @@ class StackedNet:
             for name, parameter in self.params.items():
                 parameter.copy_(self.leaves[name][lane])
 
-    def begin(self, seeds: Sequence[int]) -> None:
-        """A pack begins: streams of dropout, one for each lane."""
-        self.draws.begin(seeds)
-
-    def checkpoint(self, on: bool) -> None:
-        """See `Net.checkpoint`."""
-        self.plain.checkpoint(on)
-
-    def train(self, on: bool) -> None:
-        """Switch the adapter's own dropout on or off; the base's is always off."""
-        self.plain.train(on)
-
-    # -------------------------------------------------------------------------------------------- passes
-
     def backward(self, tokens: Tokens, rows: Sequence[np.ndarray], answers: Tensor) -> tuple[Tensor, list[int]]:
-        """Add the gradient of each lane's own mean loss.
+        """Add the gradient of each lane's own mean loss; see `Net.backward`.
 
-        Args:
-            tokens: the training split.
-            rows: example numbers of the pass, one array for each lane; some may be empty.
-            answers: scored positions of each lane's whole optimizer step, `[K]`.
-
-        Returns:
-            Sums of the negative log-likelihood over `answers`, in nats, `[K]`; and tokens computed, by lane.
+        `rows` has one array for each lane, some may be empty; `answers` and the loss are `[K]`.
         """
         made = stream_of(tokens, rows, **self._keys())
         with self._pass(made):
-            nll = F.cross_entropy(self._logits(made), made.targets, reduction="none")
+            nll = F.cross_entropy(self._stream_logits(made), made.targets, reduction="none")
             loss = made.scored.split(nll[:, None]).sum(dim=(1, 2)) / answers
             # Not left in `.grad`: the views of a [K, N] tensor have strides that autograd would copy around.
             found = torch.autograd.grad(loss.sum(), list(self.leaves.values()))
@@ -132,17 +107,7 @@ class StackedNet:
     def logits(
         self, sequences: Sequence[np.ndarray], prompts: np.ndarray | None, pad_id: int
     ) -> tuple[Tensor, np.ndarray, Tensor]:
-        """The same examples under each lane's weights.
-
-        Args:
-            sequences: tokens of each example.
-            prompts: tokens of each prompt, or None for a classification head.
-            pad_id: not used.
-
-        Returns:
-            Logits `[K, S, V]` at scored positions (`[K, R, L]` of examples), the example of each position `[S]`, and the
-            tokens that follow there, `[S]`.
-        """
+        """The same examples under each lane's weights: `[K, S, V]`, or `[K, R, L]`; see `Net.logits`. `pad_id` is not used."""
         k, count = self.lanes, len(sequences)
         made = stream(
             np.tile(np.concatenate(sequences), k),
@@ -153,14 +118,14 @@ class StackedNet:
             **self._keys(),
         )
         with self._pass(made):
-            out = self._logits(made)
+            out = self._stream_logits(made)
         out = out.view(k, -1, out.shape[-1])
         return out, made.row_of[: out.shape[1]], made.targets[: out.shape[1]]
 
     def _keys(self) -> dict[str, Any]:
         offset = position_offset(self.base.config) + self._prefix
         round_up = self._fast and self.device.type == "cpu"
-        return {"virtual": self._virtual, "offset": offset, "device": self.device, "round_up": round_up}
+        return {"virtual": self._in_stream, "offset": offset, "device": self.device, "round_up": round_up}
 
     @contextmanager
     def _pass(self, made: Stream) -> Iterator[None]:
@@ -169,7 +134,7 @@ class StackedNet:
         try:
             config._attn_implementation = ATTENTION
             self._lanes.set(made)
-            if self.plain.drops:
+            if self.drops:
                 *front, last = made.tokens.sizes
                 sizes = {"tokens": [*front, last - made.filled], "scored": made.scored.sizes, "rows": made.rows.sizes}
                 self.draws.next(sizes)
@@ -179,7 +144,7 @@ class StackedNet:
             self._head_out = None
             config._attn_implementation = before
 
-    def _logits(self, made: Stream) -> Tensor:
+    def _stream_logits(self, made: Stream) -> Tensor:
         """`[S, V]`, or `[R, L]` under a classification head; at least float32."""
         inputs: dict[str, Tensor] = {"input_ids": made.ids[None]}
         if self._prompts is not None:
@@ -201,7 +166,7 @@ class StackedNet:
         return lambda: self.leaves[name]  # looked up at each use: `bind` replaces it
 
     def _stack_prompt(self) -> None:
-        """Prompt methods of PEFT: what makes the virtual tokens is stacked here; `_logits` puts them in front."""
+        """Prompt methods of PEFT: what makes the virtual tokens is stacked here; `_stream_logits` puts them in front."""
         config = prompt_of(self.model)
         if config is None:
             return
@@ -223,7 +188,7 @@ class StackedNet:
             return head(tokens.reshape(-1, tokens.shape[-1])).view(len(tokens), count, -1)
 
         if method != "PREFIX_TUNING":
-            self._virtual, self._prompts = count, make
+            self._in_stream, self._prompts = count, make
             return
         self._check_prefix(config)
         heads, dtype = config.num_attention_heads, self.model.base_model_torch_dtype
@@ -264,51 +229,47 @@ class StackedNet:
     # ---------------------------------------------------------------------------------------------- head
 
     def _hook_head(self) -> None:
-        base, add = self.base, lambda handle: self._undo.callback(handle.remove)
+        base = self.base
         if self.task == "causal_lm":
-            add(base.get_output_embeddings().register_forward_pre_hook(self._pick_scored))
+            self._hook(base.get_output_embeddings().register_forward_pre_hook, self._pick_scored)
             return
-        backbone = getattr(base, base.base_model_prefix, None)
-        score = getattr(base, "score", None)
+        body, score = getattr(base, base.base_model_prefix, None), getattr(base, "score", None)
         if score is not None:
-            add(score.register_forward_pre_hook(self._pick_last))
-            add(score.register_forward_hook(self._keep_logits))
+            self._hook(score.register_forward_pre_hook, self._pick_ends)
+            self._hook(score.register_forward_hook, self._keep_logits)
             return
-        if backbone is None or backbone is base:
+        if body is None or body is base:
             raise Unsuitable("its classification head cannot be told from its body")
-        add(backbone.register_forward_hook(self._first_of_rows))
-        if isinstance(getattr(backbone, "pooler", None), nn.Module):
-            add(backbone.pooler.register_forward_pre_hook(self._pick_first))
+        self._hook(body.register_forward_hook, self._pick_starts)
+        if isinstance(getattr(body, "pooler", None), nn.Module):
+            self._hook(body.pooler.register_forward_pre_hook, self._pick_pooled)
 
-    def _pick_scored(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        rows = self._lanes.stream
-        return None if rows is None else (args[0][0].index_select(0, rows.at)[None], *args[1:])  # [1, S, D]
+    def _hook(self, register: Callable, hook: Callable) -> None:
+        """Register a hook (stream, module, arguments[, output]) that acts in a pass alone."""
 
-    def _pick_last(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        rows = self._lanes.stream
-        if rows is None:
-            return None
-        hidden = args[0][0].index_select(0, rows.last)[None]  # [1, R, D]
-        return (hidden.to(head_dtype(module)), *args[1:])
+        def acting(*given: Any) -> Any:
+            return hook(self._lanes.stream, *given) if self.in_pass() else None
 
-    def _keep_logits(self, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
-        rows = self._lanes.stream
-        if rows is None:
-            return None
+        self._undo.callback(register(acting).remove)
+
+    def _pick_scored(self, made: Stream, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][0].index_select(0, made.at)[None], *args[1:])  # [1, S, D]
+
+    def _pick_ends(self, made: Stream, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0][0].index_select(0, made.last)[None]  # [1, R, D]
+        return (hidden.to(head_dtype(head)), *args[1:])
+
+    def _keep_logits(self, made: Stream, head: nn.Module, args: Any, out: Tensor) -> Tensor:
         self._head_out = out
         # transformers then picks one position of each sequence by pad id; ours are picked already.
-        return out.new_zeros(1, 1, out.shape[-1]).expand(1, len(rows.ids), -1)
+        return out.new_zeros(1, 1, out.shape[-1]).expand(1, len(made.ids), -1)
 
-    def _pick_first(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        rows = self._lanes.stream
-        return None if rows is None else (args[0][0].index_select(0, rows.first)[:, None], *args[1:])  # [R, 1, D]
+    def _pick_pooled(self, made: Stream, pooler: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][0].index_select(0, made.first)[:, None], *args[1:])  # [R, 1, D]
 
-    def _first_of_rows(self, module: nn.Module, args: Any, out: Any) -> Any:
+    def _pick_starts(self, made: Stream, body: nn.Module, args: Any, out: Any) -> Any:
         """The body's output as the head wants it: a batch of examples, of which it reads the first position."""
-        rows = self._lanes.stream
-        if rows is None:
-            return None
-        hidden = out[0][0].index_select(0, rows.first)[:, None]
+        hidden = out[0][0].index_select(0, made.first)[:, None]
         if isinstance(out, tuple):
             return (hidden, *out[1:])
         out["last_hidden_state"] = hidden
@@ -324,32 +285,23 @@ class StreamNet(StackedNet):
     The others are `StackedNet`'s.
     """
 
+    bind, show = Net.bind, Net.show
+
     def __init__(self, *args: Any, autocast: torch.dtype | None = None, **keys: Any) -> None:
         super().__init__(*args, **keys)
         self.autocast, self.lanes, self.leaves = autocast, 1, self.params
 
-    def adopt(self, weights: Tensor) -> None:
-        """See `Net.adopt`."""
-        self.plain.adopt(weights)
-
-    def bind(self, weights: Tensor, grad: Tensor | None) -> None:
-        """Use these weights, `[1, N]`, from now on; gradients are added to `grad`, `[1, N]`."""
-        self.plain.bind(weights, grad)
-
-    def show(self, lane: int) -> None:
-        """Put a lane's weights into the model itself; they are there."""
-
     def backward(self, tokens: Tokens, rows: Sequence[np.ndarray], answers: Tensor) -> tuple[Tensor, list[int]]:
-        """Add the gradient of the mean loss; see `StackedNet.backward`."""
+        """Add the gradient of the mean loss; see `Net.backward`."""
         made = stream_of(tokens, rows, **self._keys())
         with self._pass(made):
-            loss = F.cross_entropy(self._logits(made), made.targets, reduction="sum") / answers
+            loss = F.cross_entropy(self._stream_logits(made), made.targets, reduction="sum") / answers
             loss.sum().backward()
         return loss.detach(), [len(made.ids)]
 
-    def _logits(self, made: Stream) -> Tensor:
+    def _stream_logits(self, made: Stream) -> Tensor:
         with autocast(self.device, self.autocast):
-            return super()._logits(made)
+            return super()._stream_logits(made)
 
     def _stack_layers(self) -> None:
         """Nothing is stacked: there is one set of weights."""
