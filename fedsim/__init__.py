@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # editors and type checkers do not follow __getattr__
     from fedsim.analysis import plots
     from fedsim.analysis.diff import diff_runs
-    from fedsim.analysis.load import confusion_matrix, list_runs, load_partition, load_runs, summary
-    from fedsim.analysis.tables import sweep_table
+    from fedsim.analysis.listing import list_runs
+    from fedsim.analysis.load import confusion_matrix, load_partition, load_runs
+    from fedsim.analysis.scores import summary
+    from fedsim.analysis.sweeps import sweep_table
     from fedsim.config.experiment import Experiment
     from fedsim.core.errors import ClientError, UserError
     from fedsim.models.export import load_adapter
@@ -52,12 +54,12 @@ _WHERE = {
     "run_sweep": "runs.sweep",
     "batches": "runs.build",
     "load_runs": "analysis.load",
-    "list_runs": "analysis.load",
+    "list_runs": "analysis.listing",
     "load_partition": "analysis.load",
     "confusion_matrix": "analysis.load",
     "diff_runs": "analysis.diff",
-    "summary": "analysis.load",
-    "sweep_table": "analysis.tables",
+    "summary": "analysis.scores",
+    "sweep_table": "analysis.sweeps",
     "load_adapter": "models.export",
     "evaluate_zero_shot": "zero_shot",
     "UserError": "core.errors",

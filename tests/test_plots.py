@@ -20,7 +20,10 @@ from matplotlib.image import imread
 
 from fedsim.analysis import plots
 from fedsim.analysis.load import load_partition, load_runs
-from fedsim.analysis.tables import cells, sweep_table
+from fedsim.analysis.style import CLIENT_LOOKS
+from fedsim.analysis.sweep_plots import _bin_medians
+from fedsim.analysis.sweeps import cells, sweep_table
+from fedsim.analysis.ticks import label_ends, name_decades, spread
 from fedsim.core.errors import UserError
 
 write_run = runpy.run_path(str(Path(__file__).with_name("test_runs.py")))["write_run"]
@@ -61,7 +64,7 @@ def test_curves_draw_the_measured_saw_tooth(run: Path) -> None:
     df = load_runs(run)
     ax = plots.curves(df, x="step")
     merged = _values(df, "federated", merged=True)
-    dots = _line(ax, plots.MERGED, "o")
+    dots = _line(ax, plots.GLOBAL, "o")
     np.testing.assert_allclose(dots.get_xydata(), merged.loc[merged["step"] > 0, ["step", "value"]], rtol=1e-12)
     clients = _values(df, "federated", merged=False).groupby("step")["value"].mean()
     tooth = _line(ax, plots.FEDERATED).get_xydata()
@@ -110,7 +113,7 @@ def test_other_axes_end_at_the_running_total(run: Path, x: str, scope: str, last
 
 def test_bytes_axis_leaves_out_what_sends_nothing(run: Path) -> None:
     texts = [text.get_text() for text in plots.curves(load_runs(run), x="bytes").get_legend().get_texts()]
-    assert texts == ["federated clients, mean", "merged model"]
+    assert texts == ["federated clients, mean", "global model"]
 
 
 def test_seconds_start_where_a_scope_starts(run: Path) -> None:
@@ -149,18 +152,18 @@ def test_seeds_become_a_mean_with_their_range(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         ax = plots.curves(df, x="step")
     final = _values(df, "federated", merged=True).query("step == 1000")["value"]
-    assert len(final) == 3 and _line(ax, plots.MERGED, "o").get_ydata()[-1] == pytest.approx(final.mean())
+    assert len(final) == 3 and _line(ax, plots.GLOBAL, "o").get_ydata()[-1] == pytest.approx(final.mean())
     sites = _values(df, "local", merged=False).query("step == 1000").groupby("run", observed=True)["value"].mean()
     corners = ax.collections[0].get_paths()[0].vertices
     ends = corners[np.isclose(corners[:, 0], 1000.0), 1]
     assert (ends.min(), ends.max()) == pytest.approx((sites.min(), sites.max())), "the range of runs, not of sites"
-    assert not ax.texts and "local, range of 3 runs" in [text.get_text() for text in ax.get_legend().get_texts()]
+    assert not ax.texts and "local-only, range of 3 runs" in [text.get_text() for text in ax.get_legend().get_texts()]
 
 
 def test_a_shorter_run_shortens_the_mean(tmp_path: Path) -> None:
     df = load_runs([write_run(tmp_path / "e" / "a"), write_run(tmp_path / "e" / "b", seed=1, rounds=3)])
     ax = plots.curves(df[df["rounds"].notna()].assign(rounds=5), x="step")
-    assert _line(ax, plots.MERGED, "o").get_xdata().tolist() == [200, 400, 600]
+    assert _line(ax, plots.GLOBAL, "o").get_xdata().tolist() == [200, 400, 600]
     assert _line(ax, plots.LOCAL, width=2.2).get_xdata()[-1] == 600
 
 
@@ -237,7 +240,7 @@ def test_runs_of_some_modes(tmp_path: Path, modes: tuple[str, ...]) -> None:
     assert len(plots.save_figures(run)) == 3
     texts = {text.get_text() for text in plots.curves(load_runs(run)).get_legend().get_texts()}
     assert any("central" in text for text in texts) == ("central" in modes)
-    assert ("merged model" in texts) == ("federated" in modes)
+    assert ("global model" in texts) == ("federated" in modes)
 
 
 @pytest.mark.parametrize(("alphas", "seeds", "panels"), [((1.0, 5.0), 2, 4), ((1.0,), 5, 1), ((1.0, 5.0, 10.0), 2, 3)])
@@ -266,7 +269,11 @@ def test_plot_runs_one_run_and_beyond_four_settings(tmp_path: Path) -> None:
         write_run(tmp_path / "e" / f"r{n}", **{"local.lr": 0.5 + n})
     assert [file.name for file in plots.plot_runs([tmp_path], tmp_path / "all")] == ["accuracy.png", "loss.png"]
     panels = plots.compare(load_runs(tmp_path))
-    assert [panel.get_title() for panel in panels] == ["local, mean of sites", "federated, merged", "centralized"]
+    assert [panel.get_title() for panel in panels] == [
+        "local-only, mean",
+        "federated, global model",
+        "centralized",
+    ]
     assert [len(panel.lines) for panel in panels] == [6, 6, 6]
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in panels[1].lines}
     assert len(looks) == 6
@@ -373,7 +380,7 @@ def test_scores_are_the_cells_of_the_table(tmp_path: Path) -> None:
     )
     assert [text.get_text() for text in ax.get_xticklabels()] == ["0.05", "0.5", "5", "100"]
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert texts == ["local, mean of sites", "federated, merged model", "centralized"]
+    assert texts == ["local-only, mean", "federated, global model", "centralized"]
     assert ax.get_legend().get_title().get_text() == "mean and 95 % interval over 3 runs"
     inside(ax)
 
@@ -491,15 +498,15 @@ def test_gains_are_those_of_the_table_with_medians_of_bins(tmp_path: Path) -> No
 def test_bins_of_gains_by_hand() -> None:
     at = np.repeat([1.0, 2.0], 8)
     values = np.array([0.0, 0.1, 0.2, 0.3, 0.5, 0.6, 7.0, 9.0, 1.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 3.0])
-    assert plots._bin_medians(at, values).tolist() == [[1.0, 0.4], [2.0, 2.0]]
-    assert len(plots._bin_medians(at[:15], values[:15])) == 0, "fifteen are too few for two bins of eight"
-    assert len(plots._bin_medians(np.ones(16), values)) == 0, "sites of one size have no trend"
+    assert _bin_medians(at, values).tolist() == [[1.0, 0.4], [2.0, 2.0]]
+    assert len(_bin_medians(at[:15], values[:15])) == 0, "fifteen are too few for two bins of eight"
+    assert len(_bin_medians(np.ones(16), values)) == 0, "sites of one size have no trend"
 
 
 def test_few_gains_without_a_swept_key(tmp_path: Path) -> None:
     table = sweep_table(write_sweep(tmp_path / "s", [skewed(1.0, 0)]))
     ax = plots.gains(table)
-    assert len(ax.lines) == 1 and [t.get_text() for t in ax.get_legend().get_texts()] == ["a site of a run"]
+    assert len(ax.lines) == 1 and [t.get_text() for t in ax.get_legend().get_texts()] == ["one client of one run"]
 
 
 def test_save_sweep_writes_what_it_has_data_for(tmp_path: Path) -> None:
@@ -541,11 +548,11 @@ def test_errors_of_the_sweeps_figures(tmp_path: Path) -> None:
         plots.scores(table.assign(test=np.nan), value="test")
     with pytest.raises(UserError, match="no run has both js_mean"):
         plots.scores(table.assign(js_mean=np.nan), "js_mean")
-    with pytest.raises(UserError, match="x='alpha' is nothing measured of a site; use one of rows, js"):
+    with pytest.raises(UserError, match="x='alpha' is nothing measured of a client; use one of rows, js"):
         plots.gains(table, "alpha")
     with pytest.raises(UserError, match="value='last' is no gain"):
         plots.gains(table, value="last")
-    with pytest.raises(UserError, match="no site has both rows and gain_own"):
+    with pytest.raises(UserError, match="no client has both rows and gain_own"):
         plots.gains(table[table["scope"] == "federated"])
 
 
@@ -565,18 +572,18 @@ def test_each_site_has_a_curve_of_its_own(run: Path) -> None:
     ax = plots.each_site(df, metric="loss", x="step")
     rows = df[(df["name"] == "loss") & (df["split"] == "validation")].astype({"step": float})
     local = rows[rows["scope"] == "local"]
-    for name, (color, marker) in zip(("site-1", "site-2", "site-3"), plots.SITE_LOOKS, strict=False):
+    for name, (color, marker) in zip(("site-1", "site-2", "site-3"), CLIENT_LOOKS, strict=False):
         points = local[local["client"] == name][["step", "value"]]
         np.testing.assert_allclose(_line(ax, color, marker).get_xydata(), points, rtol=1e-12)
     merged = rows[(rows["scope"] == "federated") & rows["client"].isna()]
-    dots = _line(ax, plots.MERGED, "o").get_xydata()
+    dots = _line(ax, plots.GLOBAL, "o").get_xydata()
     np.testing.assert_allclose(dots, merged.loc[merged["step"] > 0, ["step", "value"]], rtol=1e-12)
     central = rows[rows["scope"] == "central"]
     np.testing.assert_allclose(_line(ax, plots.CENTRAL).get_ydata(), central["value"], rtol=1e-12)
     start = _line(ax, "#000000", "s").get_xydata()
     assert start.shape == (1, 2) and start[0, 0] == 0
     assert [text.get_text() for text in ax.texts] and {t.get_text() for t in ax.texts} == {"site-1", "site-2", "site-3"}
-    assert {t.get_text() for t in ax.get_legend().get_texts()} >= {"site-2 alone", "federated clients, mean"}
+    assert {t.get_text() for t in ax.get_legend().get_texts()} >= {"site-2, local-only", "federated clients, mean"}
 
 
 def test_clients_inside_a_round_have_the_colours_of_their_sites(run: Path) -> None:
@@ -584,7 +591,7 @@ def test_clients_inside_a_round_have_the_colours_of_their_sites(run: Path) -> No
     ax = plots.each_site(df, metric="loss")
     rows = df[(df["name"] == "loss") & (df["split"] == "validation") & (df["scope"] == "federated")]
     start = rows[rows["client"].isna() & (rows["round"] == 1)]["value"].item()
-    for name, (color, _) in zip(("site-1", "site-2", "site-3"), plots.SITE_LOOKS, strict=False):
+    for name, (color, _) in zip(("site-1", "site-2", "site-3"), CLIENT_LOOKS, strict=False):
         thin = [one for one in ax.lines if to_hex(one.get_color()).upper() == color and one.get_linewidth() == 0.8]
         assert len(thin) == 5, "one a round"
         own = rows[(rows["client"] == name) & (rows["round"] == 2)]["value"]
@@ -598,7 +605,7 @@ def test_each_site_of_several_seeds_is_their_mean(tmp_path: Path) -> None:
     ax = plots.each_site(df, metric="loss")
     local = df[(df["name"] == "loss") & (df["split"] == "validation") & (df["client"] == "site-2")]
     mean = local[local["scope"] == "local"].groupby("step")["value"].mean()
-    np.testing.assert_allclose(_line(ax, *plots.SITE_LOOKS[1]).get_ydata(), mean, rtol=1e-12)
+    np.testing.assert_allclose(_line(ax, *CLIENT_LOOKS[1]).get_ydata(), mean, rtol=1e-12)
 
 
 def test_each_site_of_what_ran(tmp_path: Path) -> None:
@@ -607,7 +614,7 @@ def test_each_site_of_what_ran(tmp_path: Path) -> None:
     together = load_runs(write_run(tmp_path / "y" / "b", modes=("central",)))
     assert not plots.each_site(together).texts
     many = load_runs(write_run(tmp_path / "z" / "c", sites=7))
-    with pytest.raises(UserError, match="7 sites trained alone, and 6 can be told apart"):
+    with pytest.raises(UserError, match="7 local-only clients, and 6 can be told apart"):
         plots.each_site(many)
     with pytest.raises(UserError, match="is not an axis"):
         plots.each_site(alone, x="epoch")
@@ -644,7 +651,7 @@ def test_the_centralized_curve_says_its_budget_and_ends_where_it_is_spent(
     texts = [text.get_text() for text in plots.curves(df).get_legend().get_texts()]
     assert f"centralized ({label})" in texts and not any("budget" in text for text in texts)
     ax = plots.curves(df)
-    assert _line(ax, plots.MERGED, "o").get_xdata()[-1] == pytest.approx(ends[0])
+    assert _line(ax, plots.GLOBAL, "o").get_xdata()[-1] == pytest.approx(ends[0])
     assert _line(ax, plots.CENTRAL).get_xdata()[-1] == pytest.approx(ends[1])
     assert label in plots.compare(df)[2].get_title()
     without_tokens = df[df["name"] != "tokens"]
@@ -668,7 +675,7 @@ def test_labels_stay_at_the_ends_of_their_curves(tmp_path: Path) -> None:
         ax = Figure(figsize=(4, 3), layout="constrained").subplots()
         ax.plot([0, 10], [0.2, 1.0])
         ax.set_yscale(scale)
-        plots._label_ends(ax, ends)
+        label_ends(ax, ends, dict.fromkeys(ends, "black"))
         ax.figure.canvas.draw()
         ax.set_ylim(0.1, 2.0)  # others that share the axis come later
         ax.figure.canvas.draw()
@@ -684,9 +691,9 @@ def test_labels_stay_at_the_ends_of_their_curves(tmp_path: Path) -> None:
 
 
 def test_names_are_spread_with_the_least_moves() -> None:
-    assert plots._spread(np.array([0.0, 100.0, 50.0]), 10.0).tolist() == [0.0, 100.0, 50.0]
-    assert plots._spread(np.array([4.0, 4.0]), 10.0).tolist() == [-1.0, 9.0]
-    assert plots._spread(np.array([9.0, 0.0, 3.0]), 6.0).tolist() == [10.0, -2.0, 4.0], "one block: mean move is zero"
+    assert spread(np.array([0.0, 100.0, 50.0]), 10.0).tolist() == [0.0, 100.0, 50.0]
+    assert spread(np.array([4.0, 4.0]), 10.0).tolist() == [-1.0, 9.0]
+    assert spread(np.array([9.0, 0.0, 3.0]), 6.0).tolist() == [10.0, -2.0, 4.0], "one block: mean move is zero"
 
 
 @pytest.mark.parametrize(
@@ -707,7 +714,7 @@ def test_a_log_axis_has_labelled_ticks(low: float, high: float) -> None:
     ax = Figure().subplots()
     ax.plot([0, 1], [low, high])
     ax.set_yscale("log")
-    plots._name_decades(ax.yaxis)
+    name_decades(ax.yaxis)
     ax.figure.canvas.draw()
     a, b = ax.get_ylim()
     named = [t.get_text() for t, at in zip(ax.get_yticklabels(), ax.get_yticks(), strict=True) if a <= at <= b]

@@ -489,18 +489,18 @@ def test_panels_have_one_legend_and_one_scale(members: list[Member], count: int,
     legends = [*figure.legends, *(ax.get_legend() for ax in axes if ax.get_legend())]
     assert len(legends) == 1
     texts = [text.get_text() for text in legends[0].get_texts()]
-    words = ["local sites, mean and range", "centralized", "federated clients, mean", "merged model"]
+    words = ["local-only, mean and range", "centralized", "federated clients, mean", "global model"]
     assert texts == words
     if count > 1:
         colors = [to_hex(handle.get_color()).upper() for handle in legends[0].legend_handles[1:]]
-        assert colors == [plots.CENTRAL, plots.FEDERATED, plots.MERGED]
+        assert colors == [plots.CENTRAL, plots.FEDERATED, plots.GLOBAL]
 
 
 def test_a_legend_names_what_panels_with_and_without_seeds_share(members: list[Member]) -> None:
     seeds = load_runs([member.path for member in members[:2]])
     figure = plots.panels([("seeds", seeds), ("one", load_runs(members[2].path))], "accuracy")
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == ["local sites, mean", "centralized", "federated clients, mean", "merged model"]
+    assert texts == ["local-only, mean", "centralized", "federated clients, mean", "global model"]
 
 
 def test_figures_are_not_blank(members: list[Member], tmp_path: Path) -> None:

@@ -15,15 +15,10 @@ import pytest
 import yaml
 from conftest import metrics_lines
 
-from fedsim.analysis.load import (
-    find_runs,
-    list_runs,
-    load_partition,
-    load_runs,
-    round_ends,
-    summary,
-    traces,
-)
+from fedsim.analysis.listing import list_runs
+from fedsim.analysis.load import find_runs, load_partition, load_runs
+from fedsim.analysis.scores import summary
+from fedsim.analysis.traces import round_ends, traces
 from fedsim.cli.main import main
 from fedsim.core.errors import Notice, UserError
 from fedsim.core.seeding import stream
@@ -172,6 +167,24 @@ def test_load_runs_types_and_config(run: Path) -> None:
     assert set(df["local.lr"]) == {0.0001} and df["local.steps"].dtype == np.int64
     assert set(df["local.betas"]) == {"[0.9, 0.98]"} and set(df["cohort.size"]) == {"all"}
     assert set(df["name"]) >= {"accuracy", "loss", "tokens"}, "the config's name must not replace the metric's"
+
+
+def test_a_folder_with_one_metrics_file_per_mode_reads_the_same(run: Path) -> None:
+    whole, listed = load_runs(run), list_runs(run)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics").mkdir()
+    for mode in MODES:
+        own = [line for line in lines if json.loads(line)["scope"] == mode]
+        (run / "metrics" / f"{mode}.jsonl").write_text("".join(own))
+    assert load_runs(run.parent).equals(whole) and list_runs(run).equals(listed)
+    with (run / "metrics/local.jsonl").open("a") as file:
+        file.write("{")
+    with pytest.warns(Notice, match=r"metrics/local.jsonl: the last line \(\d+\) is torn"):
+        assert load_runs(run).equals(whole)
+    for mode in MODES:
+        (run / "metrics" / f"{mode}.jsonl").unlink()
+    assert len(load_runs(run)) == 0, "nothing is logged yet"
 
 
 def test_several_runs_mixed_config_and_names(tmp_path: Path) -> None:
@@ -399,8 +412,8 @@ def test_traces_place_points_by_each_models_own_steps() -> None:
     )
     found = traces(df)
     assert found.merged.tolist() == [[0, 0.1], [1, 0.5], [2, 0.6]]
-    assert [one.tolist() for one in found.clients[1]] == [[[0, 0.1], [0.5, 0.2], [1, 0.3]]]
-    assert [one.tolist() for one in found.clients[2]] == [[[1, 0.5], [1.5, 0.4], [2, 0.45]]]
+    assert {name: one.tolist() for name, one in found.clients[1].items()} == {"a": [[0, 0.1], [0.5, 0.2], [1, 0.3]]}
+    assert {name: one.tolist() for name, one in found.clients[2].items()} == {"b": [[1, 0.5], [1.5, 0.4], [2, 0.45]]}
     assert found.central.tolist() == [[0, 0.1], [1, 0.7], [1.5, 0.8], [2, 0.9]]
     assert found.local["a"].tolist() == [[0.5, 0.5], [1, 0.6]]
     assert round_ends(df, "federated").to_dict() == {0: 0.0, 1: 10.0, 2: 20.0}
@@ -415,7 +428,7 @@ def test_traces_where_only_every_second_round_is_scored() -> None:
     ]
     rows += [(2, 40, "local", "a", *acc, 0.3), (4, 70, "local", "a", *acc, 0.4), (4, 80, "local", "a", *acc, 0.5)]
     found = traces(_rows(*rows))
-    assert found.clients[2][0].tolist() == [[1.5, 0.3], [2, 0.4]], "half of round 2 is done at step 30"
+    assert found.clients[2]["a"].tolist() == [[1.5, 0.3], [2, 0.4]], "half of round 2 is done at step 30"
     assert found.local["a"].tolist() == [[2, 0.3], [3.5, 0.4], [4, 0.5]]
 
 

@@ -13,7 +13,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedsim.analysis.tables import MODEL_COLUMNS, cells, list_table, sweep_table, swept_keys, text_table, write_tables
+from fedsim.analysis.listing import list_table
+from fedsim.analysis.sweeps import MODEL_COLUMNS, cells, sweep_table, swept_keys, write_tables
+from fedsim.analysis.tables import text_table
 from fedsim.cli.main import main
 from fedsim.core.errors import UserError
 

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedsim.analysis.load import SCOPES, PathLike, find_runs, flatten_config, load_runs, read_config
+from fedsim.analysis.configs import flatten_config
+from fedsim.analysis.load import SCOPES, PathLike, find_runs, load_runs, read_config
 from fedsim.core.errors import Notice, UserError
 from fedsim.core.files import (
     DAMAGED_ARRAYS,

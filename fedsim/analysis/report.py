@@ -22,7 +22,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fedsim.analysis import plots
-from fedsim.analysis.load import SCOPES, central_budget, load_runs, model_scores
+from fedsim.analysis.load import SCOPES, load_runs
+from fedsim.analysis.scores import central_budget, model_scores
 from fedsim.analysis.verdicts import (
     PROPORTIONS,
     TINY,

@@ -25,7 +25,7 @@ LOCAL, FEDERATED, GLOBAL, CENTRAL = "#0072B2", "#E69F00", "#C8102E", "#000000"
 GREY, GRID, REST = "#999999", "#E5E5E5", "#BDBDBD"
 CYCLE = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
 SCOPE_LOOKS = {  # color of the line, color of the markers, name in the legend
-    "local": (LOCAL, LOCAL, "local-only, mean of clients"),
+    "local": (LOCAL, LOCAL, "local-only, mean"),
     "federated": (FEDERATED, GLOBAL, "federated, global model"),
     "central": (CENTRAL, CENTRAL, "centralized"),
 }
@@ -74,6 +74,17 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 @contextmanager
+def own_style() -> Iterator[Any]:
+    """pyplot, in our style."""
+    import matplotlib.pyplot as plt
+
+    # The first figure switches to the backend, a notebook's too; inside rc_context that switch would be undone again.
+    plt.close(plt.figure())
+    with matplotlib.rc_context(STYLE):
+        yield plt
+
+
+@contextmanager
 def canvas(ax: Axes | None, height: float) -> Iterator[Axes]:
     """Axes to draw on: the user's, in the style they have; or, for None, new ones of pyplot's in our style, which grow with
     their legend.
@@ -81,11 +92,7 @@ def canvas(ax: Axes | None, height: float) -> Iterator[Axes]:
     if ax is not None:
         yield ax
         return
-    import matplotlib.pyplot as plt
-
-    # The first figure switches to the backend, a notebook's too; inside rc_context that switch would be undone again.
-    plt.close(plt.figure())
-    with matplotlib.rc_context(STYLE):
+    with own_style() as plt:
         ax = plt.subplots(figsize=(WIDTH, height), layout="constrained")[1]
         yield ax
         grow(ax)

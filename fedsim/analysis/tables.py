@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 
 from fedsim.analysis.configs import as_number, say
-from fedsim.analysis.sweeps import MODEL_COLUMNS, cells, list_table, sweep_table, swept_keys, write_tables  # noqa: F401
 from fedsim.core.errors import visible
 
 # Control characters, those that turn the direction of writing, and halves of pairs that no file can hold.

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedsim.analysis.load import Traces, load_runs, mode_of, traces
+from fedsim.analysis.load import load_runs, mode_of
+from fedsim.analysis.traces import Traces, traces
 from fedsim.core import files
 from fedsim.core.errors import UserError
 
@@ -623,7 +624,7 @@ def inside_rounds(run: FinishedRun, metric: str) -> dict[int, tuple[np.ndarray, 
     """
     found = {}
     for number, members in run.traces(metric).clients.items():
-        own = [curve[curve[:, 0] > number - 1] for curve in members]
+        own = [curve[curve[:, 0] > number - 1] for curve in members.values()]
         at = reduce(np.intersect1d, [curve[:, 0] for curve in own])
         if len(at):
             found[number] = (at, np.stack([curve[np.isin(curve[:, 0], at), 1] for curve in own]))

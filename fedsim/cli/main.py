@@ -175,7 +175,8 @@ def run(
     from fedsim.runs.run import run as run_experiment
 
     done = run_experiment(exp, progress=not quiet, resume=resume)
-    from fedsim.analysis.load import central_budget, load_runs, summary
+    from fedsim.analysis.load import load_runs
+    from fedsim.analysis.scores import central_budget, summary
     from fedsim.runs.seeds import SeedRuns
 
     if isinstance(done, SeedRuns):
@@ -238,7 +239,7 @@ def sweep(
     jobs, failed = done.jobs, done.failed
     finished = [job for job in jobs if job.state == "finished"]
     if finished and done.problem is None:
-        from fedsim.analysis.tables import cells, swept_keys
+        from fedsim.analysis.sweeps import cells, swept_keys
 
         table = done.table(metric)
         budget = table.attrs.get("central_budget")
@@ -378,7 +379,7 @@ def plot(
     """Redraw a run's figures, compare several runs, or rebuild a sweep's tables and figures."""
     from fedsim.analysis.load import find_runs
     from fedsim.analysis.plots import plot_runs, save_sweep
-    from fedsim.analysis.tables import write_tables
+    from fedsim.analysis.sweeps import write_tables
 
     kinds = _formats(formats)
     runs, out = [_place(run, "RUNS") for run in runs], _place(out, "--out")
@@ -430,8 +431,8 @@ def list_(
         return
     import json
 
+    from fedsim.analysis.listing import list_table
     from fedsim.analysis.load import find_runs
-    from fedsim.analysis.tables import list_table
 
     place = _place(path or Path("results"), "PATH")
     found: list[Path] = []

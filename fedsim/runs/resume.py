@@ -52,7 +52,7 @@ def as_before(place: Path, parts: Parts) -> Parts:
     Raises:
         UserError: if a key that the numbers depend on is not what it was, or the content of data or model is not.
     """
-    from fedsim.analysis.load import flatten_config
+    from fedsim.analysis.configs import flatten_config
 
     run_id = place.resolve().name
     is_id = re.fullmatch(r"[0-9a-f]{12}", run_id) is not None

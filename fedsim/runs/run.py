@@ -48,7 +48,7 @@ class Run:
 
     def table(self) -> Any:
         """local / federated / central as a `pandas.DataFrame`."""
-        from fedsim.analysis.load import summary
+        from fedsim.analysis.scores import summary
 
         df = self.metrics()
         return summary(df, metric="accuracy" if (df["name"] == "accuracy").any() else "loss")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fedsim.analysis.load import SCOPES, load_runs, require_metric, rows_of, summary
+from fedsim.analysis.load import SCOPES, load_runs, require_metric, rows_of
+from fedsim.analysis.scores import summary
 from fedsim.core.errors import ClientError, UserError
 from fedsim.core.files import check_own, write_atomic, write_figure
 
@@ -153,7 +154,7 @@ def _draw(df: pd.DataFrame, metric: str, file: Path) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    from fedsim.analysis.plots import SCOPE_LOOKS, STYLE, Y_LABELS
+    from fedsim.analysis.style import SCOPE_LOOKS, STYLE, Y_LABELS
 
     table = curves(df, metric)
     with matplotlib.rc_context(STYLE):

@@ -72,13 +72,13 @@ class Swept:
 
     def table(self, metric: str | None = None) -> Any:
         """One row a model, as a `pandas.DataFrame`; see `fedsim.analysis.tables.sweep_table`."""
-        from fedsim.analysis.tables import sweep_table
+        from fedsim.analysis.sweeps import sweep_table
 
         return sweep_table(self.path, metric)
 
     def cells(self, metric: str | None = None) -> Any:
         """Mean and bootstrap interval over seeds of each cell; see `fedsim.analysis.tables.cells`."""
-        from fedsim.analysis.tables import cells
+        from fedsim.analysis.sweeps import cells
 
         return cells(self.table(metric))
 
@@ -109,7 +109,7 @@ def run_sweep(
         UserError: for a sweep that cannot be, or a device that is not there.
     """
     from fedsim.analysis.plots import save_sweep
-    from fedsim.analysis.tables import write_tables
+    from fedsim.analysis.sweeps import write_tables
 
     if not isinstance(plan, Sweep):
         plan = Sweep.from_dict(plan) if isinstance(plan, dict) else Sweep.load(plan)
@@ -383,7 +383,7 @@ def _run_one(
 
 def _result(path: Path) -> str:
     """What a run came to, in a few words."""
-    from fedsim.analysis.load import list_runs
+    from fedsim.analysis.listing import list_runs
 
     row = list_runs(path).iloc[0]
     shown = [(s, row[f"best_{s}"]) for s in ("local", "federated", "central")]

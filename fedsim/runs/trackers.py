@@ -208,7 +208,8 @@ def _id(name: str, tracker: Any) -> str:
 
 def _name(folder: Path, config: dict[str, Any]) -> str:
     """A run's name in a tracker: its settings in the sweep, else where its config differs from the runs beside it."""
-    from fedsim.analysis.load import MISSING, differences, read_config, say
+    from fedsim.analysis.configs import MISSING, differences, say
+    from fedsim.analysis.load import read_config
 
     settings: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
