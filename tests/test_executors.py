@@ -7,7 +7,6 @@ this module, as fedsim's own trainer is made from its bundle.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import operator
 import os
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from frail import ENGINE, LAYOUT, SERVER, WEIGHTS, left_behind, pack
 from torch import Tensor
 
 import fedsim
@@ -32,11 +32,6 @@ from fedsim.core.params import Layout, Params
 from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Task, Turn
 from fedsim.executors import PoolExecutor, SerialExecutor
 from fedsim.runs.bundle import Bundle
-
-LAYOUT = Layout({"w": (2, 2)}, torch.float64)
-WEIGHTS = torch.arange(1.0, 5.0, dtype=torch.float64)
-SERVER = Layout({"c": (1,)}, torch.float64)
-ENGINE = Engine(packed=True, micro_batch=4)
 
 
 @dataclass
@@ -97,27 +92,6 @@ class Stub:
 
     def peak(self) -> int:
         return os.getpid() if hasattr(self, "shrunk") else -os.getpid()
-
-
-def pack(index: int, *clients: int) -> Pack:
-    tasks = tuple(Task(c, f"site-{c}", 4, 1, 0, 0, 1, 1.0) for c in clients)
-    return Pack(index, "federated", tasks, 1)
-
-
-def left_behind(pids: list[int]) -> list[str]:
-    """Live children, and shared memory that these processes made and nobody freed."""
-    names = [f"torch_{pid}_" for pid in [os.getpid(), *pids]]
-    shm = Path("/dev/shm")
-    files = [p.name for p in shm.iterdir() if any(p.name.startswith(n) for n in names)] if shm.is_dir() else []
-    return files + [str(p) for p in multiprocessing.active_children()] + [str(p) for p in pids if _alive(p)]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import yaml
 
 import fedsim.runs.sweep as sweeps
 from fedsim.runs.build import Shared, prepare
+from fedsim.runs.crews import crews_of
 from fedsim.runs.folder import Metrics
 from fedsim.runs.sweep import Sweep, run_sweep
 from fedsim.training.trainer import Trainer
@@ -252,7 +253,7 @@ def test_who_goes_with_whom(lab: Any) -> None:
 
     def crews(together: int, *sections: dict[str, Any]) -> list[list[int]]:
         exps = [lab.exp(**s) for s in sections]
-        return sweeps._crews([(i, prepare(e, shared)) for i, e in enumerate(exps)], together)
+        return crews_of([(i, prepare(e, shared)) for i, e in enumerate(exps)], together)
 
     base = lab.tree()["local"]
     assert crews(1, {}, {"seed": 1}) == [[0], [1]]

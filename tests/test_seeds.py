@@ -34,7 +34,7 @@ def test_every_seed_is_an_ordinary_run_and_is_resumed(lab: Any, monkeypatch: pyt
         pass
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedsim.runs.progress._Reporter.round", lambda *args: (_ for _ in ()).throw(Stopped))
+        patch.setattr("fedsim.runs.progress.Relay.round", lambda *args: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             fedsim.run(tree(lab, seeds=[5, 6]), progress=False)
     done = fedsim.run(tree(lab, seeds=[5, 6]), progress=False)

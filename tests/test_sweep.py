@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -82,16 +83,16 @@ def test_the_experiment_can_stand_in_the_file(lab: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "said_in_error"),
     [
-        ({"gird": {}}, "unknown key gird (did you mean grid?)"),
+        ({"gird": {}}, "sweep.yaml: unknown key gird (did you mean grid?). Valid keys: name, experiment, grid"),
         ({}, "names no run"),
-        ({"grid": {"seed": 3}}, "grid.seed: 3 is no list of values"),
+        ({"grid": {"seed": 3}}, "grid.seed: 3 is not a list of values"),
         ({"grid": {"seed": []}}, "grid.seed: [] is empty; give one value or more"),
         ({"grid": 3}, "grid is a mapping"),
-        ({"list": [3]}, "list: 3 is no setting"),
-        ({"grid": [3]}, "grid: 3 is no mapping"),
+        ({"list": [3]}, "list: 3 is not a setting"),
+        ({"grid": [3]}, "grid: 3 is not a mapping"),
         ({"grid": {"seed": [0]}, "workers": 0}, "workers: 0"),
         ({"grid": {"seed": [0]}, "threads": "two"}, "threads: 'two'"),
-        ({"grid": {"seed": [0]}, "devices": "cuda:0"}, "devices: 'cuda:0' is no list"),
+        ({"grid": {"seed": [0]}, "devices": "cuda:0"}, "devices: 'cuda:0' is not a list"),
         ({"grid": {"seed": [0]}, "experiment": 3}, "experiment: 3 is neither"),
         ({"grid": {"seed": [0]}, "experiment": "nowhere.yaml"}, "nowhere.yaml: no such file"),
         ({"grid": {"rounds": [1, 2]}}, "'rounds' cannot be swept"),
@@ -301,28 +302,29 @@ def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(
     write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write({"grid": {"seed": [0, 1, 2, 3]}, "workers": 2, "threads": 1}, rounds=30)
-    spawn, killed = sweeps._spawn, []
+    start, killed = sweeps.Supervisor.start, []
     update = sweeps.Board.update
     workers = []
 
-    def spawned(*args: Any) -> Any:
-        workers.append(spawn(*args))
-        return workers[-1]
+    def started(self: Any, worker: Any) -> None:
+        start(self, worker)
+        workers.append(worker)
 
     def kill(self: Any, run: int, state: str, text: str) -> None:
         update(self, run, state, text)
         if not killed and state == "running" and "round 3" in text:
             killed.append(run)
-            (victim,) = [w for w in workers if w.crew == [run]]
+            (victim,) = [w for w in workers if [one.number for one in w.work] == [run]]
             os.kill(victim.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(sweeps, "_spawn", spawned)
+    monkeypatch.setattr(sweeps.Supervisor, "start", started)
     monkeypatch.setattr(sweeps.Board, "update", kill)
     jobs = run_sweep(file, progress=False).jobs
     assert [j.state for j in jobs] == ["finished"] * 4 and len(workers) == 3
     said = [line for line in capsys.readouterr().err.splitlines() if "/4  seed=" in line]
-    assert (
-        said[0] == f"{killed[0] + 1}/4  seed={killed[0]}  the process on cpu died (SIGKILL); replaced, the run goes on"
+    name = "worker fedsim-sweep-[01] on cpu"
+    assert re.fullmatch(
+        rf"{killed[0] + 1}/4  seed={killed[0]}  {name} died \(SIGKILL\); replaced, the run resumes", said[0]
     )
     assert said[1:] in (
         [],
@@ -334,12 +336,12 @@ def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(
 
 @pytest.mark.parametrize(
     ("how", "what"),
-    [("kill", "SIGKILL"), ("stop", "no sign of life for 2 s (executor.hang_s)"), ("exit", "exit code 3")],
+    [("kill", "SIGKILL"), ("stop", "no heartbeat for 2 s (executor.hang_s)"), ("exit", "exit code 3")],
 )
 def test_a_run_of_which_three_processes_end_is_given_up_and_the_others_are_not(
     write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str, what: str
 ) -> None:
-    """Killed, stopped by a signal in the middle of its training, so that it gives no more signs of life, or ended."""
+    """Killed, stopped by a signal in the middle of its training, so that it beats no more, or ended."""
     points = lab.root / "points"
     points.mkdir()
     frail.arm(points, "train-1", how, 3)
@@ -349,9 +351,11 @@ def test_a_run_of_which_three_processes_end_is_given_up_and_the_others_are_not(
     file = write({"grid": {"seed": [0, 1, 2]}, "workers": 2, "threads": 1}, executor=executor)
     jobs = run_sweep(file, progress=False).jobs
     assert [j.state for j in jobs] == ["finished", "failed", "finished"]
-    assert jobs[1].reason == f"3 processes on cpu died of it: {what}, {what}, {what}; start the sweep again"
-    said = capsys.readouterr().err.splitlines()
-    assert said == [f"2/3  seed=1  the process on cpu died ({what}); replaced, the run goes on"] * 2
+    reason, name = jobs[1].reason, r"fedsim-sweep-\d"
+    assert re.match(rf"3 worker processes died of it, .*(; )?({re.escape(what)} on cpu \({name}\)(; )?){{3}}", reason)
+    assert reason.endswith("; start the sweep again") and ("out-of-memory killer" in reason) == (how == "kill")
+    said = re.sub(name, "NAME", capsys.readouterr().err).splitlines()
+    assert said == [f"2/3  seed=1  worker NAME on cpu died ({what}); replaced, the run resumes"] * 2
     assert frail.left_behind([]) == [] and frail.armed(points) == []
     assert [j.state for j in run_sweep(file, progress=False).jobs] == ["finished"] * 3
 

@@ -1,4 +1,4 @@
-"""What all worker processes of fedsim have in common: how they start, and how they end with their parent."""
+"""How worker processes start without side effects, and end with their parent."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-DEATHS = 3  # processes that may die of the same work before it is given up
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent() -> None:
-    """End at once when the main process is gone, even in the middle of a step.
+    """End at once when the main process is gone, even in the middle of a step; blocks until then.
 
-    On Linux a process that is stopped is woken for it by the kernel.
+    On Linux the kernel wakes a stopped process for it.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
@@ -32,45 +31,33 @@ def die_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def main_not_imported() -> Iterator[None]:
-    """Start processes that do not import the user's main script: it needs no `if __name__ == "__main__"` guard then.
+def spawning() -> Iterator[None]:
+    """Processes started in this block neither import the user's main script nor see Ctrl-C.
 
-    What a worker runs is imported from fedsim; spawn would otherwise run the script again in each of them.
+    Spawn imports the main script again, which would then need an `if __name__ == "__main__"` guard; workers run only what is
+    imported from fedsim. Ctrl-C reaches the whole process group, and the main process decides what it ends.
     """
-    main = sys.modules["__main__"]
-    missing = object()
-    saved = {name: main.__dict__.get(name, missing) for name in ("__file__", "__spec__")}
-    main.__dict__.pop("__file__", None)
-    main.__dict__["__spec__"] = None
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            if value is missing:
-                main.__dict__.pop(name, None)
-            else:
-                main.__dict__[name] = value
-
-
-@contextlib.contextmanager
-def without_interrupt() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C from their first moment: it reaches the whole group, and the main process decides."""
     _share_handles()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may say what signals do
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main, missing = vars(sys.modules["__main__"]), object()
+    saved = {name: main.get(name, missing) for name in ("__file__", "__spec__")}
+    main.pop("__file__", None)
+    main["__spec__"] = None
+    in_main_thread = threading.current_thread() is threading.main_thread()  # no other one may set signal handlers
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
+        for name, value in saved.items():
+            main.pop(name, None) if value is missing else main.update({name: value})
 
 
 def _share_handles() -> None:
     """Let multiprocessing pass file handles over a socket that has a name but no file.
 
-    It would make a folder in the temporary directory for its socket, which nobody is left to remove when a signal kills the
-    whole process group. A key that the workers inherit guards either socket.
+    Its own socket lies in a temporary folder, which nobody removes when a signal kills the whole process group. A key that the
+    workers inherit guards either socket.
     """
     sharer = resource_sharer._resource_sharer
     with sharer._lock:
@@ -84,6 +71,5 @@ def _share_handles() -> None:
 
 def died_of(process: Any) -> str:
     """What ended a process: the name of a signal, or its exit code."""
-    process.join(timeout=5)
     code = process.exitcode
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"

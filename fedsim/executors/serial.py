@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fedsim.aggregators import Accumulator
 from fedsim.core.errors import ClientError, OutOfMemory, is_out_of_memory
+from fedsim.core.heartbeat import at_work
 from fedsim.core.params import Layout, Params
-from fedsim.core.pulse import at_work
 from fedsim.core.types import Engine, Measured, Memory, Pack, Report, Scores, Scoring, Task, Turn
 
 

@@ -1,9 +1,10 @@
-"""What a user sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+"""What a user sees while runs go on: live on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fedsim.core.errors import visible
@@ -11,7 +12,7 @@ from fedsim.core.types import Report
 
 
 class Progress:
-    """Round, phase, clients done, training tokens per second and time left.
+    """Of one run: round, clients done, training tokens per second and time left.
 
     The time left is one estimate for the run: the rounds of all modes to come, training and evaluation, without the final
     evaluation and export of each mode. It is renewed at the end of each round and counts down in between. Throughput is of
@@ -24,15 +25,13 @@ class Progress:
 
     def __init__(self, show: bool, rounds: int) -> None:
         self.show, self.rounds = show, rounds
-        self._live: Any = None
-        self._task: Any = None
-        self._terminal = show and sys.stderr.isatty()
+        self._live: Any = None  # rich's progress bar, on a terminal
         self._mode, self._clients, self._round = "", 0, 0
         self._tokens, self._training = 0, 0.0  # trained on in this mode, and seconds of it
-        self._mark = self._last = 0.0  # of the last report, and of the last end of a round
+        self._mark = self._last = 0.0  # when the last pack, and the last round, ended
         self._work: dict[str, tuple[float, int]] = {}
         self._done: dict[str, list[float]] = {}  # mode -> seconds of its rounds
-        self._ends: float | None = None
+        self._ends: float | None = None  # when the last round will have ended
 
     def plan(self, work: dict[str, tuple[float, int]]) -> None:
         """What is to come: mode -> (work of a round, in a unit that all modes share; rounds left), in order."""
@@ -41,38 +40,28 @@ class Progress:
     def note(self, text: str) -> None:
         """One line."""
         if self.show:
-            self._print(text)
+            _print(text, self._live)
 
     def warn(self, text: str) -> None:
-        """One line on what went wrong or may come out otherwise: shown where progress is not, too."""
-        if self.show:
-            self.note(text)
-        else:
-            self._print(text)
+        """One line on what went wrong or may come out otherwise, shown in any case."""
+        _print(text, self._live)
 
     def begin(self, mode: str, done: int) -> None:
         """A mode begins, `done` of its rounds behind it."""
-        self._mode, self._tokens, self._training, self._round = mode, 0, 0.0, done
+        self._mode, self._tokens, self._training, self._round, self._clients = mode, 0, 0.0, done, 0
         now = time.monotonic()
         if self._ends is not None:  # what came between, final evaluation and export, is no part of the estimate
             self._ends += now - self._last
         self._mark = self._last = now
-        self._clients = 0
-        if not self._terminal:
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
+        if self.show and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-        )
-        self._live = Bar(*columns, console=Console(stderr=True), transient=True)
-        self._live.start()
-        self._task = self._live.add_task(mode, total=self.rounds, completed=done, text="")
+            columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}")
+            self._live = Bar(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+            self._live.start()
+            self._live.add_task(mode, total=self.rounds, completed=done, text="")
 
     def pack(self, round: int, report: Report) -> None:
         """A pack is done."""
@@ -83,9 +72,7 @@ class Progress:
         self._mark = now
         self._tokens += report.tokens
         self._clients = (self._clients if report.index else 0) + len(report.steps)  # a round may start again
-        if self._live is not None:
-            text = f"round {round}/{self.rounds}, {self._counted()} done{self._pace()}"
-            self._live.update(self._task, text=text)
+        self._update(text=f"round {round}/{self.rounds}, {self._counted()} done{self._pace()}")
 
     def round(self, round: int, text: str) -> None:
         """A round is done; `text` says what came out."""
@@ -94,10 +81,9 @@ class Progress:
         self._mark = self._last = now
         self._round = round
         self._estimate(now)
-        if self._live is not None:
-            self._live.update(self._task, completed=round, text=f"round {round}/{self.rounds} done{self._pace()}")
+        self._update(completed=round, text=f"round {round}/{self.rounds} done{self._pace()}")
         if self.show:
-            self._print(f"{self._mode:9s} round {round}/{self.rounds}  {self._counted()}{self._pace()}  {text}")
+            _print(f"{self._mode:9s} round {round}/{self.rounds}  {self._counted()}{self._pace()}  {text}", self._live)
         self._clients = 0
 
     def end(self) -> None:
@@ -105,6 +91,10 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def _update(self, **shown: Any) -> None:
+        if self._live is not None:
+            self._live.update(self._live.task_ids[0], **shown)
 
     def _counted(self) -> str:
         return f"{self._clients} client{'s' * (self._clients != 1)}"
@@ -135,16 +125,29 @@ class Progress:
         about = near if seconds < 5400 else f"{seconds / 3600:.1f} h"
         return f"{rate}, about {about} left ({', '.join(self._to_come())})"
 
-    def _print(self, text: str) -> None:
-        text = visible(text)  # clients' ids and label words come from the user's data
-        if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+
+class Relay(Progress):
+    """Of one of many runs, told to whoever shows them all.
+
+    Args:
+        tell: called with `shows` or `warns`, and a line.
+    """
+
+    def __init__(self, tell: Callable[[str, str], None]) -> None:
+        super().__init__(False, 0)
+        self._tell = tell
+
+    def round(self, round: int, text: str) -> None:
+        """A round is done."""
+        self._tell("shows", f"{self._mode} round {round}: {text}")
+
+    def warn(self, text: str) -> None:
+        """One line on what went wrong."""
+        self._tell("warns", text)
 
 
 class Board:
-    """Many runs: a live table on a terminal, a line for each change elsewhere.
+    """Of many runs: a live table on a terminal, a line for each change elsewhere.
 
     Args:
         show: False shows warnings alone.
@@ -167,21 +170,18 @@ class Board:
         before, self.states[run], self.texts[run] = self.states[run], state, visible(text)
         if self.show and self._live is None and state != before:
             place = f"{run + 1}/{len(self.names)}"
-            print(
-                f"{place:>9s}  {state:8s}  {self.names[run]}  {self.texts[run]}".rstrip(), file=sys.stderr, flush=True
-            )
+            _print(f"{place:>9s}  {state:8s}  {self.names[run]}  {self.texts[run]}".rstrip())
 
     def warn(self, run: int, text: str) -> None:
-        """A line on what went wrong in a run; shown where the table is not, too."""
-        line = visible(f"{run + 1}/{len(self.names)}  {self.names[run]}  {text}")
-        if self._live is not None:
-            self._live.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        """A line on what went wrong in a run, shown in any case."""
+        _print(f"{run + 1}/{len(self.names)}  {self.names[run]}  {text}", self._live)
 
-    def reporter(self, run: int) -> Progress:
-        """Where a run in this process says what goes on."""
-        return _Reporter(self, run)
+    def tell(self, run: int, kind: str, text: str) -> None:
+        """What a run's `Relay` says."""
+        if kind == "warns":
+            self.warn(run, text)
+        else:
+            self.update(run, "running", text)
 
     def end(self) -> None:
         """All is over; may be called twice."""
@@ -194,36 +194,27 @@ class Board:
         from rich.table import Table
         from rich.text import Text
 
-        counts = {s: self.states.count(s) for s in ("finished", "running", "failed", "waiting")}
-        done, minutes = counts["finished"] + counts["failed"], (time.monotonic() - self._began) / 60
-        said = ", ".join(f"{n} {s}" for s, n in counts.items() if n)
-        table = Table(
-            title=f"{done} of {len(self.names)} runs, {minutes:.0f} min: {said}", title_justify="left", expand=True
-        )
+        looks = {"finished": "green", "running": "bold", "failed": "red", "waiting": "dim"}
+        of = {s: [i for i, state in enumerate(self.states) if state == s] for s in looks}
+        done, minutes = len(of["finished"]) + len(of["failed"]), (time.monotonic() - self._began) / 60
+        counts = ", ".join(f"{len(runs)} {state}" for state, runs in of.items() if runs)
+        title = f"{done} of {len(self.names)} runs, {minutes:.0f} min: {counts}"
+        table = Table(title=title, title_justify="left", expand=True)
         for name in ("#", "run", "state", ""):
             table.add_column(name, no_wrap=name != "")
         room = max(4, (self._live.console.height if self._live is not None else 24) - 6)
-        of = {s: [i for i, state in enumerate(self.states) if state == s] for s in counts}
         urgent = of["running"] + of["failed"]
         left = max(0, room - len(urgent))
         late = of["finished"][-max(3, left - len(of["waiting"])) :][-left:] if left else []
-        shown = [*urgent, *late, *of["waiting"][: left - len(late)]][:room]
-        look = {"running": "bold", "failed": "red", "finished": "green", "waiting": "dim"}
-        for i in sorted(shown):
+        for i in sorted([*urgent, *late, *of["waiting"][: left - len(late)]][:room]):
             state = self.states[i]
-            table.add_row(str(i + 1), Text(self.names[i]), Text(state, style=look[state]), Text(self.texts[i]))
+            table.add_row(str(i + 1), Text(self.names[i]), Text(state, style=looks[state]), Text(self.texts[i]))
         return table
 
 
-class _Reporter(Progress):
-    def __init__(self, board: Board, run: int) -> None:
-        super().__init__(False, 0)
-        self._board, self._run = board, run
-
-    def round(self, round: int, text: str) -> None:
-        """A round is done."""
-        self._board.update(self._run, "running", f"{self._mode} round {round}: {text}")
-
-    def warn(self, text: str) -> None:
-        """One line on what went wrong."""
-        self._board.warn(self._run, text)
+def _print(text: str, live: Any = None) -> None:
+    """A line on standard error, above what is live there; clients' ids and label words come from the user's data."""
+    if live is not None:
+        live.console.print(visible(text), markup=False, highlight=False)
+    else:
+        print(visible(text), file=sys.stderr, flush=True)

@@ -79,9 +79,8 @@ def run_seeds(exp: Experiment, progress: bool = True) -> SeedRuns:
     path = results_of(exp) / exp.name / "seeds" / digest
     check_own(path, results_of(exp))
     df = load_runs([run.path for run in runs])
-    names = [
-        name for name in ("accuracy", "macro_f1", "exact_match", "loss", "perplexity") if (df["name"] == name).any()
-    ]
+    every = ("accuracy", "macro_f1", "exact_match", "loss", "perplexity")
+    names = [name for name in every if (df["name"] == name).any()]
     for name in names:
         write_atomic(path / f"{name}.csv", over_seeds(df, name).to_csv(index=False).encode())
     return SeedRuns(runs, path, [_draw(df, name, path / f"{name}.png") for name in names])
@@ -104,28 +103,27 @@ def over_seeds(df: pd.DataFrame, metric: str = "accuracy", level: float = 0.95) 
     """
     if not 0.0 < level < 1.0:
         raise UserError(f"level={level!r} is not between 0 and 1; 0.95 is usual")
-    table = summary(df, metric, which="best")
     rows = []
-    for model, part in table.groupby("model", sort=False):
+    for model, part in summary(df, metric, which="best").groupby("model", sort=False):
         row: dict[str, Any] = {"model": model, "runs": len(part)}
         for key in ("validation", "site", "test"):
-            mean, half = mean_and_half_width(part[key].dropna().to_numpy(float), level)
-            row |= {key: mean, f"{key} low": mean - half, f"{key} high": mean + half}
+            row |= zip((key, f"{key} low", f"{key} high"), interval(part[key], level), strict=True)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def mean_and_half_width(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Mean of the values `[n]` and half the width of its Student's t interval; NaN where there are too few."""
+def interval(values: pd.Series, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of the values that are not NaN and the bounds of its Student's t interval; NaN where there are too few."""
     from scipy.stats import t
 
-    n = len(values)
-    mean = float(np.mean(values)) if n else float("nan")
-    half = float(t.ppf(0.5 + level / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
-    return mean, half
+    found = values.dropna().to_numpy(float)
+    n = len(found)
+    mean = float(np.mean(found)) if n else float("nan")
+    half = float(t.ppf(0.5 + level / 2, n - 1) * np.std(found, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+    return mean, mean - half, mean + half
 
 
-def curves(df: pd.DataFrame, metric: str = "accuracy", level: float = 0.95) -> pd.DataFrame:
+def curves(df: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
     """Validation scores at the ends of rounds over runs that differ in the seed alone.
 
     Returns:
@@ -138,13 +136,10 @@ def curves(df: pd.DataFrame, metric: str = "accuracy", level: float = 0.95) -> p
     scored = df[(df["split"] == "validation") & (df["name"] == metric)]
     out = []
     for scope in SCOPES:
-        rows = rows_of(scored, scope)
-        ends = (
-            rows.sort_values("step").groupby(["run", "round", rows["client"].fillna("")], observed=True)["value"].last()
-        )
+        rows = rows_of(scored, scope).sort_values("step")
+        ends = rows.groupby(["run", "round", rows["client"].fillna("")], observed=True)["value"].last()
         for number, values in ends.groupby(["run", "round"], observed=True).mean().groupby("round"):
-            mean, half = mean_and_half_width(values.to_numpy(float), level)
-            out.append((scope, int(number), len(values), mean, mean - half, mean + half))
+            out.append((scope, int(number), len(values), *interval(values)))
     return pd.DataFrame(out, columns=["scope", "round", "runs", "mean", "low", "high"])
 
 
@@ -163,9 +158,7 @@ def _draw(df: pd.DataFrame, metric: str, file: Path) -> Path:
         for scope, part in table.groupby("scope", sort=False):
             color, _, name = SCOPE_LOOKS[scope]
             ax.plot(part["round"], part["mean"], color=color, marker="o", markersize=3.0, label=name)
-            ax.fill_between(
-                part["round"].astype(float), part["low"], part["high"], color=color, alpha=0.18, linewidth=0
-            )
+            ax.fill_between(part["round"], part["low"], part["high"], color=color, alpha=0.18, linewidth=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(
             xlabel="round",

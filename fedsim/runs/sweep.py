@@ -8,42 +8,29 @@ figures.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
-import os
-import signal
-import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
-from torch import Tensor
 
 from fedsim.config.experiment import Experiment, results_of
 from fedsim.config.sections import Pool
 from fedsim.core.errors import ClientError, UserError
 from fedsim.core.files import RUN_RECORD, check_own, damage, read_checked, read_json, write_atomic
 from fedsim.core.numerics import settled
-from fedsim.core.pulse import LOOK_S, Watch, pulses, silence, watched_by
-from fedsim.core.section import plain
 from fedsim.executors.fleet import Fleet
-from fedsim.executors.processes import (
-    DEATHS,
-    die_with_parent,
-    died_of,
-    main_not_imported,
-    without_interrupt,
-)
+from fedsim.executors.supervisor import Supervisor, Work, Worker, heard
 from fedsim.runs.build import Parts, Shared, prepare
-from fedsim.runs.progress import Board, Progress
-from fedsim.runs.resolve import devices_of
+from fedsim.runs.crews import crews_of, places_of
+from fedsim.runs.progress import Board, Progress, Relay
 from fedsim.runs.run import run_folder_of, run_steps
 from fedsim.runs.signals import ended_by_signals
 from fedsim.runs.sweep_plan import Job, Sweep, said
@@ -71,13 +58,13 @@ class Swept:
         return [job for job in self.jobs if job.state == "failed"]
 
     def table(self, metric: str | None = None) -> Any:
-        """One row a model, as a `pandas.DataFrame`; see `fedsim.analysis.tables.sweep_table`."""
+        """One row a model, as a `pandas.DataFrame`; see `fedsim.analysis.sweeps.sweep_table`."""
         from fedsim.analysis.sweeps import sweep_table
 
         return sweep_table(self.path, metric)
 
     def cells(self, metric: str | None = None) -> Any:
-        """Mean and bootstrap interval over seeds of each cell; see `fedsim.analysis.tables.cells`."""
+        """Mean and bootstrap interval over seeds of each cell; see `fedsim.analysis.sweeps.cells`."""
         from fedsim.analysis.sweeps import cells
 
         return cells(self.table(metric))
@@ -119,12 +106,7 @@ def run_sweep(
 
     def save() -> None:
         runs = [
-            {
-                "run": None if job.path is None else job.path.name,
-                "settings": job.settings,
-                "state": job.state,
-                "reason": job.reason,
-            }
+            {"run": job.path and job.path.name, "settings": job.settings, "state": job.state, "reason": job.reason}
             for job in jobs
         ]
         text = json.dumps({"name": plan.name, "keys": plan.keys, "runs": runs}, indent=1, ensure_ascii=False)
@@ -150,10 +132,7 @@ def run_sweep(
     return Swept(path, jobs, problem)
 
 
-# ------------------------------------------------------------------------------------------------ running
-
-
-@settled()  # rows and bases are loaded here
+@settled()  # examples and bases are loaded here
 def run_jobs(
     jobs: list[Job],
     *,
@@ -183,42 +162,36 @@ def run_jobs(
     Raises:
         UserError: for a device that is not there.
     """
-    places, threads = _places(devices, workers, threads)
-    shared = Shared()
-    board = Board(progress, [said(job.settings) for job in jobs])
-    twins: dict[int, list[int]] = {}
-
-    def changed(i: int) -> None:
-        for twin in twins.get(i, []):
-            jobs[twin].state, jobs[twin].reason = jobs[i].state, jobs[i].reason
-            board.update(twin, jobs[twin].state, f"the same run as {i + 1}")
-        on_change()
-
+    places, threads = places_of(devices, workers, threads)
+    shared, board = Shared(), Board(progress, [said(job.settings) for job in jobs])
+    runs = _Runs(jobs, board, on_change)
     try:
-        waiting = _prepare(jobs, shared, twins)
+        by_base: dict[str | None, list[tuple[int, Parts]]] = {}  # only one base is in memory at a time
+        for i, parts in runs.prepare(shared):
+            by_base.setdefault(Shared.base_key(parts.exp), []).append((i, parts))
         if on_jobs is not None:
             on_jobs(jobs)
         for i, job in enumerate(jobs):
             board.update(i, job.state, "finished before" if job.skipped else job.reason or "")
         on_change()
-        for group in _by_base(waiting):
-            shared.keep_only({Shared.base_key(parts.exp) for _, parts in group})
-            todo = _load_base(jobs, group, shared, board, changed)
-            left = [(i, parts) for i, parts in group if i in todo]
+        for base, group in by_base.items():
+            shared.keep_only({base})
+            try:
+                if base is not None:
+                    shared.base(group[0][1])
+            except Exception as error:
+                for i, _ in group:
+                    runs.end(i, ("failed", _in_a_line(error), ""))
+                continue
             # Every worker has something to do before runs go side by side.
-            crews = _crews(left, min(together, max(1, -(-len(left) // len(places)))))
-            if len(places) == 1 or len(crews) == 1:
-                for crew in crews:
-                    _start(jobs, crew, board)
-                    work = [(i, jobs[i].exp, jobs[i].path, board.reporter(i)) for i in crew]
-
-                    def ended(i: int, outcome: Outcome) -> None:
-                        board.update(i, *_end(jobs[i], outcome))
-                        changed(i)
-
-                    _attempt(work, shared, places[0], threads, ended)
-            elif crews:
-                _run_apart(jobs, crews, shared, places, threads, board, changed)
+            crews = crews_of(group, min(together, max(1, -(-len(group) // len(places)))))
+            if min(len(places), len(crews)) > 1:
+                _run_apart(runs, crews, shared, places, threads)
+                continue
+            for crew in crews:
+                runs.begin(crew)
+                work = [(i, jobs[i].exp, jobs[i].path, Relay(functools.partial(board.tell, i))) for i in crew]
+                _attempt(work, shared, places[0], threads, runs.end)
     finally:
         for job in jobs:
             job.state = "waiting" if job.state == "running" else job.state
@@ -226,46 +199,62 @@ def run_jobs(
         board.end()
 
 
-def _prepare(jobs: list[Job], shared: Shared, twins: dict[int, list[int]]) -> list[tuple[int, Parts]]:
-    """Find each run's folder, and what cannot be; the runs that are to be made. Jobs that come to the same run go into `twins`."""
-    waiting: list[tuple[int, Parts]] = []
-    first: dict[Path, int] = {}
-    for place in {run_folder_of(job.exp, "errors") for job in jobs}:
-        check_own(place, results_of(jobs[0].exp))
-    for i, job in enumerate(jobs):
-        try:
-            parts = prepare(job.exp, shared)
-        except UserError as error:
-            job.state, job.reason = "failed", str(error)
-            continue
-        except Exception as error:
-            job.state, job.reason = "failed", _in_a_line(error)
-            continue
-        job.path = run_folder_of(parts.exp, parts.run_id())
-        other = first.setdefault(job.path, i)
-        if other != i:
-            twins.setdefault(other, []).append(i)
-            job.state, job.skipped = jobs[other].state, jobs[other].skipped
-        elif _finished(job.path, job.exp.rounds) and not damage(job.path):
-            job.state, job.skipped = "finished", True
-        else:
-            waiting.append((i, parts))
-    return waiting
+class _Runs:
+    """The states of jobs: what is shown and written of them."""
+
+    def __init__(self, jobs: list[Job], board: Board, on_change: Callable[[], None]) -> None:
+        self.jobs, self.board, self._on_change = jobs, board, on_change
+        self._same: dict[int, list[int]] = {}  # job -> others that come to the same run
+        self._began: dict[int, float] = {}
+
+    def prepare(self, shared: Shared) -> list[tuple[int, Parts]]:
+        """Find each job's run folder, or why there is none; the runs that are to be made."""
+        waiting: list[tuple[int, Parts]] = []
+        first: dict[Path, int] = {}
+        for place in {run_folder_of(job.exp, "errors") for job in self.jobs}:
+            check_own(place, results_of(self.jobs[0].exp))
+        for i, job in enumerate(self.jobs):
+            try:
+                parts = prepare(job.exp, shared)
+            except Exception as error:
+                job.state, job.reason = "failed", _in_a_line(error)
+                continue
+            job.path = run_folder_of(parts.exp, parts.run_id())
+            same = first.setdefault(job.path, i)
+            if same != i:
+                self._same.setdefault(same, []).append(i)
+                job.state, job.skipped = self.jobs[same].state, self.jobs[same].skipped
+            elif _finished(job.path, job.exp.rounds) and not damage(job.path):
+                job.state, job.skipped = "finished", True
+            else:
+                waiting.append((i, parts))
+        return waiting
+
+    def begin(self, crew: Sequence[int]) -> None:
+        """Jobs are run from now on."""
+        for i in crew:
+            self.jobs[i].state, self.jobs[i].reason, self._began[i] = "running", None, time.monotonic()
+            self.board.update(i, "running", "")
+
+    def end(self, i: int, outcome: Outcome) -> None:
+        """A job has come to its end, and with it those that are the same run."""
+        job, (state, text, trace) = self.jobs[i], outcome
+        job.state, job.reason = state, text if state == "failed" else None
+        if i in self._began:
+            job.seconds = time.monotonic() - self._began[i]
+        if trace and job.path is not None:
+            write_atomic(job.path.parent / "errors" / f"{job.path.name}.txt", trace.encode())
+        self.board.update(i, state, text if state == "failed" else f"{text}, {job.seconds:.0f} s")
+        for twin in self._same.get(i, []):
+            self.jobs[twin].state, self.jobs[twin].reason = job.state, job.reason
+            self.board.update(twin, job.state, f"the same run as {i + 1}")
+        self._on_change()
 
 
 def _in_a_line(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _places(devices: list[str] | str, workers: int | None, threads: int | None) -> tuple[list[str], int]:
-    """(the device of each worker, threads of each)."""
-    found = devices_of(Experiment(executor={"name": "pool", "devices": devices}))[1]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers is None:
-        # One thread a run: on a CPU runs beside each other waste less than threads that wait for each other.
-        workers = max(len(found), max(1, cores // (threads or 1)) if found == ["cpu"] else 1)
-    places = [found[i % len(found)] for i in range(workers)]
-    return places, threads or max(1, cores // len(places))
 
 
 def _finished(path: Path, rounds: int) -> bool:
@@ -276,65 +265,7 @@ def _finished(path: Path, rounds: int) -> bool:
     return status.get("state") == "finished" and status.get("rounds") == rounds and status.get("figures", True)
 
 
-def _by_base(waiting: list[tuple[int, Parts]]) -> Iterator[list[tuple[int, Parts]]]:
-    """Runs of one base after those of another: only one base is in memory at a time."""
-    groups: dict[str | None, list[tuple[int, Parts]]] = {}
-    for i, parts in waiting:
-        groups.setdefault(Shared.base_key(parts.exp), []).append((i, parts))
-    yield from groups.values()
-
-
-def _load_base(
-    jobs: list[Job], group: list[tuple[int, Parts]], shared: Shared, board: Board, changed: Callable[[int], None]
-) -> list[int]:
-    """Load the base that a group shares; if that fails, so do all of them."""
-    if Shared.base_key(group[0][1].exp) is not None:
-        try:
-            shared.base(group[0][1])
-        except Exception as error:
-            why = str(error) if isinstance(error, UserError) else _in_a_line(error)
-            for i, _ in group:
-                jobs[i].state, jobs[i].reason = "failed", why
-                board.update(i, "failed", why)
-                changed(i)
-            return []
-    return [i for i, _ in group]
-
-
-def _crews(group: list[tuple[int, Parts]], together: int) -> list[list[int]]:
-    """Runs that go side by side, at most `together` of them: those that agree in all that a pass has in common."""
-    alike: dict[str, list[int]] = {}
-    for i, parts in group:
-        alike.setdefault(repr(i) if together == 1 else _pass_key(parts.exp), []).append(i)
-    return [runs[a : a + together] for runs in alike.values() for a in range(0, len(runs), together)]
-
-
-def _pass_key(exp: Experiment) -> str:
-    """What runs must have in common to share passes; rates, schedules, steps, seeds, clients and partitions may differ."""
-    own = ("steps", "epochs", "lr", "min_lr", "warmup", "schedule", "schedule_over", "horizon", "keep_state", "shuffle")
-    local = {k: v for k, v in plain(exp.local).items() if k not in (*own, "drop_last")}
-    how = ("batch_size", "generate", "max_new_tokens", "max_examples")
-    evaluate = {k: v for k, v in plain(exp.evaluate).items() if k in how}
-    same = (plain(exp.model), plain(exp.data), plain(exp.adapter), local, evaluate, plain(exp.training))
-    # An initial head is the seed's, see Shared.base_key; a whole model has a device to itself.
-    return repr((Shared.base_key(exp) or id(exp), same))
-
-
-def _start(jobs: list[Job], crew: Sequence[int], board: Board) -> None:
-    for i in crew:
-        jobs[i].state, jobs[i].reason, jobs[i].seconds = "running", None, time.monotonic()
-        board.update(i, "running", "")
-
-
-def _end(job: Job, outcome: Outcome) -> tuple[str, str]:
-    """Settle a job; returns what the board shows."""
-    state, text, trace = outcome
-    job.state, job.seconds = state, time.monotonic() - job.seconds
-    if state == "failed":
-        job.reason = text
-        if trace and job.path is not None:
-            write_atomic(job.path.parent / "errors" / f"{job.path.name}.txt", trace.encode())
-    return state, text if state == "failed" else f"{text}, {job.seconds:.0f} s"
+# ------------------------------------------------------------------------------------------------ one run
 
 
 def _attempt(
@@ -393,145 +324,61 @@ def _result(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------ worker processes
 
 
-@dataclass
-class _Worker:
-    process: Any
-    pipe: Connection
-    device: str
-    watch: Watch
-    crew: list[int] = field(default_factory=list)  # runs it has not ended yet
-    why: str | None = None  # its process was ended
-    gone: bool = False
+@dataclass(eq=False, kw_only=True)
+class _Run(Work):
+    """A job as the work of processes."""
 
-    def ended(self) -> str:
-        """What ended its process."""
-        return self.why or died_of(self.process)
+    number: int
 
 
-def _run_apart(
-    jobs: list[Job],
-    crews: Sequence[list[int]],
-    shared: Shared,
-    places: Sequence[str],
-    threads: int,
-    board: Board,
-    changed: Callable[[int], None],
-) -> None:
-    """Hand runs to worker processes, the next to whichever is free; a worker that dies or hangs is replaced, and its runs go
-    on from their last checkpoints."""
+def _run_apart(runs: _Runs, crews: Sequence[list[int]], shared: Shared, places: Sequence[str], threads: int) -> None:
+    """Hand runs to worker processes, the next ones to whichever is free; if one dies or hangs, its runs resume in another."""
     shared.share()
-    waiting, pool = deque(crews), []
-    deaths: dict[int, list[str]] = {}  # by run
-
-    def lost(worker: _Worker) -> None:
-        """Runs whose process has ended go on in another one, unless too many have."""
-        how, left = worker.ended(), []
-        for i in worker.crew:
-            deaths.setdefault(i, []).append(how)
-            if len(deaths[i]) < DEATHS:
-                left.append(i)
-                board.warn(i, f"the process on {worker.device} died ({how}); replaced, the run goes on")
-                board.update(i, "waiting", "")
-            else:
-                why = f"{DEATHS} processes on {worker.device} died of it: {', '.join(deaths[i])}; start the sweep again"
-                board.update(i, *_end(jobs[i], ("failed", why, "")))
-                changed(i)
-        worker.crew, worker.gone = [], True
-        if left:
-            waiting.appendleft(left)
-
-    last = time.monotonic()
+    workers = [Worker(f"fedsim-sweep-{n}", device) for n, device in enumerate(places[: len(crews)])]
+    supervisor = Supervisor(workers, _work, (shared, threads), threads)
+    waiting = deque([_Run(number=i) for i in crew] for crew in crews)
     try:
-        for device in places[: len(crews)]:
-            pool.append(_spawn(shared, device, threads))
-        while waiting or any(w.crew for w in pool):
-            for place, worker in enumerate(pool):
-                if not worker.crew and waiting:
-                    if worker.gone:
-                        worker = pool[place] = _spawn(shared, worker.device, threads)
-                    worker.crew = list(waiting.popleft())
-                    _start(jobs, worker.crew, board)
-                    with contextlib.suppress(OSError):  # it has died: its sentinel says so below
-                        worker.pipe.send([(i, jobs[i].exp.to_dict(), jobs[i].path) for i in worker.crew])
-            busy = [w for w in pool if w.crew]
-            ready = wait([w.pipe for w in busy] + [w.process.sentinel for w in busy], timeout=LOOK_S)
-            now = time.monotonic()
-            passed, last = now - last, now
-            for worker in busy:
-                limits = [getattr(jobs[i].exp.executor, "hang_s", Pool.hang_s) for i in worker.crew]
-                silent = worker.watch.look(passed)
-                if worker.why is None and None not in limits and silent >= max(limits):
-                    worker.why = silence(max(limits))
-                    worker.process.kill()
-                if worker.pipe not in ready and worker.process.sentinel not in ready:
-                    continue
-                try:
-                    kind, i, *rest = worker.pipe.recv()
-                except (EOFError, OSError):
-                    lost(worker)
-                    continue
-                if kind == "shows":
-                    board.update(i, "running", rest[0])
-                elif kind == "warns":
-                    board.warn(i, rest[0])
-                else:
-                    worker.crew.remove(i)
-                    board.update(i, *_end(jobs[i], tuple(rest)))
-                    changed(i)
+        while waiting or any(worker.work for worker in workers):
+            for worker in workers:
+                if waiting and worker.process is None:
+                    supervisor.start(worker)
+                if waiting and worker.idle:
+                    crew = waiting.popleft()
+                    runs.begin([one.number for one in crew])
+                    asked = [(one.number, runs.jobs[one.number]) for one in crew]
+                    limits = [getattr(job.exp.executor, "hang_s", Pool.hang_s) for _, job in asked]
+                    message = [(i, job.exp.to_dict(), job.path) for i, job in asked]
+                    supervisor.send(worker, message, crew, None if None in limits else max(limits))
+            worker, kind, *rest = supervisor.next()
+            if kind == "died":
+                died, lost = rest
+                left = [one for one in lost if not one.given_up]
+                for one in left:
+                    runs.board.warn(one.number, f"{died}; replaced, the run resumes")
+                    runs.board.update(one.number, "waiting", "")
+                for one in lost:
+                    if one.given_up:
+                        runs.end(one.number, ("failed", "; ".join([*one.why, "start the sweep again"]), ""))
+                if left:
+                    waiting.appendleft(left)
+            elif kind == "done":
+                number, outcome = rest
+                worker.work = [one for one in worker.work if one.number != number]
+                runs.end(number, outcome)
+            else:
+                number, text = rest
+                runs.board.tell(number, kind, text)
     finally:
-        for worker in pool:
-            if worker.crew:
-                worker.process.terminate()
-            with contextlib.suppress(OSError):
-                worker.pipe.close()  # an idle worker ends when its pipe does
-            worker.process.join(timeout=10)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+        supervisor.close(gently=True)
 
 
-def _spawn(shared: Shared, device: str, threads: int) -> _Worker:
-    context = mp.get_context("spawn")
-    here, there = context.Pipe()
-    (pulse,) = pulses(1)
-    with main_not_imported(), without_interrupt():
-        process = context.Process(target=_work, args=(there, pulse, shared, device, threads), daemon=True)
-        process.start()
-    there.close()
-    return _Worker(process, here, device, Watch(pulse))
+def _work(pipe: Connection, device: str, shared: Shared, threads: int) -> None:
+    """One run, or some side by side, after another, until the pipe is closed."""
 
+    def relay(i: int) -> Relay:
+        return Relay(lambda kind, text: pipe.send((kind, i, text)))
 
-class _Sender(Progress):
-    """Progress of a run, sent to the process that shows it."""
-
-    def __init__(self, pipe: Connection, run: int) -> None:
-        super().__init__(False, 0)
-        self._pipe, self._run = pipe, run
-
-    def round(self, round: int, text: str) -> None:
-        """A round is done."""
-        self._pipe.send(("shows", self._run, f"{self._mode} round {round}: {text}"))
-
-    def warn(self, text: str) -> None:
-        """One line on what went wrong."""
-        self._pipe.send(("warns", self._run, text))
-
-
-def _work(pipe: Connection, pulse: Tensor, shared: Shared, device: str, threads: int) -> None:
-    """A worker's life: one run, or some side by side, after another, until its pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process decides
-    watched_by(pulse)
     with ended_by_signals():  # told to end, a run says in its folder that it was stopped
-        _work_on(pipe, shared, device, threads)
-
-
-def _work_on(pipe: Connection, shared: Shared, device: str, threads: int) -> None:
-    threading.Thread(target=die_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    while True:
-        try:
-            asked = pipe.recv()
-        except (EOFError, OSError):
-            return
-        work = [(i, Experiment.from_dict(tree), path, _Sender(pipe, i)) for i, tree, path in asked]
-        _attempt(work, shared, device, threads, lambda i, outcome: pipe.send(("done", i, *outcome)))
+        for asked in heard(pipe):
+            work = [(i, Experiment.from_dict(tree), path, relay(i)) for i, tree, path in asked]
+            _attempt(work, shared, device, threads, lambda i, outcome: pipe.send(("done", i, outcome)))

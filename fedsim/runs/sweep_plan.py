@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.config.experiment import Experiment, expand_path, read_yaml, results_of
-from fedsim.core.errors import UserError
+from fedsim.core.errors import UserError, shown
 from fedsim.core.section import near_key, plain
 
 _NOT_SWEPT = {
@@ -104,53 +104,32 @@ class Sweep:
         for key in tree:
             if key not in _KEYS:
                 raise UserError(f"{path}: {near_key(str(key), _KEYS)}")
-        found = tree.get("experiment")
-        if isinstance(found, str):
-            at = (
-                path.parent / found
-                if (path.parent / found).is_file()
-                else Path(expand_path(found, f"{path}: experiment"))
-            )
-            base, folder = read_yaml(at), at.resolve().parent
-        elif isinstance(found, dict):
-            base, folder = found, path.resolve().parent
-        else:
-            raise UserError(f"{path}: experiment: {found!r} is neither an experiment's file nor its sections")
-        settings = list(_settings(path, tree))
-        if not settings:
+        base, folder = _experiment(path, tree.get("experiment"))
+        asked = list(_settings(path, tree))
+        if not asked:
             raise UserError(f"{path}: names no run; give grid: {{key: [values]}} or list: [{{key: value}}]")
-        name = tree.get("name") or base.get("name") or path.stem
-        asked, settings, experiments = settings, [], []
+        name = str(tree.get("name") or base.get("name") or path.stem)
+        settings: list[dict[str, Any]] = []
+        experiments: list[Experiment] = []
         for one in asked:
             try:
-                exp = Experiment.from_tree({**base, "name": str(name)}, folder, overrides, one)
+                exp = Experiment.from_tree({**base, "name": name}, folder, overrides, one)
                 settings += [one] if exp.seeds is None else [{**one, "seed": seed} for seed in exp.seeds]
                 experiments += seed_by_seed(exp)
             except UserError as error:
                 raise UserError(f"{path}, run with {said(one) or 'no setting'}: {error}") from None
-        devices, workers, threads, together = (tree.get(k) for k in ("devices", "workers", "threads", "together"))
-        for key, value in (("workers", workers), ("threads", threads), ("together", together)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024):
-                raise UserError(
-                    f"{path}: {key}: {value!r} is no whole number from 1 to 1024; give one, or leave it out"
-                )
-        if devices not in (None, "auto") and not (
-            isinstance(devices, list) and all(isinstance(d, str) for d in devices)
-        ):
-            raise UserError(f"{path}: devices: {devices!r} is no list of devices, e.g. [cuda:0, cuda:1]; or auto")
-        if devices == []:
-            raise UserError(f"{path}: devices: [] is empty; give [cpu] or [cuda:0, ...]")
-        keys = list(dict.fromkeys(key for one in settings for key in one))
         for section, why in _NOT_SWEPT.items():
             if len({repr(plain(getattr(exp, section))) for exp in experiments}) > 1:
                 raise UserError(f"{path}: {section!r} cannot be swept: {why}")
-        asked = experiments[
-            0
-        ].executor  # what the experiment says of devices and threads holds where the sweep says nothing
-        given = getattr(asked, "devices", "auto")
-        one = getattr(asked, "device", "auto")
-        devices = devices or (given if given != "auto" else "auto" if one == "auto" else [one])
-        return cls(str(name), keys, settings, experiments, devices, workers, threads or asked.threads, together or 1)
+        keys = list(dict.fromkeys(key for one in settings for key in one))
+        # What the experiment says of devices and threads holds where the sweep says nothing.
+        executor = experiments[0].executor
+        own = getattr(executor, "devices", "auto")
+        if own == "auto" and (one_device := getattr(executor, "device", "auto")) != "auto":
+            own = [one_device]
+        workers, threads, together = (_count(path, tree, key) for key in ("workers", "threads", "together"))
+        devices = _devices(path, tree.get("devices")) or own
+        return cls(name, keys, settings, experiments, devices, workers, threads or executor.threads, together or 1)
 
 
 def seed_by_seed(exp: Experiment) -> list[Experiment]:
@@ -158,31 +137,55 @@ def seed_by_seed(exp: Experiment) -> list[Experiment]:
     return [exp] if exp.seeds is None else [dataclasses.replace(exp, seeds=None, seed=seed) for seed in exp.seeds]
 
 
-def _settings(path: Path, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _experiment(path: Path, found: Any) -> tuple[dict[str, Any], Path]:
+    """The keys of the experiment that a sweep's file names or holds, and the folder that its paths are looked up from."""
+    if isinstance(found, dict):
+        return found, path.resolve().parent
+    if not isinstance(found, str):
+        raise UserError(f"{path}: experiment: {shown(found)} is neither an experiment's file nor its sections")
+    beside = path.parent / found
+    file = beside if beside.is_file() else Path(expand_path(found, f"{path}: experiment"))
+    return read_yaml(file), file.resolve().parent
+
+
+def _count(path: Path, tree: Mapping[str, Any], key: str) -> int | None:
+    value = tree.get(key)
+    if value is not None and (type(value) is not int or not 1 <= value <= 1024):
+        raise UserError(
+            f"{path}: {key}: {shown(value)} is not a whole number from 1 to 1024; give one, or leave it out"
+        )
+    return value
+
+
+def _devices(path: Path, value: Any) -> list[str] | str | None:
+    if value in (None, "auto") or (isinstance(value, list) and value and all(isinstance(d, str) for d in value)):
+        return value
+    raise UserError(
+        f"{path}: devices: {shown(value)} is not a list of devices, e.g. [cpu] or [cuda:0, cuda:1]; or auto"
+    )
+
+
+def _settings(path: Path, tree: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of each grid, then the list."""
     grids, single = tree.get("grid") or [], tree.get("list") or []
-    if isinstance(grids, dict):
-        grids = [grids]
-    if not isinstance(grids, list) or not isinstance(single, list):
+    if not isinstance(grids, (dict, list)) or not isinstance(single, list):
         raise UserError(
             f"{path}: grid is a mapping of keys to lists of values (or a list of such), list a list of settings"
         )
-    for grid in grids:
+    for grid in [grids] if isinstance(grids, dict) else grids:
         if not isinstance(grid, dict):
-            raise UserError(f"{path}: grid: {grid!r} is no mapping of keys to lists of values")
+            raise UserError(f"{path}: grid: {shown(grid)} is not a mapping of keys to lists of values")
         for key, values in grid.items():
-            if values == []:
-                raise UserError(f"{path}: grid.{key}: [] is empty; give one value or more, or leave the key out")
             if not isinstance(values, list):
-                raise UserError(f"{path}: grid.{key}: {values!r} is no list of values; write [{values}]")
+                raise UserError(f"{path}: grid.{key}: {shown(values)} is not a list of values; write [{values}]")
+            if not values:
+                raise UserError(f"{path}: grid.{key}: [] is empty; give one value or more, or leave the key out")
         if (count := math.prod(map(len, grid.values()))) > _MOST:
-            raise UserError(
-                f"{path}: grid: {count} combinations are more than {_MOST} runs; divide it into several sweeps"
-            )
-        for values in itertools.product(*grid.values()):
-            yield dict(zip(grid, values, strict=True))
+            raise UserError(f"{path}: grid: {count} combinations are more than {_MOST} runs; divide it into sweeps")
+        yield from (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
     for one in single:
         if not isinstance(one, dict):
-            raise UserError(f"{path}: list: {one!r} is no setting; write {{key: value}}")
+            raise UserError(f"{path}: list: {shown(one)} is not a setting; write {{key: value}}")
         yield one
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from fedsim.core.errors import UserError
 
-_PACKAGE = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 _SUMS = ("tokens", "computed_tokens", "bytes_up", "bytes_down")
 _LATE = ("run", "test")  # known after their round: they go with what is logged next
 _MOST_SIBLINGS = 200
@@ -24,16 +23,14 @@ _UNUSABLE = re.compile(r"[^\w .-]")  # characters that MLflow refuses in names
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Whether the trackers' packages are here.
+    """Whether the trackers' packages, which are called as they are, can be imported.
 
     Raises:
         UserError: if one is not installed.
     """
     for name in names:
-        if importlib.util.find_spec(_PACKAGE[name]) is None:
-            raise UserError(
-                f"tracking.with: {name!r} is not installed; pip install {_PACKAGE[name]}, or take it off the list"
-            )
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"tracking.with: {name!r} is not installed; pip install {name}, or take it off the list")
 
 
 class Trackers:
@@ -44,11 +41,11 @@ class Trackers:
         experiment: the experiment's or sweep's name: project and group in W&B, experiment in MLflow.
         folder: the run folder; TensorBoard writes into it.
         config: the resolved config.
-        state: what an earlier start of this run had as `state`: a resumed run goes on in the same places.
+        state: of an earlier start of this run: a resumed run continues in the same places.
         clients: log each client's metrics, too.
 
     Attributes:
-        state: the run's name, its id in W&B and MLflow, and the last round that was logged of each scope.
+        state: the run's name, its id in each tracker, and the last round that was logged of each scope.
     """
 
     def __init__(
@@ -81,21 +78,24 @@ class Trackers:
             else:
                 tracker = tracking.MLflowTracker(experiment_name=experiment, run_name=run_name, run_id=known)
             tracker.start()
+            self.state[name] = name
             if name == "wandb":
                 tracker.run.define_metric("round")
                 tracker.run.define_metric("*", step_metric="round")
+                self.state[name] = str(tracker.run.id)
+            elif name == "mlflow":
+                self.state[name] = str(tracker.active_run.info.run_id)
             if known is None:  # MLflow refuses a second value of a parameter
-                tracker.store_init_configuration(_flat(config))
-            self.state[name] = _id(name, tracker)
+                tracker.store_init_configuration(_parameters(config))
             self._trackers.append(tracker)
 
     def __bool__(self) -> bool:
         return bool(self._trackers)
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log committed metrics rows, as `metrics.jsonl` has them: one call for each round of a scope.
+        """Log committed metrics, as the run folder has them: one call per round and scope.
 
-        Rounds that were logged before are left out: a run with more rounds writes rows of its later modes again.
+        Rounds that were logged before are left out: a run with more rounds writes metrics of its later modes again.
         """
         logged = self.state["rounds"]
 
@@ -116,12 +116,7 @@ class Trackers:
                 logged[row["scope"]] = max(row["round"], logged.get(row["scope"], 0))
 
     def log_figures(self, folder: Path, round: int) -> None:
-        """Log the figures in a folder: as an artifact, in TensorBoard as images.
-
-        Args:
-            folder: with PNG files.
-            round: the run's last round.
-        """
+        """Log the PNG files in a folder, of the run's last round: as an artifact, in TensorBoard as images."""
         files = sorted(folder.glob("*.png"))
         for tracker in self._trackers if files else ():
             if tracker.name == "wandb":
@@ -142,35 +137,23 @@ class Trackers:
 
 
 def by_round(rows: Sequence[Mapping[str, Any]], clients: bool = False) -> Iterator[tuple[int, dict[str, float]]]:
-    """The rounds in metrics rows, in their order, each with its named values.
+    """The rounds in metrics, in their order, each with its named values.
 
     Args:
-        rows: as `metrics.jsonl` has them. Counts of predictions by word are left out.
+        rows: as the run folder has them. Counts of predictions by word are left out.
         clients: give each client's values under `clients/scope/split/metric/client`, too.
     """
-    groups: list[tuple[str, int, list[Mapping[str, Any]]]] = []
-    late: list[Mapping[str, Any]] = []
-
-    def end_late() -> None:
-        if late and groups and groups[-1][0] == late[0]["scope"]:
-            groups[-1][2].extend(late)
-        elif late:
-            groups.append((late[0]["scope"], max(row["round"] for row in late), list(late)))
-        late.clear()
-
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    late: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        scope, round = row["scope"], row["round"]
         if row["split"] in _LATE:
-            late.append(row)
-            continue
-        if not groups or groups[-1][:2] != (scope, round):
-            if late and late[0]["scope"] != scope:
-                end_late()
-            groups.append((scope, round, []))
-        groups[-1][2].extend([*late, row])
-        late.clear()
-    end_late()
-    for scope, round, members in groups:
+            late.setdefault(row["scope"], []).append(row)
+        else:
+            groups.setdefault((row["scope"], row["round"]), []).extend([*late.pop(row["scope"], ()), row])
+    for scope, rest in late.items():  # with the last round of their scope
+        own = (scope, max(row["round"] for row in rest))
+        groups.setdefault(next((key for key in reversed(groups) if key[0] == scope), own), []).extend(rest)
+    for (scope, round), members in groups.items():
         yield round, _values(scope, members, clients)
 
 
@@ -186,24 +169,25 @@ def _values(scope: str, rows: Sequence[Mapping[str, Any]], clients: bool) -> dic
         else:
             of_clients.setdefault(key, {})[row["client"]] = float(row["value"])
     for key, found in of_clients.items():
+        each = list(found.values())
         split, name = key.split("/")[1:3]
         if name in _SUMS:
-            values[key] = sum(found.values())
+            values[key] = sum(each)
         elif split == "fault":
-            values[key] = float(len(found))  # clients
+            values[key] = float(len(each))  # clients
         else:
-            values |= {f"{key}_mean": sum(found.values()) / len(found)}
-            values |= {f"{key}_min": min(found.values()), f"{key}_max": max(found.values())}
-        for client, value in found.items() if clients else ():
-            values[f"clients/{key}/{_UNUSABLE.sub('_', client)}"] = value
+            values |= {f"{key}_mean": sum(each) / len(each), f"{key}_min": min(each), f"{key}_max": max(each)}
+        if clients:
+            values |= {f"clients/{key}/{_UNUSABLE.sub('_', client)}": value for client, value in found.items()}
     seconds = [row["seconds"] for row in rows if row.get("seconds") is not None]
     return values | ({f"{scope}/seconds": max(seconds)} if seconds else {})
 
 
-def _id(name: str, tracker: Any) -> str:
-    if name == "wandb":
-        return str(tracker.run.id)
-    return str(tracker.active_run.info.run_id) if name == "mlflow" else "tensorboard"
+def _parameters(config: dict[str, Any]) -> dict[str, Any]:
+    from fedsim.analysis.configs import flatten_config
+
+    flat = flatten_config(config).items()
+    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in flat}
 
 
 def _name(folder: Path, config: dict[str, Any]) -> str:
@@ -214,11 +198,7 @@ def _name(folder: Path, config: dict[str, Any]) -> str:
     settings: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         listed = json.loads((folder.parent / "sweep.json").read_text(encoding="utf-8"))["runs"]
-        settings = next(
-            dict(run["settings"])
-            for run in [*listed, {"run": folder.name, "settings": {}}]
-            if run["run"] == folder.name
-        )
+        settings = next((dict(run["settings"]) for run in listed if run["run"] == folder.name), {})
     if not settings:
         beside = [config]
         for file in sorted(folder.parent.glob("*/config.yaml"))[:_MOST_SIBLINGS]:
@@ -226,13 +206,3 @@ def _name(folder: Path, config: dict[str, Any]) -> str:
                 beside.append(read_config(file.parent))
         settings = {key: values[0] for key, values in differences(beside).items() if values[0] is not MISSING}
     return " ".join(f"{key}={say(value)}" for key, value in (settings or {"seed": config.get("seed")}).items())
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return out

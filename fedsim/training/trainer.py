@@ -27,8 +27,8 @@ from fedsim.aggregators.reducer import Reducer
 from fedsim.algorithms import Algorithm, ClientView, per_lane
 from fedsim.channel.codecs import codec
 from fedsim.core.errors import is_out_of_memory
+from fedsim.core.heartbeat import beat
 from fedsim.core.params import ALIGN, Chunk, Layout, Message, Params, meta
-from fedsim.core.pulse import beat
 from fedsim.core.seeding import stream, stream_seed
 from fedsim.core.store import Store
 from fedsim.core.types import Engine, Fault, Measured, Pack, Report, Row, Scores, Scoring, Share, Task, Turn
