@@ -126,9 +126,9 @@ def test_the_command_line_ends_with_one_line(lab: Any, poisoned: Any, capsys: py
 
 def test_the_end_of_a_mode_says_what_went_wrong(lab: Any, poisoned: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fedsim.run(lab.tree(**poisoned(*EVERYONE), faults={"policy": "skip"}), progress=True)
-    said = [line for line in capsys.readouterr().err.splitlines() if "went wrong" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "client faults" in line]
     assert said == [
-        "federated: clients' rounds that went wrong: 3 skipped for their loss (bad in round 1, bad in round 2, bad in round 3)"
+        "federated: client faults: 3 skipped for their loss (bad in round 1, bad in round 2, bad in round 3)"
     ]
 
 
@@ -147,7 +147,7 @@ def test_what_went_wrong_is_said_without_progress_too(
     plan.write_text(
         yaml.safe_dump({"experiment": "bad.yaml", "list": [{"seed": 1}, {"seed": 2}], "workers": workers, "threads": 1})
     )
-    line = "federated: clients' rounds that went wrong: "
+    line = "federated: client faults: "
     capfd.readouterr()
     assert main(["run", str(file), "-q", "simulation.drop=0"]) == 0
     assert capfd.readouterr().err.splitlines() == [line + "1 skipped for their loss (bad in round 1)"]

@@ -103,7 +103,7 @@ def pool() -> Iterator[Callable[..., PoolExecutor]]:
         executor = PoolExecutor(Stub(faults or {}), ["cpu"] * workers, 1)
         made.append((executor, [w.process.pid for w in executor._pool]))
         if start:
-            executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
+            executor.memory = executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
             executor.broadcast(WEIGHTS, {"c": torch.tensor([0.5]).double()})
         return executor
 
@@ -127,9 +127,9 @@ def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 def run(executor: Any, packs: Sequence[Pack]) -> tuple[list[Report], Accumulator]:
     """All reports, and what the packs add to a sum of zeros."""
-    executor.total.zero_()
-    total = Accumulator(executor.total, executor.spare.zero_())
-    return list(executor.run(packs, total)), total
+    memory = executor.memory
+    total = Accumulator(memory.total.zero_(), memory.spare.zero_())
+    return list(executor.train(packs, total)), total
 
 
 def test_a_pool_of_two(pool: Any, large: bool) -> None:
@@ -141,9 +141,8 @@ def test_a_pool_of_two(pool: Any, large: bool) -> None:
     assert all(bool(w.slots) != large for w in executor._pool)
 
     # 9 packs on 2 workers; pack 0 is slow, so later ones are ready first and have to wait their turn.
-    executor.total.zero_()
-    total, order, workers = Accumulator(executor.total), [], set()
-    for report in executor.run([pack(i, i + 1) for i in range(9)], total):
+    total, order, workers = Accumulator(executor.memory.total.zero_()), [], set()
+    for report in executor.train([pack(i, i + 1) for i in range(9)], total):
         order.append(report.index)
         workers.add(report.tokens)
         done = report.index + 1
@@ -160,7 +159,7 @@ def test_a_pool_of_two(pool: Any, large: bool) -> None:
     executor.broadcast(threes, {"c": torch.zeros(1, dtype=torch.float64)})
     assert torch.equal(run(executor, [pack(i, 2) for i in range(4)])[1].total, 8 * threes)
 
-    scores = executor.score([Scoring("test", records=(i, i + 10)) for i in range(5)])  # the first is slow
+    scores = list(executor.score([Scoring("test", records=(i, i + 10)) for i in range(5)]))  # the first is slow
     assert [[s.values["loss"][0] for s in each] for each in scores] == [[12.0 + i, 22.0 + i] for i in range(5)]
 
     os.kill(executor._pool[1].process.pid, signal.SIGKILL)  # while it has nothing to do
@@ -197,7 +196,7 @@ def test_packs_are_added_in_groups_of_sixteen_on_any_number_of_workers(pool: Any
     for workers in (0, 1, 2, 3):
         executor = pool(workers) if workers else SerialExecutor(Stub({}), "cpu", 1)
         if not workers:
-            executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
+            executor.memory = executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
         executor.broadcast(ones, {"c": torch.zeros(1, dtype=torch.float64)})
         for _ in range(2):
             _, found = run(executor, [pack(i, int(value)) for i, value in enumerate(values)])
@@ -242,14 +241,14 @@ def test_a_client_that_kills_every_worker_is_named_with_the_signals(pool: Any) -
 
 def test_packs_that_are_not_merged_need_no_sum(pool: Any, large: bool) -> None:
     executor = pool(2, {7: "no sum"})
-    reports = list(executor.run([pack(i, 7) for i in range(4)], None))
+    reports = list(executor.train([pack(i, 7) for i in range(4)], None))
     assert [r.index for r in reports] == [0, 1, 2, 3]
 
 
 def test_a_worker_that_cannot_load_its_model_says_why(pool: Any) -> None:
     executor = pool(1, {0: "load"}, start=False)
     with pytest.raises(ClientError, match="no room for the model"):
-        executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
+        executor.memory = executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
 
 
 # ------------------------------------------------------------------------------------------------ serial alone
@@ -260,7 +259,7 @@ def test_serial_names_the_client_that_raises_and_restores_threads() -> None:
     executor = SerialExecutor(Stub({3: "raise"}), "cpu", 1)
     try:
         torch.set_num_threads(2)
-        executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
+        executor.memory = executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel, True)
         assert torch.get_num_threads() == 1
         with pytest.raises(ClientError, match=r"^round 4, client site-3 failed") as caught:
             run(executor, [pack(0, 1), pack(1, 3)])

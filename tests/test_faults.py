@@ -73,7 +73,7 @@ def pool(points: Path) -> Iterator[Callable[..., tuple[PoolExecutor, list[str]]]
         pids.update(w.process.pid for w in executor._pool)
         made.append((executor, pids))
         if start:
-            executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
+            executor.memory = executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
             executor.broadcast(WEIGHTS, {"c": torch.tensor([0.5]).double()})
         return executor, notes
 
@@ -95,10 +95,9 @@ def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 def run(executor: PoolExecutor, packs: Sequence[Pack]) -> tuple[list[Report], Accumulator, int]:
     """All reports, what the packs add to a sum of zeros, and how often the sum was lost: as the round loop does."""
     for lost in range(4):
-        executor.total.zero_()
-        total = Accumulator(executor.total)
+        total = Accumulator(executor.memory.total.zero_())
         try:
-            return list(executor.run(packs, total)), total, lost
+            return list(executor.train(packs, total)), total, lost
         except SumLost:
             pass
     raise AssertionError("a round started again and again")
@@ -136,7 +135,7 @@ def test_whatever_a_worker_dies_of_is_done_again(pool: Any, points: Path, large:
     arm(points, "score-3", "kill", 2)
     arm(points, "measure", "kill")
     arm(points, "configure", "kill")
-    scores = executor.score([Scoring("test", records=(i, i + 10)) for i in range(5)])
+    scores = list(executor.score([Scoring("test", records=(i, i + 10)) for i in range(5)]))
     assert [[s.values["loss"][0] for s in each] for each in scores] == [[10.0 + i, 20.0 + i] for i in range(5)]
     executor.configure(Engine(packed=True, micro_batch=2))
     measured = executor.measure([[1], [2]])
@@ -167,14 +166,14 @@ def test_a_worker_without_a_heartbeat_is_ended(pool: Any, points: Path, monkeypa
     arm(points, "score-0", "exit", 2)
     arm(points, "score-0", "stop")
     with pytest.raises(WorkerDied, match="^evaluation failed: 3 .*no heartbeat for 3 s.*\n.*raise executor.hang_s"):
-        executor.score([Scoring("test", records=(0,))])
+        list(executor.score([Scoring("test", records=(0,))]))
 
 
 def test_what_kills_three_processes_is_not_tried_again(pool: Any, points: Path) -> None:
     arm(points, "load", "exit", 3)
     executor, notes = pool(1, start=False)
     with pytest.raises(WorkerDied, match=r"^model loading failed: 3 worker processes died .*: exit code 3 on cpu "):
-        executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
+        executor.memory = executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
     assert len(notes) == 2 and armed(points) == [], "the third death is the error, not a line"
 
 
@@ -221,9 +220,9 @@ from fedsim.executors.pool import PoolExecutor
 from fedsim.aggregators import Accumulator
 executor = PoolExecutor(Frail(Path(sys.argv[1])), ["cpu"] * 2, 1)
 try:
-    executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
+    executor.memory = executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
     print(*[w.process.pid for w in executor._pool], flush=True)
-    list(executor.run([pack(0, 1), pack(1, 2)], Accumulator(executor.total)))
+    list(executor.train([pack(0, 1), pack(1, 2)], Accumulator(executor.memory.total)))
 finally:
     executor.close()
 """
@@ -261,8 +260,8 @@ from fedsim.executors.pool import PoolExecutor
 from fedsim.aggregators import Accumulator
 for time in range(2):
     executor = PoolExecutor(Frail(Path(sys.argv[1])), ["cpu"] * 2, 1)
-    executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
-    list(executor.run([pack(0, 1), pack(1, 2)], Accumulator(executor.total)))
+    executor.memory = executor.start(LAYOUT, SERVER, ENGINE, LAYOUT.numel)
+    list(executor.train([pack(0, 1), pack(1, 2)], Accumulator(executor.memory.total)))
     print(*os.listdir(tempfile.gettempdir()), flush=True)
     if sys.argv[2] == "killed" and time == 1:
         os.killpg(0, signal.SIGKILL)

@@ -29,7 +29,7 @@ KEYS: dict[str, Any] = {
     "partition": {"name": "iid", "num_clients": 2},
     "local": {"steps": 1, "keep_state": True},
 }
-CSV = "checkpoints/federated/round-00002.safetensors"
+CSV = "checkpoints/federated/round-00002/tensors.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,8 @@ def remove(place: Path) -> None:
 
 
 FILES = [
-    *(".lock", "metrics.jsonl", "status.json", "config.yaml", "partition.npz", "scores.npz", "anything-else"),
-    *("checkpoints/federated/round-00002.json", "checkpoints/local.bin", "checkpoints/files.json"),
+    *(".lock", "metrics/local.jsonl", "status.json", "config.yaml", "partition.npz", "scores.npz", "anything-else"),
+    *("checkpoints/federated/round-00002/manifest.json", "checkpoints/local.bin", "checkpoints/run.json"),
     *("global/adapter_model.safetensors", "local/site-1/best/adapter_config.json", "init/adapter_config.json"),
 ]
 FOLDERS = ["checkpoints", "checkpoints/local", "global", "best", "local", "local/site-2", "init", "figures", "."]
@@ -137,11 +137,7 @@ def test_nothing_is_written_through_a_link(
         ["eval", str(run), "--limit", "1", "-q"],
     ]
     for command in commands:
-        if (
-            command[0] != "run"
-            and kind == "dangling link"
-            and (name == "." or name in ("metrics.jsonl", "config.yaml"))
-        ):
+        if command[0] != "run" and kind == "dangling link" and name in (".", "config.yaml"):
             continue  # no run is there
         code, said = main(command), capsys.readouterr().err
         assert code == 2, (command, said)
@@ -215,17 +211,17 @@ READERS: dict[str, Callable[[Path], Any]] = {
 def test_readers_name_damaged_rows(run: Path, capsys: pytest.CaptureFixture[str], reader: str, finished: bool) -> None:
     if not finished:
         (run / "status.json").write_text('{"state": "stopped", "rounds": 2}')
-        (run / "checkpoints/files.json").unlink()
+        (run / "checkpoints/run.json").unlink()
     READERS[reader](run)
     assert capsys.readouterr().err == "", "no false alarm"
-    another_digit(run / "metrics.jsonl")
+    another_digit(run / "metrics/local.jsonl")
     if reader == "load_runs":
         said = notices(lambda: fedsim.load_runs(run))
     else:
         assert READERS[reader](run) == 0
         said = capsys.readouterr().err.splitlines()
-    (line,) = [text for text in said if "metrics.jsonl" in text]
-    assert str(run / "metrics.jsonl") in line and "the rows of local" in line and "--resume" in line
+    (line,) = [text for text in said if "local.jsonl" in text]
+    assert f"{run / 'metrics/local.jsonl'} was changed or damaged" in line and "restore it, or delete" in line
 
 
 def test_readers_name_damaged_scores(run: Path) -> None:
@@ -244,13 +240,13 @@ def test_a_damaged_model_is_not_scored(run: Path, capsys: pytest.CaptureFixture[
     for what in (run, run / "global"):
         assert main(["eval", str(what), "--limit", "1", "-q"]) == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and str(run / "global/adapter_model.safetensors") in said and "--resume" in said
+        assert said.count("\n") == 1 and str(run / "global/adapter_model.safetensors") in said
     assert main(["diff", str(run), str(run)]) == 0
     assert "global/adapter_model.safetensors was changed or damaged" in capsys.readouterr().err
 
 
 DAMAGED: dict[str, Callable[[Path], None]] = {
-    "metrics.jsonl": another_digit,
+    "metrics/local.jsonl": another_digit,
     "global/adapter_model.safetensors": another_bit,
     "local/site-1/best/adapter_config.json": another_bit,
     "init/adapter_model.safetensors": another_bit,
@@ -258,56 +254,36 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
     "config.yaml": another_bit,
     "scores.npz": another_bit,
     "model.json": Path.unlink,
-    "checkpoints/files.json": Path.unlink,
+    "checkpoints/run.json": Path.unlink,
     "checkpoints/federated/done.json": another_bit,
-}
-LOST: dict[str, Callable[[Path], None]] = {  # what no later start can make again
-    "checkpoints/federated/round-00002.safetensors": another_bit,
-    "checkpoints/federated/round-00002.json": another_bit,
+    "checkpoints/federated/round-00002/tensors.safetensors": another_bit,
+    "checkpoints/federated/round-00002/manifest.json": another_bit,
     "checkpoints/local.bin": another_bit,
 }
 
 
-@pytest.mark.parametrize("name", [*DAMAGED, *LOST])
-def test_a_finished_run_names_each_damaged_file_and_restores_it(
-    lab: Any, run: Path, capsys: pytest.CaptureFixture[str], name: str
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_finished_run_names_each_damaged_file_and_changes_nothing(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, resume: bool
 ) -> None:
-    command = ["run", "experiment.yaml"]
-    whole = {f: d for f, (*_, d) in contents(run).items()}
+    command = ["run", "experiment.yaml", *(["--resume", str(run)] if resume else [])]
     assert main(command) == 0 and "damaged" not in capsys.readouterr().err
-    {**DAMAGED, **LOST}[name](run / name)
+    DAMAGED[name](run / name)
+    before = contents(run)
     assert main(command) == 0
     said = capsys.readouterr().err
-    assert f"finished, but damaged or missing since: {name}; to be put back, or made anew by --resume" in said
-    assert main([*command, "--resume", str(run)]) == 0
-    said = capsys.readouterr().err
-    assert name in said
-    if name in LOST:
-        mode = "local" if name.endswith("local.bin") else "federated"
-        assert (
-            f"{mode}: its models and scores are whole, but its checkpoint of round 2 is damaged and is removed" in said
-        )
-        assert "a run with more rounds would go on from round 1" in said
-        assert not list((run / f"checkpoints/{mode}").glob("round-00002*"))
-    now = {f: d for f, (*_, d) in contents(run).items()}
-    timed = ("status.json", "metrics.jsonl", "memory.json", "checkpoints", "config.yaml")  # or with paths
-    kept = {f: d for f, d in now.items() if not f.startswith(timed) and not f.startswith("figures")}
-    assert kept == {f: d for f, d in whole.items() if f in kept}
-    assert main(command) == 0 and "damaged" not in capsys.readouterr().err
+    assert f"finished, but damaged or missing since: {name}; restore these files, or delete the folder" in said
+    assert contents(run) == before
 
 
-def test_a_sweep_makes_a_damaged_run_again(run: Path, lab: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    whole, adapter = lab.metrics(run), (run / "global/adapter_model.safetensors").read_bytes()
-    another_digit(run / "metrics.jsonl")
+def test_a_sweep_names_what_is_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    another_digit(run / "metrics/local.jsonl")
     another_bit(run / "global/adapter_model.safetensors")
-    assert main(["sweep", "sweep.yaml"]) == 0
-    said = capsys.readouterr().err
-    assert "damaged or missing since: metrics.jsonl, global/adapter_model.safetensors" in said
-    assert lab.metrics(run) == whole
-    assert (run / "global/adapter_model.safetensors").read_bytes() == adapter
     before = contents(run)
     assert main(["sweep", "sweep.yaml"]) == 0
-    assert "finished before" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "damaged or missing since: metrics/local.jsonl, global/adapter_model.safetensors" in said
     assert contents(run) == before
 
 
@@ -325,7 +301,7 @@ WRONG = {
     "nothing": b"",
     "no file": None,
 }
-JSON_FILES = ["status.json", "plan.json", "environment.json", "partition.json", "model.json", "checkpoints/files.json"]
+JSON_FILES = ["status.json", "plan.json", "environment.json", "partition.json", "model.json", "checkpoints/run.json"]
 
 
 def put(file: Path, data: bytes | None) -> None:
@@ -337,14 +313,14 @@ def put(file: Path, data: bytes | None) -> None:
 def test_json_of_another_kind_is_one_line(run: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     """Of every JSON file of a run, and for every command that reads it: no traceback, and the file is named once."""
     commands = {"list": [str(run.parent)], "plot": [str(run)], "diff": [str(run), str(run)]}
-    read_by = {"status.json": ["list"], "partition.json": ["plot", "diff"], "checkpoints/files.json": list(commands)}
+    read_by = {"status.json": ["list"], "partition.json": ["plot", "diff"], "checkpoints/run.json": list(commands)}
     for name in JSON_FILES:
         kept = (run / name).read_bytes()
         put(run / name, WRONG[kind])
         for command in read_by.get(name, ["diff"]):
             code, said = main([command, *commands[command]]), capsys.readouterr().err
             assert code in (0, 2) and said.count(str(run / name)) == said.count("\n") <= 1, (name, command, said)
-            assert said or (name == "checkpoints/files.json" and WRONG[kind] is None), "without that file nothing tells"
+            assert said or (name == "checkpoints/run.json" and WRONG[kind] is None), "without that file nothing tells"
         (run / name).unlink()
         (run / name).write_bytes(kept)
     sweep = run.parent / "sweep.json"
@@ -367,10 +343,13 @@ def test_counts_that_are_no_table_are_one_line(run: Path, capsys: pytest.Capture
 def test_a_sweep_goes_on_whatever_json_holds(run: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     names = JSON_FILES if kind == "list" else JSON_FILES[:1]
     for name in names:
+        kept = (run / name).read_bytes()
         put(run / name, WRONG[kind])
         assert main(["sweep", "sweep.yaml"]) == 0
         said = capsys.readouterr().err
         assert f"{run / name}: damaged" in said or f"damaged or missing since: {name}" in said, (name, said)
+        (run / name).unlink()
+        (run / name).write_bytes(kept)
     assert main(["sweep", "sweep.yaml"]) == 0
     assert "finished before" in (said := capsys.readouterr().err) and "damaged" not in said
 

@@ -75,7 +75,6 @@ class Device:
             self.measure,
             self.configure,
             self.highest,
-            self.evaluate,
             workers=workers,
             token_bytes=1024,
             free=self.room - self.base,

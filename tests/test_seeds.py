@@ -165,7 +165,7 @@ def test_an_exception_of_a_callback_stops_the_run_which_goes_on_later(lab: Any, 
     with pytest.raises(type(error)) as caught:
         fedsim.run(tree(lab), progress=False, callback=stop)
     assert caught.value is error and any(entry.name == "stop" for entry in caught.traceback)
-    assert error.__notes__ == ["stopped after round 1 of federated; the same command goes on from there"]
+    assert error.__notes__ == ["stopped after round 1 (federated); run the same command to resume"]
     (folder,) = (lab.root / "results" / "lab").iterdir()
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
     seen: list[tuple[str, int]] = []

@@ -21,7 +21,7 @@ from fedsim.runs.checkpoints import Checkpoints
 from fedsim.runs.folder import Metrics, RunFolder
 from fedsim.runs.signals import ended_by_signals
 
-STOPPED = "; the same command goes on from there"
+STOPPED = "; run the same command to resume"
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_signal_ends_a_run_in_order(loop: Loop, number: signal.Signals) -> Non
     assert [f.name for f in run.rglob(".*")] == [] and not (run / "checkpoints/start.bin").exists()
     if number == signal.SIGTERM:
         code, errors, _ = loop.start(place, "pool 3", Ending("none"))
-        assert code == 0 and "going on after round" in errors
+        assert code == 0 and "resumed after round" in errors
         assert differences(loop.whole, run) == []
 
 

@@ -542,7 +542,7 @@ def test_messages_without_a_federated_mode_are_said_to_have_no_effect(
     said: list[str] = []
     monkeypatch.setattr(Progress, "note", lambda self, text: said.append(text))
     lab.run(messages={"up": "nf4"}, modes=modes)
-    assert any(text.startswith("messages: nothing travels") for text in said) == (modes == ["local"])
+    assert any(text.startswith("messages: nothing is sent") for text in said) == (modes == ["local"])
 
 
 def test_a_place_for_sums_that_is_not_there_is_refused(lab: Any) -> None:
