@@ -11,7 +11,7 @@ from fedsim.aggregators.base import Accumulator, Aggregator, Buffer
 from fedsim.core.params import Chunk, Layout, Message
 
 
-class _Group:
+class Group:
     """A message group: its aggregator, its layout, and where its buffers lie in the flat one, from `start` to `stop`."""
 
     def __init__(self, aggregator: Aggregator, layout: Layout, slots: int, start: int) -> None:
@@ -56,7 +56,7 @@ class Reducer:
                 if how not in AGGREGATORS:
                     raise ValueError(f"aggregates: {how!r} of group {name!r} is none of {', '.join(AGGREGATORS)}")
                 how = AGGREGATORS[how](params.nbytes)
-            self.groups[name] = _Group(how, layouts[name], slots, self.numel)
+            self.groups[name] = Group(how, layouts[name], slots, self.numel)
             self.numel = self.groups[name].stop
         self.blockwise = all(g.layout.shapes == params.shapes and g.aggregator.blockwise for g in self.groups.values())
 
@@ -90,7 +90,7 @@ class Reducer:
         if message.keys() != self.groups.keys():
             raise ValueError(f"a message holds {sorted(message)}, but the algorithm aggregates {sorted(self.groups)}")
         for name, group in self.groups.items():
-            here, tensors = self._chunk(group, chunk), message[name]
+            here, tensors = self.chunk_of(group, chunk), message[name]
             if tensors.keys() != here.shapes.keys():
                 odd = sorted(tensors.keys() ^ here.shapes.keys())
                 raise ValueError(f"message group {name!r}: {', '.join(odd[:3])} is either missing or unknown")
@@ -122,11 +122,12 @@ class Reducer:
             raise ZeroDivisionError("the mean of no updates, or of updates whose weights are all zero")
         out = {}
         for name, group in self.groups.items():
-            here = self._chunk(group, chunk)
+            here = self.chunk_of(group, chunk)
             out[name] = here.views(group.aggregator.result(group.views(acc.total, here.span), acc.weight))
         return out
 
-    def _chunk(self, group: _Group, chunk: Chunk | None) -> Chunk:
+    def chunk_of(self, group: Group, chunk: Chunk | None) -> Chunk:
+        """A group's elements of a chunk of the parameters: all, where messages have to be whole."""
         if chunk is None or chunk.shapes == self.everything.shapes:
             return group.everything
         assert self.blockwise, "messages that have to be whole come in one chunk"

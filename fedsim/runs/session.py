@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithms import Algorithm, Local
-from fedsim.channel.codecs import codec
+from fedsim.channel import downlink, uplink
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import algorithm_of
 from fedsim.core.errors import CallbackError, UserError, WorkerDied
@@ -61,7 +61,9 @@ from fedsim.simulate.rounds import (
     state_tensors,
 )
 from fedsim.training.planner import Packs, Plan, choose_lanes, describe
-from fedsim.training.trainer import Trainer, filled, reducers_of, stores_of
+from fedsim.training.records import stores_of
+from fedsim.training.trainer import filled
+from fedsim.training.worker import Worker, reducers_of
 
 _PRODUCTS = (
     *("config.yaml", "environment.json", "plan.json", "memory.json", "model.json", "partition.npz", "partition.json"),
@@ -337,8 +339,8 @@ class Session:
             self.stores = stores_of(self.bundle.state, self.bundle.algorithms, trained, self.bundle.recipe)
             if self.kind == "serial":
 
-                def make(device: torch.device, engine: Engine) -> Trainer:
-                    return self.bundle.trainer(self.model, own, device, engine)
+                def make(device: torch.device, engine: Engine) -> Worker:
+                    return self.bundle.worker(self.model, own, device, engine)
 
                 if self.member is not None:
                     executor = self.member.make_executor(make, self.bundle.guest)
@@ -404,7 +406,7 @@ class Session:
         sent = [s for layout in algorithm.messages(self.layout).values() for s in layout.shapes.values()]
         received = [*self.layout.shapes.values()]
         received += [tuple(t.shape) for t in algorithm.sent(algorithm.init(meta(self.layout))[0]).values()]
-        up, down = codec(messages.up).nbytes(sent, dtype), codec(messages.down).nbytes(received, dtype)
+        up, down = uplink(messages.up).nbytes(sent, dtype), downlink(messages.down).nbytes(received, dtype)
         self.bytes_of = (up.total, down.total)
         about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
         kept = {m: self.stores[m].nbytes for m in self.exp.modes}
