@@ -654,7 +654,7 @@ def test_a_lane_is_clipped_by_its_own_norm(lab: Any, monkeypatch: pytest.MonkeyP
     """One client's gradient is some fifty times that of the others: a norm over all lanes would hold those back."""
     norms, step = [], LaneOptimizer.step
 
-    def noted(self: LaneOptimizer, rates: list[float]) -> None:
+    def noted(self: LaneOptimizer, rates: list[float], trains: Any = None) -> None:
         norms.append(self.grad[: len(rates)].norm(dim=1).tolist())
         step(self, rates)
 
@@ -767,7 +767,7 @@ def test_a_lane_out_of_data_keeps_every_bit(lab: Any, monkeypatch: pytest.Monkey
     """After a lane's last step nothing touches its parameters or moments: no decay, no step on a gradient of zero."""
     after, step = [], LaneOptimizer.step
 
-    def noted(self: LaneOptimizer, rates: list[float]) -> None:
+    def noted(self: LaneOptimizer, rates: list[float], trains: Any = None) -> None:
         step(self, rates)
         after.append((len(rates), self.flat.clone(), [m.clone() for m in self.moments]))
 

@@ -38,7 +38,8 @@ class ErrorFeedback(Stage):
         wanted = {g: {n: u + state[g][n] for n, u in group.items()} for g, group in message.items()}
         wanted, _ = self.before.up(wanted, c, {})
         sent, _ = self.codec.up(wanted, c, {})
-        return sent, {g: {n: w - sent[g][n] for n, w in group.items()} for g, group in wanted.items()}
+        # What is not sent in this round keeps what it has lost.
+        return sent, {g: state[g] | {n: w - sent[g][n] for n, w in group.items()} for g, group in wanted.items()}
 
     def nbytes(self, shapes: Iterable[tuple[int, ...] | int], dtype: torch.dtype) -> Sizes | None:
         """As the codec's."""

@@ -81,7 +81,8 @@ class Bundle:
             net = StreamNet(model, own, task=self.task, device=device, autocast=self.autocast)
         else:
             net = Net(model, own, task=self.task, device=device, base_dropout=self.base_dropout, autocast=self.autocast)
-        trainer = Trainer(net, self.tokens["train"], self.recipe)
+        by_name = any(a.overrides("trains", "resets") for a in self.algorithms.values())
+        trainer = Trainer(net, self.tokens["train"], self.recipe, by_name)
         trainer.configure(engine)
         return self._worker(trainer, Evaluator(trainer, self.tokens, self.tokenizer))
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithms import Algorithm, Local
-from fedsim.channel import downlink, uplink
+from fedsim.channel import Sizes, downlink, uplink
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import algorithm_of
 from fedsim.core.errors import CallbackError, UserError, WorkerDied
@@ -60,10 +60,11 @@ from fedsim.simulate.rounds import (
     state_info,
     state_tensors,
 )
+from fedsim.training.packs import reducer_of
 from fedsim.training.planner import Packs, Plan, choose_lanes, describe
-from fedsim.training.records import stores_of
+from fedsim.training.records import RecordLayout, stores_of
 from fedsim.training.trainer import filled
-from fedsim.training.worker import Worker, reducers_of
+from fedsim.training.worker import Worker
 
 _PRODUCTS = (
     *("config.yaml", "environment.json", "plan.json", "memory.json", "model.json", "partition.npz", "partition.json"),
@@ -349,8 +350,12 @@ class Session:
             self._describe(adapters.trained(self.model))
             self._keep_start()
             algorithm = self.bundle.algorithms.get("federated")
+            if algorithm is not None and exp.simulation.late == "next":
+                _check_late(algorithm, self.layout, exp.rounds)
             server = Layout.of(algorithm.sent(algorithm.init(meta(self.layout))[0]) if algorithm else {})
-            self.reducers = reducers_of(self.bundle.algorithms, self.layout, self.bundle.recipe)
+            self.reducers = {
+                m: reducer_of(a, self.layout, self.bundle.recipe) for m, a in self.bundle.algorithms.items()
+            }
             summed = max(reducer.numel for reducer in self.reducers.values())
             many = schedule_of(self.parts, "federated").many_packs
             executor.start(self.layout, server, self.plan.engine, summed, many)
@@ -402,12 +407,8 @@ class Session:
     def _describe(self, params: Params) -> None:
         about = adapters.describe(self.model, params)
         messages, dtype = self.exp.messages, next(iter(params.values())).dtype
-        algorithm = self.bundle.algorithms.get("federated", Algorithm())
-        sent = [s for layout in algorithm.messages(self.layout).values() for s in layout.shapes.values()]
-        received = [*self.layout.shapes.values()]
-        received += [tuple(t.shape) for t in algorithm.sent(algorithm.init(meta(self.layout))[0]).values()]
-        up, down = uplink(messages.up).nbytes(sent, dtype), downlink(messages.down).nbytes(received, dtype)
-        self.bytes_of = (up.total, down.total)
+        up, down = self._sizes(dtype, 1)
+        self.bytes_of = functools.cache(lambda round: tuple(size.total for size in self._sizes(dtype, round)))
         about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
         kept = {m: self.stores[m].nbytes for m in self.exp.modes}
         self.folder.write_json("model.json", {**about, "adapter": self.exp.adapter.name, "kept_bytes_per_client": kept})
@@ -729,7 +730,7 @@ class Session:
             executor,
             state,
             self.choice,
-            lanes=functools.partial(self.plan.lanes_at, mode),
+            lanes=lambda round: max(1, self.plan.lanes_at(mode, round) // len(algorithm.parts)),
             halve=functools.partial(self._halve, mode),
             generate=exp.evaluate.generate,
             chunk=self.bundle.recipe.chunk,
@@ -845,6 +846,16 @@ class Session:
             self._track(self.folder.sync_metrics())
         self._status("running")
 
+    def _sizes(self, dtype: torch.dtype, round: int) -> tuple[Sizes, Sizes]:
+        """Bytes of a client's message in a round, and of what it receives: all that ever travels, as it may have missed rounds."""
+        algorithm, messages = self.bundle.algorithms.get("federated", Algorithm()), self.exp.messages
+        layouts = algorithm.messages(self.layout).values()
+        sent = [s for layout in layouts for n, s in layout.shapes.items() if algorithm.travels(n, round)]
+        stays, state = algorithm.stays(self.layout.shapes), algorithm.sent(algorithm.init(meta(self.layout))[0])
+        received = [*self.layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items())]
+        received = [shape for n, shape in received if n not in stays]
+        return uplink(messages.up).nbytes(sent, dtype), downlink(messages.down).nbytes(received, dtype)
+
     def _copy_best(self, mode: str, record: int | None, into: int) -> None:
         best = self.stores[f"best-{mode}"]
         if record is None:
@@ -887,6 +898,7 @@ class Session:
         if self.bundle.algorithms[mode].merges:
             self._export("global", (None, state.round))
             last = self._by_row("validation", [mode], executor.score([Scoring("validation", by_row=True)]))
+            self._export_personal(mode, state)
             requests: list[Scoring] = []
             if state.best is not None:
                 self._read(self.stores[f"best-{mode}"], state.best_records.read(MERGED), executor.weights)
@@ -942,6 +954,19 @@ class Session:
         self._save_model(self.executor.weights, self.folder.path / place)
         self.exported[place] = of
 
+    def _export_personal(self, mode: str, state: State) -> None:
+        """Write a folder of each client's own model, where the algorithm has clients keep one, or a part of one."""
+        own = RecordLayout.of(mode, self.bundle.algorithms[mode], self.layout, self.bundle.recipe).own
+        views = {n: view for n, view in self.layout.views(self.executor.weights).items() if n in own}
+        shared = clone(views)
+        for client, place in sorted(state.records.table.items()) if own else ():
+            for name, view in views.items():
+                view.copy_(self.stores[mode].read(place, own[name], own[name] + view.numel()).view(view.shape))
+            name = self.parts.partition.name(client)
+            self._export(f"personal/{self.folders.get(name, name)}", (name, state.round))
+        for name, view in views.items():
+            view.copy_(shared[name])
+
     def _write_cards(self, mode: str) -> None:
         """Model cards of what the mode exported, with the scores that were logged for each."""
         scores: dict[tuple[str | None, int], dict[tuple[str, str], float]] = {}
@@ -981,7 +1006,7 @@ class Session:
                 base_name=self.parts.model.reference,
                 # Beside adapters of sites, which can be many and a megabyte each, it would be most of what is written.
                 tokenizer=None
-                if place.is_relative_to(self.folder.path / "local") and not whole
+                if any(place.is_relative_to(self.folder.path / of) for of in ("local", "personal")) and not whole
                 else self.parts.tokenizer,
                 shard_mb=exp.checkpoint.shard_mb,
             )
@@ -989,6 +1014,17 @@ class Session:
         except BaseException:  # a full disk gets its room back
             shutil.rmtree(beside, ignore_errors=True)
             raise
+
+
+def _check_late(algorithm: Algorithm, layout: Layout, rounds: int) -> None:
+    """Late messages are added to those of the next round, which have to hold the same parameters."""
+    if algorithm.overrides("travels"):
+        for name in layout.shapes:
+            if len({algorithm.travels(name, round) for round in range(1, rounds + 1)}) > 1:
+                raise UserError(
+                    "simulation.late: 'next', but this algorithm does not send the same parameters in every round; "
+                    "set simulation.late=drop"
+                )
 
 
 def draw_figures(folder: RunFolder, show: Progress) -> None:

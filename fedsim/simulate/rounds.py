@@ -340,7 +340,7 @@ def run_rounds(
     halve: Callable[[int], None],
     generate: bool,
     chunk: int | None,
-    bytes_of: tuple[int, int],
+    bytes_of: Callable[[int], tuple[int, int]],
     copy_best: Callable[[int | None, int], None],
     on_pack: Callable[[int, Report], None],
     on_round: Callable[[int, list[Row]], None],
@@ -359,7 +359,7 @@ def run_rounds(
         halve: called with the round when memory was too little for them; `lanes` then gives fewer, or it raises.
         generate: whether merged models are scored on generated text as well.
         chunk: elements that are merged at a time; None = all.
-        bytes_of: of a client's message to the server, and of the server's to it.
+        bytes_of: round -> bytes of a client's message to the server, and of the server's to it.
         copy_best: (record of a client's state, or None for the global parameters; record to keep its parameters in).
         on_pack: called after each pack.
         on_round: called after each round with its metrics rows, to log and checkpoint.
@@ -404,12 +404,16 @@ def _merge(
 ) -> None:
     """The next global parameters, in place: chunk by chunk where the algorithm allows it and the server keeps no state."""
     apart = algorithm.blockwise and reducer.blockwise and not state.server
+
+    def travels(name: str) -> bool:
+        return algorithm.travels(name, info.round)
+
     for part in layout.chunks(chunk if apart else None):
-        here = part.views(state.params[part.span])
-        after = algorithm.step(Server(here, state.server), reducer.result(total, part), info)
+        here = {n: view for n, view in part.views(state.params[part.span]).items() if travels(n)}
+        after = algorithm.step(Server(here, state.server), reducer.result(total, part, travels), info)
         for name, view in here.items():
             view.copy_(after.params[name])
-        state.server = after.state
+        state.server = state.server | after.state  # what the step does not return stays
         del after  # before those of the next chunk are made
 
 
@@ -557,10 +561,15 @@ def _clock(round: int, schedule: Schedule, turnout: Turnout, state: State) -> li
 
 
 def _traffic(
-    round: int, packs: list[Pack], turnout: Turnout, schedule: Schedule, state: State, bytes_of: tuple[int, int]
+    round: int,
+    packs: list[Pack],
+    turnout: Turnout,
+    schedule: Schedule,
+    state: State,
+    bytes_of: Callable[[int], tuple[int, int]],
 ) -> list[Row]:
     """Rows of bytes; a client whose work is lost has received its message, and sends none."""
-    out, (up, down) = [], bytes_of
+    out, (up, down) = [], bytes_of(round)
     for task in (t for p in packs for t in p.tasks):
         step = state.steps.get(task.client, 0)
         for name, size in (("bytes_up", up), ("bytes_down", down)):

@@ -23,53 +23,83 @@ class Received:
         self.group, self.chunk = group, chunk
 
     def _sent(self, flat: Tensor, chunk: Chunk) -> Params:
-        """A chunk of what the server sends (`flat`), as clients receive it."""
+        """A chunk of what the server sends (`flat`), as clients receive it; what never travels is as it was at first."""
+        run = self.group.run
         views = chunk.views(flat[chunk.span].to(self.group.device))
-        return self.group.worker.downlink.down(views) if self.group.algorithm.merges else views
+        if not run.algorithm.merges:
+            return views
+        return views | run.worker.downlink.down({n: t for n, t in views.items() if n not in run.setup.stays})
+
+    @functools.cached_property
+    def sent(self) -> Params:
+        """Global parameters, `[...]`."""
+        return self._sent(self.group.run.weights, self.chunk)
 
     @functools.cached_property
     def params(self) -> Params:
-        """Global parameters, `[...]`."""
-        return self._sent(self.group.weights, self.chunk)
+        """Global parameters, `[...]`, and the clients' own personal ones, `[K, ...]`."""
+        group, out = self.group, dict(self.sent)
+        for name, place in group.run.setup.record.personal_in(self.chunk):
+            initial = self.sent[name]
+            out[name] = torch.stack(
+                [
+                    initial if t.read < 0 else self._read(t.read, place, initial.numel(), initial).view(initial.shape)
+                    for t in group.tasks
+                ]
+            )
+        return out
 
     @functools.cached_property
     def server(self) -> Params:
         """The server's state, `[...]`."""
-        group = self.group
-        if not group.algorithm.sends_state:
+        run = self.group.run
+        if not run.algorithm.sends_state:
             return {}
-        (whole,) = Layout.of(group.server).chunks()
-        here = whole if len(group.chunks) == 1 else self.chunk
-        return self._sent(group.server_flat, here)
+        (whole,) = Layout.of(run.server).chunks()
+        return self._sent(run.server_flat, whole if len(run.setup.chunks) == 1 else self.chunk)
 
     @functools.cached_property
     def state(self) -> Params:
         """Each client's own state, `[K, ...]`."""
-        group = self.group
-        template = group.algorithm.init(self.params)[1]
+        group, algorithm = self.group, self.group.run.algorithm
+        template = algorithm.part_state(algorithm.init(self.sent)[1], group.part)
         if not template:
             return {}
-        layout, begin, found = Layout.of(template), self.chunk.start, []
-        for task in group.tasks:
-            if task.read < 0:
-                found.append(template)
-                continue
-            flat = group.store.read(task.read, begin, begin + layout.numel)
-            found.append(layout.views(flat.to(next(iter(template.values())))))
+        layout, begin = Layout.of(template), group.run.setup.record.state_at(group.number) + self.chunk.start
+        like = next(iter(template.values()))
+        found = [
+            template if t.read < 0 else layout.views(self._read(t.read, begin, layout.numel, like)) for t in group.tasks
+        ]
         return {n: torch.stack([s[n] for s in found]) for n in template}
+
+    def _read(self, record: int, start: int, size: int, like: Tensor) -> Tensor:
+        return self.group.run.setup.store.read(record, start, start + size).to(like)
 
 
 class View(ClientView):
-    """A `ClientView` of some of a group's clients that costs nothing until it is looked at."""
+    """A `ClientView` of some of a group's clients that costs nothing until it is looked at.
 
-    def __init__(self, received: Received, own: slice | list[int], steps: Sequence[int], lr_sum: Tensor) -> None:
+    Args:
+        received: what all of them received.
+        own: places of these clients among the group's.
+        steps: done by each of them, K in number.
+        lr_sum: `[K]`.
+        batch: of the step.
+    """
+
+    def __init__(
+        self, received: Received, own: slice | list[int], steps: Sequence[int], lr_sum: Tensor, batch: int = 0
+    ) -> None:
         # `ClientView` is frozen.
-        tasks = received.group.tasks
-        self.__dict__.update(round=tasks[0].round, lr_sum=lr_sum, _received=received, _own=own, _steps=steps)
+        group = received.group
+        facts = {n: t[own] for n, t in group.facts.items()}
+        about = {"round": group.tasks[0].round, "part": group.part, "batch": batch, "facts": facts, "lr_sum": lr_sum}
+        self.__dict__.update(about, _received=received, _own=own, _steps=steps)
 
     @functools.cached_property
     def params(self) -> Params:
-        return self._received.params
+        personal = self._received.group.run.setup.record.personal
+        return {n: t[self._own] if n in personal else t for n, t in self._received.params.items()}
 
     @functools.cached_property
     def server(self) -> Params:

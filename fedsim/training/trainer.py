@@ -32,31 +32,51 @@ class Lane:
     """What one lane does in a round.
 
     Attributes:
-        batches: example numbers of each optimizer step.
+        batches: example numbers of each optimizer step's batches.
         rates: learning rate of each step.
         dropout: seed of its dropout.
-        steps_done: optimizer steps behind its optimizer state.
+        steps_done: optimizer steps behind its optimizer state, of all parameters or of each `[P]`.
         optimizer_state: reads the optimizer state to start from; None = a fresh start.
         due: whether it is to be evaluated after so many steps of the round.
+        fresh: which parameters start with fresh optimizer state even so, bool `[P]`.
     """
 
-    batches: Sequence[np.ndarray]
+    batches: Sequence[Sequence[np.ndarray]]
     rates: Sequence[float]
     dropout: int
-    steps_done: int
+    steps_done: int | np.ndarray
     optimizer_state: Kept | None
     due: Callable[[int], bool]
+    fresh: np.ndarray | None = None
 
 
 class Hooks(Protocol):
-    """What is called around each optimizer step, while the first `active` lanes still have steps to do."""
+    """What is called around each optimizer step, while the first `active` lanes still have steps to do.
 
-    def adjust(self, active: int, step: int, lr_sums: Tensor) -> None:
-        """Change the gradients; `step` steps, of learning rates with these sums `[K]`, are done."""
+    `step` counts the steps that are done, of learning rates with the sums `lr_sums`, `[K]`; `batch` the batches of a step.
+
+    Attributes:
+        batches: batches of each step.
+        moves: whether gradients are taken elsewhere than at the parameters.
+    """
+
+    batches: int
+    moves: bool
+
+    def at(self, point: Tensor, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
+        """Change `point`, a copy of the parameters `[K, N]`, to where the gradient is taken."""
+        ...
+
+    def adjust(self, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
+        """Change the gradients."""
+        ...
+
+    def trains(self, active: int, step: int) -> np.ndarray | None:
+        """Which parameters the step changes, bool `[active, P]`; None = all."""
         ...
 
     def after_step(self, active: int, step: int, lr_sums: Tensor, rates: Tensor) -> None:
-        """Change the parameters; the last step had these learning rates, `[K]`."""
+        """Change the parameters; the step just done had these learning rates, `[K]`."""
         ...
 
     def evaluate(self, lanes: list[int], step: int) -> None:
@@ -90,13 +110,16 @@ class Trainer:
         net: the model on its device.
         tokens: the training split.
         config: how to train.
+        by_name: parameters may step at different times; several lanes are prepared for that in any case.
 
     Attributes:
         flat, grad: parameters and gradients of all lanes, `[K, N]`.
     """
 
-    def __init__(self, net: Net | StackedNet, tokens: Tokens, config: LocalTrainingConfig) -> None:
-        self.net, self.tokens, self.config, self.layout = net, tokens, config, net.layout
+    def __init__(
+        self, net: Net | StackedNet, tokens: Tokens, config: LocalTrainingConfig, by_name: bool = False
+    ) -> None:
+        self.net, self.tokens, self.config, self.layout, self._by_name = net, tokens, config, net.layout, by_name
         self._allocate(1)
         if not self.stacked:
             net.adopt(self.flat)
@@ -118,10 +141,12 @@ class Trainer:
         self.flat, self.grad = (
             torch.zeros(lanes, self.layout.numel, dtype=self.layout.dtype, device=self.net.device) for _ in range(2)
         )
+        optim, sizes = self.config.optim, [torch.Size(s).numel() for s in self.layout.shapes.values()]
         if self.stacked:
-            self.optimizer = LaneOptimizer(self.config.optim, self.flat, self.grad)
+            self.optimizer = LaneOptimizer(optim, self.flat, self.grad, sizes)
         else:
-            self.optimizer = FlatOptimizer(self.config.optim, self.flat, self.grad, self.config.chunk)
+            sizes = sizes if self._by_name else None
+            self.optimizer = FlatOptimizer(optim, self.flat, self.grad, self.config.chunk, sizes)
 
     def fit(self, lanes: Sequence[Lane], hooks: Hooks) -> Fit:
         """Train the first lanes from the parameters that are in `flat`.
@@ -133,7 +158,7 @@ class Trainer:
         k, steps = len(lanes), [len(lane.batches) for lane in lanes]
         for j, lane in enumerate(lanes):
             beat()
-            self.optimizer.reset(j, lane.steps_done, lane.optimizer_state)
+            self.optimizer.reset(j, lane.steps_done, lane.optimizer_state, lane.fresh)
         rates = [
             [lane.rates[i] if i < n else 0.0 for lane, n in zip(lanes, steps, strict=True)] for i in range(steps[0])
         ]
@@ -142,25 +167,37 @@ class Trainer:
         loss = torch.zeros(k, dtype=torch.float64, device=self.net.device)
         useful, computed = np.zeros(k, dtype=np.int64), np.zeros(k, dtype=np.int64)
         self.net.begin([lane.dropout for lane in lanes])
-        bound = 0
+        weights, bound = torch.zeros_like(self.flat[:k]) if hooks.moves else self.flat, 0
         for i in range(steps[0]):
             active = sum(n > i for n in steps)
             if active != bound:
                 self.net.train(True)
-                self.net.bind(self.flat[:active], self.grad[:active])
+                self.net.bind(weights[:active], self.grad[:active])
                 bound = active
-            step_loss, step_useful, step_computed = self.backward([lane.batches[i] for lane in lanes[:active]])
-            hooks.adjust(active, i, lr_sums[i])
-            self.optimizer.step(rates[i][:active])
+            for b in range(hooks.batches):
+                if hooks.moves:
+                    weights[:active].copy_(self.flat[:active])
+                    hooks.at(weights, active, i, lr_sums[i], b)
+                step_loss, step_useful, step_computed = self.backward([lane.batches[i][b] for lane in lanes[:active]])
+                hooks.adjust(active, i, lr_sums[i], b)
+                loss[:active] += step_loss / hooks.batches
+                useful[:active] += step_useful
+                computed[:active] += step_computed
+            self.optimizer.step(rates[i][:active], hooks.trains(active, i))
             hooks.after_step(active, i + 1, lr_sums[i + 1], lrs[i])
-            loss[:active] += step_loss
-            useful[:active] += step_useful
-            computed[:active] += step_computed
             due = [j for j in range(active) if i + 1 < steps[j] and lanes[j].due(i + 1)]
             if due:
                 hooks.evaluate(due, i + 1)
                 bound = 0
         return Fit(loss.tolist(), useful, computed, steps, lr_sums[-1])
+
+    def losses(self, examples: Sequence[np.ndarray]) -> Tensor:
+        """Mean loss of each lane's model over all answer tokens of these examples, one array per lane; `[K]`, without dropout."""
+        k = len(examples)
+        self.net.train(False)
+        self.net.begin([0] * k)
+        self.net.bind(self.flat[:k], self.grad[:k])
+        return self.backward(examples)[0]
 
     def backward(self, batches: Sequence[np.ndarray]) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Gradient of each lane's mean loss over all answer tokens of its batch, into `grad`.

@@ -11,31 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregators.reducer import Reducer
 from fedsim.algorithms import Algorithm
 from fedsim.channel import downlink, uplink
-from fedsim.core.params import Chunk, Layout, Params, meta
+from fedsim.core.params import Params
 from fedsim.core.seeding import stream, stream_seed
-from fedsim.core.types import Engine, Measured, Pack, Report, Row, Scores, Scoring, Share, Task, Turn
+from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Share, Task, Turn
 from fedsim.training import memory
 from fedsim.training.config import LocalTrainingConfig, Sites
 from fedsim.training.lanes import LaneGroup
-from fedsim.training.records import RecordLayout, stores_of
+from fedsim.training.packs import RunPack, Setup
+from fedsim.training.passes import Pass
+from fedsim.training.records import stores_of
 from fedsim.training.scoring import Evaluator
-from fedsim.training.trainer import Fit, Lane, Trainer
-
-
-def reducers_of(algorithms: dict[str, Algorithm], layout: Layout, config: LocalTrainingConfig) -> dict[str, Reducer]:
-    """Mode -> how its clients' messages become one."""
-    return {m: Reducer(a.aggregates, a.messages(layout), layout, config.slots) for m, a in algorithms.items()}
-
-
-def chunks_of(algorithm: Algorithm, layout: Layout, reducer: Reducer, most: int | None) -> list[Chunk]:
-    """Chunks of the parameters that an algorithm's client side is called on: one, where it has to see all at once."""
-    server, client = algorithm.init(meta(layout))
-    kept = [Layout.of(p).shapes for p in (algorithm.sent(server), client) if p]
-    apart = algorithm.blockwise and reducer.blockwise and all(shapes == layout.shapes for shapes in kept)
-    return layout.chunks(most if apart else None)
+from fedsim.training.trainer import Lane, Trainer
 
 
 class Worker:
@@ -67,11 +55,7 @@ class Worker:
         clips = config.policy == "clip"
         self.uplink = uplink(config.up, config.error_feedback, config.max_norm if clips else None)
         self.stores = stores_of(state, algorithms, self.layout, config)
-        reducers = reducers_of(algorithms, self.layout.sums, config)
-        self.setups = {  # by mode
-            m: (r, chunks_of(a, self.layout, r, config.chunk), RecordLayout.of(m, a, self.layout, config))
-            for (m, a), r in zip(algorithms.items(), reducers.values(), strict=True)
-        }
+        self.setups = {m: Setup.of(m, a, self.layout, config, self.stores[m]) for m, a in algorithms.items()}
 
     # ------------------------------------------------------------------------------------------- training
 
@@ -93,35 +77,44 @@ class Worker:
         first, task = shares[0].worker, shares[0].pack.tasks[0]
         trainer, evaluator = first.trainer, first.evaluator
         began, scored = time.monotonic(), evaluator.seconds
-        groups = [LaneGroup(share, trainer) for share in shares]
+        packs = [RunPack(share) for share in shares]
         with torch.random.fork_rng(devices=[trainer.net.device] if trainer.net.device.type == "cuda" else []):
             # What draws from torch's own stream trains one client at a time: dropout of the base, or deep in a method.
             torch.manual_seed(stream_seed(first.seed, "dropout", task.name, task.round))
-            _Pass(groups, trainer, evaluator).run()
+            # A client's last part first: the first part closes the client's round.
+            groups = [LaneGroup(p, part, trainer) for p in packs for part in reversed(p.algorithm.parts)]
+            for side_by_side in [groups] if trainer.stacked else [[group] for group in groups]:
+                Pass(side_by_side, trainer, evaluator).run()
         trainer.trim()
-        for group in groups:
-            group.report.seconds = time.monotonic() - began
-            group.report.scoring = evaluator.seconds - scored
-        return [group.report for group in groups]
+        for pack in packs:
+            pack.report.seconds = time.monotonic() - began
+            pack.report.scoring = evaluator.seconds - scored
+        return [pack.report for pack in packs]
 
-    def lane(self, task: Task, mode: str) -> Lane:
-        """What a task does in its lane."""
-        config, record = self.config, self.setups[mode][2]
-        batches = self._batches(task)
-        over_run = config.schedule_over == "run"
+    def lane(self, task: Task, mode: str, part: int = 0) -> Lane:
+        """What one part of a task does in its lane."""
+        config, setup = self.config, self.setups[mode]
+        algorithm, record, store = setup.algorithm, setup.record, setup.store
+        draws = [self._batches(task), *(self._batches(task, i) for i in range(1, algorithm.batches))]
+        steps, over_run = len(draws[0]), config.schedule_over == "run"
         start = task.schedule_from if over_run else 0
-        horizon = config.horizon or (task.horizon if over_run else len(batches))
-        kept = None
+        horizon = config.horizon or (task.horizon if over_run else steps)
+        kept, done, fresh = None, task.steps_done, None
         if record.optimizer and task.read >= 0:
-            read = functools.partial(self.stores[mode].read, task.read)
-            kept = lambda a, b: read(record.state + a, record.state + b)  # noqa: E731
+            at = record.optimizer_at(part)
+            kept = lambda a, b: store.read(task.read, at + a, at + b)  # noqa: E731
+            if record.counts:
+                done = kept(record.optimizer - record.counts, record.optimizer).numpy().astype(np.int64)
+        if algorithm.overrides("resets"):
+            fresh = np.array([algorithm.resets(name, task.round) for name in self.layout.shapes])
         return Lane(
-            batches,
-            [config.optim.lr_at(start + i, horizon) for i in range(len(batches))],
-            stream_seed(self.seed, "dropout", task.name, task.round),
-            task.steps_done,
+            list(zip(*draws, strict=True)),
+            [config.optim.lr_at(start + i, horizon) for i in range(steps)],
+            stream_seed(self.seed, "dropout", task.name, task.round, *([algorithm.parts[part]] if part else [])),
+            done,
             kept,
             functools.partial(self.is_due, task),
+            fresh,
         )
 
     def is_due(self, task: Task, steps: int) -> bool:
@@ -129,9 +122,12 @@ class Worker:
         every = self.config.every_steps
         return bool(every) and (task.steps_done + steps) % every == 0
 
-    def _batches(self, task: Task) -> list[np.ndarray]:
+    def _batches(self, task: Task, draw: int = 0) -> list[np.ndarray]:
+        """Examples of each step, a function of (seed, client, round); `draw`: which of several batches of a step."""
         examples = self.sites.everything() if task.client < 0 else self.sites.train(task.client)
-        return self.config.draw.batches(examples, stream(self.seed, "batches", task.name, task.round), task.steps)
+        which = [draw] if draw else []
+        rng = stream(self.seed, "batches", task.name, task.round, *which)
+        return self.config.draw.batches(examples, rng, task.steps)
 
     # ------------------------------------------------------------------------------- evaluation and the device
 
@@ -164,68 +160,3 @@ class Worker:
     def peak(self) -> int:
         """Highest memory so far, in bytes."""
         return memory.peak(self.trainer.net.device)
-
-
-class _Pass:
-    """One fit of the lanes of all groups; the hooks around its steps."""
-
-    def __init__(self, groups: Sequence[LaneGroup], trainer: Trainer, evaluator: Evaluator) -> None:
-        self.groups, self.trainer, self.evaluator = groups, trainer, evaluator
-        every = [(g, task, g.worker.lane(task, g.pack.mode)) for g in groups for task in g.pack.tasks]
-        # Longest first; `order` are their places in the packs.
-        self.order = sorted(range(len(every)), key=lambda i: -len(every[i][2].batches))
-        self.owners, self.tasks, self.lanes = zip(*(every[i] for i in self.order), strict=True)
-        self.whose = [(g.worker, g.pack.mode, t) for g, t in zip(self.owners, self.tasks, strict=True)]
-        self.inside: dict[int, list[Row]] = {}  # metrics from inside the round, by lane
-        for group in groups:
-            group.lanes = [j for j, owner in enumerate(self.owners) if owner is group]
-            group.tasks = [self.tasks[j] for j in group.lanes]
-
-    def run(self) -> None:
-        """Start, fit, finish, evaluate, report."""
-        self.trainer.reserve(len(self.lanes))
-        for group in self.groups:
-            group.start()
-        fit = self.trainer.fit(self.lanes, self)
-        for group in self.groups:
-            group.finish(fit)
-        ends = [j for j in range(len(self.lanes)) if self._counts(j) and self._ends_due(j, fit.steps[j])]
-        found = self.evaluator.lanes(ends, self.whose, [fit.steps[j] for j in ends])
-        final = dict(zip(ends, found, strict=True))
-        for j in sorted(range(len(self.lanes)), key=lambda j: self.order[j]):  # metrics in the packs' order
-            self._report(j, fit, final.get(j, []))
-
-    def adjust(self, active: int, step: int, lr_sums: Tensor) -> None:
-        """See `Hooks`."""
-        for group in self.groups:
-            group.adjust(active, step, lr_sums)
-
-    def after_step(self, active: int, step: int, lr_sums: Tensor, rates: Tensor) -> None:
-        """See `Hooks`."""
-        for group in self.groups:
-            group.after_step(active, step, lr_sums, rates)
-
-    def evaluate(self, lanes: list[int], step: int) -> None:
-        """See `Hooks`."""
-        for j, rows in zip(lanes, self.evaluator.lanes(lanes, self.whose, [step] * len(lanes)), strict=True):
-            self.inside.setdefault(j, []).extend(rows)
-
-    def _counts(self, j: int) -> bool:
-        return self.tasks[j].client in self.owners[j].report.steps
-
-    def _ends_due(self, j: int, steps: int) -> bool:
-        return self.tasks[j].evaluate or self.owners[j].worker.is_due(self.tasks[j], steps)
-
-    def _report(self, j: int, fit: Fit, final: list[Row]) -> None:
-        """Add a lane's metrics to its run's report."""
-        (_, mode, task), report, steps = self.whose[j], self.owners[j].report, fit.steps[j]
-        report.computed += int(fit.computed[j])
-        if not self._counts(j):
-            return
-        name, done = None if mode == "central" else task.name, task.steps_done + steps
-        train = {"loss": (fit.losses[j] / max(1, steps), float(steps)), "tokens": (float(fit.tokens[j]), 1.0)}
-        train["computed_tokens"] = (float(fit.computed[j]), 1.0)
-        report.rows += self.inside.get(j, [])
-        report.rows += [Row(task.round, done, mode, name, "train", n, v, w) for n, (v, w) in train.items()]
-        report.rows += final
-        report.tokens += int(fit.tokens[j])

@@ -315,6 +315,7 @@ def bandwidth_side(turn: Turn) -> None:
     from fedsim.runs.resolve import recipe_of
     from fedsim.simulate import rounds
     from fedsim.training.lanes import LaneGroup
+    from fedsim.training.packs import RunPack
     from fedsim.training.trainer import Fit, Trainer
     from fedsim.training.worker import Worker
 
@@ -338,9 +339,10 @@ def bandwidth_side(turn: Turn) -> None:
         worker = Worker(
             trainer, None, None, {"federated": algorithm}, dataclasses.replace(config, chunk=chunk), exp.seed, state
         )
-        group = LaneGroup(Share(worker, pack, weights, {}, total), trainer)
+        run = RunPack(Share(worker, pack, weights, {}, total))
+        group = LaneGroup(run, "shared", trainer)
         group.lanes, group.tasks = [0], [task]
-        reducer, fit = group.reducer, Fit([0.0], [0], [0], [1], torch.zeros(1))
+        reducer, fit = run.setup.reducer, Fit([0.0], [0], [0], [1], torch.zeros(1))
         seconds: dict[str, float] = {}
 
         def clocked(name: str, function: Callable) -> Any:
@@ -351,12 +353,16 @@ def bandwidth_side(turn: Turn) -> None:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
             return out
 
+        def add() -> None:
+            group.judge(fit)
+            group.finish(fit)
+
         weights.fill_(1.0)
         clocked("copying in", group.start)
         trainer.flat.add_(0.5)  # what training did
         clocked("clearing", lambda: reducer.zero(total))
         for _ in range(clients):
-            clocked("adding", lambda: group.finish(fit))
+            clocked("adding", add)
         summed = Accumulator(total, weight=float(clients))
         here, info = rounds.State(weights, {}, Records(), keeps=False), Info(1, clients, clients, clients, clients)
         clocked("server step", lambda: rounds._merge(algorithm, reducer, layout, summed, here, info, chunk))
