@@ -88,15 +88,15 @@ def pack(index: int, *clients: int) -> Pack:
 def sweep_worker(*args: Any) -> None:
     """A sweep's worker that may come to grief where it trains: points train-SEED."""
     from fedsim.runs import sweep
-    from fedsim.training.trainer import Trainer
+    from fedsim.training.worker import Worker
 
-    train = Trainer.train
+    train = Worker.train
 
-    def training(self: Trainer, *args: Any, **keys: Any) -> Report:
+    def training(self: Worker, *args: Any, **keys: Any) -> Report:
         come_to(Path(os.environ["FEDSIM_TEST_POINTS"]), f"train-{self.seed}")
         return train(self, *args, **keys)
 
-    Trainer.train = training
+    Worker.train = training
     sweep._work(*args)
 
 

@@ -424,16 +424,16 @@ def test_a_real_process_exits_with_2_and_one_line(here: Path) -> None:
 def test_a_failing_client_exits_with_1_its_round_and_id_first_then_its_traceback(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsim.training.trainer import Trainer
+    from fedsim.training.worker import Worker
 
-    batches = Trainer._batches
+    batches = Worker._batches
 
-    def fail(self: Trainer, task: Any) -> Any:
+    def fail(self: Worker, task: Any) -> Any:
         if (task.round, task.name) == (2, "site-2"):
             raise ZeroDivisionError("deep inside a client")
         return batches(self, task)
 
-    monkeypatch.setattr(Trainer, "_batches", fail)
+    monkeypatch.setattr(Worker, "_batches", fail)
     command = ["run", "small.yaml", "-q", "modes=[federated]", "data.too_long=drop", "training.lanes=1"]
     assert main(command) == 1
     out, err = capsys.readouterr()
@@ -447,7 +447,7 @@ def test_a_failing_client_exits_with_1_its_round_and_id_first_then_its_traceback
     done = [json.loads(x) for x in metrics_lines(run)]
     assert max(r["round"] for r in done) == 1, "no row of the round that failed"
 
-    monkeypatch.setattr(Trainer, "_batches", batches)
+    monkeypatch.setattr(Worker, "_batches", batches)
     assert main(command) == 0, "the same command goes on"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     rows = [json.loads(x) for x in metrics_lines(run)]

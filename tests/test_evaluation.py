@@ -433,29 +433,30 @@ def test_a_subset_is_the_same_for_all_and_changes_no_training(lab: Any) -> None:
 
 def test_a_line_tells_that_evaluation_takes_most_of_a_round(lab: Any, monkeypatch: Any, capsys: Any) -> None:
     """Passes of evaluation, and they alone, are made long; of two rounds of two modes one says so."""
-    import fedsim.training.trainer as trainer
+    from fedsim.training import scoring
+    from fedsim.training.trainer import Trainer
 
     clock = [0.0]
-    scores = trainer.score_rows
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock[0])
+    scores = scoring.score_rows
+    monkeypatch.setattr(scoring.time, "monotonic", lambda: clock[0])
 
     def slow(*args: Any, **keys: Any) -> Any:
         clock[0] += 30.0
         return scores(*args, **keys)
 
     for seconds, count in ((1.0, 1), (1000.0, 0)):
-        original = trainer.Trainer._backward
+        original = Trainer.backward
 
         def backward(self: Any, *args: Any, of: Any = original, took: float = seconds) -> Any:
             clock[0] += took
             return of(self, *args)
 
-        monkeypatch.setattr(trainer, "score_rows", slow)
-        monkeypatch.setattr(trainer.Trainer, "_backward", backward)
+        monkeypatch.setattr(scoring, "score_rows", slow)
+        monkeypatch.setattr(Trainer, "backward", backward)
         fedsim.run(lab.exp(name=f"t{count}", modes=["local", "federated"], rounds=2))
         said = [line for line in capsys.readouterr().err.splitlines() if "evaluation took" in line]
         assert len(said) == count and all("evaluate.max_examples" in s and "every_rounds" in s for s in said)
-        monkeypatch.setattr(trainer.Trainer, "_backward", original)
+        monkeypatch.setattr(Trainer, "backward", original)
 
 
 @pytest.mark.parametrize("model", [{}, {"task": "sequence_classification"}], ids=["words", "head"])

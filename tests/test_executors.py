@@ -289,8 +289,8 @@ ALL = {
 class Failing(Bundle):
     """The run's bundle, but client site-2 raises in round 2."""
 
-    def trainer(self, *args: Any) -> Any:
-        made = super().trainer(*args)
+    def worker(self, *args: Any) -> Any:
+        made = super().worker(*args)
         batches = made._batches
 
         def failing(task: Task) -> Any:

@@ -37,7 +37,7 @@ from fedsim.runs.bundle import Bundle
 from fedsim.runs.progress import Progress
 from fedsim.runs.resolve import schedule_of
 from fedsim.simulate.rounds import State
-from fedsim.training.trainer import Trainer
+from fedsim.training.received import Received
 
 POOL = {"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1}
 
@@ -296,8 +296,8 @@ class FrailBundle(Bundle):
     its update is in the sum but for a last word, added when that was said.
     """
 
-    def trainer(self, *args: Any) -> Any:
-        made, folder = super().trainer(*args), Path(os.environ["FEDSIM_TEST_POINTS"])
+    def worker(self, *args: Any) -> Any:
+        made, folder = super().worker(*args), Path(os.environ["FEDSIM_TEST_POINTS"])
         come_to(folder, "load")
         at: dict[str, Any] = {"names": [], "steps": 0}
 
@@ -343,8 +343,8 @@ class FrailBundle(Bundle):
             come_to(folder, "score")
             return found
 
-        before(made, "_backward", "step")
-        before(made, "_score_lanes", "scored")
+        before(made.trainer, "backward", "step")
+        before(made.evaluator, "lanes", "scored")
         for mode in self.algorithms:
             before(made.stores[mode], "write_at", "kept")
         made.train, made.score = training, scoring
@@ -391,9 +391,10 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
         monkeypatch.setattr(owner, name, wrapped)
 
     noted(transformers.LlamaForCausalLM, "forward")
-    noted(Trainer, "_received")  # of a chunk
+    noted(Received, "_sent")  # of a chunk
     noted(Reducer, "add")
-    monkeypatch.setattr("fedsim.training.trainer.beat", lambda: events.append("beat"))
+    for place in ("trainer", "lanes", "scoring"):
+        monkeypatch.setattr(f"fedsim.training.{place}.beat", lambda: events.append("beat"))
     original = fedsim.runs.setup.recipe_of
     cut = {"chunk": ALIGN} if adapter["name"] == "none" else {}
     monkeypatch.setattr(fedsim.runs.setup, "recipe_of", lambda exp: dataclasses.replace(original(exp), **cut))
@@ -403,7 +404,7 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
     heard = events[events.index("beat") :]  # before the first one, the base is tried without a trainer
     pieces = len([e for e in heard if e == "add"])
     assert pieces > 20 if cut else pieces == 4, "two packs a round, or many chunks a client"
-    twice = [(a, b) for a, b in itertools.pairwise(heard) if a == b == "forward" or (a, b) == ("add", "_received")]
+    twice = [(a, b) for a, b in itertools.pairwise(heard) if a == b == "forward" or (a, b) == ("add", "_sent")]
     assert heard.count("forward") > 100 and twice == []
 
 

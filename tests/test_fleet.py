@@ -16,7 +16,9 @@ from fedsim.runs.build import Shared, prepare
 from fedsim.runs.crews import crews_of
 from fedsim.runs.folder import Metrics
 from fedsim.runs.sweep import Sweep, run_sweep
+from fedsim.training.scoring import Evaluator
 from fedsim.training.trainer import Trainer
+from fedsim.training.worker import Worker
 
 CLOSE = 1e-9  # of a tensor's norm: the same sums in another order, in float64
 MODES = ["local", "federated", "central"]
@@ -103,9 +105,9 @@ def test_every_method_side_by_side(plan: Any, lab: Any, distance: Any, kind: str
 def lanes_of_passes(monkeypatch: pytest.MonkeyPatch, most: int = 99) -> tuple[list[int], list[int]]:
     """Lanes of every training pass and of every scoring pass from now on; more than `most` train out of memory."""
     trained, scored, measuring = [], [], []
-    backward, score, measure = Trainer._backward, Trainer._score, Trainer.measure
+    backward, score, measure = Trainer.backward, Evaluator.score, Worker.measure
 
-    def spy_measure(self: Trainer, *args: Any) -> Any:
+    def spy_measure(self: Worker, *args: Any) -> Any:
         measuring.append(True)
         try:
             return measure(self, *args)
@@ -119,13 +121,13 @@ def lanes_of_passes(monkeypatch: pytest.MonkeyPatch, most: int = 99) -> tuple[li
             raise MemoryError
         return backward(self, batches)
 
-    def spy_score(self: Trainer, weights: torch.Tensor, *args: Any, **keys: Any) -> Any:
+    def spy_score(self: Evaluator, weights: torch.Tensor, *args: Any, **keys: Any) -> Any:
         scored.append(len(weights))
         return score(self, weights, *args, **keys)
 
-    monkeypatch.setattr(Trainer, "measure", spy_measure)
-    monkeypatch.setattr(Trainer, "_backward", spy_backward)
-    monkeypatch.setattr(Trainer, "_score", spy_score)
+    monkeypatch.setattr(Worker, "measure", spy_measure)
+    monkeypatch.setattr(Trainer, "backward", spy_backward)
+    monkeypatch.setattr(Evaluator, "score", spy_score)
     return trained, scored
 
 
@@ -160,14 +162,14 @@ def test_a_client_that_fails_costs_its_own_run_alone(
     plan: Any, lab: Any, distance: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = run_sweep(plan(SETTINGS["seeds"], 1, "alone"), progress=False).jobs
-    batches = Trainer._batches
+    batches = Worker._batches
 
-    def fail(self: Trainer, task: Any) -> Any:
+    def fail(self: Worker, task: Any) -> Any:
         if self.seed == 1 and task.name == "site-2" and task.round == 2:
             raise ValueError("a bad row")
         return batches(self, task)
 
-    monkeypatch.setattr(Trainer, "_batches", fail)
+    monkeypatch.setattr(Worker, "_batches", fail)
     jobs = run_sweep(plan(SETTINGS["seeds"], 3, "beside"), progress=False).jobs
     assert [j.state for j in jobs] == ["finished", "failed", "finished"]
     assert (
@@ -181,14 +183,14 @@ def test_a_run_that_cannot_be_scored_fails_alone(
     plan: Any, lab: Any, distance: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = run_sweep(plan(SETTINGS["seeds"], 1, "alone"), progress=False).jobs
-    together = Trainer.score_together
+    together = Worker.score_together
 
-    def fail(self: Trainer, asked: Any) -> Any:
-        if any(trainer.seed == 1 and request.split == "test" for trainer, request, _ in asked):
+    def fail(asked: Any) -> Any:
+        if any(worker.seed == 1 and request.split == "test" for worker, request, _ in asked):
             raise ValueError("no scores")
-        return together(self, asked)
+        return together(asked)
 
-    monkeypatch.setattr(Trainer, "score_together", fail)
+    monkeypatch.setattr(Worker, "score_together", staticmethod(fail))
     jobs = run_sweep(plan(SETTINGS["seeds"], 3, "beside"), progress=False).jobs
     assert [j.state for j in jobs] == ["finished", "failed", "finished"]
     assert jobs[1].reason.endswith("ValueError: no scores")

@@ -1,6 +1,6 @@
 """Packed lanes: K clients side by side over one frozen base are K clients alone, and PEFT's own model in a plain loop.
 
-Most tests drive fedsim's trainer on random rows (`Bench`), which is quick enough for every method on every architecture;
+Most tests drive fedsim's worker on random rows (`Bench`), which is quick enough for every method on every architecture;
 what concerns a whole run goes through `lab.run`. Differences are relative to what training changed in a tensor, by
 2-norms: relative to the parameters themselves, few steps from large initial values would hide a mistake.
 """
@@ -210,7 +210,7 @@ class Bench:
         return copy.deepcopy(_loaded(self.exp.model.path, self.heads, self.dtype))
 
     def bundle(self) -> Bundle:
-        """What fedsim makes trainers of."""
+        """What fedsim makes workers of."""
         offsets, place = torch.tensor([0, *self.ends]), Path(tempfile.mkdtemp(dir=self.lab.root))
         return Bundle(
             model=self.base(),
@@ -229,12 +229,12 @@ class Bench:
             tokenizer=None,
         )
 
-    def trainer(self, lanes: int) -> Any:
-        """A trainer: PEFT's own model where lanes is 1."""
+    def worker(self, lanes: int) -> Any:
+        """A worker: PEFT's own model where lanes is 1."""
         bundle = self.bundle()
         engine = Engine(lanes > 1, self.recipe.micro_batch, self.checkpointing and lanes > 1)
         with bases.quiet():
-            return bundle.trainer(*bundle.attach(), CPU, engine)
+            return bundle.worker(*bundle.attach(), CPU, engine)
 
     def train(
         self,
@@ -248,14 +248,16 @@ class Bench:
         Args:
             lanes: how many.
             starts: client -> what its initial parameters, flat, are changed to.
-            watch: called with the trainer before it begins.
+            watch: called with the worker before it begins.
         """
-        trainer, count = self.trainer(lanes), len(self.sizes)
-        layout, store = trainer.layout, trainer.stores["local"]
-        first = layout.fill(layout.empty(), {n: p.detach() for n, p in adapters.trained(trainer.net.model).items()})
+        worker, count = self.worker(lanes), len(self.sizes)
+        layout, store = worker.layout, worker.stores["local"]
+        first = layout.fill(
+            layout.empty(), {n: p.detach() for n, p in adapters.trained(worker.trainer.net.model).items()}
+        )
         out = Trained({n: v.clone() for n, v in layout.views(first).items()}, [], [], [], [])
         out.losses, out.seen = [[] for _ in self.sizes], [[] for _ in self.sizes]
-        owner, inner = np.repeat(np.arange(count), self.sizes), trainer.net.backward
+        owner, inner = np.repeat(np.arange(count), self.sizes), worker.trainer.net.backward
 
         def backward(tokens: Tokens, rows: Sequence[np.ndarray], answers: Tensor) -> Any:
             loss, sizes = inner(tokens, rows, answers)
@@ -266,9 +268,9 @@ class Bench:
                     out.seen[client].append([int(r) for r in part])
             return loss, sizes
 
-        trainer.net.backward = backward
+        worker.trainer.net.backward = backward
         if watch is not None:
-            watch(trainer)
+            watch(worker)
         tasks = []
         for c, n in enumerate(self.sizes):
             read = -1
@@ -281,7 +283,7 @@ class Bench:
             tasks.append(Task(c, f"site-{c + 1}", 1, steps, 0, 0, horizon, float(n), read, c))
         sums = layout.empty()
         for i in range(0, count, lanes):
-            report = trainer.train(Pack(i // lanes, "local", tuple(tasks[i : i + lanes]), 0), first, {}, sums)
+            report = worker.train(Pack(i // lanes, "local", tuple(tasks[i : i + lanes]), 0), first, {}, sums)
             out.rows += report.rows
         for c in range(count):
             record = store.read(c)
@@ -701,7 +703,7 @@ def test_a_lane_is_clipped_by_its_own_norm(lab: Any, monkeypatch: pytest.MonkeyP
     """One client's gradient is some fifty times that of the others: a norm over all lanes would hold those back."""
     norms, step = [], LaneOptimizer.step
 
-    def noted(self: LaneOptimizer, rates: list[float]) -> None:
+    def noted(self: LaneOptimizer, rates: list[float], trains: Any = None) -> None:
         norms.append(self.grad[: len(rates)].norm(dim=1).tolist())
         step(self, rates)
 
@@ -814,7 +816,7 @@ def test_a_lane_out_of_data_keeps_every_bit(lab: Any, monkeypatch: pytest.Monkey
     """After a lane's last step nothing touches its parameters or moments: no decay, no step on a gradient of zero."""
     after, step = [], LaneOptimizer.step
 
-    def noted(self: LaneOptimizer, rates: list[float]) -> None:
+    def noted(self: LaneOptimizer, rates: list[float], trains: Any = None) -> None:
         step(self, rates)
         after.append((len(rates), self.flat.clone(), [m.clone() for m in self.moments]))
 
@@ -1069,12 +1071,12 @@ def layers_computed(bench: Bench, lanes: int) -> tuple[Trained, int]:
     """A training run, and how often the first layer's attention was computed."""
     count = 0
 
-    def watch(trainer: Any) -> None:
+    def watch(worker: Any) -> None:
         def note(*args: Any) -> None:
             nonlocal count
             count += 1
 
-        base = trainer.net.base
+        base = worker.trainer.net.base
         layers = getattr(base, base.base_model_prefix)
         name = next(n for n, m in layers.named_modules() if n.endswith((".0.self_attn", ".0.attn", ".0.attention")))
         layers.get_submodule(name).register_forward_pre_hook(note)
@@ -1161,7 +1163,7 @@ def test_packed_evaluation_is_pefts_mixed_batch_inference(lab: Any) -> None:
     nll, predicted = mixed_batch(model.double().eval(), tokens, names)
     assert len({tuple(p) for p in predicted}) == 3, "adapters that predict alike would not be told apart"
 
-    net = Bench(lab, "llama", "lora", keys, tokens=tokens, sizes=(8, 8, 8)).trainer(3).net
+    net = Bench(lab, "llama", "lora", keys, tokens=tokens, sizes=(8, 8, 8)).worker(3).trainer.net
     weights = []
     for name in names:
         mine = adapter_of(run / "local" / name)

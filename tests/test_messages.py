@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedsim.channel import codecs as messages
-from fedsim.channel.codecs import ALIGN, Message, Sizes, canonical, codec
+from fedsim.channel.base import Sizes
+from fedsim.channel.codecs import ALIGN, Encoded, canonical, codec
 from fedsim.core.errors import UserError
 
 BLOCKWISE = ["blockwise8", "nf4"]
@@ -79,7 +80,7 @@ def slow(name: str, x: Tensor) -> tuple[list[int], list[float]]:
     return codes, values
 
 
-def unpacked(message: Message) -> list[int]:
+def unpacked(message: Encoded) -> list[int]:
     """The codes of one lane."""
     if message.codec == "blockwise8":
         return message.values.tolist()

@@ -21,7 +21,7 @@ from fedsim.core.types import Engine, Measured
 from fedsim.models.stacked import StackedNet
 from fedsim.runs.checkpoints import Checkpoints
 from fedsim.training.planner import Packs, Plan, choose_lanes, describe, lanes_of
-from fedsim.training.trainer import Trainer
+from fedsim.training.worker import Worker
 
 MB = 1_000_000
 
@@ -300,13 +300,13 @@ def test_by_default_every_start_has_the_same_lanes_and_bits_whatever_passes_take
     """A machine on which each pass takes another time, in one process and in two: the same plan, the same bits."""
     keys = {**FOUR, "rounds": 2, "modes": ["local", "federated", "central"], "training": {"lanes": "auto"}}
     first = lab.run(**keys, name="first")
-    measure, slow = Trainer.measure, itertools.count(1)
+    measure, slow = Worker.measure, itertools.count(1)
 
-    def by_chance(self: Trainer, rows: Any, weights: Any) -> Measured:
+    def by_chance(self: Worker, rows: Any, weights: Any) -> Measured:
         found = measure(self, rows, weights)
         return dataclasses.replace(found, seconds=found.seconds * 10 ** (next(slow) % 3))
 
-    monkeypatch.setattr(Trainer, "measure", by_chance)
+    monkeypatch.setattr(Worker, "measure", by_chance)
     for name, executor in (("again", {"name": "serial"}), ("pool", {"name": "pool", "devices": ["cpu"], "workers": 2})):
         other = lab.run(**keys, name=name, executor={"threads": 1, **executor})
         assert {k: plan_of(other)[k] for k in ("lanes", "micro_batch", "checkpointing")} == {

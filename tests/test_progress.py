@@ -75,16 +75,16 @@ def test_throughput_is_of_training_alone(clock: list[float], workers: int) -> No
 
 def test_packs_report_how_long_they_were_evaluated(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that moves in evaluation alone, all of a pack's seconds are evaluation."""
-    import fedsim.training.trainer as trainer
+    from fedsim.training import scoring
 
-    now, reports, score, pack = [0.0], [], trainer.Trainer._score, Progress.pack
+    now, reports, score, pack = [0.0], [], scoring.Evaluator.score, Progress.pack
 
     def slow(self: Any, *args: Any, **keys: Any) -> Any:
         now[0] += 5.0
         return score(self, *args, **keys)
 
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(trainer.Trainer, "_score", slow)
+    monkeypatch.setattr(scoring.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(scoring.Evaluator, "score", slow)
     monkeypatch.setattr(
         Progress, "pack", lambda self, round, report: (reports.append(report), pack(self, round, report))
     )

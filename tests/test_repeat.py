@@ -89,8 +89,8 @@ def rows(lab: Lab, run: Path) -> dict[tuple[Any, ...], tuple[float, float]]:
 class Late(Bundle):
     """The run's bundle, whose first packs of a round take longest: later ones are ready before them."""
 
-    def trainer(self, *args: Any) -> Any:
-        made = super().trainer(*args)
+    def worker(self, *args: Any) -> Any:
+        made = super().worker(*args)
         train = made.train
 
         def late(pack: Any, *rest: Any, **keys: Any) -> Any:

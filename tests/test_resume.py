@@ -23,7 +23,7 @@ from fedsim.runs.checkpoints import Checkpoints
 from fedsim.runs.folder import Metrics, RunFolder
 from fedsim.runs.progress import Progress
 from fedsim.runs.trackers import Trackers
-from fedsim.training.trainer import Trainer
+from fedsim.training.worker import Worker
 
 MODES = ["local", "federated", "central"]
 LONG: dict[str, Any] = {
@@ -139,13 +139,13 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     else:
         manifest = newest.with_name("manifest.json")
         manifest.write_bytes(manifest.read_bytes()[:30])
-    resumed, batches = set(), Trainer._batches
+    resumed, batches = set(), Worker._batches
 
-    def note(self: Trainer, task: Any) -> Any:
+    def note(self: Worker, task: Any) -> Any:
         resumed.add(task.round)
         return batches(self, task)
 
-    monkeypatch.setattr(Trainer, "_batches", note)
+    monkeypatch.setattr(Worker, "_batches", note)
     lab.run(**{**LONG, **fed, "name": "stopped"})
     assert resumed == {3, 4}
     lab.same_bits(folder, whole(**fed))
@@ -159,8 +159,8 @@ def test_a_finished_run_is_left_as_it_is(lab: Any, monkeypatch: pytest.MonkeyPat
     def never(*args: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(Trainer, "train", never)
-    monkeypatch.setattr(Trainer, "score", never)
+    monkeypatch.setattr(Worker, "train", never)
+    monkeypatch.setattr(Worker, "score", never)
     assert lab.run(**short) == folder
     assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == before
 

@@ -241,12 +241,12 @@ def test_a_failed_run_does_not_stop_the_rest(write: Any, lab: Any, capsys: pytes
 
 
 def test_a_client_that_fails_names_itself_in_the_reason(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedsim.training.trainer import Trainer
+    from fedsim.training.worker import Worker
 
-    def fail(self: Trainer, *args: Any) -> None:
+    def fail(self: Worker, *args: Any) -> None:
         raise ValueError("no such thing")
 
-    monkeypatch.setattr(Trainer, "train", fail)
+    monkeypatch.setattr(Worker, "train", fail)
     jobs = run_sweep(Sweep.load(write({"list": [{"seed": 0}], "workers": 1, "threads": 1})), progress=False).jobs
     assert [j.state for j in jobs] == ["failed"]
     assert jobs[0].reason.startswith("round 1, clients") and jobs[0].reason.endswith("ValueError: no such thing")

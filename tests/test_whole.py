@@ -200,15 +200,15 @@ def test_after_too_little_memory_one_model_stays_where_it_is(lab: Any, monkeypat
         shrink(self)
         places.append(before == [t.data_ptr() for t in (self.flat, self.grad, *self.optimizer.moments)])
 
-    backward = Trainer._backward
+    backward = Trainer.backward
 
     def short(self: Trainer, batches: Any) -> Any:
-        if self.recipe.micro_batch > 2:
+        if self.config.micro_batch > 2:
             raise torch.OutOfMemoryError("too many rows")
         return backward(self, batches)
 
     monkeypatch.setattr(Trainer, "shrink", note)
-    monkeypatch.setattr(Trainer, "_backward", short)
+    monkeypatch.setattr(Trainer, "backward", short)
     folder = lab.run(**NONE, local={"micro_batch": 6})
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["checkpointing"] and plan["micro_batch"] == 2, "first layers are computed twice, then passes are cut"
@@ -216,15 +216,15 @@ def test_after_too_little_memory_one_model_stays_where_it_is(lab: Any, monkeypat
 
 
 def test_a_packed_plan_measures_full_passes(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedsim.training.trainer import Trainer
+    from fedsim.training.worker import Worker
 
-    measured, measure = [], Trainer.measure
+    measured, measure = [], Worker.measure
 
-    def note(self: Trainer, rows: Any, weights: Any) -> Any:
-        measured.append(int(sum(self.tokens["train"].lengths_of(r).sum() for r in rows)))
+    def note(self: Worker, rows: Any, weights: Any) -> Any:
+        measured.append(int(sum(self.trainer.tokens.lengths_of(r).sum() for r in rows)))
         return measure(self, rows, weights)
 
-    monkeypatch.setattr(Trainer, "measure", note)
+    monkeypatch.setattr(Worker, "measure", note)
     local = {"batch_size": 12, "micro_batch": 2}
     lab.run(**NONE, training={"lanes": 2, "packing": True}, local=local, data={"max_length": 40})
     assert max(measured) > 60, "of 80 tokens that fit into a pass"
@@ -498,19 +498,22 @@ def test_error_feedback_sends_later_what_a_message_lost(
 ) -> None:
     """e_0 = 0, sent_t = D(Q(u_t + e_{t-1})), e_t = u_t + e_{t-1} - sent_t: over rounds the sum of what arrives is the sum of
     the updates less what the last message lost."""
-    from fedsim.training.trainer import Trainer
+    from fedsim.channel.feedback import ErrorFeedback
+    from fedsim.training.lanes import LaneGroup
 
-    updates, arrived, original = {}, {}, Trainer._sent
+    updates, arrived, groups = {}, {}, []
+    original, finish = ErrorFeedback.up, LaneGroup.finish
 
-    def note(self: Trainer, part: Any, tasks: Any, chunk: Any, message: Any) -> Any:
-        out = original(self, part, tasks, chunk, message)
-        for k, task in enumerate(tasks):
+    def note(self: ErrorFeedback, message: Any, *rest: Any) -> Any:
+        out, lost = original(self, message, *rest)
+        for k, task in enumerate(groups[-1].tasks):
             for name, update in message["update"].items():
                 updates.setdefault((task.client, name), []).append(update[k].clone())
                 arrived.setdefault((task.client, name), []).append(out["update"][name][k].clone())
-        return out
+        return out, lost
 
-    monkeypatch.setattr(Trainer, "_sent", note)
+    monkeypatch.setattr(ErrorFeedback, "up", note)
+    monkeypatch.setattr(LaneGroup, "finish", lambda self, fit: (groups.append(self), finish(self, fit)))
     folder = lab.run(adapter=adapter, rounds=3, messages={"up": "nf4", "error_feedback": True})
     assert len(next(iter(updates.values()))) == 3
     code = codec("nf4")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from fedsim.aggregators import AGGREGATORS
 from fedsim.aggregators.base import Accumulator, Aggregator, Buffer
 from fedsim.core.params import Chunk, Layout, Message
 
 
-class _Group:
+class Group:
     """A message group: its aggregator, its layout, and where its buffers lie in the flat one, from `start` to `stop`."""
 
     def __init__(self, aggregator: Aggregator, layout: Layout, slots: int, start: int) -> None:
@@ -30,6 +30,11 @@ class _Group:
             name: flat[a:b].view(buffer.rows, -1)[:, span] if buffer.by_element else flat[a:b]
             for name, (buffer, a, b) in self.places.items()
         }
+
+
+def always(name: str) -> bool:
+    """Every tensor travels."""
+    return True
 
 
 class Reducer:
@@ -56,7 +61,7 @@ class Reducer:
                 if how not in AGGREGATORS:
                     raise ValueError(f"aggregates: {how!r} of group {name!r} is none of {', '.join(AGGREGATORS)}")
                 how = AGGREGATORS[how](params.nbytes)
-            self.groups[name] = _Group(how, layouts[name], slots, self.numel)
+            self.groups[name] = Group(how, layouts[name], slots, self.numel)
             self.numel = self.groups[name].stop
         self.blockwise = all(g.layout.shapes == params.shapes and g.aggregator.blockwise for g in self.groups.values())
 
@@ -74,6 +79,8 @@ class Reducer:
         weights: Sequence[float],
         slots: Sequence[int],
         chunk: Chunk | None = None,
+        travels: Callable[[str], bool] = always,
+        partly: bool = False,
     ) -> None:
         """Add the messages of K clients to a flat buffer on any device; in place.
 
@@ -83,19 +90,26 @@ class Reducer:
             weights: of each client.
             slots: each client's number in the round.
             chunk: of the parameters; None = all.
+            travels: which tensors are sent in this round.
+            partly: the other groups of the message come by themselves.
 
         Raises:
             ValueError: if the message has other groups, names or shapes than were announced.
         """
-        if message.keys() != self.groups.keys():
+        if not (message.keys() <= self.groups.keys() if partly else message.keys() == self.groups.keys()):
             raise ValueError(f"a message holds {sorted(message)}, but the algorithm aggregates {sorted(self.groups)}")
-        for name, group in self.groups.items():
-            here, tensors = self._chunk(group, chunk), message[name]
-            if tensors.keys() != here.shapes.keys():
-                odd = sorted(tensors.keys() ^ here.shapes.keys())
+        for name, tensors in message.items():
+            group = self.groups[name]
+            here = self.chunk_of(group, chunk)
+            sent = {n for n in here.shapes if travels(n)}
+            if tensors.keys() != sent:
+                odd = sorted(tensors.keys() ^ sent)
                 raise ValueError(f"message group {name!r}: {', '.join(odd[:3])} is either missing or unknown")
             acc, at = group.views(into, here.span), 0
             for tensor, shape in here.shapes.items():
+                if tensor not in sent:
+                    at += Size(shape).numel()
+                    continue
                 values = tensors[tensor]
                 if tuple(values.shape) != (len(weights), *shape):
                     raise ValueError(
@@ -113,8 +127,8 @@ class Reducer:
         into.weight += other.weight
         into.clients += other.clients
 
-    def result(self, acc: Accumulator, chunk: Chunk | None = None) -> Message:
-        """Group -> name -> tensor, of a chunk of the parameters or of all.
+    def result(self, acc: Accumulator, chunk: Chunk | None = None, travels: Callable[[str], bool] = always) -> Message:
+        """Group -> name -> tensor, of a chunk of the parameters or of all; those that were sent.
 
         Raises:
             ZeroDivisionError: if nothing, or only weight zero, was added.
@@ -123,11 +137,13 @@ class Reducer:
             raise ZeroDivisionError("the mean of no updates, or of updates whose weights are all zero")
         out = {}
         for name, group in self.groups.items():
-            here = self._chunk(group, chunk)
-            out[name] = here.views(group.aggregator.result(group.views(acc.total, here.span), acc.weight))
+            here = self.chunk_of(group, chunk)
+            found = here.views(group.aggregator.result(group.views(acc.total, here.span), acc.weight))
+            out[name] = {n: t for n, t in found.items() if travels(n)}
         return out
 
-    def _chunk(self, group: _Group, chunk: Chunk | None) -> Chunk:
+    def chunk_of(self, group: Group, chunk: Chunk | None) -> Chunk:
+        """A group's elements of a chunk of the parameters: all, where messages have to be whole."""
         if chunk is None or chunk.shapes == self.everything.shapes:
             return group.everything
         assert self.blockwise, "messages that have to be whole come in one chunk"

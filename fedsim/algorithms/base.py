@@ -10,8 +10,8 @@ received from the server has none. Written elementwise, the same lines serve K p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:  # a config is read before torch is loaded
@@ -20,17 +20,25 @@ if TYPE_CHECKING:  # a config is read before torch is loaded
     from fedsim.core.params import Layout, Message, Params
 
 
+# Rounds and steps at which it is looked up whether a name ever trains or travels.
+_SAMPLES = (*range(64), *(1 << i for i in range(6, 21)))
+
+
 @dataclass(frozen=True)
 class ClientView:
     """What an algorithm may look at while K clients train.
 
     Attributes:
         round: from 1.
-        params: the global parameters that the round started from, as the clients received them, by name; `[...]`.
+        params: the global parameters that the round started from, as the clients received them, by name; `[...]`. Personal
+            parameters are each client's own, `[K, ...]`.
         server: the server's state as they received it, by name, where the algorithm has `sends_state`; `[...]`.
         state: each client's own state as its last round left it, by name; `[K, ...]`.
-        steps: optimiser steps each client has done in this round, `[K]`, int64.
+        steps: optimizer steps each client has done in this round, `[K]`, int64.
         lr_sum: sum of the learning rates of these steps, `[K]`.
+        part: the training that is looked at, one of the algorithm's `parts`.
+        batch: which batch of the step, from 0.
+        facts: what the algorithm `needs`, by name, `[K]`.
     """
 
     round: int
@@ -39,6 +47,9 @@ class ClientView:
     state: Params
     steps: Tensor
     lr_sum: Tensor
+    part: str = "shared"
+    batch: int = 0
+    facts: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
 
 
 @dataclass
@@ -78,6 +89,12 @@ class Algorithm:
         aggregates: message group -> how the clients' messages become one: a name (mean, sum) or an `Aggregator`. No group:
             nothing is sent or merged, and each client has a model of its own, in its state.
         sends_state: the server's state goes to the clients together with the parameters.
+        parts: trainings that a client takes in a round, each in a lane of its own. With several, client state is named
+            `PART/NAME` in `init`, and each part sees its own, by `NAME`. The first part is the one that metrics of
+            steps count; the last one is the client's own model, which is evaluated.
+        batches: batches drawn for each step; the optimizer steps by the gradient of the last one.
+        needs: facts that are measured for it: `start_loss`, the mean loss of the received model on the client's training
+            examples of the round.
     """
 
     weights: Literal["samples", "steps", "uniform"] = "samples"
@@ -86,6 +103,24 @@ class Algorithm:
     blockwise: ClassVar[bool] = True
     aggregates: ClassVar[Mapping[str, Any]] = {"update": "mean"}
     sends_state: ClassVar[bool] = False
+    parts: ClassVar[tuple[str, ...]] = ("shared",)
+    batches: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def trains(self, name: str, round: int, step: int) -> bool:
+        """Whether a parameter trains at a step of the round, from 0; what does not keeps its value and its optimizer state."""
+        return True
+
+    def travels(self, name: str, round: int) -> bool:
+        """Whether a parameter is part of the messages of a round; what is not stays at the server as it is.
+
+        A parameter that trains and never travels is personal: each client keeps its own.
+        """
+        return True
+
+    def resets(self, name: str, round: int) -> bool:
+        """Whether a parameter starts the round with fresh optimizer state."""
+        return False
 
     def init(self, params: Params) -> tuple[Params, Params]:
         """State before round 1: (the server's, that of a client that takes part for the first time)."""
@@ -103,11 +138,15 @@ class Algorithm:
         """Variables of this round alone, `[K, ...]`, that the other methods may change in place."""
         return {}
 
+    def at(self, params: Params, scratch: Params, c: ClientView) -> Params:
+        """Where the gradient of a batch is taken; the step is applied to `params`, which are left as they are."""
+        return params
+
     def adjust(self, grads: Params, params: Params, scratch: Params, c: ClientView) -> None:
-        """Change the gradients of a step in place, before they are clipped."""
+        """Change the gradients of a batch in place, before they are clipped; of the parameters that train at this step."""
 
     def after_step(self, params: Params, scratch: Params, c: ClientView, lr: Tensor) -> None:
-        """Change the parameters in place after an optimiser step with these learning rates, `[K]`."""
+        """Change the parameters that train at this step in place, after a step with these learning rates, `[K]`."""
 
     def finish(self, params: Params, scratch: Params, c: ClientView) -> tuple[Message, Params]:
         """(what the clients send, by group; their new state), after their last step."""
@@ -116,6 +155,29 @@ class Algorithm:
     def step(self, server: Server, reduced: Message, info: Info) -> Server:
         """The server's next parameters and state, from the merged messages."""
         return Server({n: p + reduced["update"][n] for n, p in server.params.items()}, server.state)
+
+    def overrides(self, *hooks: str) -> bool:
+        """Whether any of these methods is other than FedAvg's."""
+        return any(getattr(type(self), hook) is not getattr(Algorithm, hook) for hook in hooks)
+
+    def stays(self, names: Iterable[str]) -> frozenset[str]:
+        """The parameters that never travel."""
+        if not self.overrides("travels"):
+            return frozenset()
+        return frozenset(n for n in names if not any(self.travels(n, r) for r in _SAMPLES[1:]))
+
+    def personal(self, names: Iterable[str]) -> frozenset[str]:
+        """The parameters that each client keeps: those that never travel, and train at some step."""
+        stays = self.stays(names)
+        if not self.overrides("trains"):
+            return stays
+        return frozenset(n for n in stays if any(self.trains(n, r, s) for r in _SAMPLES[1:] for s in _SAMPLES))
+
+    def part_state(self, state: Params, part: str) -> Params:
+        """The client state of one part, by the names that the part sees."""
+        if len(self.parts) == 1:
+            return state
+        return {n.removeprefix(f"{part}/"): t for n, t in state.items() if n.startswith(f"{part}/")}
 
     @property
     def merges(self) -> bool:

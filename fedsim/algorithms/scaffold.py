@@ -65,8 +65,8 @@ class Scaffold(Algorithm):
     def after_step(self, params: Params, scratch: Params, c: ClientView, lr: Tensor) -> None:
         """y -= eta (c - c_k)."""
         if self.correction == "after":
-            for name, own in c.state.items():
-                params[name].sub_(per_lane(lr, own) * (c.server[name] - own))
+            for name, param in params.items():
+                param.sub_(per_lane(lr, param) * (c.server[name] - c.state[name]))
 
     def finish(self, params: Params, scratch: Params, c: ClientView) -> tuple[Message, Params]:
         """(y - x, c_k' - c_k), c_k'; a client that took no step, or only steps of rate 0, keeps its c_k."""
@@ -85,4 +85,4 @@ class Scaffold(Algorithm):
     def step(self, server: Server, reduced: Message, info: Info) -> Server:
         """x += eta_g mean update; c += sum_k w_k (c_k' - c_k) / (weight of all clients)."""
         params = {n: x + self.server_lr * reduced["update"][n] for n, x in server.params.items()}
-        return Server(params, {n: c + reduced["control"][n] / info.all_weight for n, c in server.state.items()})
+        return Server(params, {n: server.state[n] + c / info.all_weight for n, c in reduced["control"].items()})

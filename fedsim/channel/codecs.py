@@ -30,8 +30,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fedsim.channel.base import Senders, Sizes, Stage
 from fedsim.core.errors import UserError
-from fedsim.core.params import ALIGN
+from fedsim.core.params import ALIGN, Message, Params
 
 _ALIASES = {
     "fp32": ("float32", "float", "single"),
@@ -85,23 +86,7 @@ _CODES = {"blockwise8": _Code(4096, 8, True, _dynamic_tree()), "nf4": _Code(64, 
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Bytes of a message: `values`, and `scales` with the tables of levels."""
-
-    values: int
-    scales: int = 0
-
-    @property
-    def total(self) -> int:
-        """All bytes."""
-        return self.values + self.scales
-
-    def __add__(self, other: Sizes) -> Sizes:
-        return Sizes(self.values + other.values, self.scales + other.scales)
-
-
-@dataclass(frozen=True)
-class Message:
+class Encoded:
     """A tensor as it travels.
 
     Attributes:
@@ -151,8 +136,8 @@ def codec(name: str | None) -> Codec:
     return Codec(found, _CASTS[found]) if found in _CASTS else _Blockwise(found)
 
 
-class Codec:
-    """Tensors to messages and back, on any device; the base class casts.
+class Codec(Stage):
+    """Tensors to messages and back, on any device; the base class casts. As a stage it codes each tensor by itself, in both directions.
 
     Tensors are `[..., n]` and floating-point. The leading axes are lanes: each is coded as if it were alone, to the same
     bits. Blocks run along the last axis and never cross tensors: the caller passes one tensor, or a piece of it that
@@ -165,13 +150,24 @@ class Codec:
     def __init__(self, name: str, dtype: torch.dtype | None) -> None:
         self.name, self._dtype = name, dtype
 
-    def encode(self, x: Tensor) -> Message:
+    def up(self, message: Message, c: Senders, state: Message) -> tuple[Message, Message]:
+        """The messages as they arrive, coded client by client and tensor by tensor."""
+        return {
+            group: {n: self.round_trip(u.reshape(len(u), -1)).view(u.shape) for n, u in tensors.items()}
+            for group, tensors in message.items()
+        }, state
+
+    def down(self, params: Params) -> Params:
+        """Parameters as they arrive, coded tensor by tensor."""
+        return {n: self.round_trip(t.reshape(-1)).view(t.shape) for n, t in params.items()}
+
+    def encode(self, x: Tensor) -> Encoded:
         """The message of `x`; its values share memory with `x` where the type is the same."""
         _check(x)
         x = x.detach()
-        return Message(self.name, x if self._dtype is None else x.to(self._dtype), None, x.shape[-1])
+        return Encoded(self.name, x if self._dtype is None else x.to(self._dtype), None, x.shape[-1])
 
-    def decode(self, message: Message, dtype: torch.dtype) -> Tensor:
+    def decode(self, message: Encoded, dtype: torch.dtype) -> Tensor:
         """What arrives, `[..., n]` in `dtype`; shares memory with the message where the type is the same.
 
         Raises:
@@ -208,7 +204,7 @@ class Codec:
         width = (dtype if self._dtype is None else self._dtype).itemsize
         return Sizes(width * sum(_numels(shapes)))
 
-    def _check_mine(self, message: Message) -> None:
+    def _check_mine(self, message: Encoded) -> None:
         if message.codec != self.name:
             raise ValueError(f"a message by {message.codec} cannot be read by {self.name}")
 
@@ -221,7 +217,7 @@ class _Blockwise(Codec):
         self._code = _CODES[name]
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Message:
+    def encode(self, x: Tensor) -> Encoded:
         """The message of `x`, computed in float32."""
         _check(x)
         lead, n, bits = x.shape[:-1], x.shape[-1], self._code.bits
@@ -238,10 +234,10 @@ class _Blockwise(Codec):
                     codes = torch.nn.functional.pad(codes, (0, 1))
                 codes = (codes[:, 0::2] << 4) | codes[:, 1::2]
             values[:, start * bits // 8 : -(-stop * bits // 8)] = codes
-        return Message(self.name, values.view(*lead, width), scales.view(*lead, blocks), n)
+        return Encoded(self.name, values.view(*lead, width), scales.view(*lead, blocks), n)
 
     @torch.no_grad()
-    def decode(self, message: Message, dtype: torch.dtype) -> Tensor:
+    def decode(self, message: Encoded, dtype: torch.dtype) -> Tensor:
         """What arrives, `[..., n]` in `dtype`: level x scale, multiplied in float32.
 
         Raises:

@@ -73,7 +73,7 @@ class Share:
     """One run's part of a pass.
 
     Attributes:
-        trainer: the run's own; it knows the run's rows, seed, rates and kept state.
+        worker: the run's own; it knows the run's examples, seed, rates and kept state.
         pack: clients that train in it.
         weights: the run's global parameters, flat `[N]`, on any device.
         server: its server state.
@@ -81,7 +81,7 @@ class Share:
         turn: when that may be done.
     """
 
-    trainer: Any
+    worker: Any
     pack: Pack
     weights: Any
     server: Any

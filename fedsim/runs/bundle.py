@@ -1,4 +1,4 @@
-"""All that a worker process needs to make its trainer: base, adapter, rows and sites; it pickles, with its tensors shared."""
+"""All that a worker process needs to make its worker: base, adapter, rows and sites; it pickles, with its tensors shared."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ from fedsim.models.forward import Net
 from fedsim.models.probe import probe
 from fedsim.models.stacked import StackedNet, StreamNet
 from fedsim.models.unsuitable import Unsuitable
-from fedsim.training.trainer import Recipe, Sites, Trainer
+from fedsim.training.config import LocalTrainingConfig, Sites
+from fedsim.training.scoring import Evaluator
+from fedsim.training.trainer import Trainer
+from fedsim.training.worker import Worker
 
 
 @dataclass
 class Bundle:
-    """All that a worker needs to make its trainer; pickles as handles to shared memory."""
+    """All that a worker needs to make its worker; pickles as handles to shared memory."""
 
     model: nn.Module
     adapter: str
@@ -40,7 +43,7 @@ class Bundle:
     train: tuple[Tensor, Tensor] | VirtualPartition
     own: tuple[Tensor, Tensor] | None
     algorithms: dict[str, Algorithm]
-    recipe: Recipe
+    recipe: LocalTrainingConfig
     state: Path
     tokenizer: Any
     masters: bool = True
@@ -52,7 +55,7 @@ class Bundle:
         return [] if isinstance(self.train, VirtualPartition) else [*self.train, *self.own]
 
     def sites(self) -> Sites:
-        """What a trainer is told of the clients' rows; no virtual client has validation rows of its own."""
+        """What a worker is told of the clients' rows; no virtual client has validation rows of its own."""
         if isinstance(self.train, VirtualPartition):
             return Sites(self.train.rows, lambda client: np.empty(0, dtype=np.int64), range(0), self.train.all_rows)
         offsets, indices = self.train
@@ -68,8 +71,8 @@ class Bundle:
         keys = {"task": self.task, "seed": self.seed, "masters": self.masters}
         return adapters.attach(self.model, self.adapter, self.settings, **keys)
 
-    def trainer(self, model: nn.Module, own: list[nn.Module], device: torch.device, engine: Engine) -> Trainer:
-        """The trainer around a model that already has its adapter."""
+    def worker(self, model: nn.Module, own: list[nn.Module], device: torch.device, engine: Engine) -> Worker:
+        """The worker around a model that already has its adapter."""
         model.to(device)
         net: Net | StackedNet
         if engine.packed:
@@ -78,15 +81,17 @@ class Bundle:
             net = StreamNet(model, own, task=self.task, device=device, autocast=self.autocast)
         else:
             net = Net(model, own, task=self.task, device=device, base_dropout=self.base_dropout, autocast=self.autocast)
-        made = Trainer(
-            net, self.tokens, self.sites(), self.algorithms, self.recipe, self.seed, self.state, self.tokenizer
-        )
-        made.configure(engine)
-        return made
+        by_name = any(a.overrides("trains", "resets") for a in self.algorithms.values())
+        trainer = Trainer(net, self.tokens["train"], self.recipe, by_name)
+        trainer.configure(engine)
+        return self._worker(trainer, Evaluator(trainer, self.tokens, self.tokenizer))
 
-    def guest(self, host: Trainer) -> Trainer:
-        """A trainer of this run on the model of another's."""
-        return host.guest(self.sites(), self.algorithms, self.recipe, self.seed, self.state)
+    def guest(self, host: Worker) -> Worker:
+        """A worker of this run on the device and the model of another's."""
+        return self._worker(host.trainer, host.evaluator)
+
+    def _worker(self, *device: Any) -> Worker:
+        return Worker(*device, self.sites(), self.algorithms, self.recipe, self.seed, self.state)
 
     def why_not_packed(self, model: nn.Module, own: list[nn.Module]) -> str | None:
         """Why clients cannot train in lanes, found out on the CPU; None where they can."""
@@ -107,11 +112,11 @@ class Bundle:
         if why is not None:
             raise UserError(f"training.packing: true, but {why}; set it to false")
 
-    def __call__(self, device: torch.device, engine: Engine) -> Trainer:
+    def __call__(self, device: torch.device, engine: Engine) -> Worker:
         # In a worker, whose torch is as it comes: what the main process was told of kernels holds here too.
         settle_cpu() if device.type == "cpu" else use_kernels(self.kernels)
         with base.quiet():
-            return self.trainer(*self.attach(), device, engine)
+            return self.worker(*self.attach(), device, engine)
 
 
 def _tried(kind: type, model: nn.Module, own: list[nn.Module], task: str) -> str | None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
 from torch import nn
 
 from fedsim.algorithms import Algorithm
-from fedsim.channel.codecs import codec
+from fedsim.channel import Sizes, downlink, uplink
+from fedsim.config.sections import Messages
 from fedsim.core.params import Layout, meta
 from fedsim.core.store import Store
 from fedsim.models import adapters
@@ -26,19 +31,16 @@ def describe(
     stores: dict[str, Store],
     where: str,
     plan: Plan,
-) -> tuple[int, int]:
+) -> Callable[[int], tuple[int, int]]:
     """Show it, and write `model.json`.
 
     Returns:
-        Bytes that a client sends and receives per round.
+        Round -> bytes that a client sends and receives.
     """
     exp, messages, trained = parts.exp, parts.exp.messages, adapters.trained(model)
     about, dtype = adapters.describe(model, trained), next(iter(trained.values())).dtype
     algorithm = spec.algorithms.get("federated", Algorithm())
-    sent = [s for group in algorithm.messages(layout).values() for s in group.shapes.values()]
-    received = [*layout.shapes.values()]
-    received += [tuple(t.shape) for t in algorithm.sent(algorithm.init(meta(layout))[0]).values()]
-    up, down = codec(messages.up).nbytes(sent, dtype), codec(messages.down).nbytes(received, dtype)
+    up, down = _sizes(algorithm, layout, messages, dtype, 1)
     about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
     kept = {m: stores[m].nbytes for m in exp.modes}
     folder.write_json("model.json", {**about, "adapter": exp.adapter.name, "kept_bytes_per_client": kept})
@@ -72,4 +74,18 @@ def describe(
         if (over := tokens.over(exp.data.max_length)) is not None:
             share, text = over
             (show.warn if share > 0.05 else show.note)(f"{'warning: ' if share > 0.05 else ''}{split}: {text}")
-    return up.total, down.total
+    return functools.cache(
+        lambda round: tuple(size.total for size in _sizes(algorithm, layout, messages, dtype, round))
+    )
+
+
+def _sizes(
+    algorithm: Algorithm, layout: Layout, messages: Messages, dtype: torch.dtype, round: int
+) -> tuple[Sizes, Sizes]:
+    """Bytes of a client's message in a round, and of what it receives: all that ever travels, as it may have missed rounds."""
+    layouts = algorithm.messages(layout).values()
+    sent = [shape for group in layouts for n, shape in group.shapes.items() if algorithm.travels(n, round)]
+    stays, state = algorithm.stays(layout.shapes), algorithm.sent(algorithm.init(meta(layout))[0])
+    received = [*layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items())]
+    arrives = [shape for n, shape in received if n not in stays]
+    return uplink(messages.up).nbytes(sent, dtype), downlink(messages.down).nbytes(arrives, dtype)

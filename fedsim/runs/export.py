@@ -36,7 +36,7 @@ def save_model(
     place = folder.path / name
     beside = place.with_name(f".{place.name}.{os.getpid()}")
     # Clients can be many and their adapters small: a tokenizer in each would be most of what is written.
-    small = name.startswith("local/") and not full
+    small = name.startswith(("local/", "personal/")) and not full
     try:
         export.save(
             model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from fedsim.simulate.rounds import Halved, PackDone, Round, World, collect, glob
 from fedsim.simulate.schedule import CENTRAL as CENTRAL_CLIENT
 from fedsim.simulate.schedule import Schedule
 from fedsim.simulate.state import GLOBAL, State
-from fedsim.training.trainer import reducers_of
+from fedsim.training.packs import reducer_of
+from fedsim.training.records import RecordLayout
 
 BY_ROW_CLIENTS = 100  # local models that are evaluated example by example at the end; of more, only the best ones
 
@@ -84,7 +85,7 @@ def _world(setup: Setup, mode: str) -> World:
         schedule_of(setup.parts, mode),
         algorithm,
         setup.layout,
-        reducers_of({mode: algorithm}, setup.layout, setup.spec.recipe)[mode],
+        reducer_of(algorithm, setup.layout, setup.spec.recipe),
         setup.choice,
         setup.plan,
         setup.memory,
@@ -256,11 +257,14 @@ def _finish(
         save_model(setup.parts, setup.folder, setup.spec, setup.model, setup.layout, setup.memory.params, place)
         exported[place] = (client, round)
 
+    folders = folder_names(setup.parts.partition.names or ())
     owners: list[tuple[str | None, Any, str]] = []  # of best models: client, choice, label
     if world.algorithm.merges:
         export("global", None, state.round)
         answers = yield from collect(executor.score([Scoring("validation", by_row=True)]))
         last = _by_row("validation", [mode], answers)
+        for name in _personal(setup, world, state):
+            export(f"personal/{folders.get(name, name)}", name, state.round)
         requests = []
         if state.best is not None:
             executor.broadcast(setup.read(world.best, state.best_records.read(GLOBAL)), {})
@@ -269,7 +273,6 @@ def _finish(
             owners.append((None, state.best, mode))
     else:
         labels, records, best_records = [], [], []
-        folders = folder_names(setup.parts.partition.names or ())
         for client, at in sorted(state.records.table.items()):
             name = None if client == CENTRAL_CLIENT else world.schedule.name(client)
             place, label = (CENTRAL, CENTRAL) if name is None else (f"local/{folders.get(name, name)}", f"local {name}")
@@ -300,6 +303,19 @@ def _finish(
     chosen = _by_row("test", [label for *_, label in owners], answers)
     found = {label: {**last.get(label, {}), **chosen.get(label, {})} for label in {**last, **chosen}}
     return found, tested, exported
+
+
+def _personal(setup: Setup, world: World, state: State) -> Iterator[str]:
+    """Each client that keeps a model, or a part of one, of its own: its parameters are in the run's vector meanwhile."""
+    own = RecordLayout.of(world.schedule.mode, world.algorithm, setup.layout, setup.spec.recipe).own
+    views = {n: view for n, view in setup.layout.views(setup.memory.params).items() if n in own}
+    shared = clone(views)
+    for client, at in sorted(state.records.table.items()) if own else ():
+        for name, view in views.items():
+            view.copy_(world.store.read(at, own[name], own[name] + view.numel()).view(view.shape))
+        yield world.schedule.name(client)
+    for name, view in views.items():
+        view.copy_(shared[name])
 
 
 def _packed(setup: Setup, mode: str, store: str, records: list[int]) -> list[Scoring]:

@@ -18,18 +18,18 @@ from fedsim.simulate.availability import ClientAvailability, by_number
 from fedsim.simulate.schedule import CENTRAL as CENTRAL_CLIENT
 from fedsim.simulate.schedule import Schedule
 from fedsim.simulate.state import State
+from fedsim.training.config import LocalTrainingConfig
 from fedsim.training.optim import Optim
-from fedsim.training.trainer import Recipe
 
 
-def recipe_of(exp: Experiment) -> Recipe:
+def recipe_of(exp: Experiment) -> LocalTrainingConfig:
     """How the experiment's clients train and are scored."""
     work, ev = exp.local, exp.evaluate
     names = [f.name for f in dataclasses.fields(Optim)]
     keys = {n: getattr(work, n) for n in names}
     # Alone and central nothing is merged: rounds are only places where they are scored, so the optimiser lives on.
     keep = {"federated": work.keep_state, "local": True, "central": True}
-    return Recipe(
+    return LocalTrainingConfig(
         Optim(**{**keys, "betas": tuple(work.betas)}),
         draw_of(exp),
         work.micro_batch or work.batch_size,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedsim.algorithms import Local
+from fedsim.algorithms import Algorithm, Local
 from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
+from fedsim.core.errors import UserError
 from fedsim.core.files import differing, record
 from fedsim.core.numerics import kernels, threads
 from fedsim.core.params import Layout, Params, meta
@@ -33,9 +34,10 @@ from fedsim.runs.progress import Progress
 from fedsim.runs.resolve import check_memory, recipe_of, schedule_of
 from fedsim.simulate.rounds import collect
 from fedsim.simulate.state import Choice
+from fedsim.training.packs import reducer_of
 from fedsim.training.planner import Plan
 from fedsim.training.planner import describe as describe_plan
-from fedsim.training.trainer import reducers_of, stores_of
+from fedsim.training.records import stores_of
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Setup:
         executor, memory: where packs run, and what it allocated for this run.
         stores: by mode, records of client state, and `best-<mode>` of best models.
         first: the parameters that training starts from, as one record.
-        bytes_of: of a client's message to the server, and of the server's to it.
+        bytes_of: round -> bytes of a client's message to the server, and of the server's to it.
         initial: validation scores before training, once they are known.
     """
 
@@ -69,7 +71,7 @@ class Setup:
     memory: Memory
     stores: dict[str, Store]
     first: Store
-    bytes_of: tuple[int, int]
+    bytes_of: Callable[[int], tuple[int, int]]
     initial: Scores | None = None
 
     @property
@@ -160,12 +162,14 @@ def set_up(
         if executor is None:
 
             def make(device: torch.device, engine: Engine) -> Any:
-                return spec.trainer(model, own, device, engine)
+                return spec.worker(model, own, device, engine)
 
             if fleet is not None:
                 executor = fleet.executor(make, spec.guest)
             else:
                 executor = SerialExecutor(make, devices[0], plan.threads, home)
+        if exp.simulation.late == "next" and "federated" in spec.algorithms:
+            _check_late(spec.algorithms["federated"], layout, exp.rounds)
         bytes_of = describe(parts, folder, show, spec, model, layout, stores, f"{kind} on {', '.join(devices)}", plan)
         first = _keep_start(parts, folder, spec, model, layout)
         memory = _start(executor, parts, spec, layout, plan.engine)
@@ -181,6 +185,20 @@ def set_up(
             executor.close()
         raise
     return made
+
+
+def _check_late(algorithm: Algorithm, layout: Layout, rounds: int) -> None:
+    """Late messages are added to those of the next round, which must hold the same parameters.
+
+    Raises:
+        UserError: if the algorithm does not send the same parameters in every round.
+    """
+    for name in layout.shapes if algorithm.overrides("travels") else ():
+        if len({algorithm.travels(name, round) for round in range(1, rounds + 1)}) > 1:
+            raise UserError(
+                "simulation.late: 'next', but this algorithm does not send the same parameters in every round; "
+                "set simulation.late=drop"
+            )
 
 
 def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> Bundle:
@@ -233,8 +251,7 @@ def _pool(
 
 
 def _start(executor: Any, parts: Parts, spec: Bundle, layout: Layout, engine: Engine) -> Memory:
-    reducers = reducers_of(spec.algorithms, layout, spec.recipe)
-    summed = max(reducer.numel for reducer in reducers.values())
+    summed = max(reducer_of(a, layout, spec.recipe).numel for a in spec.algorithms.values())
     server = Layout.of(_sent(spec, meta(layout)))
     return executor.start(layout, server, engine, summed, schedule_of(parts, "federated").many_packs)
 

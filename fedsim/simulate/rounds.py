@@ -7,7 +7,7 @@ curves differ in who trains and in whether aggregation follows, and in nothing e
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -58,7 +58,7 @@ class World:
         store, best: records of client state, and of best models.
         generate: whether the global model is also evaluated by generation.
         chunk: elements of the parameters that are aggregated at a time; None = all.
-        bytes_of: of a client's message to the server, and of the server's to it.
+        bytes_of: round -> bytes of a client's message to the server, and of the server's to it.
     """
 
     schedule: Schedule
@@ -72,7 +72,7 @@ class World:
     best: Store
     generate: bool
     chunk: int | None
-    bytes_of: tuple[int, int]
+    bytes_of: Callable[[int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def _train(
         try:
             for arrives in sorted({round, *work.arrivals}, reverse=True):  # this round last: it stays in the buffers
                 clients = [w.client for w in work.arriving(arrives)]
-                lanes, slot = world.plan.lanes_at(schedule.mode, round), schedule.size * (arrives - round)
+                lanes = max(1, world.plan.lanes_at(schedule.mode, round) // len(world.algorithm.parts))
+                slot = schedule.size * (arrives - round)
                 these = schedule.packs(round, state, lanes, clients, slot)
                 packs += these
                 acc = reducer.zero(world.memory.total, world.memory.spare) if merges else None
@@ -215,18 +216,22 @@ def server_step(
 ) -> None:
     """The next global parameters, in place: in chunks if the algorithm allows it and the server keeps no state."""
     apart = algorithm.blockwise and reducer.blockwise and not state.server
+
+    def travels(name: str) -> bool:
+        return algorithm.travels(name, info.round)
+
     for part in layout.chunks(chunk if apart else None):
-        here = part.views(state.params[part.span])
-        after = algorithm.step(Server(here, state.server), reducer.result(acc, part), info)
+        here = {n: view for n, view in part.views(state.params[part.span]).items() if travels(n)}
+        after = algorithm.step(Server(here, state.server), reducer.result(acc, part, travels), info)
         for name, view in here.items():
             view.copy_(after.params[name])
-        state.server = after.state
+        state.server = state.server | after.state  # what the step does not return stays
         del after  # before those of the next chunk are made
 
 
 def _traffic(world: World, state: State, round: int, work: RoundWork, packs: Sequence[Pack]) -> list[Row]:
     """Bytes by client; a client whose message is lost has received the global model and sends nothing."""
-    up, down = world.bytes_of
+    up, down = world.bytes_of(round)
     name, lost = world.schedule.name, [w.client for w in work.arriving(None)]
     sent = [(t.client, t.name, {"bytes_up": up, "bytes_down": down}) for p in packs for t in p.tasks]
     sent += [(c, name(c), {"bytes_down": down}) for c in lost]

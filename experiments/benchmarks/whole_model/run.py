@@ -161,13 +161,15 @@ def clock_engine(*clocks: Clock) -> None:
     from fedsim.core.store import Store
     from fedsim.executors import SerialExecutor
     from fedsim.runs.checkpoints import Checkpoints
-    from fedsim.training.trainer import Trainer
+    from fedsim.training.lanes import LaneGroup
+    from fedsim.training.scoring import Evaluator
+    from fedsim.training.worker import Worker
 
     for owner, name, part in (
-        (Trainer, "train", "training"),
-        (Trainer, "_start", "copying in"),
-        (Trainer, "_finish", "adding the update"),
-        (Trainer, "_score_lanes", "scoring"),
+        (Worker, "train", "training"),
+        (LaneGroup, "start", "copying in"),
+        (LaneGroup, "finish", "adding the update"),
+        (Evaluator, "lanes", "scoring"),
         (SerialExecutor, "score", "scoring"),
         (Reducer, "zero", "merging"),
         (loop, "server_step", "merging"),
@@ -312,7 +314,10 @@ def bandwidth_side(turn: Turn) -> None:
     from fedsim.core.types import Pack, Share, Task
     from fedsim.runs.resolve import recipe_of
     from fedsim.simulate import rounds
-    from fedsim.training.trainer import Trainer, _Part
+    from fedsim.training.lanes import LaneGroup
+    from fedsim.training.packs import RunPack
+    from fedsim.training.trainer import Fit, Trainer
+    from fedsim.training.worker import Worker
 
     message = turn.hear()
     torch.set_num_threads(message["threads"])
@@ -322,22 +327,22 @@ def bandwidth_side(turn: Turn) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config)
     layout = Layout({n: tuple(p.shape) for n, p in model.named_parameters()}, torch.float32)
     algorithm = ALGORITHMS[exp.algorithm.name]()
-    net = SimpleNamespace(
-        layout=layout, device=device, adopt=lambda flat: None
-    )  # a trainer needs no more to start and end
-    recipe, state = recipe_of(exp), Path(message["base"]).parent
-    trainer = Trainer(net, {}, None, {"federated": algorithm}, recipe, exp.seed, state, None)
+    net = SimpleNamespace(layout=layout, device=device, adopt=lambda flat: None)  # lanes need no more to start and end
+    config, state = recipe_of(exp), Path(message["base"]).parent
+    trainer = Trainer(net, None, config)
     weights, total = layout.empty(device), layout.empty(device)
     task = Task(0, "site-1", 1, None, 0, 0, 0, weight=1.0)
     pack, clients = Pack(0, "federated", (task,), 0), message["clients"]
 
     def once(chunk: int) -> tuple[dict[str, float], float]:
         """Seconds of each operation, and how far the mean of equal clients is from a client's own parameters."""
-        trainer.recipe = dataclasses.replace(recipe, chunk=chunk)
-        trainer._keep(state)
-        reducer = trainer.reducers["federated"]
-        part = _Part(Share(trainer, pack, weights, {}, total), algorithm)
-        part.lanes, part.tasks = [0], [task]
+        worker = Worker(
+            trainer, None, None, {"federated": algorithm}, dataclasses.replace(config, chunk=chunk), exp.seed, state
+        )
+        run = RunPack(Share(worker, pack, weights, {}, total))
+        group = LaneGroup(run, "shared", trainer)
+        group.lanes, group.tasks = [0], [task]
+        reducer, fit = run.setup.reducer, Fit([0.0], [0], [0], [1], torch.zeros(1))
         seconds: dict[str, float] = {}
 
         def clocked(name: str, function: Callable) -> Any:
@@ -348,12 +353,16 @@ def bandwidth_side(turn: Turn) -> None:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
             return out
 
+        def add() -> None:
+            group.judge(fit)
+            group.finish(fit)
+
         weights.fill_(1.0)
-        clocked("copying in", lambda: trainer._start(part))
+        clocked("copying in", group.start)
         trainer.flat.add_(0.5)  # what training did
         clocked("clearing", lambda: reducer.zero(total))
         for _ in range(clients):
-            clocked("adding", lambda: trainer._finish(part, [1], [0.0], torch.zeros(1)))
+            clocked("adding", add)
         summed = Accumulator(total, weight=float(clients))
         here, info = rounds.State(weights, {}, Records(), keeps=False), Info(1, clients, clients, clients, clients)
         clocked("server step", lambda: rounds.server_step(algorithm, reducer, layout, summed, here, info, chunk))

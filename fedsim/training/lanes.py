@@ -1,0 +1,279 @@
+"""The lanes of a run in a pass: what its algorithm starts them from, changes between steps, and makes of them at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.channel import Senders
+from fedsim.core.heartbeat import beat
+from fedsim.core.params import Chunk, Message, Params
+from fedsim.core.types import Task
+from fedsim.training.faults import judge, norms
+from fedsim.training.packs import RunPack
+from fedsim.training.received import Received, View
+from fedsim.training.trainer import Fit, Trainer
+
+
+@dataclass
+class _Piece:
+    """A chunk of neighboring lanes, as an algorithm changes them between steps.
+
+    Attributes:
+        chunk: its number.
+        own, lanes: where the lanes are among the group's clients, and in the pass.
+        grads, params, scratch: by name, `[K, ...]`.
+    """
+
+    chunk: int
+    own: slice
+    lanes: slice
+    grads: Params
+    params: Params
+    scratch: Params
+
+
+class LaneGroup:
+    """The lanes of one part of a run's clients.
+
+    Args:
+        run: the run's pack.
+        part: which of the algorithm's parts.
+        trainer: whose lanes they are.
+
+    Attributes:
+        lanes, tasks: its lanes, ascending, and the task of each.
+        facts: what the algorithm needs, by name, `[K]`.
+    """
+
+    def __init__(self, run: RunPack, part: str, trainer: Trainer) -> None:
+        self.run, self.part, self.trainer, self.device = run, part, trainer, trainer.net.device
+        self.number = run.algorithm.parts.index(part)
+        self.chunks = run.setup.chunks
+        self.lanes: list[int] = []
+        self.tasks: list[Task] = []
+        self.facts: dict[str, Tensor] = {}
+        self.scratch: list[Params] = []  # by chunk
+        self._norms: list[float] = []
+        self._pieces: tuple[int, list[_Piece]] = (0, [])  # of so many active lanes
+        self._received: Received | None = None
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    def received(self, chunk: int) -> Received:
+        """What its clients received; kept for the round where there is but one chunk."""
+        found = self._received or Received(self, self.chunks[chunk])
+        if len(self.chunks) == 1:
+            self._received = found
+        return found
+
+    def place(self, clients: Sequence[int]) -> slice | list[int]:
+        """The lanes of these clients, by their places in `tasks`; a slice where they are the first ones: nothing is copied then."""
+        lanes = [self.lanes[i] for i in clients]
+        return slice(0, len(lanes)) if lanes == list(range(len(lanes))) else lanes
+
+    # --------------------------------------------------------------------------------------- start and steps
+
+    def fill(self, chunk: int, params: Params) -> None:
+        """Put these parameters, with or without a lane axis, into the lanes."""
+        own, here = self.place(range(len(self))), self.chunks[chunk]
+        for name, lanes in here.views(self.trainer.flat[:, here.span]).items():
+            lanes[own] = params[name].to(lanes.dtype)
+
+    def receive(self) -> None:
+        """Fill the lanes with what the clients received."""
+        for i in range(len(self.chunks)):
+            beat()
+            self.fill(i, self.received(i).params)
+
+    def start(self) -> None:
+        """Fill the lanes with what the clients start from."""
+        k, algorithm = len(self), self.run.algorithm
+        none = torch.zeros(k, dtype=self.trainer.layout.sums.dtype, device=self.device)
+        for i in range(len(self.chunks)):
+            beat()
+            view = View(self.received(i), slice(None), [0] * k, none)
+            self.fill(i, algorithm.start(view))
+            self.scratch.append(algorithm.scratch(view))
+
+    def at(self, point: Tensor, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
+        """Put where the algorithm takes the gradient into its lanes of `point`, `[K, N]`, which hold the parameters."""
+        for p in self._active(active) if self.run.algorithm.overrides("at") else ():
+            found = self.run.algorithm.at(p.params, p.scratch, self._view(p, step, lr_sums, batch))
+            here = self.chunks[p.chunk]
+            for name, view in here.views(point[p.lanes, here.span]).items():
+                if found[name] is not p.params[name]:
+                    view.copy_(found[name])
+
+    def adjust(self, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
+        """The algorithm's `adjust`, chunk by chunk."""
+        for p in self._active(active) if self.run.algorithm.overrides("adjust") else ():
+            view = self._view(p, step, lr_sums, batch)
+            self.run.algorithm.adjust(self._training(p.grads, step), self._training(p.params, step), p.scratch, view)
+
+    def after_step(self, active: int, step: int, lr_sums: Tensor, rates: Tensor) -> None:
+        """The algorithm's `after_step`, chunk by chunk."""
+        for p in self._active(active) if self.run.algorithm.overrides("after_step") else ():
+            view = self._view(p, step, lr_sums, 0)
+            self.run.algorithm.after_step(self._training(p.params, step - 1), p.scratch, view, rates[p.lanes])
+
+    def trains(self, step: int) -> np.ndarray | None:
+        """Which parameters train at a step of the round, bool `[P]`; None = all."""
+        algorithm, round = self.run.algorithm, self.tasks[0].round
+        if not algorithm.overrides("trains"):
+            return None
+        return np.array([algorithm.trains(n, round, step) for n in self.trainer.layout.shapes])
+
+    def _training(self, params: Params, step: int) -> Params:
+        algorithm, round = self.run.algorithm, self.tasks[0].round
+        if not algorithm.overrides("trains"):
+            return params
+        return {n: t for n, t in params.items() if algorithm.trains(n, round, step)}
+
+    def _view(self, piece: _Piece, steps: int, lr_sums: Tensor, batch: int) -> View:
+        """What the algorithm may look at, of a piece whose clients have done so many steps."""
+        lr_sum = lr_sums[piece.lanes]
+        return View(self.received(piece.chunk), piece.own, [steps] * len(lr_sum), lr_sum, batch)
+
+    def _active(self, active: int) -> list[_Piece]:
+        """The pieces of its lanes among the first `active` ones."""
+        if self._pieces[0] != active:
+            self._pieces = active, list(self._cut(active))
+        return self._pieces[1]
+
+    def _cut(self, active: int) -> Iterator[_Piece]:
+        at = 0
+        # Neighbors together, so that all tensors are views.
+        for _, run in groupby(enumerate(j for j in self.lanes if j < active), lambda place: place[1] - place[0]):
+            lanes = [j for _, j in run]
+            own, here = slice(at, at + len(lanes)), slice(lanes[0], lanes[-1] + 1)
+            at += len(lanes)
+            for i, chunk in enumerate(self.chunks):
+                grads, params = (chunk.views(x[here, chunk.span]) for x in (self.trainer.grad, self.trainer.flat))
+                yield _Piece(i, own, here, grads, params, {n: t[own] for n, t in self.scratch[i].items()})
+
+    # ------------------------------------------------------------------------------------------------- finish
+
+    def judge(self, fit: Fit) -> None:
+        """Note what went wrong with its clients."""
+        config = self.run.worker.config
+        most = config.max_norm if self.run.algorithm.merges else None
+        self._norms = self._norms_of_parameters() if most is None else self._norms_of_updates(fit)
+        _, found = judge(self.tasks, [fit.losses[j] for j in self.lanes], self._norms, config.policy, most)
+        self.run.report.faults += [f for f in found if f.client not in self.run.failed]
+
+    def finish(self, fit: Fit) -> None:
+        """Add the clients' messages to the accumulator, and write what the clients keep.
+
+        A client whose update counts for nothing leaves no trace but a fault: no steps, no state.
+        """
+        run, record = self.run, self.run.setup.record
+        good = [i for i, t in enumerate(self.tasks) if t.client not in run.failed]
+        tasks, senders = [self.tasks[i] for i in good], Senders([self._norms[i] for i in good])
+        if self.number == 0 and not run.may_add():
+            return
+        for i, chunk in enumerate(self.chunks if good else ()):
+            beat()
+            message, state = self._made(i, good, fit)
+            if message and run.algorithm.merges:
+                if not run.may_add():
+                    return
+                message, lost = run.worker.uplink.up(message, senders, self._lost(i, tasks, message))
+                run.add(message, tasks, chunk)
+                self._keep_lost(i, tasks, lost)
+            self._write(tasks, record.state_at(self.number) + chunk.start, state)
+            message = state = lost = None  # before those of the next chunk are made
+        if self.number == 0:
+            self._keep_personal(good)
+            run.done(tasks, [fit.steps[self.lanes[i]] for i in good])
+        for i, task in zip(good, tasks, strict=True):
+            if task.write >= 0 and record.optimizer:
+                self._keep_optimizer(self.lanes[i], task.write)
+
+    def _keep_optimizer(self, lane: int, into: int) -> None:
+        record, optimizer = self.run.setup.record, self.trainer.optimizer
+        kept, at = optimizer.kept(lane), record.optimizer_at(self.number)
+        if record.counts:
+            kept = [*kept, torch.from_numpy(optimizer.steps[lane].astype(np.float64))]
+        for part in kept:
+            beat()
+            self.run.setup.store.write_at(into, at, part)
+            at += part.numel()
+
+    def _keep_personal(self, clients: Sequence[int]) -> None:
+        for chunk in self.chunks if clients else ():
+            views = chunk.views(self.trainer.flat[:, chunk.span])
+            for name, place in self.run.setup.record.personal_in(chunk):
+                for i in clients:
+                    if self.tasks[i].write >= 0:
+                        self.run.setup.store.write_at(
+                            self.tasks[i].write, place, views[name][self.lanes[i]].reshape(-1)
+                        )
+
+    def _write(self, tasks: Sequence[Task], place: int, params: Params) -> None:
+        """Write `[K, ...]` tensors end to end into the clients' records."""
+        for j, task in enumerate(tasks if params else ()):
+            if task.write >= 0:
+                flat = torch.cat([t[j].reshape(-1) for t in params.values()])
+                self.run.setup.store.write_at(task.write, place, flat)
+
+    def _made(self, chunk: int, clients: list[int], fit: Fit) -> tuple[Message, Params]:
+        """(messages of what travels, new state) of these clients, by their places in `tasks`."""
+        own, here, algorithm = self.place(clients), self.chunks[chunk], self.run.algorithm
+        chosen = slice(None) if len(clients) == len(self) else clients
+        view = View(self.received(chunk), chosen, [fit.steps[self.lanes[i]] for i in clients], fit.lr_sums[own])
+        params = here.views(self.trainer.flat[:, here.span][own].to(self.trainer.layout.sums.dtype))
+        scratch = {n: t[chosen] for n, t in self.scratch[chunk].items()}
+        message, state = algorithm.finish(params, scratch, view)
+        return {g: {n: t for n, t in sent.items() if self.run.travels(n)} for g, sent in message.items()}, state
+
+    def _norms_of_parameters(self) -> list[float]:
+        """2-norms of the clients' parameters, which need no copy and tell as well as updates whether all are finite."""
+        flat, own = self.trainer.flat, self.place(range(len(self)))
+        found = torch.stack([torch.linalg.vector_norm(flat[:, c.span][own], dim=1) for c in self.chunks])
+        return found.square_().sum(dim=0).sqrt_().tolist()
+
+    def _norms_of_updates(self, fit: Fit) -> list[float]:
+        """2-norms of the clients' updates as the server would decode them."""
+
+        def pieces() -> Iterator[Params]:
+            for i in range(len(self.chunks)):
+                beat()
+                message, _ = self._made(i, list(range(len(self))), fit)
+                sent, _ = self.run.worker.uplink.up(message, Senders(), self._lost(i, self.tasks, message))
+                yield sent.get("update", {})
+
+        return norms(pieces(), len(self))
+
+    def _places(self, chunk: int, groups: Message) -> Iterator[tuple[str, Chunk, int]]:
+        """Group, its chunk, and where a record has what this chunk of its messages has lost."""
+        place = self.run.setup.record.lost_at
+        for name, group in self.run.setup.reducer.groups.items():
+            here = self.run.setup.reducer.chunk_of(group, self.chunks[chunk])
+            if name in groups:
+                yield name, here, place + here.start
+            place += group.layout.numel
+
+    def _lost(self, chunk: int, tasks: Sequence[Task], groups: Message) -> Message:
+        """What these groups of the clients' messages have lost so far, where clients keep that."""
+        out: Message = {}
+        setup = self.run.setup
+        for group, here, place in self._places(chunk, groups) if setup.record.lost else ():
+            size, dtype = here.stop - here.start, setup.reducer.params.dtype
+            read = [
+                setup.store.read(t.read, place, place + size) if t.read >= 0 else torch.zeros(size, dtype=dtype)
+                for t in tasks
+            ]
+            out[group] = here.views(torch.stack(read).to(self.device))
+        return out
+
+    def _keep_lost(self, chunk: int, tasks: Sequence[Task], lost: Message) -> None:
+        """Write what the clients' messages have lost now."""
+        for group, _, place in self._places(chunk, lost):
+            self._write(tasks, place, lost[group])

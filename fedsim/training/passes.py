@@ -1,0 +1,131 @@
+"""A pass: one fit of the lanes of several runs and parts, and what is measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from fedsim.core.types import Row
+from fedsim.training.lanes import LaneGroup
+from fedsim.training.scoring import Evaluator
+from fedsim.training.trainer import Fit, Trainer
+
+
+class Pass:
+    """One fit of the lanes of all groups; the hooks around its steps.
+
+    Args:
+        groups: of one run or of several; parts of a run side by side, its first part last.
+        trainer, evaluator: of the device.
+    """
+
+    def __init__(self, groups: Sequence[LaneGroup], trainer: Trainer, evaluator: Evaluator) -> None:
+        self.groups, self.trainer, self.evaluator = groups, trainer, evaluator
+        every = [
+            (g, task, g.run.worker.lane(task, g.run.pack.mode, g.number)) for g in groups for task in g.run.pack.tasks
+        ]
+        # Longest first; `order` are their places in the packs.
+        self.order = sorted(range(len(every)), key=lambda i: -len(every[i][2].batches))
+        self.owners, self.tasks, self.lanes = zip(*(every[i] for i in self.order), strict=True)
+        self.whose = [(g.run.worker, g.run.pack.mode, t) for g, t in zip(self.owners, self.tasks, strict=True)]
+        self.inside: dict[int, list[Row]] = {}  # metrics from inside the round, by lane
+        algorithms = [g.run.algorithm for g in groups]
+        self.moves = any(a.overrides("at") for a in algorithms)
+        self.batches = algorithms[0].batches
+        if any(a.batches != self.batches for a in algorithms):
+            raise ValueError("runs whose algorithms draw different numbers of batches for a step cannot go together")
+        for group in groups:
+            group.lanes = [j for j, owner in enumerate(self.owners) if owner is group]
+            group.tasks = [self.tasks[j] for j in group.lanes]
+
+    def run(self) -> None:
+        """Start, fit, finish, evaluate, report."""
+        self.trainer.reserve(len(self.lanes))
+        if any("start_loss" in group.run.algorithm.needs for group in self.groups):
+            self._measure_start()
+        for group in self.groups:
+            group.start()
+        fit = self.trainer.fit(self.lanes, self)
+        for group in self.groups:
+            group.judge(fit)
+        for group in self.groups:
+            group.finish(fit)
+        ends = [j for j in range(len(self.lanes)) if self._is_own(j) and self._counts(j) and self._ends_due(j, fit)]
+        found = self.evaluator.lanes(ends, self.whose, [fit.steps[j] for j in ends])
+        final = dict(zip(ends, found, strict=True))
+        for j in sorted(range(len(self.lanes)), key=lambda j: self.order[j]):  # metrics in the packs' order
+            self._report(j, fit, final.get(j, []))
+
+    def _measure_start(self) -> None:
+        """The mean loss of what each client received on the examples that its lane will see."""
+        for group in self.groups:
+            group.receive()
+        seen = [np.unique(np.concatenate([b for step in lane.batches for b in step])) for lane in self.lanes]
+        loss = self.trainer.losses(seen)
+        for group in self.groups:
+            group.facts["start_loss"] = loss[group.lanes]
+
+    # -------------------------------------------------------------------------------------------------- hooks
+
+    def at(self, point: Tensor, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
+        """See `Hooks`."""
+        for group in self.groups:
+            group.at(point, active, step, lr_sums, batch)
+
+    def adjust(self, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
+        """See `Hooks`."""
+        for group in self.groups:
+            group.adjust(active, step, lr_sums, batch)
+
+    def trains(self, active: int, step: int) -> np.ndarray | None:
+        """See `Hooks`."""
+        by_group = [group.trains(step) for group in self.groups]
+        if all(found is None for found in by_group):
+            return None
+        out = np.ones((active, len(self.trainer.layout.shapes)), dtype=bool)
+        for group, found in zip(self.groups, by_group, strict=True):
+            if found is not None:
+                out[[j for j in group.lanes if j < active]] = found
+        return out
+
+    def after_step(self, active: int, step: int, lr_sums: Tensor, rates: Tensor) -> None:
+        """See `Hooks`."""
+        for group in self.groups:
+            group.after_step(active, step, lr_sums, rates)
+
+    def evaluate(self, lanes: list[int], step: int) -> None:
+        """See `Hooks`."""
+        lanes = [j for j in lanes if self._is_own(j)]
+        for j, rows in zip(lanes, self.evaluator.lanes(lanes, self.whose, [step] * len(lanes)), strict=True):
+            self.inside.setdefault(j, []).extend(rows)
+
+    # ------------------------------------------------------------------------------------------------ metrics
+
+    def _is_own(self, j: int) -> bool:
+        """Whether a lane has the model that its client calls its own: that of the last part."""
+        group = self.owners[j]
+        return group.number == len(group.run.algorithm.parts) - 1
+
+    def _counts(self, j: int) -> bool:
+        return self.owners[j].run.counts(self.tasks[j].client)
+
+    def _ends_due(self, j: int, fit: Fit) -> bool:
+        return self.tasks[j].evaluate or self.owners[j].run.worker.is_due(self.tasks[j], fit.steps[j])
+
+    def _report(self, j: int, fit: Fit, final: list[Row]) -> None:
+        """Add a lane's metrics to its run's report."""
+        (_, mode, task), report, steps = self.whose[j], self.owners[j].run.report, fit.steps[j]
+        report.computed += int(fit.computed[j])
+        if not self._counts(j):
+            return
+        report.tokens += int(fit.tokens[j])
+        if not self._is_own(j):
+            return
+        name, done = None if mode == "central" else task.name, task.steps_done + steps
+        train = {"loss": (fit.losses[j] / max(1, steps), float(steps)), "tokens": (float(fit.tokens[j]), 1.0)}
+        train["computed_tokens"] = (float(fit.computed[j]), 1.0)
+        report.rows += self.inside.get(j, [])
+        report.rows += [Row(task.round, done, mode, name, "train", n, v, w) for n, (v, w) in train.items()]
+        report.rows += final
