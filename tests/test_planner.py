@@ -82,6 +82,8 @@ class Device:
             on_gpu=on_gpu,
             **asked,
         )
+        self.evaluate()
+        plan.saw(self.highest())
         return plan
 
 

@@ -288,7 +288,7 @@ def _fill_in(setup: Setup, known: bool) -> Generator[None, None, None]:
     else:
         hint = choose(plan, setup.parts, setup.spec, setup.model, setup.layout, executor, setup.devices)
         yield from setup.initial_scores()  # takes what every evaluation takes
-        plan.memory["predicted"] = max(plan.memory["predicted"], executor.peaks()[0])
+        plan.saw(executor.peaks()[0])
     save_plan(setup.folder, plan)
     for line in [hint] * (hint is not None) + describe_plan(plan, ", ".join(setup.devices)):
         setup.show.note(line)

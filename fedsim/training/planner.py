@@ -63,6 +63,10 @@ class Plan:
         """What trainers are told."""
         return Engine(self.packed, self.micro_batch, self.checkpointing)
 
+    def saw(self, peak: int) -> None:
+        """Predict at least a peak that was measured, in bytes, such as that of evaluating the initial model."""
+        self.memory["predicted"] = max(self.memory["predicted"], peak)
+
     def lanes_at(self, mode: str, round: int) -> int:
         """Clients side by side in a round."""
         return min([self.lanes, *(h["lanes"] for h in self.halved if h["mode"] == mode and h["round"] <= round)])
