@@ -71,13 +71,13 @@ class Swept:
         return [job for job in self.jobs if job.state == "failed"]
 
     def table(self, metric: str | None = None) -> Any:
-        """One row a model, as a `pandas.DataFrame`; see `fedsim.analysis.tables.sweep_table`."""
+        """One row a model, as a `pandas.DataFrame`; see `fedsim.analysis.sweeps.sweep_table`."""
         from fedsim.analysis.sweeps import sweep_table
 
         return sweep_table(self.path, metric)
 
     def cells(self, metric: str | None = None) -> Any:
-        """Mean and bootstrap interval over seeds of each cell; see `fedsim.analysis.tables.cells`."""
+        """Mean and bootstrap interval over seeds of each cell; see `fedsim.analysis.sweeps.cells`."""
         from fedsim.analysis.sweeps import cells
 
         return cells(self.table(metric))
