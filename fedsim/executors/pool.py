@@ -102,11 +102,10 @@ class PoolExecutor:
         hang_s: float | None = None,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.workers, self.home = list(devices), home
         self.weights: Tensor | None = None
         self.total: Tensor | None = None
         self.spare: Tensor | None = None
-        self._hang_s, self._note = hang_s, note
+        self._home, self._hang_s, self._note = home, hang_s, note
         self._deaths: dict[Any, list[str]] = {}  # by pack, while its round is under way
         self._unread = False  # whether handles were sent to a process that may have died before it took them
         self._pool = [_Worker(f"fedsim-worker-{i}", device) for i, device in enumerate(devices)]
@@ -125,13 +124,13 @@ class PoolExecutor:
             ClientError: if a worker cannot load its model, with its traceback.
             WorkerDied: if processes die of it.
         """
-        self.total, self.spare = map(_shared, buffers(layout, summed, many, self.home or self._pool[0].device))
+        self.total, self.spare = map(_shared, buffers(layout, summed, many, self._home or self._pool[0].device))
         params_on = functools.cache(lambda home: _shared(layout.empty(home)))
         state_on = functools.cache(lambda device: _shared(server.empty(device)))
         copies = 2 if summed and summed * layout.dtype.itemsize < _SLOTS_BELOW else 0
         self._layout, self._server_layout, self._engine = layout, server, engine
         for worker in self._pool:
-            worker.weights, worker.server = params_on(self.home or worker.device), state_on(worker.device)
+            worker.weights, worker.server = params_on(self._home or worker.device), state_on(worker.device)
             worker.slots = [_shared(buffers(layout, summed, False, worker.device)[0]) for _ in range(copies)]
             worker.free = deque(range(copies))
             self._load(worker)
