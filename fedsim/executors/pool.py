@@ -88,7 +88,7 @@ class PoolExecutor:
         home: where the global parameters and the running sum lie; None = the parameters on each worker's device, the sum on the
             first one's.
         hang_s: seconds without a heartbeat after which a worker at work is ended; None = never. A trainer beats at each pass,
-            batch and piece, see `Trainer.beat`; loading the model and waiting for a turn are not limited.
+            batch and piece of what it copies; loading the model and waiting for a turn are not limited.
         note: called with a line when a worker has died.
     """
 
@@ -377,7 +377,6 @@ def _serve(pipe: Connection, device_name: str, make_trainer: MakeTrainer) -> Non
                 if kind == "load":
                     layout, server_layout, weights, server, slots, sums, engine = rest
                     trainer = make_trainer(device, engine)
-                    trainer.beat = beat
                     assert trainer.layout.sums == layout, "the worker's parameters are not those of the run"
                     answer: Any = None
                 elif kind == "train":
