@@ -386,7 +386,7 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
     noted(transformers.LlamaForCausalLM, "forward")
     noted(Received, "_sent")  # of a chunk
     noted(Reducer, "add")
-    for place in ("trainer", "lanes", "scoring"):
+    for place in ("trainer", "lanes", "scoring", "evaluation"):
         monkeypatch.setattr(f"fedsim.training.{place}.beat", lambda: events.append("beat"))
     original = fedsim.runs.setup.recipe_of
     cut = {"chunk": ALIGN} if adapter["name"] == "none" else {}
