@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsim.core.heartbeat import beat
 from fedsim.core.params import Layout, Params
 from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Task, Turn
 
@@ -110,7 +111,6 @@ class Frail:
 
     folder: Path
     layout: Layout = LAYOUT
-    beat: Callable[[], None] | None = None
 
     def __call__(self, device: torch.device, engine: Engine) -> Frail:
         come_to(self.folder, "load")
@@ -122,7 +122,7 @@ class Frail:
         if any(t.client == 7 for t in pack.tasks):
             for _ in range(50):
                 time.sleep(0.1)
-                self.beat()
+                beat()
         come_to(self.folder, f"pack-{pack.index}")
         if turn.wait():
             for task in pack.tasks:

@@ -178,7 +178,7 @@ def test_partition_writes_a_table_and_a_figure_before_any_training(
     assert report["class_counts"] == [[2, 6, 0], [4, 4, 4]] and report["sizes"] == [8, 12]
     rows = {line.split()[0]: line.split()[1:5] for line in out.splitlines() if line.startswith("site-")}
     assert rows == {"site-1": ["8", "2", "6", "0"], "site-2": ["12", "4", "4", "4"]}
-    assert "2 clients, 20 rows" in out and "Gini" in out and err == ""
+    assert "2 clients, 20 examples" in out and "Gini" in out and err == ""
     assert [p.name for p in (here / "results" / "small").iterdir()] == ["partition"], "no run folder"
 
 
@@ -186,7 +186,7 @@ def test_partition_takes_overrides_and_a_folder(here: Path, capsys: pytest.Captu
     override = "partition={name: dirichlet, num_clients: 50, alpha: 5, min_rows: 1}"
     assert main(["partition", "small.yaml", override, "--out", "p"]) == 0
     out, _ = capsys.readouterr()
-    assert "50 clients, 1811 rows" in out and "and 10 more clients" in out
+    assert "50 clients, 1811 examples" in out and "and 10 more clients" in out
     report = json.loads((here / "p" / "partition.json").read_text())
     assert len(report["sizes"]) == 50 and sum(report["sizes"]) == 1811
     assert not (here / "results").exists()
@@ -288,7 +288,7 @@ def test_a_shell_completes_commands_and_keys(typed: str, offered: list[str]) -> 
 def test_list_components_names_every_component_with_its_keys(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--components"]) == 0
     out, _ = capsys.readouterr()
-    for section in ("data", "partition", "adapter", "algorithm", "executor"):
+    for section in ("data", "partition", "adapter", "algorithm", "aggregator", "executor"):
         assert f"\n{section}:" in f"\n{out}"
         for name in components(section):
             assert not name or any(line.split()[:1] == [name] for line in out.splitlines()), name
@@ -413,7 +413,7 @@ def test_a_real_process_exits_with_2_and_one_line(here: Path) -> None:
     command = [sys.executable, "-m", "fedsim", "run", "small.yaml", "local.lr=-1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=here)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("fedsim: local.lr: -1 is not") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("fedsim: local.lr: must be > 0 (got -1)") and done.stderr.count("\n") == 1
     done = subprocess.run([sys.executable, "-m", "fedsim", "list", "--components"], capture_output=True, text=True)
     assert done.returncode == 0 and "dirichlet_fedma" in done.stdout and done.stderr == ""
 

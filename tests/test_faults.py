@@ -27,7 +27,7 @@ import fedsim.runs.setup
 from fedsim.aggregators import Accumulator
 from fedsim.aggregators.reducer import Reducer
 from fedsim.cli.main import main
-from fedsim.core.errors import ClientError, SumLost, WorkerDied, is_lost_context, is_out_of_memory
+from fedsim.core.errors import SumLost, WorkerDied, is_lost_context, is_out_of_memory
 from fedsim.core.params import ALIGN
 from fedsim.core.store import Records
 from fedsim.core.types import Engine, Pack, Report, Scoring, Turn
@@ -183,17 +183,10 @@ def test_a_pack_that_kills_while_it_adds_ends_the_round_after_three(
     monkeypatch.setattr("fedsim.executors.pool._SLOTS_BELOW", 0)
     executor, notes = pool(1)
     arm(points, "half-1", "kill", 3)
-    with pytest.raises(WorkerDied, match=r"^round 4, client site-2 failed: 3 worker.*\n.*out-of-memory killer"):
+    three = "; ".join([r"SIGKILL on cpu \(fedsim-worker-0\)"] * 3)
+    with pytest.raises(WorkerDied, match=rf"^round 4, client site-2 failed: 3 worker.*: {three}\n.*-memory killer"):
         run(executor, [pack(0, 1), pack(1, 2)])
     assert len(notes) == 2
-
-
-def test_a_client_that_raises_is_no_death(pool: Any, points: Path) -> None:
-    executor, notes = pool(1)
-    arm(points, "pack-0", "raise", 3)
-    with pytest.raises(ClientError, match=r"^round 4, client site-1 failed on cpu .*\n(.*\n)+.*own trouble") as caught:
-        run(executor, [pack(0, 1)])
-    assert type(caught.value) is ClientError and notes == [] and len(armed(points)) == 2
 
 
 def test_errors_that_lose_the_context_and_those_that_do_not() -> None:
@@ -393,7 +386,7 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
     noted(transformers.LlamaForCausalLM, "forward")
     noted(Received, "_sent")  # of a chunk
     noted(Reducer, "add")
-    for place in ("trainer", "lanes", "scoring"):
+    for place in ("trainer", "lanes", "scoring", "evaluation"):
         monkeypatch.setattr(f"fedsim.training.{place}.beat", lambda: events.append("beat"))
     original = fedsim.runs.setup.recipe_of
     cut = {"chunk": ALIGN} if adapter["name"] == "none" else {}

@@ -445,15 +445,16 @@ def test_lanes_are_clients_alone_and_a_plain_loop(lab: Any, kind: str, method: s
 
 @st.composite
 def packs(draw: st.DrawFn) -> dict[str, Any]:
-    """An architecture, a method, clients of examples of any length, lanes and a micro-batch."""
+    """An architecture, a method, clients of examples of any length, lanes, a micro-batch and passes."""
     kind, method = draw(st.sampled_from(PRODUCTS))
     sizes = draw(st.lists(st.integers(1, 5), min_size=2, max_size=4))
     # From 3 tokens on a scored position sees two, without which queries and keys have no gradient.
     lengths = draw(st.lists(st.integers(3, 20), min_size=sum(sizes), max_size=sum(sizes)))
     answers = [draw(st.integers(1, n - 1)) for n in lengths]
     lanes, micro = draw(st.integers(2, len(sizes))), draw(st.sampled_from([None, 1, 2]))
+    epochs = draw(st.sampled_from([1, 2, 6]))  # what couples lanes grows with the steps
     drawn = {"kind": kind, "method": method, "sizes": sizes, "lengths": lengths, "answers": answers}
-    return drawn | {"lanes": lanes, "micro": micro}
+    return drawn | {"lanes": lanes, "micro": micro, "epochs": epochs}
 
 
 def check_pack(lab: Any, pack: dict[str, Any]) -> None:
@@ -461,7 +462,7 @@ def check_pack(lab: Any, pack: dict[str, Any]) -> None:
     rng, lengths, heads = np.random.default_rng(1), pack["lengths"], pack["kind"] in ENCODERS
     examples = [rng.integers(3, VOCABULARY, n) for n in lengths]
     prompts = [n if heads else n - answer for n, answer in zip(lengths, pack["answers"], strict=True)]
-    work = {"batch_size": 3, "micro_batch": pack["micro"]}
+    work = {"batch_size": 3, "micro_batch": pack["micro"], "epochs": pack["epochs"]}
     tokens = texts(examples, prompts, heads)
     bench = Bench(lab, pack["kind"], pack["method"], sizes=pack["sizes"], tokens=tokens, **work)
     packed, alone = bench.train(pack["lanes"]), bench.train(1)
@@ -489,17 +490,6 @@ def test_many_packs_are_their_clients_alone(lab: Any, pack: dict[str, Any]) -> N
     check_pack(lab, pack)
 
 
-@pytest.mark.parametrize(("kind", "method"), fast(PRODUCTS, ("llama", "p_tuning")))
-def test_twenty_steps(lab: Any, kind: str, method: str) -> None:
-    """Two passes over the rows: no rounding that a coupling of lanes would feed grows with the steps."""
-    bench = Bench(lab, kind, method, sizes=(1, 20, 2, 3), epochs=2)
-    packed, alone = bench.train(4), bench.train(1)
-    plain = bench.plain(packed.start)
-    assert len(packed.losses[1]) == 20
-    assert furthest(packed, alone) < TOLERANCE and furthest(packed, plain) < TOLERANCE
-    assert packed.losses[1] == pytest.approx(plain.losses[1], rel=TOLERANCE)
-
-
 ON_DECODERS = [("llama", "lora"), ("llama", "prompt"), ("llama_shared", "prefix"), ("gpt2", "adapter")]
 ON_DECODERS += [("gpt_neox", "ia3"), ("opt", "p_tuning"), ("mistral", "lora")]
 
@@ -514,7 +504,7 @@ def test_heads_on_decoders(lab: Any, kind: str, method: str) -> None:
     assert furthest(packed, bench.plain(packed.start)) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", fast([*DECODERS, *ENCODERS[:3]], "gpt2", "opt", "roberta"))
+@pytest.mark.parametrize("kind", fast([*DECODERS, *ENCODERS[:3]], "gpt2", "roberta"))
 def test_a_stream_longer_than_the_positions_of_the_base(lab: Any, kind: str) -> None:
     """All lanes' rows together are far longer than any row may be: nothing may count positions, or tables, along them."""
     bench = Bench(lab, kind, sizes=(24, 1, 30), batch_size=30)
@@ -761,7 +751,7 @@ def test_moments_follow_clients_through_sampled_cohorts(lab: Any, few: dict, wor
     assert apart(adapter_of(fresh / "global"), expected, start) > 1e-2, "moments make no difference here"
 
 
-@pytest.mark.parametrize("clip", [None, 0.7])
+@pytest.mark.parametrize("clip", fast([None, 0.7], 0.7))
 @pytest.mark.parametrize("work", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
 def test_the_optimizer_of_lanes_is_torchs_in_each_lane(work: dict, clip: float | None) -> None:
     """Gradients of very unlike size, rates of their own, some steps and moments from before, lanes that drop out."""
@@ -873,7 +863,7 @@ ISOLATED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("what", fast(ISOLATED, "all layers", "single precision", "single precision, prefix"))
+@pytest.mark.parametrize("what", fast(ISOLATED, "all layers", "single precision, prefix"))
 def test_another_clients_words_change_no_bit(lab: Any, what: str) -> None:
     """Client 1's rows hold other tokens, as many: the others' rows, masks and results stay as they are, bit for bit."""
     kind, method, keys, work = ISOLATED[what]
@@ -920,7 +910,7 @@ NAN_CASES = [*[(*p, False) for p in NAN], ("llama", "lora", True), ("bert", "ada
 
 @pytest.mark.parametrize(
     ("kind", "method", "loop"),
-    fast(NAN_CASES, ("llama", "lora", False), ("llama", "prefix", False), ("bert", "adapter", True)),
+    fast(NAN_CASES, ("llama", "prefix", False), ("bert", "adapter", True)),
 )
 @pytest.mark.parametrize("which", fast([1, 2], 1), ids=["first lane", "last lane"])
 def test_a_lane_of_nans_touches_no_other(
@@ -1269,7 +1259,7 @@ RANKS: list[tuple[str, int, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "rank", "targets"), fast(RANKS, *RANKS[4:6], RANKS[8]))
+@pytest.mark.parametrize(("kind", "rank", "targets"), fast(RANKS, RANKS[5], RANKS[8]))
 def test_ranks_and_target_modules(lab: Any, kind: str, rank: int, targets: Any) -> None:
     bench = Bench(lab, kind, "lora", {"r": rank, "alpha": 5, "target_modules": targets})
     packed = bench.train(4)
@@ -1471,7 +1461,7 @@ def state(steps: dict[int, int] | None = None) -> State:
     return State(torch.empty(0), {}, Records(), keeps=False, steps=steps or {})
 
 
-@pytest.mark.parametrize("steps", [None, 6])
+@pytest.mark.parametrize("steps", fast([None, 6], None))
 @pytest.mark.parametrize("cohort", [None, 7])
 def test_packs_hold_every_client_once_with_its_like(cohort: int | None, steps: int | None) -> None:
     rng = np.random.default_rng(1)
@@ -1593,7 +1583,7 @@ def random_stream_of(seed: int, *, heads: bool = False, longest: int = 30, fill:
     return Laid(made, rows, prompts, virtual, offset)
 
 
-@pytest.mark.parametrize("fill", [False, True], ids=["exact", "filled up"])
+@pytest.mark.parametrize("fill", fast([False, True], True), ids=["exact", "filled up"])
 @pytest.mark.parametrize("heads", [False, True], ids=["answers", "classes"])
 def test_a_stream_says_where_everything_lies(heads: bool, fill: bool) -> None:
     """Every table against a loop over the rows; what fills the stream up lies behind them all, and nothing points there."""
@@ -1666,7 +1656,7 @@ def test_split_and_join_are_inverse_and_each_others_gradient() -> None:
     assert torch.equal(plain.split(torch.arange(12.0).view(6, 2)), torch.arange(12.0).view(2, 3, 2))
 
 
-@pytest.mark.parametrize("fill", [False, True], ids=["exact", "filled up"])
+@pytest.mark.parametrize("fill", fast([False, True], True), ids=["exact", "filled up"])
 def test_groups_cover_each_row_once(monkeypatch: pytest.MonkeyPatch, fill: bool) -> None:
     """Attention finds each row whole, in order, in one group, behind no more pads than its group's longest row asks for."""
     import fedsim.data.stream as module

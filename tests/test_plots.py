@@ -139,7 +139,7 @@ def test_errors_name_the_way_out(run: Path) -> None:
         plots.curves(df, x="epochs")
     with pytest.raises(UserError, match="no metric 'f1' in split 'validation'; recorded: accuracy, loss"):
         plots.curves(df, metric="f1")
-    with pytest.raises(UserError, match="no site was scored with 'f1'"):
+    with pytest.raises(UserError, match="no client has scores of 'f1'"):
         plots.sites(df, metric="f1")
     with pytest.raises(UserError, match="class_counts"):
         plots.partition({"sizes": [1]})

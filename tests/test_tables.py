@@ -15,7 +15,7 @@ import yaml
 
 from fedsim.analysis.listing import list_table
 from fedsim.analysis.sweeps import MODEL_COLUMNS, cells, sweep_table, swept_keys, write_tables
-from fedsim.analysis.tables import text_table
+from fedsim.analysis.tables import Table, text_table
 from fedsim.cli.main import main
 from fedsim.core.errors import UserError
 
@@ -430,3 +430,19 @@ def test_console_cells_of_a_sweep_tell_small_rates_apart(tmp_path: Path) -> None
     table = sweep_table(write_sweep(tmp_path / "s", runs))
     lines = text_table(cells(table), swept_keys(table)).splitlines()[2:]
     assert [line.split()[0] for line in lines] == ["1e-05", "2e-05"]
+
+
+def test_one_table_as_text_and_as_markdown() -> None:
+    table = Table(["model", "a|b"], [["local\x1b", "0.5"], ["<i>x_y</i> _z_", "12.0"]], numbers={1}, strong={(1, 1)})
+    assert table.text().splitlines() == [
+        "model            a|b",
+        "--------------  ----",
+        "local\\x1b        0.5",
+        "<i>x_y</i> _z_  12.0",
+    ]
+    assert table.markdown().splitlines() == [
+        r"| model | a\|b |",
+        "| --- | ---: |",
+        "| local\N{REPLACEMENT CHARACTER} | 0.5 |",
+        r"| \<i\>x_y\</i\> \_z\_ | **12.0** |",
+    ]

@@ -265,7 +265,7 @@ def test_virtual_tokens_leave_room_where_positions_are_an_embedding(
 def test_an_answer_longer_than_the_model_takes_is_one_line(tmp_path: Path) -> None:
     rows = [{"goal": "Count", "sol1": "one two three " * 150, "sol2": "Fast.", "label": 0}]
     put(tmp_path / "piqa" / "validation.jsonl", lines(rows))
-    with pytest.raises(UserError, match="an answer is longer than what this model takes"):
+    with pytest.raises(UserError, match="an answer is longer than the model"):
         fedsim.evaluate_zero_shot("tiny", "piqa", data=tmp_path, device="cpu", progress=False)
 
 
@@ -602,7 +602,10 @@ def test_the_command_writes_a_table_into_the_run_folder(
     assert "1/3  made/abc base" in told.err and "3/3  made/abc local/site-1" in told.err
     assert str(run / "eval.json") in told.out and "hellaswag 5 of 6" in told.out
     heads = ["hellaswag acc", "hellaswag acc_norm", "piqa acc", "piqa acc_norm", "winogrande acc", "mean of 5"]
-    assert all(head in told.out for head in heads) and "~ inside the noise: |difference from base|" in told.out
+    assert (
+        all(head in told.out for head in heads)
+        and "~ not statistically significant: |difference from base|" in told.out
+    )
     found = json.loads((run / "eval.json").read_text())
     assert [(m["model"], m["against"]) for m in found["models"]] == [
         ("base", None),

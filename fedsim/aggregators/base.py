@@ -94,6 +94,6 @@ class Accumulator:
 
     def close(self) -> None:
         """Add the group under way to those before it."""
-        if self.packs > GROUP:
+        if self.packs > GROUP and self.spare is not None:
             self.total.add_(self.spare)
             self.spare.zero_()

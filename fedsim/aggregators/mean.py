@@ -40,7 +40,8 @@ class WeightedSum:
             total.add_(values[0], alpha=weights[0])
         else:
             w = torch.tensor(weights, dtype=total.dtype, device=total.device)
-            total.add_(torch.tensordot(w, values.to(total.dtype), dims=1))
+            found: Tensor = torch.tensordot(w, values.to(total.dtype), dims=1)  # pyright: ignore[reportUnknownMemberType]
+            total.add_(found)
 
     def result(self, acc: dict[str, Tensor], weight: float) -> Tensor:
         """The sum."""

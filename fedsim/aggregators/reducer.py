@@ -54,7 +54,8 @@ class Reducer:
     def __init__(
         self, aggregates: Mapping[str, str | Aggregator], layouts: Mapping[str, Layout], params: Layout, slots: int
     ) -> None:
-        self.params, self.groups, self.numel = params, {}, 0
+        self.params, self.numel = params, 0
+        self.groups: dict[str, Group] = {}
         (self.everything,) = params.chunks()
         for name, how in aggregates.items():
             if isinstance(how, str):
@@ -135,7 +136,7 @@ class Reducer:
         """
         if acc.weight == 0:
             raise ZeroDivisionError("the mean of no updates, or of updates whose weights are all zero")
-        out = {}
+        out: Message = {}
         for name, group in self.groups.items():
             here = self.chunk_of(group, chunk)
             found = here.views(group.aggregator.result(group.views(acc.total, here.span), acc.weight))

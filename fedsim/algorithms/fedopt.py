@@ -48,7 +48,8 @@ class FedAdam(Algorithm):
 
     def step(self, server: Server, reduced: Message, info: Info) -> Server:
         """Algorithm 2, lines 10 to 13."""
-        params, state = {}, {}
+        params: Params = {}
+        state: Params = {}
         for name, delta in reduced["update"].items():
             m = self.beta1 * server.state[f"m.{name}"] + (1 - self.beta1) * delta
             v = self.beta2 * server.state[f"v.{name}"] + (1 - self.beta2) * delta**2

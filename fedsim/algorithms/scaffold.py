@@ -49,7 +49,8 @@ class Scaffold(Algorithm):
 
     def init(self, params: Params) -> tuple[Params, Params]:
         """c = 0 and c_k = 0."""
-        return tuple({n: p.new_zeros(p.shape) for n, p in params.items()} for _ in range(2))
+        zeros = {n: p.new_zeros(p.shape) for n, p in params.items()}
+        return zeros, dict(zeros)
 
     def scratch(self, c: ClientView) -> Params:
         """The sum of the round's raw gradients, where these are corrected."""
@@ -71,7 +72,7 @@ class Scaffold(Algorithm):
     def finish(self, params: Params, scratch: Params, c: ClientView) -> tuple[Message, Params]:
         """(y - x, c_k' - c_k), c_k'; a client that took no step, or only steps of rate 0, keeps its c_k."""
         update = {n: p - c.params[n] for n, p in params.items()}
-        state = {}
+        state: Params = {}
         for name, own in c.state.items():
             if self.correction == "before":
                 done = per_lane(c.steps, own)

@@ -118,7 +118,7 @@ def sites(df: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy") ->
         }
     )
     if table.empty:
-        raise UserError(f"no site was scored with {metric!r}: run the local or the federated mode with validation on")
+        raise UserError(f"no client has scores of {metric!r}: run the local or the federated mode with validation on")
     table = table.loc[[client for client in last["client"].unique() if client in table.index]]
     shared = rows_of(last[(last["split"] == "validation") & (last["name"] == metric)], "federated")
     table["global shared"] = shared.groupby("run", observed=True)["value"].last().mean()

@@ -12,19 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fedsim.analysis import load
 from fedsim.analysis.configs import MISSING, as_number, differences, flatten_config, is_number, say
-from fedsim.analysis.load import (
-    SCOPES,
-    PathLike,
-    experiment_name,
-    find_runs,
-    load_runs,
-    metric_mode,
-    read_config,
-    read_metrics,
-    read_state,
-    rows_of,
-)
+from fedsim.analysis.load import SCOPES, PathLike
 from fedsim.analysis.scores import model_scores
 from fedsim.core.errors import UserError
 
@@ -43,17 +33,21 @@ def list_runs(path: PathLike | Iterable[PathLike]) -> pd.DataFrame:
         UserError: as `load_runs`.
     """
     rows = []
-    for folder in find_runs(path):
-        config, df = read_config(folder), read_metrics(folder)
+    for folder in load.find_runs(path):
+        config, df = load.read_config(folder), load.read_metrics(folder)
         best = config.get("best") or {}
         metric = str(best.get("metric") or "accuracy")
-        df = df.assign(**{"best.metric": metric, "best.mode": str(best.get("mode") or metric_mode(metric))})
+        df = df.assign(**{"best.metric": metric, "best.mode": str(best.get("mode") or load.metric_mode(metric))})
         models = model_scores(df, metric)
         bests = {f"best_{scope}": float(models.loc[models["scope"] == scope, "best"].mean()) for scope in SCOPES}
         modes = list(config.get("modes") or [scope for scope in SCOPES if (df["scope"] == scope).any()])
-        done = [rows_of(df, scope)["round"].max() for scope in modes if scope in SCOPES]
+        done = [load.rows_of(df, scope)["round"].max() for scope in modes if scope in SCOPES]
         rows.append(
-            {"experiment": experiment_name(config, folder), "run": folder.resolve().name, "state": read_state(folder)}
+            {
+                "experiment": load.experiment_name(config, folder),
+                "run": folder.resolve().name,
+                "state": load.read_state(folder),
+            }
             | {
                 "modes": ", ".join(modes),
                 "rounds_done": min((0 if pd.isna(one) else int(one) for one in done), default=0),
@@ -78,7 +72,7 @@ def list_table(path: PathLike | Iterable[PathLike], where: Sequence[str] = (), s
         UserError: as `list_runs`, an unknown key, or a condition that cannot be read.
     """
     frame = list_runs(path)
-    configs = [read_config(Path(folder)) for folder in frame["path"]]
+    configs = [load.read_config(Path(folder)) for folder in frame["path"]]
     varied: dict[str, list[Any]] = {}
     for places in frame.groupby("experiment", sort=False).indices.values():
         for key, values in differences([configs[place] for place in places]).items():
@@ -101,13 +95,13 @@ def list_table(path: PathLike | Iterable[PathLike], where: Sequence[str] = (), s
         key, backwards = sort.removeprefix("-"), sort.startswith("-")
         try:
             values = _values_of(key, frame, flat, "--sort")
-            best_first = key.startswith("best_") and set(map(metric_mode, frame["metric"])) == {"max"}
+            best_first = key.startswith("best_") and set(map(load.metric_mode, frame["metric"])) == {"max"}
         except UserError:
             values = [_last_value(Path(folder), key) for folder in frame["path"]]
             if all(value is None for value in values):
                 raise
             frame.insert(list(frame.columns).index("path"), key, pd.Series(values, dtype="float64"))
-            best_first = metric_mode(key) == "max"
+            best_first = load.metric_mode(key) == "max"
         order = sorted(range(len(frame)), key=lambda n: _order(values[n]), reverse=best_first != backwards)
         order.sort(key=lambda n: values[n] is None or values[n] != values[n])  # runs without a value come last
         frame, kept = frame.iloc[order], kept[order]
@@ -147,7 +141,7 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 
 def _last_value(folder: Path, metric: str) -> float | None:
-    df = load_runs(folder)
+    df = load.load_runs(folder)
     if not (df["name"] == metric).any():
         return None
     models = model_scores(df, metric).groupby("scope")["last"].mean()

@@ -12,60 +12,27 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from fedsim.analysis import load, style
 from fedsim.analysis.client_plots import confusion, partition, sites
 from fedsim.analysis.configs import NO_SETTING, name_settings
-from fedsim.analysis.load import (
-    COLUMNS,
-    SCOPES,
-    PathLike,
-    class_predictions,
-    confusion_matrix,
-    find_runs,
-    load_partition,
-    load_runs,
-    require_metric,
-)
+from fedsim.analysis.load import PathLike
 from fedsim.analysis.scores import central_budget
-from fedsim.analysis.style import (
-    CENTRAL,
-    CLIENT_LOOKS,
-    CYCLE,
-    DASHED,
-    DPI,
-    FEDERATED,
-    FORMATS,
-    GLOBAL,
-    GREY,
-    LOCAL,
-    SCOPE_LOOKS,
-    STYLE,
-    WIDTH,
-    X_LABELS,
-    canvas,
-    figure_legend,
-    grow,
-    legend_below,
-    new_figure,
-    own_style,
-    save_figure,
-    value_label,
-)
+from fedsim.analysis.style import CENTRAL, DPI, FEDERATED, FORMATS, GLOBAL, LOCAL, STYLE, WIDTH, X_LABELS, save_figure
 from fedsim.analysis.sweep_plots import gains, save_sweep, scores
 from fedsim.analysis.ticks import label_ends, score_axis, settle
 from fedsim.analysis.traces import bundle, mean_curve, saw_tooth, scale_of, scales_of, stack, traces
 from fedsim.core.errors import Notice, UserError
 from fedsim.core.files import check_own
 
-__all__ = ["CENTRAL", "DPI", "FEDERATED", "FORMATS", "GLOBAL", "LOCAL", "SCOPE_LOOKS", "STYLE", "WIDTH", "X_LABELS"]
-__all__ += ["compare", "confusion", "curves", "each_site", "gains", "panels", "partition", "plot_runs", "save_figure"]
-__all__ += ["save_figures", "save_sweep", "scores", "settings", "sites"]
+__all__ = ["CENTRAL", "DPI", "FEDERATED", "FORMATS", "GLOBAL", "LOCAL", "STYLE", "WIDTH", "X_LABELS"]
+__all__ += ["compare", "confusion", "curves", "each_site", "gains", "panels", "partition", "plot_runs"]
+__all__ += ["save_figure", "save_figures", "save_sweep", "scores", "settings", "sites"]
 METRICS = ("accuracy", "loss", "exact_match")
 Entries = dict[str, tuple[Any, str]]  # kind of line -> its handle and its label in the legend
 
@@ -93,13 +60,13 @@ def curves(
     Raises:
         UserError: an unknown x or metric, or x = tokens, seconds or bytes where no scope recorded them.
     """
-    require_metric(df, metric, split)
+    load.require_metric(df, metric, split)
     if len(groups := settings(df)) > 1:
         labels = "; ".join(label for label, _ in groups[:4])
         text = f"curves draws one mean over {len(groups)} settings ({labels}); filter first or use compare"
         warnings.warn(text, Notice, stacklevel=2)
-    with canvas(ax, 3.4) as ax:
-        legend_below(ax, list(_draw_curves(ax, df, metric, x, split).values()))
+    with style.canvas(ax, 3.4) as ax:
+        style.legend_below(ax, list(_draw_curves(ax, df, metric, x, split).values()))
     return ax
 
 
@@ -121,9 +88,9 @@ def each_site(
     Raises:
         UserError: an unknown x or metric, more clients than there are colors, or no curve on that axis.
     """
-    require_metric(df, metric, split)
-    with canvas(ax, 3.6) as ax:
-        legend_below(ax, list(_draw_curves(ax, df, metric, x, split, each=True).values()))
+    load.require_metric(df, metric, split)
+    with style.canvas(ax, 3.6) as ax:
+        style.legend_below(ax, list(_draw_curves(ax, df, metric, x, split, each=True).values()))
     return ax
 
 
@@ -145,36 +112,38 @@ def _draw_curves(ax: Axes, df: pd.DataFrame, metric: str, x: str | None, split: 
 
     local = [one.local for one in found if one.local] if scales["local"] else []
     names = [name for name in local[0] if all(name in one for one in local)] if local else []
-    looks = dict(zip(names, CLIENT_LOOKS, strict=False)) if each else {}
-    if each and len(names) > len(CLIENT_LOOKS):
-        raise UserError(f"{len(names)} local-only clients, and {len(CLIENT_LOOKS)} can be told apart; use curves")
+    looks = dict(zip(names, style.CLIENT_LOOKS, strict=False)) if each else {}
+    if each and len(names) > len(style.CLIENT_LOOKS):
+        raise UserError(f"{len(names)} local-only clients, and {len(style.CLIENT_LOOKS)} can be told apart; use curves")
     for name, (color, marker) in looks.items():
         look = {"marker": marker, "markersize": 3.0, "linewidth": 1.3, "zorder": 3}
         line = draw("local", *stack(one[name] for one in local), color, 0.0, **look)
         entries[name] = (line, f"{name}, local-only")
     if local and not each:
-        handle = draw("local", *bundle([one.values() for one in local]), LOCAL, 0.15, linewidth=2.2, zorder=4)
+        handle = draw("local", *bundle([one.values() for one in local]), style.LOCAL, 0.15, linewidth=2.2, zorder=4)
         entries["local"] = (handle, f"local-only, {of_runs}" if several else "local-only, mean and range")
         for curve in [] if several else local[0].values():
             look = {"linewidth": max(0.2, 0.65 - 0.01 * len(local[0])), "alpha": 0.6, "zorder": 2}
-            ax.plot(np.interp(curve[:, 0], *scales["local"]), curve[:, 1], color=LOCAL, **look)
+            ax.plot(np.interp(curve[:, 0], *scales["local"]), curve[:, 1], color=style.LOCAL, **look)
     central = [[one.central] for one in found if len(one.central)]
     if central and scales["central"]:
-        look = {"linewidth": 1.6 if each else 1.3, "linestyle": DASHED, "zorder": 4 if each else 2}
-        entries["central"] = (draw("central", *bundle(central), CENTRAL, 0.12, **look), _central_name(df))
+        look = {"linewidth": 1.6 if each else 1.3, "linestyle": style.DASHED, "zorder": 4 if each else 2}
+        entries["central"] = (draw("central", *bundle(central), style.CENTRAL, 0.12, **look), _central_name(df))
     federated = [one for one in found if one.clients or len(one.merged)]
     if federated and scales["federated"]:
         rounds = set.intersection(*(set(one.clients) for one in federated)) if each else ()
         for clients in ([one.clients[number] for one in federated] for number in sorted(rounds)):
             for name in clients[0] if all(one.keys() == clients[0].keys() for one in clients) else ():
-                color = looks[name][0] if name in looks else GREY  # with other cohorts there is no mean of one client
+                color = (
+                    looks[name][0] if name in looks else style.GREY
+                )  # with other cohorts there is no mean of one client
                 look = {"linewidth": 0.8, "alpha": 0.75, "zorder": 2}
                 draw("federated", *stack(one[name] for one in clients), color, 0.0, **look)
         at, values, aggregated = saw_tooth(federated)
-        handle = draw("federated", at, values, FEDERATED, 0.25, linewidth=2.2 if each else 1.7, zorder=5)
+        handle = draw("federated", at, values, style.FEDERATED, 0.25, linewidth=2.2 if each else 1.7, zorder=5)
         entries["federated"] = (handle, f"federated, {of_runs}" if several and not each else "federated clients, mean")
         look = {"linestyle": "", "marker": "o", "markersize": 4.5, "zorder": 6}
-        dots = draw("federated", at[aggregated], values[:, aggregated], GLOBAL, 0.0, **look)
+        dots = draw("federated", at[aggregated], values[:, aggregated], style.GLOBAL, 0.0, **look)
         entries["global"] = (dots, "global model")
     first = [
         c[0, 1] for one in found for c in (one.merged, one.central, *one.local.values()) if len(c) and c[0, 0] == 0
@@ -188,7 +157,7 @@ def _draw_curves(ax: Axes, df: pd.DataFrame, metric: str, x: str | None, split: 
         ends = {
             name: (float(np.interp(place, *scales["local"])), float(value)) for name, (place, value) in last.items()
         }
-        label_ends(ax, ends, {name: looks[name][0] if each else LOCAL for name in names})
+        label_ends(ax, ends, {name: looks[name][0] if each else style.LOCAL for name in names})
     return entries
 
 
@@ -200,7 +169,7 @@ def _central_name(df: pd.DataFrame) -> str:
 
 
 def _dress(ax: Axes, metric: str, x: str, split: str) -> None:
-    ax.set(xlabel=X_LABELS[x], ylabel=value_label(metric, split))
+    ax.set(xlabel=style.X_LABELS[x], ylabel=style.value_label(metric, split))
     if x == "tokens":
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=x in ("step", "own_step", "round")))
@@ -214,7 +183,7 @@ def settings(df: pd.DataFrame, seeds_apart: bool = False) -> list[tuple[str, pd.
     varies, as `alpha = 0.1, lr = 1e-05`; of more than three keys those that tell most; a run's id where nothing else tells
     it from the others.
     """
-    skip = {*COLUMNS, "run", *NO_SETTING} - {"modes"} | (set() if seeds_apart else {"seed"})
+    skip = {*load.COLUMNS, "run", *NO_SETTING} - {"modes"} | (set() if seeds_apart else {"seed"})
     config = df.drop_duplicates("run").set_index("run").rename_axis(None)
     config = config[[key for key in config if key.split(".")[0] not in skip]].astype(object)
     config = config.map(lambda value: None if value != value else value)
@@ -244,16 +213,16 @@ def panels(groups: Sequence[tuple[str, pd.DataFrame]], metric: str, x: str | Non
     x, central = scales_of(every, x)[0], _central_name(every)
     titles = [textwrap.fill(title, {1: 60, 2: 34}.get(columns, 30)) for title, _ in groups]
     found: list[Entries] = []
-    with matplotlib.rc_context(STYLE):
+    with style.offscreen():
         height = 1.1 + (2.5 if columns == 1 else 2.2) * lines + 0.14 * max(title.count("\n") for title in titles)
-        figure = new_figure(height, WIDTH if columns == 1 else 2.7 * columns + 0.4)
+        figure = style.new_figure(height, style.WIDTH if columns == 1 else 2.7 * columns + 0.4)
         axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for ax, title, (_, rows) in zip(axes, titles, groups, strict=True):
             found.append(_draw_curves(ax, rows, metric, x, "validation"))
             own = _central_name(rows)
             if own != central and (rows["scope"] == "central").any():  # the legend cannot say it for all panels
                 title += f"\n{own.replace(' (', ': ').rstrip(')')}"
-            ax.set_title(title, fontsize=STYLE["axes.titlesize"] - (columns > 1))
+            ax.set_title(title, fontsize=style.STYLE["axes.titlesize"] - (columns > 1))
             ax.label_outer()
         settle(*axes)
         common = {"local": "local-only, mean", "federated": "federated clients, mean", "central": central}
@@ -262,7 +231,7 @@ def panels(groups: Sequence[tuple[str, pd.DataFrame]], metric: str, x: str | Non
             labels = {one[kind][1]: one[kind][0] for one in reversed(found) if kind in one}
             text, handle = next(reversed(labels.items()))
             entries.append((handle, text if len(labels) == 1 else common[kind]))
-        figure_legend(figure, entries, 4 if columns == 3 else 2)
+        style.figure_legend(figure, entries, 4 if columns == 3 else 2)
     return figure
 
 
@@ -285,20 +254,10 @@ def compare(
     Raises:
         UserError: no run recorded the metric, none recorded what x asks for, or `axes` is not one for each scope.
     """
-    if axes is None:
-        with own_style() as pyplot:
-            return _compare(
-                df, metric, x, lambda width, height: pyplot.figure(figsize=(width, height), layout="constrained")
-            )
-    return _compare(df, metric, x, axes)
-
-
-def _compare(df: pd.DataFrame, metric: str, x: str | None, on: Any) -> np.ndarray:
-    """`compare` on given axes, or on a figure that `on(width, height)` makes."""
-    require_metric(df, metric, "validation")
+    load.require_metric(df, metric, "validation")
     x, _ = scales_of(df, x)
     groups = settings(df)
-    lines: dict[str, dict[int, np.ndarray]] = {scope: {} for scope in SCOPES}
+    lines: dict[str, dict[int, np.ndarray]] = {scope: {} for scope in load.SCOPES}
     for number, (_, rows) in enumerate(groups):
         found = [traces(part, metric) for _, part in rows.groupby("run", observed=True)]
         members = {
@@ -311,31 +270,37 @@ def _compare(df: pd.DataFrame, metric: str, x: str | None, on: Any) -> np.ndarra
                 grid, values = bundle(runs)
                 lines[scope][number] = np.column_stack([np.interp(grid, *scale), values.mean(axis=0)])[grid > 0]
     shown = {scope: of_scope for scope, of_scope in lines.items() if of_scope}
-    own = callable(on)
-    if own:
-        figure = on(max(2.4 * len(shown), WIDTH), 2.8 + 0.17 * -(-len(groups) // len(shown)))
-        on = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
-    if len(on) != len(shown):
-        raise UserError(f"axes: {len(on)} given, but these runs have {len(shown)} scopes: {', '.join(shown)}")
-    titles = {scope: name for scope, (_, _, name) in SCOPE_LOOKS.items()}
-    titles["central"] = _central_name(df).replace(" (", "\n(")
+    if axes is not None:
+        if len(axes) != len(shown):
+            raise UserError(f"axes: {len(axes)} given, but these runs have {len(shown)} scopes: {', '.join(shown)}")
+        entries = _draw_settings(axes, shown, groups, metric, x, _central_name(df))
+        style.legend_below(axes[len(axes) // 2], entries)
+        return np.array(list(axes), dtype=object)
+    height, width = 2.8 + 0.17 * -(-len(groups) // len(shown)), max(2.4 * len(shown), style.WIDTH)
+    with style.own_figure(height, width) as figure:
+        axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+        style.figure_legend(figure, _draw_settings(axes, shown, groups, metric, x, _central_name(df)), len(shown))
+        for ax in axes:
+            ax.label_outer()
+    return axes
+
+
+def _draw_settings(
+    axes: Sequence[Axes], shown: dict[str, Any], groups: Sequence[Any], metric: str, x: str, central: str
+) -> list[tuple[Any, str]]:
+    """A scope's lines on each of the axes, by number of the setting; returns the legend's entries."""
+    titles = {scope: name for scope, (_, _, name) in style.SCOPE_LOOKS.items()}
+    titles["central"] = central.replace(" (", "\n(")
     entries: dict[int, Any] = {}
-    for ax, (scope, of_scope) in zip(on, shown.items(), strict=True):
-        for at, line in of_scope.items():
-            look = {"color": CYCLE[at % 7], "linestyle": ("-", "--", ":")[at // 7 % 3], "marker": "os^Dv"[at % 5]}
+    for ax, (scope, lines) in zip(axes, shown.items(), strict=True):
+        for at, line in lines.items():
+            look = {"color": style.CYCLE[at % 7], "linestyle": ("-", "--", ":")[at // 7 % 3], "marker": "os^Dv"[at % 5]}
             look |= {"markersize": 3.5, "linewidth": 1.3, "markevery": -(-len(line) // 6)}
             (handle,) = ax.plot(*line.T, **look)
             entries[at] = (handle, groups[at][0])
         ax.set_title(titles[scope])
         _dress(ax, metric, x, "validation")
-        if own:
-            ax.label_outer()
-    named = [entries[at] for at in sorted(entries)]
-    if own:
-        figure_legend(figure, named, len(shown))
-    else:
-        legend_below(on[len(on) // 2], named)
-    return np.array(list(on), dtype=object)
+    return [entries[at] for at in sorted(entries)]
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -367,22 +332,19 @@ def save_figures(
         UserError: no run there, or it did not record `metric` or what x asks for.
     """
     folder = Path(run_path)
-    df = load_runs(folder)
+    df = load.load_runs(folder)
     figures = {}
-    with matplotlib.rc_context(STYLE):
+    with style.offscreen():
         for name in _recorded(df, metric):
-            ax = curves(df, new_figure(3.4).add_subplot(), name, x)
-            grow(ax)
-            figures[_curves_file(name, x)] = ax.figure
-        if (folder / "partition.json").is_file() and (report := load_partition(folder)).get("class_counts"):
-            height = min(1.5 + 0.27 * len(report["class_counts"]), 5.5)
-            figures["partition"] = partition(report, new_figure(height).add_subplot()).figure
-        predicted = class_predictions(folder, "test") if metric is None else {}
+            figures[_curves_file(name, x)] = curves(df, None, name, x).figure
+        if (folder / "partition.json").is_file() and (report := load.load_partition(folder)).get("class_counts"):
+            figures["partition"] = partition(report).figure
+        predicted = load.class_predictions(folder, "test") if metric is None else {}
         if models := [model for model in ("federated", "central") if model in predicted]:
-            figures["confusion"] = new_figure(3.4, 1.2 + 3.3 * len(models))
+            figures["confusion"] = style.new_figure(3.4, 1.2 + 3.3 * len(models))
             axes = figures["confusion"].subplots(1, len(models), squeeze=False)[0]
             for ax, model in zip(axes, models, strict=True):
-                confusion(confusion_matrix(folder, model), ax, f"{model}, test")
+                confusion(load.confusion_matrix(folder, model), ax, f"{model}, test")
     target = folder / "figures" if out is None else Path(out)
     if folder in target.parents:
         check_own(folder)
@@ -391,7 +353,7 @@ def save_figures(
 
 def _recorded(df: pd.DataFrame, metric: str | None) -> list[str]:
     if metric is not None:
-        require_metric(df, metric, "validation")
+        load.require_metric(df, metric, "validation")
         return [metric]
     names = set(df.loc[df["split"] == "validation", "name"])
     return [name for name in METRICS if name in names]
@@ -423,10 +385,10 @@ def plot_runs(
     Raises:
         UserError: a missing path, no run in it, or no run recorded `metric` or what x asks for.
     """
-    folders = find_runs(paths)
+    folders = load.find_runs(paths)
     if len(folders) == 1:
         return save_figures(folders[0], out, metric, x, formats)
-    df = load_runs(folders)
+    df = load.load_runs(folders)
     written = []
     for name in _recorded(df, metric):
         scored = df.loc[(df["name"] == name) & (df["split"] == "validation"), "run"].unique()
@@ -435,7 +397,7 @@ def plot_runs(
         if len(groups) <= 4:
             figure = panels(groups, name, x)
         else:
-            with matplotlib.rc_context(STYLE):
-                figure = _compare(rows, name, x, lambda width, height: new_figure(height, width))[0].figure
+            with style.offscreen():
+                figure = compare(rows, name, x)[0].figure
         written += save_figure(figure, Path(out) / _curves_file(name, x), formats)
     return written

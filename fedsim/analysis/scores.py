@@ -52,7 +52,8 @@ def model_scores(df: pd.DataFrame, metric: str) -> pd.DataFrame:
     # What the global model scores on a client's own examples is recorded per client.
     merged = df[(df["scope"] == "federated") & (df["split"] == "site") & (df["name"] == f"merged_{metric}")]
     own = at_end[(at_end["split"] == "site") & (at_end["name"] == metric) & (at_end["scope"] != "federated")]
-    own = pd.concat([own, merged.assign(client="").astype(floats)]).groupby(keys)["value"].mean()
+    merged = merged.assign(client="").astype(floats).groupby(keys)["value"].mean()
+    own = pd.concat([own.groupby(keys)["value"].last(), merged])
     tested = rows[rows["split"] == "test"]
 
     models = rows[_MODEL].drop_duplicates().set_index(_MODEL)

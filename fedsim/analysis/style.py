@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ STYLE = {
     **{"xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "axes.spines.top": False, "axes.spines.right": False},
 }
 
+_OFFSCREEN = ContextVar("offscreen", default=False)
+
 X_LABELS = {
     "step": "optimizer steps per client",
     "own_step": "optimizer steps of each model",
@@ -69,31 +72,43 @@ def value_label(metric: str, split: str = "validation", prefix: str = "") -> str
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """A figure (inches) that pyplot does not know, so that nobody has to close it. Draw on it inside `rc_context(STYLE)`."""
+    """A figure (inches) that pyplot does not know. Draw on it inside `rc_context(STYLE)`."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 @contextmanager
-def own_style() -> Iterator[Any]:
-    """pyplot, in our style."""
+def offscreen() -> Iterator[None]:
+    """Our style, and new figures that pyplot does not know, so that nobody has to close them."""
+    token = _OFFSCREEN.set(True)
+    try:
+        with matplotlib.rc_context(STYLE):
+            yield
+    finally:
+        _OFFSCREEN.reset(token)
+
+
+@contextmanager
+def own_figure(height: float, width: float = WIDTH) -> Iterator[Figure]:
+    """A figure (inches) in our style: of pyplot's, which a notebook shows, or `offscreen`."""
+    if _OFFSCREEN.get():
+        yield new_figure(height, width)
+        return
     import matplotlib.pyplot as plt
 
     # The first figure switches to the backend, a notebook's too; inside rc_context that switch would be undone again.
     plt.close(plt.figure())
     with matplotlib.rc_context(STYLE):
-        yield plt
+        yield plt.figure(figsize=(width, height), layout="constrained")
 
 
 @contextmanager
 def canvas(ax: Axes | None, height: float) -> Iterator[Axes]:
-    """Axes to draw on: the user's, in the style they have; or, for None, new ones of pyplot's in our style, which grow with
-    their legend.
-    """
+    """Axes to draw on: the user's, in the style they have; or, for None, those of `own_figure`, which grows with the legend."""
     if ax is not None:
         yield ax
         return
-    with own_style() as plt:
-        ax = plt.subplots(figsize=(WIDTH, height), layout="constrained")[1]
+    with own_figure(height) as figure:
+        ax = figure.add_subplot()
         yield ax
         grow(ax)
 

@@ -12,24 +12,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
+from fedsim.analysis import style
 from fedsim.analysis.configs import say
 from fedsim.analysis.load import SCOPES, PathLike
-from fedsim.analysis.style import (
-    CYCLE,
-    DASHED,
-    GREY,
-    LINES,
-    LOCAL,
-    SCOPE_LOOKS,
-    STYLE,
-    canvas,
-    grow,
-    legend_below,
-    line_handle,
-    new_figure,
-    save_figure,
-    value_label,
-)
 from fedsim.analysis.sweeps import cells, sweep_table, swept_keys
 from fedsim.analysis.ticks import is_wide, name_decades, name_places, score_axis, tick_values
 from fedsim.core.errors import UserError
@@ -83,32 +68,34 @@ def scores(table: pd.DataFrame, x: str = "partition.alpha", ax: Axes | None = No
     means = means.assign(along=means[along] if along else "", x=(means[x] if numeric else means[x].map(names.index)))
     means["x"] = means["x"].astype(float)
     metric = str(pd.concat([flat, table])["metric"].iloc[0])
-    with canvas(ax, 3.4) as ax:
+    with style.canvas(ax, 3.4) as ax:
         if numeric and not skew and is_wide(means["x"]):
             ax.set_xscale("log")
         if skew:
             runs = table.groupby(["scope", "run"], sort=False)[[x, value]].mean().reset_index("scope")
             for scope in SCOPES:
-                dots, color = runs[runs["scope"] == scope], SCOPE_LOOKS[scope][1]
+                dots, color = runs[runs["scope"] == scope], style.SCOPE_LOOKS[scope][1]
                 ax.scatter(dots[x], dots[value], s=14, color=color, alpha=0.3, linewidths=0, zorder=2)
         entries = _draw_cells(ax, means, len(settings), joined=numeric, intervals=not skew)
         drawn = _draw_levels(ax, levels, len(settings))
         entries = {**drawn, **entries}
         if budget and "central" in entries:
-            entries["central"] = (entries["central"][0], f"{SCOPE_LOOKS['central'][2]} ({budget})")
+            entries["central"] = (entries["central"][0], f"{style.SCOPE_LOOKS['central'][2]} ({budget})")
         named = [entries[scope] for scope in SCOPES if scope in entries]
-        for setting, (line, marker) in zip(settings, LINES, strict=False) if 1 < len(settings) <= len(LINES) else ():
-            named.append((line_handle("#666666", line if numeric else "", marker), _say_setting(apart, setting)))
+        for setting, (line, marker) in (
+            zip(settings, style.LINES, strict=False) if 1 < len(settings) <= len(style.LINES) else ()
+        ):
+            named.append((style.line_handle("#666666", line if numeric else "", marker), _say_setting(apart, setting)))
         ax.set(xlabel=SKEW_LABELS.get(x) or KEY_LABELS.get(x, x))
         split = {"own": "site", "test": "test"}.get(value, "validation")
-        ax.set(ylabel=value_label(metric, split, "best " * (value == "best")))
+        ax.set(ylabel=style.value_label(metric, split, "best " * (value == "best")))
         score_axis(ax.yaxis, metric)
         name_decades(ax.yaxis)
         if names:
             name_places(ax, names)
         elif not skew:
             tick_values(ax, np.unique(means["x"]))
-        legend_below(ax, named, _legend_note(means, levels, numeric, skew, len(settings)))
+        style.legend_below(ax, named, _legend_note(means, levels, numeric, skew, len(settings)))
     return ax
 
 
@@ -178,15 +165,15 @@ def _draw_cells(
     ax: Axes, means: pd.DataFrame, settings: int, joined: bool, intervals: bool
 ) -> dict[str, tuple[Any, str]]:
     """A scope's means in its color, a setting's in its line and marker; returns the legend's entries of the scopes."""
-    entries, many = {}, settings > len(LINES)
+    entries, many = {}, settings > len(style.LINES)
     scopes = [scope for scope in SCOPES if (means["scope"] == scope).any()]
-    shift = 0.0 if joined else min(0.16, 0.7 / max(1, len(scopes) * min(settings, len(LINES))))
+    shift = 0.0 if joined else min(0.16, 0.7 / max(1, len(scopes) * min(settings, len(style.LINES))))
     for number, scope in enumerate(scopes):
-        color, marks, name = SCOPE_LOOKS[scope]
+        color, marks, name = style.SCOPE_LOOKS[scope]
         look = {"color": color, "markerfacecolor": marks, "markeredgecolor": marks, "markersize": 4.5}
-        dashes = DASHED if scope == "central" and settings == 1 else "-"
+        dashes = style.DASHED if scope == "central" and settings == 1 else "-"
         mark = "o" if many or settings == 1 or not joined else "."
-        entries[scope] = (line_handle(line=dashes if joined else "", marker=mark, **look), name)
+        entries[scope] = (style.line_handle(line=dashes if joined else "", marker=mark, **look), name)
         look["zorder"] = 4 + number
         of_scope = means[means["scope"] == scope].sort_values("x", kind="stable")
         for setting, line in of_scope.groupby("setting"):
@@ -197,11 +184,11 @@ def _draw_cells(
                 continue
             place = max(int(setting), 0)
             at = at + shift * (number * settings + place - (len(scopes) * settings - 1) / 2)
-            style = (dashes if settings == 1 else LINES[place][0]) if joined else ""
+            dashed = (dashes if settings == 1 else style.LINES[place][0]) if joined else ""
             known = intervals and line["low"].notna().any()
             spread = np.clip([mean - line["low"], line["high"] - mean], 0.0, None) if known else None
             bars = {"yerr": spread, "elinewidth": 1.0, "capsize": 2.0}
-            ax.errorbar(at, mean, linewidth=1.4, linestyle=style, marker=LINES[place][1], **bars, **look)
+            ax.errorbar(at, mean, linewidth=1.4, linestyle=dashed, marker=style.LINES[place][1], **bars, **look)
         if many:
             middle = of_scope.groupby("along", sort=False).agg(x=("x", "mean"), y=("mean", "mean"), count=("x", "size"))
             middle = middle[middle["count"] == of_scope["setting"].nunique()].sort_values("x")
@@ -211,18 +198,18 @@ def _draw_cells(
 
 def _draw_levels(ax: Axes, levels: pd.DataFrame, settings: int) -> dict[str, tuple[Any, str]]:
     """Horizontal lines of centralized models, with their intervals; returns the legend's entry."""
-    color, _, name = SCOPE_LOOKS["central"]
+    color, _, name = style.SCOPE_LOOKS["central"]
     for mean, low, high, setting in levels[["mean", "low", "high", "setting"]].itertuples(index=False):
-        line = LINES[setting][0] if setting >= 0 and 1 < settings <= len(LINES) else DASHED
+        line = style.LINES[setting][0] if setting >= 0 and 1 < settings <= len(style.LINES) else style.DASHED
         ax.axhline(mean, color=color, linestyle=line, linewidth=1.3, zorder=3)
         if np.isfinite(low):
             ax.axhspan(low, high, color=color, alpha=0.1, linewidth=0, zorder=1)
-    return {"central": (line_handle(color, DASHED, "", linewidth=1.3), name)} if len(levels) else {}
+    return {"central": (style.line_handle(color, style.DASHED, "", linewidth=1.3), name)} if len(levels) else {}
 
 
 def _legend_note(means: pd.DataFrame, levels: pd.DataFrame, numeric: bool, skew: bool, settings: int) -> str:
     """What marks and bars mean, for the head of the legend."""
-    if settings > len(LINES):
+    if settings > len(style.LINES):
         small, large = ("thin", "thick") if numeric else ("small", "large")
         return f"{'dots: runs; ' * skew}{small}: each of {settings} settings; {large}: their mean"
     if skew:
@@ -262,30 +249,30 @@ def gains(table: pd.DataFrame, x: str = "rows", ax: Axes | None = None, value: s
     key = next((key for key in keys if 2 <= table[key].nunique() <= 6), None)
     values = cells(table, [key], value)[key].dropna().tolist() if key else []
     shades = dict(zip(values, _shades(values), strict=True))
-    with canvas(ax, 3.4) as ax:
+    with style.canvas(ax, 3.4) as ax:
         if x == "rows" and is_wide(at):
             ax.set_xscale("log")
         ax.axhline(0.0, color="#555555", linewidth=1.0, linestyle="--", zorder=2)
         size = float(np.clip(2500.0 / len(table), 5.0, 16.0))
-        colors = table[key].map(shades).fillna(GREY).tolist() if key else LOCAL
+        colors = table[key].map(shades).fillna(style.GREY).tolist() if key else style.LOCAL
         ax.scatter(at, gain, s=size, c=colors, alpha=0.5, linewidths=0, zorder=3)
-        named = {say(one, 30): color for one, color in shades.items()} or {"one client of one run": LOCAL}
-        entries = [(line_handle(color, markersize=4), text) for text, color in named.items()]
+        named = {say(one, 30): color for one, color in shades.items()} or {"one client of one run": style.LOCAL}
+        entries = [(style.line_handle(color, markersize=4), text) for text, color in named.items()]
         if len(middle := _bin_medians(at, gain)):
             (line,) = ax.plot(*middle.T, color="black", marker="o", markersize=3.5, linewidth=1.6, zorder=5)
             entries.append((line, "median of a bin"))
         whose = "site" if value == "gain_own" else "validation"
-        ax.set(xlabel=CLIENT_LABELS[x], ylabel=value_label(metric, whose, "gain from federation,\n"))
+        ax.set(xlabel=CLIENT_LABELS[x], ylabel=style.value_label(metric, whose, "gain from federation,\n"))
         score_axis(ax.yaxis, metric, signed=True)
         name_decades(ax.xaxis)
-        legend_below(ax, entries, KEY_LABELS.get(key, key))
+        style.legend_below(ax, entries, KEY_LABELS.get(key, key))
     return ax
 
 
 def _shades(values: Sequence[Any]) -> list[str]:
     """A color for each value: numbers from dark to light in their order, names from the palette."""
     if all(isinstance(value, str) for value in values):
-        return list(CYCLE[1 : len(values) + 1])
+        return list(style.CYCLE[1 : len(values) + 1])
     return [to_hex(matplotlib.colormaps["viridis"](place)) for place in np.linspace(0.0, 0.88, len(values))]
 
 
@@ -335,8 +322,6 @@ def save_sweep(
             wanted.append((name, gains, {"x": x, "value": value}))
     written = []
     for name, draw, how in wanted:
-        with matplotlib.rc_context(STYLE):
-            ax = draw(table, ax=new_figure(3.4).add_subplot(), **how)
-            grow(ax)
-            written += save_figure(ax.figure, target / name, formats)
+        with style.offscreen():
+            written += style.save_figure(draw(table, **how).figure, target / name, formats)
     return written

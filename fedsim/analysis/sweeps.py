@@ -14,20 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fedsim.analysis import load
 from fedsim.analysis.configs import MISSING, differences, is_number, say
-from fedsim.analysis.load import (
-    SCOPES,
-    PathLike,
-    experiment_name,
-    find_runs,
-    load_partition,
-    load_runs,
-    mode_of,
-    read_config,
-    read_state,
-    require_metric,
-    run_labels,
-)
+from fedsim.analysis.load import SCOPES, PathLike
 from fedsim.analysis.scores import central_budget, model_scores
 from fedsim.core.errors import UserError
 from fedsim.core.files import check_own, read_json, write_atomic
@@ -75,7 +64,7 @@ def sweep_table(path: PathLike | Iterable[PathLike], metric: str | None = None) 
     """
     keys, members = _members(path)
     folders, given = [folder for folder, _ in members], [settings for _, settings in members]
-    configs, labels = [read_config(folder) for folder in folders], run_labels(folders)
+    configs, labels = [load.read_config(folder) for folder in folders], load.run_labels(folders)
     metric = metric or _common_metric(configs, labels)
     found = [_models(folder, label, metric) for folder, label in zip(folders, labels, strict=True)]
     if keys is None:
@@ -84,7 +73,7 @@ def sweep_table(path: PathLike | Iterable[PathLike], metric: str | None = None) 
         central = [set(models["scope"]) <= {"central"} for models in found]
         settings = {key: [_setting(key, n, given, configs, central[n]) for n in range(len(given))] for key in keys}
     settings.setdefault("seed", [config.get("seed", MISSING) for config in configs])
-    names = [experiment_name(config, folder) for config, folder in zip(configs, folders, strict=True)]
+    names = [load.experiment_name(config, folder) for config, folder in zip(configs, folders, strict=True)]
     about = pd.DataFrame({"run": labels, "experiment": names}, dtype=object)
     about = about.assign(**{key: _column(values) for key, values in settings.items()})
     models = pd.concat(found, keys=range(len(found)), names=["number", None]).reset_index("number")
@@ -111,9 +100,9 @@ def _members(path: PathLike | Iterable[PathLike]) -> tuple[list[str] | None, lis
             ) from None
         members = [(Path(path) / str(run), settings) for run, settings in listed if run is not None]
     else:
-        keys, members = None, [(folder, {}) for folder in find_runs(path)]
+        keys, members = None, [(folder, {}) for folder in load.find_runs(path)]
         listed = members
-    states = [read_state(folder) for folder, _ in members]
+    states = [load.read_state(folder) for folder, _ in members]
     finished = [member for member, state in zip(members, states, strict=True) if state == "finished"]
     if not finished:
         states += ["never started"] * (len(listed) - len(members))
@@ -135,13 +124,13 @@ def _common_metric(configs: Sequence[Mapping[str, Any]], labels: Sequence[str]) 
 
 def _models(folder: Path, label: str, metric: str) -> pd.DataFrame:
     """The rows of one run, without what its settings say."""
-    df = load_runs(folder)
+    df = load.load_runs(folder)
     try:
-        require_metric(df, metric)
+        load.require_metric(df, metric)
     except UserError as error:
         raise UserError(f"run {label}: {error}") from None
     models = model_scores(df, metric)
-    report = load_partition(folder) if (folder / "partition.json").is_file() else {}
+    report = load.load_partition(folder) if (folder / "partition.json").is_file() else {}
     for key in ("js_mean", "size_gini", "num_clients"):
         models[key] = report.get(key)
     names = report.get("client_names") or []
@@ -155,7 +144,7 @@ def _models(folder: Path, label: str, metric: str) -> pd.DataFrame:
     models["rows"] = models["client"].map(sizes).astype(float).where(local, every).mask(virtual)
     models["js"] = models["client"].map(js).where(local)
     models["merged_own"] = models["client"].map(merged.groupby("client")["value"].last()).where(local)
-    sign = 1.0 if mode_of(df, metric) == "max" else -1.0
+    sign = 1.0 if load.mode_of(df, metric) == "max" else -1.0
     gain_own, gain = sign * (models["merged_own"] - models["own"]), sign * (last - models["last"])
     return models.assign(metric=metric, gain_own=gain_own, gain=gain.where(local))
 

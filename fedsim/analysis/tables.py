@@ -1,8 +1,7 @@
-"""One table writer: aligned text for a terminal, Markdown, HTML, CSV."""
+"""One table writer: aligned text for a terminal, and Markdown."""
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from fedsim.core.errors import visible
 
 # Control characters, those that turn the direction of writing, and halves of pairs that no file can hold.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_TIGHT_FROM = 100  # characters of a row, at the widest of each column; a page has room for about so many
 
 
 @dataclass(frozen=True)
@@ -41,37 +39,10 @@ class Table:
     def markdown(self) -> str:
         """GitHub's flavor."""
         rule = ["---:" if n in self.numbers else "---" for n in range(len(self.head))]
-        rows = [[*map(escape_markdown, self.head)], rule, *self._marked(escape_markdown, "**{}**")]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-    def html(self) -> str:
-        """A `<table>` in a `<div class="wide">`; classes `number` and `long` of columns, `tight` of a wide table."""
-        widths = [[len(row[n]) for row in self.rows] for n in range(len(self.head))]
-        long = [max(column, default=0) > 24 for column in widths]
-        names = ["number" if n in self.numbers else "long" if long[n] else "" for n in range(len(self.head))]
-        room = sum(max([len(name), *column]) for name, column in zip(self.head, widths, strict=True))
-
-        def line(texts: Sequence[str], tag: str) -> str:
-            kinds = [f' class="{name}"' if name else "" for name in names]
-            return "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, texts, strict=True))
-
-        body = "".join(f"<tr>{line(row, 'td')}</tr>\n" for row in self._marked(escape_html, "<b>{}</b>"))
-        head = f"<thead><tr>{line([*map(escape_html, self.head)], 'th')}</tr></thead>"
-        tight = ' class="tight"' if room > _TIGHT_FROM else ""
-        return f'<div class="wide"><table{tight}>\n{head}\n<tbody>\n{body}</tbody>\n</table></div>'
-
-    def csv(self) -> str:
-        """CSV with a header."""
-        return pd.DataFrame(self.rows, columns=list(self.head)).to_csv(index=False)
-
-    def _marked(self, escape: Any, strong: str) -> list[list[str]]:
-        marks = [
-            [strong if (i, j) in self.strong else "{}" for j in range(len(self.head))] for i in range(len(self.rows))
-        ]
-        return [
-            [mark.format(escape(cell)) for mark, cell in zip(*pair, strict=True)]
-            for pair in zip(marks, self.rows, strict=True)
-        ]
+        rows = [list(map(escape_markdown, row)) for row in self.rows]
+        for i, j in self.strong:
+            rows[i][j] = f"**{rows[i][j]}**"
+        return "\n".join(f"| {' | '.join(row)} |" for row in [[*map(escape_markdown, self.head)], rule, *rows])
 
 
 def frame_table(frame: pd.DataFrame, exact: Collection[str] = ()) -> Table:
@@ -106,11 +77,6 @@ def one_line(text: str) -> str:
 def without_unprintable(text: str) -> str:
     """Text with a replacement mark for each character that no document should hold."""
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-def escape_html(text: str) -> str:
-    """Text on one line of HTML."""
-    return html.escape(one_line(text))
 
 
 def escape_markdown(text: str) -> str:

@@ -45,12 +45,12 @@ class Stage:
     """One thing that happens to messages; by default nothing does. A stage overrides the directions that it changes.
 
     A large message comes in chunks, one after another: what a stage must know of the whole message is in `Senders`.
-
-    Attributes:
-        keeps: clients keep a state for it, laid out like a message and zero at first.
     """
 
-    keeps: bool = False
+    @property
+    def keeps(self) -> bool:
+        """Whether clients keep a state for it, laid out like a message and zero at first."""
+        return False
 
     def up(self, message: Message, c: Senders, state: Message) -> tuple[Message, Message]:
         """(the messages as the server will decode them, the clients' new state); all tensors `[K, ...]`."""
@@ -74,7 +74,11 @@ class Channel(Stage):
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = stages
-        self.keeps = any(s.keeps for s in stages)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether clients keep a state for any of them."""
+        return any(s.keeps for s in self.stages)
 
     def up(self, message: Message, c: Senders, state: Message) -> tuple[Message, Message]:
         """Each stage's `up`, in order."""

@@ -247,6 +247,7 @@ class _Blockwise(Codec):
         lead, bits, size = message.values.shape[:-1], self._code.bits, self._code.block
         out = torch.empty(*lead, message.n, dtype=dtype, device=message.values.device)
         lanes = out.view(math.prod(lead), message.n)
+        assert message.scales is not None
         values, scales = message.values.reshape(len(lanes), -1), message.scales.reshape(len(lanes), -1)
         for start, stop, block in _parts(lanes, size):
             codes = values[:, start * bits // 8 : -(-stop * bits // 8)].int()
@@ -354,4 +355,5 @@ def _parts(lanes: Tensor, block: int) -> Iterator[tuple[int, int, int]]:
 
 def _blocks(lanes: Tensor, block: int) -> Tensor:
     """`[K, m]` as `[K, m / block, block]`, a view."""
-    return lanes.unflatten(1, (lanes.shape[1] // block, block))
+    out: Tensor = lanes.unflatten(1, (lanes.shape[1] // block, block))
+    return out

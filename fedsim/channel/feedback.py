@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -31,7 +30,10 @@ class ErrorFeedback(Stage):
     codec: Stage
     before: Stage
 
-    keeps: ClassVar[bool] = True
+    @property
+    def keeps(self) -> bool:
+        """What was lost."""
+        return True
 
     def up(self, message: Message, c: Senders, state: Message) -> tuple[Message, Message]:
         """Add what was lost, send, and keep what is lost now."""

@@ -4,26 +4,24 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# Control characters, marks that turn the direction of writing, line and paragraph separators, halves of characters.
+# Control characters, direction marks, line and paragraph separators, surrogates.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _UNSEEN_BUT_LINES = re.compile(_UNSEEN.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
-
-
-_LONGEST = 1000  # characters of an error: a longer line has its middle cut out, since the end says what to do
+_LONGEST = 1000  # characters of an error; a longer line loses its middle, since the end states the fix
 
 
 def shown(value: object) -> str:
-    """A value in a message: its `repr`, of which a long one shows the beginning and its length."""
+    """The `repr` of a value for a message; of a long one the beginning and the length."""
     return cut(repr(value))
 
 
 def cut(text: str, most: int = 200) -> str:
-    """Text, of which a long one shows the beginning and its length."""
+    """Text for a message; of a long one the beginning and the length."""
     return text if len(text) <= most else f"{text[: most - 50]}... ({len(text):,} characters)"
 
 
 class UserError(ValueError):
-    """Something the user wrote cannot work: names the thing, the value and the way out, in one line."""
+    """A mistake that the user can fix: one line that names the setting, its value and the fix."""
 
     def __init__(self, message: object = "") -> None:
         text = str(message)
@@ -31,22 +29,22 @@ class UserError(ValueError):
 
 
 class Notice(UserWarning):
-    """Something a user should know that stops nothing: a warning in Python, a plain line on standard error on the command line."""
+    """A warning for the user: a Python warning, or a plain line on standard error on the command line."""
 
 
 def visible(text: str, lines: bool = False) -> str:
-    """Text that may be of a user's data, fit for a terminal: what is not seen, or steers it, as an escape such as `\\x1b`.
+    """Text, perhaps from a user's data, made safe for a terminal: invisible and control characters as escapes such as `\\x1b`.
 
     Args:
-        text: anything.
-        lines: leave line ends and tabs as they are.
+        text: any text.
+        lines: keep line ends and tabs.
     """
     pattern = _UNSEEN_BUT_LINES if lines else _UNSEEN
     return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def nearest_first(name: str, known: Iterable[str], most: int = 30) -> str:
-    """Names to choose from as text, those that look like `name` first; of more than `most` the rest as a number."""
+    """Names to choose from, those most like `name` first; beyond `most` only their number."""
     names = [text if len(text) <= 60 else text[:57] + "..." for text in map(str, known)]
     near = difflib.get_close_matches(name, names, n=3)
     ordered = [*near, *(n for n in dict.fromkeys(names) if n not in near)]
@@ -67,26 +65,26 @@ class CallbackError(RuntimeError):
 
 
 class WorkerDied(ClientError):
-    """Worker processes died of the same work again and again: what they were at, and how each has ended, in its first line."""
+    """Worker processes died repeatedly at the same work; the first line says at which, and how each ended."""
 
 
 class SumLost(RuntimeError):
-    """A worker process died while it added to the one sum, which holds a part of its update: the round starts again."""
+    """A worker process died while it added to the shared sum, which is then incomplete: the round starts again."""
 
 
 class OutOfMemory(RuntimeError):
-    """Clients trained side by side needed more memory than the device has; fewer of them may fit."""
+    """Clients in lanes need more memory than the device has; fewer lanes may fit."""
 
 
 class Ended(SystemExit):
-    """A signal asked the process to end: raised where it was, with the exit code 128 + the signal's number."""
+    """A signal asked the process to end; the exit code is 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory, on a GPU or on the CPU."""
+    """Whether an error is about too little memory, on a GPU or on the CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here
         return True
     text = str(error)
@@ -95,7 +93,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost_context(error: BaseException) -> bool:
-    """Whether an error says that the process can compute nothing more on its GPU: a kernel failed, or the device did."""
+    """Whether after an error the process can compute nothing more on its GPU: a kernel or the device failed."""
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     text = str(error)

@@ -1,8 +1,8 @@
-"""Files of a run folder: written whole and never through a link, read only if they are regular files, and checked for damage.
+"""Files of a run folder: written whole and never through a link, read only if they are regular files, checked for damage.
 
-A run folder may come from somebody else, who may have put links to other files of the user into it; `check_own` refuses
-them before anything is written. What a run wrote is recorded with sizes and checksums in its `checkpoints/`; `damage` names
-what differs. A run folder without `checkpoints/` has no such records and is read as it is. This module needs no torch.
+A run folder may come from somebody else and hold links to other files of the user; `check_own` refuses them before anything
+is written. Sizes and checksums of what a run wrote are in its `checkpoints/`; `damage` names what differs. A run folder without
+`checkpoints/` has no checksums and is read as it is. This module needs no torch.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _CHECK = re.compile(rb', "check": "([0-9a-f]{64})"\}\s*\Z')
 
 
 def check_own(folder: Path, below: Path | None = None, names: Iterable[str] | None = None) -> None:
-    """Refuse to write into a folder that holds a way out of it.
+    """Refuse to write into a folder with links to the outside.
 
     Args:
-        folder: looked through as a whole; need not exist.
-        names: files and folders in it that will be written, where it also holds others'; None = everything.
-        below: if `folder` lies in this one, which may be a link, the folders between the two must be none either.
+        folder: checked as a whole; need not exist.
+        below: a folder around it, which may be a link; the folders between the two are checked too.
+        names: check only these files and folders in it; None = everything.
 
     Raises:
         UserError: it is, or holds, a symbolic link, a file with a second name (hard link), a pipe, a socket or a device.
@@ -56,19 +56,19 @@ def _check_plain(place: Path) -> None:
     try:
         about = place.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        return  # another process has just removed it
+        return  # missing, or just removed by another process
     kind = _special(about.st_mode)
     if stat.S_ISLNK(about.st_mode):
         kind = "a symbolic link"
     elif stat.S_ISREG(about.st_mode) and about.st_nlink > 1:
-        kind = "a hard link to a file that has another name, too"
+        kind = "a hard link to another file"
     if kind is not None:
         way = "remove it, replace it by a copy, or use another folder"
         raise UserError(f"{place} is {kind}; fedsim writes only to files and folders of its own: {way}")
 
 
 def _special(mode: int) -> str | None:
-    """What a file is that can be neither read nor written to its end."""
+    """The kind of a special file, which may have no end; None for regular files and folders."""
     kinds = {
         stat.S_IFIFO: "a named pipe",
         stat.S_IFSOCK: "a socket",
@@ -79,7 +79,7 @@ def _special(mode: int) -> str | None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part; a link in its place is replaced."""
+    """Write a file atomically: a reader sees the old or the new one, never a part. A link in its place is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -90,13 +90,13 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(handle.fileno())
         beside.replace(path)
         sync_folder(path.parent)
-    except BaseException:  # a full disk gets its room back
+    except BaseException:  # free the space on a full disk
         beside.unlink(missing_ok=True)
         raise
 
 
 def write_figure(path: Path, figure: Any, dpi: int, metadata: dict[str, Any] | None = None) -> Path:
-    """Write a matplotlib figure as `write_atomic` does, in the format that its name says."""
+    """Write a matplotlib figure as `write_atomic` does, in the format of the file name extension."""
     data = io.BytesIO()
     figure.savefig(data, dpi=dpi, format=path.suffix[1:], metadata=metadata)
     write_atomic(path, data.getvalue())
@@ -104,7 +104,7 @@ def write_figure(path: Path, figure: Any, dpi: int, metadata: dict[str, Any] | N
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk, so that a file that names another is never there without it."""
+    """Wait until the names in a folder are on the disk, so that no file refers to a missing one after a crash."""
     with contextlib.suppress(OSError):  # some file systems cannot
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -114,7 +114,7 @@ def sync_folder(path: Path) -> None:
 
 
 def follow_umask(*files: Path) -> None:
-    """Give files the mode of newly created ones: safetensors makes its own readable by their owner alone."""
+    """Give files the mode of newly created ones: those of safetensors are readable by their owner alone."""
     for folder in {file.parent for file in files}:
         probe = folder / f".mode.{os.getpid()}"
         handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # asking for the umask would change it
@@ -129,7 +129,7 @@ def follow_umask(*files: Path) -> None:
 
 
 def write_checked(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object whole, ended by a hash of what stands before: one wrong digit is found."""
+    """Write a JSON object atomically, with a hash of its text at the end."""
     text = json.dumps(value).encode()
     check = hashlib.sha256(text).hexdigest()
     write_atomic(path, text[:-1] + f', "check": "{check}"}}'.encode())
@@ -138,7 +138,7 @@ def write_checked(path: Path, value: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ reading
 
 _NUMBER, _NONE = (int, float), type(None)
-_HOLDS: dict[str, dict[str, Any]] = {  # what readers rely on; any of it may be missing
+_HOLDS: dict[str, dict[str, Any]] = {  # file -> key -> type that readers rely on; any key may be missing
     "status.json": {"state": str, "rounds": int, "seconds": _NUMBER},
     "partition.json": {
         **{"num_clients": int, "rows": int, "js_mean": (*_NUMBER, _NONE), "size_gini": (*_NUMBER, _NONE)},
@@ -154,7 +154,7 @@ def read_file(path: Path) -> bytes:
 
     Raises:
         OSError: there is no such file.
-        UserError: it is a pipe, a socket or a device, which might have no end.
+        UserError: it is a pipe, a socket or a device.
     """
     if kind := _special(path.stat().st_mode):
         raise UserError(f"{path} is {kind}, not a regular file; remove it")
@@ -162,11 +162,11 @@ def read_file(path: Path) -> bytes:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
         OSError: there is no such file.
-        UserError: it is not JSON, or holds something other than a `kind`.
+        UserError: it is not JSON, or not a `kind`.
     """
     way = "restore the file, or do the run again"
     try:
@@ -194,7 +194,7 @@ def _fits(value: Any, like: Any) -> bool:
 
 
 def read_checked(path: Path) -> dict[str, Any] | None:
-    """What `write_checked` wrote; None where it is missing or not what it was."""
+    """What `write_checked` wrote; None if it is missing or damaged."""
     try:
         data = read_file(path)
         found = _CHECK.search(data)
@@ -209,7 +209,7 @@ def read_checked(path: Path) -> dict[str, Any] | None:
 
 # ------------------------------------------------------------------------------------------------ damage
 
-# What reading a damaged `.npz` file raises; RuntimeError: its bytes say that it is encrypted, or packed in another way.
+# Raised on reading a damaged `.npz` file; RuntimeError: if it looks encrypted or packed in an unknown way.
 DAMAGED_ARRAYS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error),
@@ -217,7 +217,7 @@ DAMAGED_ARRAYS = (
 
 
 def record(run: Path, places: Iterable[str]) -> dict[str, list[int]]:
-    """Size and CRC-32 of these files, and of those in these folders; by path in the run folder."""
+    """Path in the run folder -> size and CRC-32, of these files and of those in these folders."""
     out = {}
     for place in places:
         found = run / place
@@ -228,7 +228,7 @@ def record(run: Path, places: Iterable[str]) -> dict[str, list[int]]:
 
 
 def differing(run: Path, recorded: dict[str, list[int]], most: int | None = None) -> list[str]:
-    """Which of these files are missing or not what they were; those of more than `most` bytes by size alone."""
+    """The files that are missing or differ from their record; those of more than `most` bytes are compared by size alone."""
     out = []
     for name, (size, crc) in recorded.items():
         file, large = run / name, most is not None and size > most
@@ -296,12 +296,12 @@ def _crc32(path: Path) -> int:
 
 # ------------------------------------------------------------------------------------------------ clients' folders
 
-CLIENT_FOLDERS = "client_folders.json"  # folder -> client id, of those that differ
-_LONGEST = 255 - len("..1234567")  # bytes of a name; while it is written there is a dot in front and .PID behind
+CLIENT_FOLDERS = "client_folders.json"  # folder -> client id, if they differ
+_LONGEST = 255 - len("..1234567")  # bytes of a name; temporary names have a dot in front and .PID at the end
 
 
 def folder_names(clients: Iterable[str]) -> dict[str, str]:
-    """A folder's name for each client id: the id itself where it is a plain name, else its plain characters and a hash.
+    """Client id -> folder name: the id itself if it is a plain name, else its plain characters and a hash.
 
     Args:
         clients: all ids of a run; no two get the same name.
@@ -321,7 +321,7 @@ def folder_names(clients: Iterable[str]) -> dict[str, str]:
 
 
 def client_folders(run: Path) -> dict[str, str]:
-    """Folder in `local/` -> client id, of those clients whose folders have other names."""
+    """Folder in `local/` -> client id, of clients whose folder has another name."""
     try:
         return read_json(run / CLIENT_FOLDERS)
     except FileNotFoundError:
@@ -329,14 +329,14 @@ def client_folders(run: Path) -> dict[str, str]:
 
 
 def model_name(place: str, clients: dict[str, str]) -> str:
-    """A model's folder in a run as it is shown: with the client's id, by `client_folders`."""
+    """The name of a model by its folder in a run: with the client's id, by `client_folders`."""
     top, *rest = place.split("/")
-    return "/".join(
-        [top, *(clients.get(part, part) if top == "local" and i == 0 else part for i, part in enumerate(rest))]
-    )
+    if top == "local" and rest:
+        rest[0] = clients.get(rest[0], rest[0])
+    return "/".join([top, *rest])
 
 
 def _plain_name(client: str) -> str:
-    """The characters of an id that any file system takes, none of them in front that hides a folder."""
+    """An id reduced to characters that any file system takes, without a dot in front."""
     name = re.sub(r"[^\w.+-]", "_", client).strip(".") or "_"
     return name if len(name.encode()) <= _LONGEST else name.encode()[:_LONGEST].decode(errors="ignore")

@@ -1,6 +1,5 @@
-"""torch's compiler makes a folder for what it compiles as soon as it is imported, and leaves it behind, empty.
-
-transformers, PEFT and `torch.use_deterministic_algorithms` import it; fedsim compiles nothing.
+"""torch's compiler creates an empty cache folder as soon as it is imported, by transformers, PEFT and
+`torch.use_deterministic_algorithms`. fedsim compiles nothing, and leaves no such folder behind.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ _KEY = "TORCHINDUCTOR_CACHE_DIR"  # read, and made, by torch/_inductor/runtime/c
 
 @contextmanager
 def without_folder() -> Iterator[None]:
-    """Inside the block the compiler's import, here or in a process that is started, makes no folder: it is told of one that is
-    there, the one for temporary files. What the user has set stays; afterwards all is as it was."""
+    """Inside the block the compiler creates no folder, in child processes too: its cache is the folder for temporary files.
+    A user's own setting stays."""
     if _KEY in os.environ:
         yield
         return

@@ -1,8 +1,8 @@
-"""What torch keeps for the whole process and a run's numbers would depend on; and whether a device gives the same bits twice.
+"""Process-wide settings of torch on which results depend; and whether a device gives the same bits twice.
 
-A run's numbers are a function of its config, lanes and threads. torch has switches beside that - the default type, autocast,
-how exact products of float32 are, which kernels may be used - that a notebook or a script may have set, and that worker
-processes do not know of. `settled` puts them to one state for the time of a run and gives them back.
+The results of a run are a function of its config, lanes and threads. A notebook or a script may have changed torch's
+settings (default type, autocast, precision of float32 products, choice of kernels), and worker processes do not inherit
+them. `settled` gives them one state for the time of a run and restores them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import torch
 
 from fedsim.core.inductor import without_folder
 
-# Operations of the models that are trained here whose CUDA kernels add up in any order: torch's documentation of
-# `use_deterministic_algorithms` and of `scaled_dot_product_attention`, against what fedsim/models and transformers call.
-# Not among them, though their kernels add atomically: gradients of `index_select` and `index_copy` in fedsim/models, whose
-# positions are all different, so that nothing is added to anything. Embeddings sort first. cuBLAS gives the same bits
-# where a process uses one stream, as fedsim's do.
+# Operations of our models whose CUDA kernels add in no fixed order: by torch's documentation of `use_deterministic_algorithms`
+# and `scaled_dot_product_attention`. Not listed, though their kernels add atomically: gradients of `index_select` and
+# `index_copy` in fedsim/models, whose positions all differ. Embeddings sort first. cuBLAS gives the same bits if a process
+# uses one stream, as fedsim's do.
 ATOMIC = (
     "gradient of scaled_dot_product_attention: flash, memory-efficient and cuDNN kernels, in all modes",
     "gradient of gather and of repeated indices: attention by relative distance (DeBERTa), one client at a time",
@@ -35,10 +34,10 @@ _WAY_OUT = (
 
 @contextmanager
 def settled(devices: Sequence[str] = ()) -> Iterator[None]:
-    """Inside the block torch's process-wide switches are as every run has them; afterwards as they were.
+    """Gives torch's process-wide settings the state that every run has; restores them afterwards.
 
     Gradients are on, autocast is off, new tensors are float32 on the CPU, float32 products are exact, small numbers are not
-    flushed to zero. Where all devices are CPUs kernels are deterministic ones; for GPUs that is left as it is.
+    flushed to zero. On CPUs alone kernels are deterministic; for GPUs that setting is left as it is.
 
     Args:
         devices: where the run trains.
@@ -71,7 +70,7 @@ def settled(devices: Sequence[str] = ()) -> Iterator[None]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many CPU threads inside the block."""
+    """This number of CPU threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -81,31 +80,31 @@ def threads(count: int) -> Iterator[None]:
 
 
 def settle_cpu() -> None:
-    """Deterministic kernels on the CPU: with several threads the gradient of `x[i]`, where places repeat, would be added up in
-    any order (docs/log.md). What has no such kernel still runs."""
+    """Deterministic kernels on the CPU, where operations have them: with several threads the gradient of `x[i]` with repeated
+    positions would be added in no fixed order (docs/log.md)."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it is for finding errors, and takes time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that takes time
 
 
 def kernels() -> str:
-    """What torch was told of deterministic kernels: off | warn | on."""
+    """torch's setting of deterministic kernels: off | warn | on."""
     if not torch.are_deterministic_algorithms_enabled():
         return "off"
     return "warn" if torch.is_deterministic_algorithms_warn_only_enabled() else "on"
 
 
 def use_kernels(mode: str) -> None:
-    """Tell torch: off | warn | on."""
+    """Set deterministic kernels: off | warn | on."""
     torch.use_deterministic_algorithms(mode != "off", warn_only=mode == "warn")
 
 
 def _flushes() -> bool:
-    """Whether this thread takes numbers too small for a full mantissa for zero."""
+    """Whether this thread flushes subnormal numbers to zero."""
     return (torch.tensor(torch.finfo(torch.float64).tiny, dtype=torch.float64, device="cpu") / 2).item() == 0
 
 
 def promise(devices: Sequence[str]) -> dict[str, Any]:
-    """Whether the same seed, config, lanes and threads give the same bits on these devices; where not, why.
+    """Whether the same seed, config, lanes and threads give the same bits on these devices; if not, why.
 
     Args:
         devices: one per worker: cpu, cuda:0, ...
@@ -132,5 +131,5 @@ def promise(devices: Sequence[str]) -> dict[str, Any]:
 
 
 def _kind(device: str) -> str:
-    """cpu, or the GPU's name: two of a name give the same bits."""
+    """cpu, or the name of the GPU: GPUs of one name give the same bits."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"

@@ -1,4 +1,4 @@
-"""Classes in a user's own file, named `FILE.py:CLASS`: loaded from the bytes that were read first, in every process."""
+"""Classes in a user's own file, named `FILE.py:CLASS`: every process loads the bytes that were read first."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load(name: str, key: str, fits: Callable[[type], bool], what: str) -> type:
         what: that kind in words, for messages, e.g. `derived from Algorithm`.
 
     Raises:
-        UserError: if it cannot be read, run or used.
+        UserError: for a file that cannot be read or run, or has no such class.
     """
     text, _, wanted = name.rpartition(":")
     file = Path(text).expanduser()

@@ -88,7 +88,7 @@ class PoolExecutor:
         home: where the global parameters and the running sum lie; None = the parameters on each worker's device, the sum on the
             first one's.
         hang_s: seconds without a heartbeat after which a worker at work is ended; None = never. A trainer beats at each pass,
-            batch and piece, see `Trainer.beat`; loading the model and waiting for a turn are not limited.
+            batch and piece of what it copies; loading the model and waiting for a turn are not limited.
         note: called with a line when a worker has died.
     """
 
@@ -102,11 +102,10 @@ class PoolExecutor:
         hang_s: float | None = None,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.workers, self.home = list(devices), home
         self.weights: Tensor | None = None
         self.total: Tensor | None = None
         self.spare: Tensor | None = None
-        self._hang_s, self._note = hang_s, note
+        self._home, self._hang_s, self._note = home, hang_s, note
         self._deaths: dict[Any, list[str]] = {}  # by pack, while its round is under way
         self._unread = False  # whether handles were sent to a process that may have died before it took them
         self._pool = [_Worker(f"fedsim-worker-{i}", device) for i, device in enumerate(devices)]
@@ -125,13 +124,13 @@ class PoolExecutor:
             ClientError: if a worker cannot load its model, with its traceback.
             WorkerDied: if processes die of it.
         """
-        self.total, self.spare = map(_shared, buffers(layout, summed, many, self.home or self._pool[0].device))
+        self.total, self.spare = map(_shared, buffers(layout, summed, many, self._home or self._pool[0].device))
         params_on = functools.cache(lambda home: _shared(layout.empty(home)))
         state_on = functools.cache(lambda device: _shared(server.empty(device)))
         copies = 2 if summed and summed * layout.dtype.itemsize < _SLOTS_BELOW else 0
         self._layout, self._server_layout, self._engine = layout, server, engine
         for worker in self._pool:
-            worker.weights, worker.server = params_on(self.home or worker.device), state_on(worker.device)
+            worker.weights, worker.server = params_on(self._home or worker.device), state_on(worker.device)
             worker.slots = [_shared(buffers(layout, summed, False, worker.device)[0]) for _ in range(copies)]
             worker.free = deque(range(copies))
             self._load(worker)
@@ -379,7 +378,6 @@ def _serve(pipe: Connection, device_name: str, make_trainer: MakeTrainer) -> Non
                 if kind == "load":
                     layout, server_layout, weights, server, slots, sums, engine = rest
                     trainer = make_trainer(device, engine)
-                    trainer.beat = beat
                     assert trainer.layout.sums == layout, "the worker's parameters are not those of the run"
                     answer: Any = None
                 elif kind == "train":

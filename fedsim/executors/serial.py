@@ -17,12 +17,9 @@ from fedsim.core.types import Engine, Measured, Memory, Pack, Report, Scores, Sc
 
 
 class Trainer(Protocol):
-    """What an executor is handed: see `fedsim.training`."""
+    """What an executor is handed, see `fedsim.training`. It beats (`core.heartbeat`) at each pass, batch, and piece it copies."""
 
     layout: Layout
-    beat: Callable[[], None]
-    """Called at each forward and backward pass, scoring batch and piece of what is copied, added or kept; whoever watches over
-    the process puts something else in its place."""
 
     def train(self, pack: Pack, weights: Tensor, server: Params, out: Tensor, turn: Turn | None = None) -> Report:
         """Train a pack and add its clients' messages to `out`, in its turn."""
@@ -59,7 +56,7 @@ def clients(tasks: Sequence[Task]) -> str:
     return f"client{'s' if len(names) > 1 else ''} {', '.join(names[:8])}{more}"
 
 
-def client_failed(tasks: Sequence[Task], device: str, trace: str, what: str = "a scoring pass") -> ClientError:
+def client_failed(tasks: Sequence[Task], device: str, trace: str, what: str = "evaluation") -> ClientError:
     """The error of a pack: round and ids first, then its own traceback; without tasks, of what else was done."""
     who = f"round {tasks[0].round}, {clients(tasks)}" if tasks else what
     return ClientError(f"{who} failed on {device}; its traceback:\n{trace}")

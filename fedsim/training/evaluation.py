@@ -8,13 +8,14 @@ greedily generated text instead. Sums are carried to the end and divided once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedsim.core.pulse import beat
 from fedsim.core.types import Scores
 from fedsim.data.tokens import Tokens
 from fedsim.models.forward import Net
@@ -53,7 +54,6 @@ def score_rows(
     tokenizer: Any = None,
     max_new_tokens: int = 32,
     wanted: Sequence[int] | None = None,
-    beat: Callable[[], None] = lambda: None,
 ) -> list[RowScores]:
     """Score every kept row of a split under the weights of each lane; batches hold rows of like length.
 
@@ -66,7 +66,6 @@ def score_rows(
         max_new_tokens: longest generated answer.
         wanted: the lanes whose scores are asked for; None = all. The others are computed all the same, but for what is
             generated.
-        beat: called at each pass.
 
     Returns:
         One record a lane that is wanted.
@@ -97,14 +96,14 @@ def score_rows(
             scores = np.zeros((lanes, n, found.shape[2]))
         scores[:, chunk] = found
     if scores is not None and not tokens.is_classes:
-        _add_long_labels(net, tokens, rows, labels, count, scores, size, beat)
+        _add_long_labels(net, tokens, rows, labels, count, scores, size)
     predicted = None if scores is None else scores.argmax(axis=2)
     wanted = range(lanes) if wanted is None else wanted
     out = [RowScores(rows, nll[k], count, None if predicted is None else predicted[k]) for k in wanted]
     if tokenizer is not None and not tokens.is_classes:
         for k, each in zip(wanted, out, strict=True):
             net.show(k)
-            each.exact = _matches(net, tokens, rows, tokenizer, batch_size, max_new_tokens, beat)
+            each.exact = _matches(net, tokens, rows, tokenizer, batch_size, max_new_tokens)
     return out
 
 
@@ -208,7 +207,6 @@ def _add_long_labels(
     count: np.ndarray,
     scores: np.ndarray,
     size: int,
-    beat: Callable[[], None],
 ) -> None:
     """Fill in log p(label | prompt) of labels of several tokens that are not the row's own, by passes of their own."""
     prompts = tokens.prompts.numpy()[rows]
@@ -233,7 +231,6 @@ def _matches(
     tokenizer: Any,
     batch_size: int,
     max_new_tokens: int,
-    beat: Callable[[], None],
 ) -> np.ndarray:
     """Whether the greedily generated text is the answer, apart from white space at the ends; bool `[n]`.
 
@@ -247,7 +244,7 @@ def _matches(
         unknown = None
     for chunk in _chunks(prompts, batch_size, spread=max_new_tokens):  # a longer prompt costs its batch a pass a token
         sequences = [tokens.row(rows[c]) for c in chunk]
-        made = greedy(net, [s[: prompts[c]] for c, s in zip(chunk, sequences, strict=True)], max_new_tokens, end, beat)
+        made = greedy(net, [s[: prompts[c]] for c, s in zip(chunk, sequences, strict=True)], max_new_tokens, end)
         gold = [s[prompts[c] :].tolist() for c, s in zip(chunk, sequences, strict=True)]
         whole = [end is None or g[-1] == end for g in gold]  # else it was truncated
         texts, answers = (
@@ -266,7 +263,6 @@ def greedy(
     prompts: Sequence[np.ndarray],
     limit: int,
     end: int | None,
-    beat: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The most likely next token after each prompt, again and again; the base's `generation_config.json` has no say.
 
@@ -279,7 +275,6 @@ def greedy(
         prompts: token ids of each.
         limit: most new tokens of each.
         end: the token that ends a text, or None.
-        beat: called at each pass.
 
     Returns:
         New tokens of each prompt, without `end`.

@@ -39,7 +39,7 @@ class _Piece:
 
 
 class LaneGroup:
-    """The lanes of one part of a run's clients.
+    """The lanes of one part of a run's clients; the hooks around their steps.
 
     Args:
         run: the run's pack.
@@ -54,7 +54,9 @@ class LaneGroup:
     def __init__(self, run: RunPack, part: str, trainer: Trainer) -> None:
         self.run, self.part, self.trainer, self.device = run, part, trainer, trainer.net.device
         self.number = run.algorithm.parts.index(part)
-        self.chunks = run.setup.chunks
+        self.chunks, self.batches = run.setup.chunks, run.algorithm.batches
+        self.moves, self.freezes = (run.algorithm.overrides(hook) for hook in ("at", "trains"))
+        self._trains = run.algorithm.trains
         self.lanes: list[int] = []
         self.tasks: list[Task] = []
         self.facts: dict[str, Tensor] = {}
@@ -104,7 +106,7 @@ class LaneGroup:
 
     def at(self, point: Tensor, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
         """Put where the algorithm takes the gradient into its lanes of `point`, `[K, N]`, which hold the parameters."""
-        for p in self._active(active) if self.run.algorithm.overrides("at") else ():
+        for p in self._active(active) if self.moves else ():
             found = self.run.algorithm.at(p.params, p.scratch, self._view(p, step, lr_sums, batch))
             here = self.chunks[p.chunk]
             for name, view in here.views(point[p.lanes, here.span]).items():
@@ -123,18 +125,16 @@ class LaneGroup:
             view = self._view(p, step, lr_sums, 0)
             self.run.algorithm.after_step(self._training(p.params, step - 1), p.scratch, view, rates[p.lanes])
 
-    def trains(self, step: int) -> np.ndarray | None:
-        """Which parameters train at a step of the round, bool `[P]`; None = all."""
-        algorithm, round = self.run.algorithm, self.tasks[0].round
-        if not algorithm.overrides("trains"):
-            return None
-        return np.array([algorithm.trains(n, round, step) for n in self.trainer.layout.shapes])
+    def freeze(self, trains: np.ndarray, step: int) -> None:
+        """Mark what trains in its lanes, bool `[active, P]`."""
+        if self.freezes:
+            names, round = self.trainer.layout.shapes, self.tasks[0].round
+            trains[[j for j in self.lanes if j < len(trains)]] = [self._trains(n, round, step) for n in names]
 
     def _training(self, params: Params, step: int) -> Params:
-        algorithm, round = self.run.algorithm, self.tasks[0].round
-        if not algorithm.overrides("trains"):
-            return params
-        return {n: t for n, t in params.items() if algorithm.trains(n, round, step)}
+        """Those that train at a step."""
+        round = self.tasks[0].round
+        return {n: t for n, t in params.items() if self._trains(n, round, step)} if self.freezes else params
 
     def _view(self, piece: _Piece, steps: int, lr_sums: Tensor, batch: int) -> View:
         """What the algorithm may look at, of a piece whose clients have done so many steps."""

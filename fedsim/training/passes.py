@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
 
 from fedsim.core.types import Row
 from fedsim.training.lanes import LaneGroup
@@ -14,7 +13,7 @@ from fedsim.training.trainer import Fit, Trainer
 
 
 class Pass:
-    """One fit of the lanes of all groups; the hooks around its steps.
+    """One fit of the lanes of all groups.
 
     Args:
         groups: of one run or of several; parts of a run side by side, its first part last.
@@ -31,10 +30,7 @@ class Pass:
         self.owners, self.tasks, self.lanes = zip(*(every[i] for i in self.order), strict=True)
         self.whose = [(g.run.worker, g.run.pack.mode, t) for g, t in zip(self.owners, self.tasks, strict=True)]
         self.inside: dict[int, list[Row]] = {}  # metrics from inside the round, by lane
-        algorithms = [g.run.algorithm for g in groups]
-        self.moves = any(a.overrides("at") for a in algorithms)
-        self.batches = algorithms[0].batches
-        if any(a.batches != self.batches for a in algorithms):
+        if len({group.batches for group in groups}) > 1:  # what fails together is done again run by run
             raise ValueError("runs whose algorithms draw different numbers of batches for a step cannot go together")
         for group in groups:
             group.lanes = [j for j, owner in enumerate(self.owners) if owner is group]
@@ -47,7 +43,7 @@ class Pass:
             self._measure_start()
         for group in self.groups:
             group.start()
-        fit = self.trainer.fit(self.lanes, self)
+        fit = self.trainer.fit(self.lanes, self.groups, self.evaluate)
         for group in self.groups:
             group.judge(fit)
         for group in self.groups:
@@ -67,36 +63,8 @@ class Pass:
         for group in self.groups:
             group.facts["start_loss"] = loss[group.lanes]
 
-    # -------------------------------------------------------------------------------------------------- hooks
-
-    def at(self, point: Tensor, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
-        """See `Hooks`."""
-        for group in self.groups:
-            group.at(point, active, step, lr_sums, batch)
-
-    def adjust(self, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
-        """See `Hooks`."""
-        for group in self.groups:
-            group.adjust(active, step, lr_sums, batch)
-
-    def trains(self, active: int, step: int) -> np.ndarray | None:
-        """See `Hooks`."""
-        by_group = [group.trains(step) for group in self.groups]
-        if all(found is None for found in by_group):
-            return None
-        out = np.ones((active, len(self.trainer.layout.shapes)), dtype=bool)
-        for group, found in zip(self.groups, by_group, strict=True):
-            if found is not None:
-                out[[j for j in group.lanes if j < active]] = found
-        return out
-
-    def after_step(self, active: int, step: int, lr_sums: Tensor, rates: Tensor) -> None:
-        """See `Hooks`."""
-        for group in self.groups:
-            group.after_step(active, step, lr_sums, rates)
-
     def evaluate(self, lanes: list[int], step: int) -> None:
-        """See `Hooks`."""
+        """Evaluate those of these lanes that are due, in the middle of the round."""
         lanes = [j for j in lanes if self._is_own(j)]
         for j, rows in zip(lanes, self.evaluator.lanes(lanes, self.whose, [step] * len(lanes)), strict=True):
             self.inside.setdefault(j, []).extend(rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Size
 
 from fedsim.algorithms import Algorithm
+from fedsim.channel import uplink
 from fedsim.core.params import Chunk, Layout, meta
 from fedsim.core.store import Store
 from fedsim.training.config import LocalTrainingConfig
@@ -46,7 +47,8 @@ class RecordLayout:
         keeps = config.keep_state[mode] and config.optim.num_moments > 0
         counts = len(layout.shapes) if keeps and algorithm.overrides("trains", "resets") else 0
         optimizer = config.optim.num_moments * layout.numel + counts if keeps else 0
-        lost = sum(sent.numel for sent in algorithm.messages(layout.sums).values()) if config.error_feedback else 0
+        keeps_lost = uplink(config.up, config.error_feedback).keeps
+        lost = sum(sent.numel for sent in algorithm.messages(layout).values()) if keeps_lost else 0
         at, personal, places, chosen = 0, {}, {}, algorithm.personal(layout.shapes)
         begin = sum(states) + len(states) * optimizer + lost
         for name, tensor in meta(layout).items():

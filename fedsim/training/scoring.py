@@ -83,7 +83,6 @@ class Evaluator:
             tokenizer=self.tokenizer if generate else None,
             max_new_tokens=config.max_new_tokens,
             wanted=lanes,
-            beat=beat,
         )
         return [to_scores(r, tokens, o, by_row) for r, o in zip(found, own, strict=True)]
 

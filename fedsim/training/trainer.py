@@ -51,17 +51,19 @@ class Lane:
 
 
 class Hooks(Protocol):
-    """What is called around each optimizer step, while the first `active` lanes still have steps to do.
+    """What is called around each optimizer step for some of the lanes, while the first `active` lanes still have steps to do.
 
     `step` counts the steps that are done, of learning rates with the sums `lr_sums`, `[K]`; `batch` the batches of a step.
 
     Attributes:
         batches: batches of each step.
         moves: whether gradients are taken elsewhere than at the parameters.
+        freezes: whether some parameters do not train at some steps.
     """
 
     batches: int
     moves: bool
+    freezes: bool
 
     def at(self, point: Tensor, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
         """Change `point`, a copy of the parameters `[K, N]`, to where the gradient is taken."""
@@ -71,16 +73,12 @@ class Hooks(Protocol):
         """Change the gradients."""
         ...
 
-    def trains(self, active: int, step: int) -> np.ndarray | None:
-        """Which parameters the step changes, bool `[active, P]`; None = all."""
+    def freeze(self, trains: np.ndarray, step: int) -> None:
+        """Mark which parameters the step changes, bool `[active, P]`."""
         ...
 
     def after_step(self, active: int, step: int, lr_sums: Tensor, rates: Tensor) -> None:
         """Change the parameters; the step just done had these learning rates, `[K]`."""
-        ...
-
-    def evaluate(self, lanes: list[int], step: int) -> None:
-        """Evaluate these lanes, in the middle of the round."""
         ...
 
 
@@ -148,12 +146,13 @@ class Trainer:
             sizes = sizes if self._by_name else None
             self.optimizer = FlatOptimizer(optim, self.flat, self.grad, self.config.chunk, sizes)
 
-    def fit(self, lanes: Sequence[Lane], hooks: Hooks) -> Fit:
+    def fit(self, lanes: Sequence[Lane], hooks: Sequence[Hooks], evaluate: Callable[[list[int], int], None]) -> Fit:
         """Train the first lanes from the parameters that are in `flat`.
 
         Args:
             lanes: those with the most steps first: the lanes that still work are then always the first ones, and the rest rests.
-            hooks: called around each step.
+            hooks: called around each step, in order; they agree in the batches of a step.
+            evaluate: called with the lanes that are due in the middle of the round, and their steps so far.
         """
         k, steps = len(lanes), [len(lane.batches) for lane in lanes]
         for j, lane in enumerate(lanes):
@@ -167,27 +166,34 @@ class Trainer:
         loss = torch.zeros(k, dtype=torch.float64, device=self.net.device)
         useful, computed = np.zeros(k, dtype=np.int64), np.zeros(k, dtype=np.int64)
         self.net.begin([lane.dropout for lane in lanes])
-        weights, bound = torch.zeros_like(self.flat[:k]) if hooks.moves else self.flat, 0
+        moves, freezes = any(h.moves for h in hooks), any(h.freezes for h in hooks)
+        weights, bound = torch.zeros_like(self.flat[:k]) if moves else self.flat, 0
         for i in range(steps[0]):
             active = sum(n > i for n in steps)
             if active != bound:
                 self.net.train(True)
                 self.net.bind(weights[:active], self.grad[:active])
                 bound = active
-            for b in range(hooks.batches):
-                if hooks.moves:
+            for b in range(hooks[0].batches):
+                if moves:
                     weights[:active].copy_(self.flat[:active])
-                    hooks.at(weights, active, i, lr_sums[i], b)
+                    for hook in hooks:
+                        hook.at(weights, active, i, lr_sums[i], b)
                 step_loss, step_useful, step_computed = self.backward([lane.batches[i][b] for lane in lanes[:active]])
-                hooks.adjust(active, i, lr_sums[i], b)
-                loss[:active] += step_loss / hooks.batches
+                for hook in hooks:
+                    hook.adjust(active, i, lr_sums[i], b)
+                loss[:active] += step_loss / hooks[0].batches
                 useful[:active] += step_useful
                 computed[:active] += step_computed
-            self.optimizer.step(rates[i][:active], hooks.trains(active, i))
-            hooks.after_step(active, i + 1, lr_sums[i + 1], lrs[i])
+            trains = np.ones((active, len(self.layout.shapes)), dtype=bool) if freezes else None
+            for hook in hooks if freezes else ():
+                hook.freeze(trains, i)
+            self.optimizer.step(rates[i][:active], trains)
+            for hook in hooks:
+                hook.after_step(active, i + 1, lr_sums[i + 1], lrs[i])
             due = [j for j in range(active) if i + 1 < steps[j] and lanes[j].due(i + 1)]
             if due:
-                hooks.evaluate(due, i + 1)
+                evaluate(due, i + 1)
                 bound = 0
         return Fit(loss.tolist(), useful, computed, steps, lr_sums[-1])
 

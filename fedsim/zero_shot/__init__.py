@@ -1,9 +1,8 @@
-"""Zero-shot scores of a run's models by lm-evaluation-harness: HellaSwag, PIQA, WinoGrande and any other task it knows.
+"""Zero-shot evaluation of a run's models by lm-evaluation-harness: HellaSwag, PIQA, WinoGrande and all its other tasks.
 
-Prompts, scoring and standard errors are the harness's (`lm-eval`, the extra `eval`). What is done here: finding the
-models of a run and putting them, one after another, on a base that is loaded once (`models.py`); handing the harness
-local files in place of the hub's data sets (`tasks.py`); comparing models on the same items, so that differences inside
-the noise are marked (`scores.py`).
+Prompts, scores and standard errors are the harness's (`lm-eval`, the extra `eval`). Here the models of a run are found and
+put, one after another, on a base that is loaded once (`models.py`); local files replace the hub's data sets (`tasks.py`);
+models are compared on the same examples, and differences that are not statistically significant are marked (`scores.py`).
 """
 
 from fedsim.zero_shot.evaluate import evaluate_zero_shot

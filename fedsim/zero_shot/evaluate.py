@@ -1,4 +1,4 @@
-"""Scoring a run's models on tasks, one after another, with lm-evaluation-harness."""
+"""Evaluation of models on tasks, one after another, with lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import importlib.util
 import logging
 import os
 import random
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from fedsim.zero_shot.scores import Evaluation, Result, baselines, scores_of
 from fedsim.zero_shot.tasks import TASKS, find_local, load_tasks, origin, write_task_files
 
 CPU_BATCH = 8
-EVERY = 60.0  # seconds between two lines
+EVERY = 60.0  # seconds between two progress lines
 _DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 
@@ -53,43 +55,44 @@ def evaluate_zero_shot(
     task_files: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Score models on zero-shot tasks with lm-evaluation-harness.
+    """Evaluate models on zero-shot tasks with lm-evaluation-harness.
 
     Args:
         models: run folders, folders of several runs, PEFT or transformers folders, or any `model.path`.
-        tasks: names of the harness's tasks, groups or tags; one text with commas between them works too.
-        data: folder with `hellaswag/`, `piqa/`, `winogrande/` in local files; None: `$FEDSIM_DATA` where that has the
-            task, else the hub; "hub": the hub.
-        limit: the first so many items of each task; None takes all.
-        batch_size: rows a pass; auto: on a GPU what the harness finds to fit, on the CPU 8.
+        tasks: names of the harness's tasks, groups or tags; or one text with commas between them.
+        data: folder with `hellaswag/`, `piqa/`, `winogrande/` in local files; None: `$FEDSIM_DATA` for the tasks it has,
+            else the hub; "hub": the hub.
+        limit: evaluate only the first N examples of each task.
+        batch_size: examples per batch; auto: on a GPU what the harness finds to fit, on the CPU 8.
         device: auto | cpu | cuda:0 ...
-        dtype: of the base: auto (what its files say, as the harness does), float32, bfloat16, float16, float64.
-        which: of a run the last models, those that validation chose (best), or both.
-        only: of a run the models whose names fit one of these patterns.
-        base: the bases themselves too, as the first row.
-        base_path: the base in place of the one that config or adapter name.
-        against: the row that the others are compared with: base (each with its own; the default where there is one), best
+        dtype: of the base: auto (the dtype of the checkpoint, as in the harness), float32, bfloat16, float16, float64.
+        which: last | best (by validation) | both checkpoints of a run.
+        only: evaluate only models of a run whose names match one of these patterns.
+        base: also evaluate the base models, first.
+        base_path: base model in place of the one that config or adapter names.
+        against: the model that the others are compared with: base (each with its own; the default if there is one), best
             (by the mean), or a row's name.
-        capitals: begin the last sentence of HellaSwag's text form with a capital letter, as the hub's rows do.
-        task_files: keep the local tasks there, for `lm_eval --include_path`.
-        progress: show on standard error what goes on.
+        capitals: begin the last sentence of HellaSwag's text form with a capital letter, as the hub's examples do.
+        task_files: folder in which to keep the local tasks, for `lm_eval --include_path`.
+        progress: show progress on standard error.
 
     Returns:
         The scores: `table()` is a DataFrame, `save()` writes `eval.json` and `eval.csv`.
 
     Raises:
-        UserError: for what the user can put right; unknown tasks, data and models before anything is scored.
+        UserError: for a user's mistake; unknown tasks, data and models are found before the evaluation.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "fedsim eval needs lm-evaluation-harness; install it with: pip install lm-eval (the extra: pip install -e '.[eval]')"
-        )
+        way = "install it with: pip install lm-eval (the extra: pip install -e '.[eval]')"
+        raise UserError(f"fedsim eval needs lm-evaluation-harness; {way}")
     names = list(dict.fromkeys(t.strip() for t in (tasks.split(",") if isinstance(tasks, str) else tasks) if t.strip()))
     if not names:
         raise UserError(f"--tasks: none given; name some, such as {','.join(TASKS)}")
     if limit is not None and limit < 1:
-        raise UserError(f"--limit: {limit} items cannot be scored; give a number from 1 up, or leave it out")
-    size, place = _batch_size(batch_size), _device(device)
+        raise UserError(f"--limit: must be >= 1 (got {limit}); leave it out for all examples")
+    if not re.fullmatch("auto|0*[1-9][0-9]*", str(batch_size)):
+        raise UserError(f"--batch-size: {batch_size!r} is neither auto nor a number from 1 up")
+    size, place = "auto" if batch_size == "auto" else int(batch_size), _device(device)
     if dtype not in _DTYPES:
         raise UserError(f"--dtype: {dtype!r} is not known; give one of {', '.join(_DTYPES)}")
     candidates = find_models(models, which=which, only=only, base=base, base_path=base_path)
@@ -102,7 +105,7 @@ def evaluate_zero_shot(
                 raise
             raise UserError(f"{one.folder or one.run}: its base cannot be used: {error}; or give --base-path") from None
     local = find_local(names, data, capitals)
-    stream = sys.stderr  # bound here: inside `quiet` it is another
+    stream = sys.stderr  # `quiet` replaces it
     say = (lambda text: print(text, file=stream, flush=True)) if progress else (lambda text: None)
     with tempfile.TemporaryDirectory() as scratch, _harness():
         write_task_files(local, Path(scratch), cache=Path(scratch, "cache"))
@@ -110,7 +113,7 @@ def evaluate_zero_shot(
             write_task_files(local, Path(task_files))
         with bases.quiet():
             loaded = load_tasks(names, Path(scratch), local)
-        for note in (t.note for t in local.values() if t.note):
+        for note in filter(None, (task.note for task in local.values())):
             say(note)
         found, info = _score_all(candidates, loaded, limit, size, place, dtype, say, progress and stream.isatty())
     done = Evaluation(found, against_rows or [None] * len(found))
@@ -121,7 +124,7 @@ def evaluate_zero_shot(
         "limit": limit,
         "batch_size": batch_size,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-        "versions": {k: v for k, v in versions().items() if v is not None} | {"lm-eval": _version("lm-eval")},
+        "versions": {k: v for k, v in versions().items() if v is not None} | {"lm-eval": version("lm-eval")},
     }
     return done
 
@@ -136,20 +139,20 @@ def _score_all(
     say: Callable[[str], None],
     bars: bool,
 ) -> tuple[list[Result], dict[str, dict[str, Any]]]:
-    """Each model's scores, a base loaded once for all its adapters; and what the harness says of the tasks."""
+    """The scores of each model, with a base loaded once for all its adapters; and the harness's facts about the tasks."""
     found: list[Result] = []
-    lent: tuple[str, nn.Module, Any, str] | None = None
+    shared: tuple[str, nn.Module, Any, str] | None = None  # the base that adapters are put on
     results: dict[str, Any] = {}
     for number, one in enumerate(candidates, 1):
         began = time.monotonic()
         say(f"{number}/{len(candidates)}  {' '.join(filter(None, (one.run, one.name)))}")
-        if lent is not None and not any(c.borrows and c.loads == lent[0] for c in candidates[number - 1 :]):
-            lent = None  # gone before the next one comes
+        if shared is not None and not any(c.borrows and c.loads == shared[0] for c in candidates[number - 1 :]):
+            shared = None  # free its memory before the next one is loaded
             _free(device)
         if one.borrows:
-            if lent is None:
-                lent = (one.loads, *load(one.loads, dtype, device))
-            _, model, tokenizer, kind = lent
+            if shared is None:
+                shared = (one.loads, *load(one.loads, dtype, device))
+            _, model, tokenizer, kind = shared
             if one.folder is not None:
                 model = load_adapter(sharing.borrow(model), one.folder).to(device)
         else:
@@ -174,7 +177,7 @@ def _score_all(
 
 
 class _Lines:
-    """A line now and then where there is no terminal for the harness's bars: rows done and the time left."""
+    """Progress lines if there is no terminal for the harness's progress bars: answers done and the time left."""
 
     def __init__(self, loaded: dict[str, Any], say: Callable[[str], None]) -> None:
         self._tasks, self._say = loaded["tasks"].values(), say
@@ -199,17 +202,16 @@ def _score(
     from lm_eval.models.huggingface import HFLM
 
     on_cpu = next(model.parameters()).device.type == "cpu"
-    size = CPU_BATCH if size == "auto" and on_cpu else size  # there every size fits, and trying them takes minutes
+    size = CPU_BATCH if size == "auto" and on_cpu else size  # on the CPU every size fits, and trying them takes minutes
     try:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=longest(model))
         results = evaluate(lm, loaded, limit=limit)
     except AssertionError as error:
         if str(error):
             raise
-        # Of two assertions without a text, the one that a data set can break: contexts are cut, answers never.
-        raise UserError(
-            "--tasks: an answer is longer than what this model takes; give a smaller --limit, or another base"
-        ) from None
+        # One of two assertions without a text; the other cannot fail here. Contexts are truncated, answers never.
+        way = "give a smaller --limit, or another base"
+        raise UserError(f"--tasks: an answer is longer than the model's maximum length; {way}") from None
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -219,8 +221,8 @@ def _score(
 
 @contextmanager
 def _harness() -> Iterator[None]:
-    """The harness's own seeds for what draws (0 for Python, 1234 for NumPy and torch), and none of its log lines; the
-    caller's generators are as they were afterwards."""
+    """The harness's own random seeds (0 for Python, 1234 for NumPy and torch), without its log lines; restores the caller's
+    generators."""
     logger = logging.getLogger("lm_eval")
     level, python, numpy = logger.level, random.getstate(), np.random.get_state()
     logger.setLevel(logging.ERROR)
@@ -234,13 +236,6 @@ def _harness() -> Iterator[None]:
         logger.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _batch_size(value: int | str) -> int | str:
-    text = str(value)
-    if text == "auto" or (text.isdigit() and int(text) > 0):
-        return text if text == "auto" else int(text)
-    raise UserError(f"--batch-size: {value!r} is neither auto nor a number from 1 up")
 
 
 def _device(name: str) -> torch.device:
@@ -257,9 +252,3 @@ def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)

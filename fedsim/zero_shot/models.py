@@ -1,4 +1,4 @@
-"""Which models a path stands for, and how each is loaded: as the harness itself loads the exported folder."""
+"""The models that a path stands for, and how each is loaded: as the harness itself loads the exported folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedsim.analysis.load import experiment_name, find_runs, read_config, read_state
+from fedsim.config.tree import expand_path
 from fedsim.core.errors import UserError
 from fedsim.core.files import client_folders, differing, metrics_files, model_name, read_json, recorded
 from fedsim.models import base as bases
@@ -26,13 +27,13 @@ _ADAPTERS = ("adapter_config.json", BOTTLENECK)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to be scored.
+    """A model to be evaluated.
 
     Attributes:
         run: experiment and id of its run, or "".
         name: `base`, the path inside the run folder (`global`, `local/site-1`, `central/best`), or what the user wrote.
-        base: the base model that it belongs to, as a `model.path`; None where nothing says.
-        folder: an adapter's or a whole model's folder; None for a model that is named by `base` alone.
+        base: its base model, as a `model.path`; None if unknown.
+        folder: of an adapter or a full model; None for the base model itself.
         home: the run folder.
     """
 
@@ -44,7 +45,7 @@ class Candidate:
 
     @property
     def borrows(self) -> bool:
-        """Whether it is its base, or put on it; a whole model is loaded by itself."""
+        """Whether it is its base, or an adapter on it; a full model is loaded by itself."""
         return self.folder is None or _is_adapter(self.folder)
 
     @property
@@ -65,10 +66,10 @@ def find_models(
 
     Args:
         models: run folders, folders of several runs, adapter folders, transformers folders, or any `model.path`.
-        which: of a run: last | best | both.
-        only: of a run: patterns of names, such as `global` or `local/*`; None takes all.
-        base: the base models too.
-        base_path: use this base instead of the one that config or adapter name.
+        which: last | best | both checkpoints of a run.
+        only: patterns of names of a run's models, such as `global` or `local/*`; None = all.
+        base: also the base models.
+        base_path: base model in place of the one that config or adapter names.
 
     Raises:
         UserError: for a path that is none of these, a run without such models, or one of a classifier.
@@ -143,16 +144,15 @@ def _of_run(run: Path, which: str, only: Sequence[str] | None, base_path: str | 
     config = read_config(run)
     task = (config.get("model") or {}).get("task", "causal_lm")
     if task != "causal_lm":
-        raise UserError(f"{run}: model.task is {task}, which writes no text; zero-shot tasks need a causal_lm run")
+        raise UserError(f"{run}: model.task is {task}; zero-shot tasks need a causal_lm run")
     sites = sorted((p for p in (run / "local").glob("*") if p.is_dir()), key=lambda p: _natural(p.name))
     last = ["global", "central", *(f"local/{p.name}" for p in sites)]
     best = ["best", *(f"{name}/best" for name in last[1:])]
     wanted = {"last": last, "best": best, "both": [n for pair in zip(last, best, strict=True) for n in pair]}[which]
     there = [n for n in wanted if _is_adapter(run / n) or (run / n / "config.json").is_file()]
     if not there:
-        raise UserError(
-            f"{run}: holds no {'' if which == 'both' else which + ' '}model yet ({read_state(run)}); let the run finish"
-        )
+        kind = "" if which == "both" else f"{which} "
+        raise UserError(f"{run}: holds no {kind}model yet ({read_state(run)}); let the run finish")
     clients = client_folders(run)
     names = {n: model_name(n, clients) for n in there}
     chosen = [n for n in there if only is None or any(fnmatch.fnmatchcase(names[n], p) for p in only)]
@@ -184,15 +184,11 @@ def _base_of_adapter(folder: Path) -> str:
 
 def _resolved(text: str, where: str) -> str:
     """A base's name with environment variables put in: run folders keep them as they were written."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
-        return str(OmegaConf.create({"value": text}).value)
-    except OmegaConfBaseException:
-        raise UserError(
-            f"{where}: its base {text!r} cannot be resolved; set that variable, or give --base-path"
-        ) from None
+        return expand_path(text, where)
+    except UserError:
+        way = "set that variable, or give --base-path"
+        raise UserError(f"{where}: its base {text!r} cannot be resolved; {way}") from None
 
 
 def _own_dtype(source: locate.Source) -> str:
@@ -221,7 +217,7 @@ def load(path: str, dtype: str, device: torch.device) -> tuple[nn.Module, Any, s
 
 
 def longest(model: nn.Module) -> int | None:
-    """Tokens of text that fit beside virtual ones where positions are an embedding; None leaves it to the harness.
+    """Tokens of text that fit beside virtual ones if positions are an embedding; None leaves it to the harness.
 
     The harness knows nothing of virtual tokens: a base with learned positions would look one up that is not there.
     """

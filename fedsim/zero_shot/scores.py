@@ -1,14 +1,14 @@
-"""What models scored, and which differences are inside the noise.
+"""Scores of models, and which differences are statistically significant.
 
-Two models are compared item by item, as they answer the same ones. For a metric that is a mean over n items, with d_i the
-difference of the two models on item i:
+Two models are compared example by example, as they answer the same ones. For a metric that is a mean over n examples, with
+d_i the difference of the two models on example i:
 
     difference = mean(d),    standard error = sqrt(sum((d_i - mean(d))^2) / (n - 1) / n)
 
-A difference is inside the noise, and marked `~`, if |difference| <= 1.96 standard errors, or if fewer than 6 items tell the
-two models apart: no sign test reaches 5 % then. The mean over columns is compared in the same way, with d_i summed over the
-metrics of a task, since they rest on the same items, and the variances of the tasks added. A metric that is no mean over
-items (perplexity) has no pairs: its standard error of a difference is sqrt(s_a^2 + s_b^2) of the harness's two.
+A difference is not significant, and marked `~`, if |difference| <= 1.96 standard errors, or if fewer than 6 examples differ
+between the two models: no sign test reaches 5 % then. The mean over columns is compared in the same way, with d_i summed over
+the metrics of a task, since they rest on the same examples, and the variances of the tasks added. A metric that is not a mean
+over examples (perplexity) has no pairs: the standard error of a difference is sqrt(s_a^2 + s_b^2) of the harness's two.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedsim.core.files import check_own, metrics_files, write_atomic
 from fedsim.zero_shot.models import Candidate
 
 NOISE = 1.96  # standard errors: 95 % of a normal distribution
-FEWEST = 6  # items that must tell two models apart: 2 x 0.5^5 is still more than 5 %
+FEWEST = 6  # examples that must differ between two models: 2 x 0.5^5 is still more than 5 %
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Score:
 
     Attributes:
         value: as the harness gives it.
-        stderr: its standard error by the harness; None where it gives none.
-        items: float64 `[n]`, the value on each item; None where the metric is no mean over items.
+        stderr: its standard error by the harness, if it gives one.
+        items: float64 `[n]`, the value on each example; None if the metric is not a mean over examples.
     """
 
     value: float
@@ -64,9 +64,9 @@ class Difference:
     """A model against another.
 
     Attributes:
-        value: the model's less the other's.
-        stderr: of that difference; None where it is not known.
-        distinct: items that tell the two apart; None without pairs.
+        value: the model's minus the other's.
+        stderr: of that difference; None if unknown.
+        distinct: number of examples on which the two differ; None without pairs.
     """
 
     value: float
@@ -75,7 +75,7 @@ class Difference:
 
     @property
     def within_noise(self) -> bool:
-        """The module's rule; a difference without a standard error is never said to be real."""
+        """The module's rule; a difference without a standard error is never significant."""
         few = self.distinct is not None and self.distinct < FEWEST
         return few or self.stderr is None or abs(self.value) <= NOISE * self.stderr
 
@@ -85,7 +85,7 @@ def compare(a: dict[Column, Score], b: dict[Column, Score]) -> Difference:
 
     Args:
         a: task and metric -> score of the model.
-        b: the same of the other, over the same items.
+        b: the same of the other, over the same examples.
     """
     value = float(np.mean([a[c].value - b[c].value for c in a]))
     if any(s.items is None for s in (*a.values(), *b.values())):
@@ -97,7 +97,7 @@ def compare(a: dict[Column, Score], b: dict[Column, Score]) -> Difference:
 
 
 def _by_task(items: dict[Column, np.ndarray]) -> list[np.ndarray]:
-    """Sum over each task's metrics, item by item: they rest on the same items, while those of different tasks do not."""
+    """Sum over each task's metrics, example by example: they rest on the same examples, those of different tasks do not."""
     tasks = dict.fromkeys(task for task, _ in items)
     return [np.sum([v for (t, _), v in items.items() if t == task], axis=0) for task in tasks]
 
@@ -113,9 +113,9 @@ class Evaluation:
     """Scores of models on tasks.
 
     Attributes:
-        results: one a model, in the order of the table.
+        results: one per model, in the order of the table.
         against: the row that each row is compared with, by index; None for a row that is compared with none.
-        settings: tasks with their versions and items, limit, device, versions of the packages.
+        settings: tasks with their versions and numbers of examples, limit, device, versions of the packages.
     """
 
     results: list[Result]
@@ -129,12 +129,12 @@ class Evaluation:
 
     @property
     def averaged(self) -> list[Column]:
-        """The columns that are accuracies, each item 0 to 1: those the mean is over."""
+        """The columns that are accuracies, each example 0 to 1: the mean is over these."""
         scores = [(c, [r.scores[c].items for r in self.results]) for c in self.columns]
         return [c for c, all_ in scores if all(i is not None and i.min() >= 0 and i.max() <= 1 for i in all_)]
 
     def against_best(self) -> None:
-        """Compare all rows with the one whose mean over accuracies (the first column where there is none) is highest."""
+        """Compare all rows with the one whose mean over accuracies (the first column if there is none) is highest."""
         columns = self.averaged or self.columns[:1]
         best = int(np.argmax([np.mean([r.scores[c].value for c in columns]) for r in self.results]))
         self.against = [None if i == best else best for i in range(len(self.results))]
@@ -162,7 +162,7 @@ class Evaluation:
         return out
 
     def table(self) -> pd.DataFrame:
-        """A row a model: `run`, `model`, and of each column NAME its value, `NAME_stderr`, `NAME_difference` (from the
+        """One row per model: `run`, `model`, and of each column NAME its value, `NAME_stderr`, `NAME_difference` (from the
         row it is compared with), `NAME_difference_stderr`, `NAME_within_noise`."""
         rows = []
         for i, result in enumerate(self.results):
@@ -173,7 +173,7 @@ class Evaluation:
         return pd.DataFrame(rows)
 
     def text(self) -> pd.DataFrame:
-        """The table as it is printed: value, standard error, and `~` for a difference inside the noise."""
+        """The table as it is printed: value, standard error, and `~` for a difference that is not significant."""
         rows, titles = [], {f"{task}_{metric}": f"{task} {metric}" for task, metric in self.columns}
         for i, result in enumerate(self.results):
             row = {"run": result.model.run, "model": result.model.name}
@@ -186,15 +186,14 @@ class Evaluation:
         return frame if frame["run"].nunique() > 1 else frame.drop(columns="run")
 
     def note(self) -> str:
-        """What the mark means, for below the table; "" where nothing is compared."""
+        """What the mark means, for below the table; "" if nothing is compared."""
         others = dict.fromkeys(self.results[i].model.name for i in self.against if i is not None)
         name = "its base" if len(others) > 1 else next(iter(others), "")
         if not name:
             return ""
         pair = f"{NOISE} standard errors of the paired difference"
-        return (
-            f"~ inside the noise: |difference from {name}| <= {pair}, or fewer than {FEWEST} items tell the two apart"
-        )
+        few = f"fewer than {FEWEST} examples differ between the two"
+        return f"~ not statistically significant: |difference from {name}| <= {pair}, or {few}"
 
     def to_dict(self) -> dict[str, Any]:
         """What `eval.json` holds."""
@@ -288,7 +287,7 @@ def baselines(models: list[Candidate], against: str | None) -> list[int | None] 
 
 
 def scores_of(results: dict[str, Any]) -> dict[Column, Score]:
-    """What the harness found: of the tasks, and of the groups that have scores in place of their members'."""
+    """The harness's scores: of tasks, and of groups whose score replaces those of their members."""
     inside = {m for g in results.get("groups", {}) for m in _members(results["group_subtasks"], g)}
     out: dict[Column, Score] = {}
     for task, values in results["results"].items():

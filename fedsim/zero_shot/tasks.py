@@ -1,7 +1,6 @@
 """Tasks of lm-evaluation-harness with local files in place of the hub's data sets.
 
-The definition - prompt, choices, preprocessing, metrics - stays the harness's own: a file that includes it and names the
-local rows, written in the hub's columns, is all that is added.
+The task definition (prompt, choices, preprocessing, metrics) is lm-eval's own; only the data files are replaced.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ TASKS = ("hellaswag", "piqa", "winogrande")
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A task's rows in the hub's columns, from a local file."""
+    """A task's examples in the hub's columns, from a local file."""
 
     file: Path
     rows: list[dict[str, Any]]
@@ -48,15 +47,15 @@ _COLUMNS = {
 
 
 def local_task(task: str, data: Path, capitals: bool = False) -> LocalTask | None:
-    """A task's validation rows from `data/<task>/`, or None where that folder does not exist.
+    """A task's validation examples from `data/<task>/`, or None if that folder does not exist.
 
     Args:
         task: hellaswag | piqa | winogrande.
         data: the folder around the tasks' folders.
-        capitals: of HellaSwag's text form, begin the last sentence with a capital letter; see `_hellaswag_text`.
+        capitals: begin the last sentence of HellaSwag's text form with a capital letter; see `_hellaswag_text`.
 
     Raises:
-        UserError: for a folder without such a file, or with several, or a file that does not hold what it should.
+        UserError: for a folder without such a file or with several, or an invalid file.
     """
     folder = data / task
     if not folder.is_dir():
@@ -76,9 +75,8 @@ def local_task(task: str, data: Path, capitals: bool = False) -> LocalTask | Non
     if task == "piqa" and labels.is_file():
         answers = labels.read_text(encoding="utf-8").split()
         if len(answers) != len(rows):
-            raise UserError(
-                f"{labels}: {len(answers)} labels, but {file.name} has {len(rows)} rows; use files of one set"
-            )
+            why = f"{len(answers)} labels, but {file.name} has {len(rows)} rows"
+            raise UserError(f"{labels}: {why}; use files of one set")
         rows = [{**row, "label": answer} for row, answer in zip(rows, answers, strict=True)]
     return LocalTask(file, [_checked(task, row, f"{file}: row {i + 1}") for i, row in enumerate(rows)])
 
@@ -96,7 +94,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"{file}: line {number} is no JSON object; keep one row a line")
+            raise UserError(f"{file}: line {number} is no JSON object; keep one example per line")
         rows.append(row)
     return rows
 
@@ -111,7 +109,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _checked(task: str, row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A row's columns in the hub's types."""
+    """The columns of an example in the hub's types."""
     for column in _COLUMNS[task]:
         if column not in row:
             raise UserError(f"{where} has no {column!r}; {task} needs: {', '.join(_COLUMNS[task])}")
@@ -131,12 +129,11 @@ def _checked(task: str, row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _hellaswag_text(file: Path, capitals: bool) -> tuple[list[dict[str, Any]], str | None]:
-    """HellaSwag as text: six lines an item - `activity_label: ctx`, the label, four endings - already preprocessed.
+    """HellaSwag as preprocessed text: six lines per example, `activity_label: ctx`, the label and four endings.
 
     The text has lost where `ctx_b`, the beginning of the sentence to be completed, starts; the harness writes its first
     letter as a capital. Every ctx that does not end a sentence ends in one, so with `capitals` it is cut behind the last
-    full stop, question or exclamation mark, and the prompts are those of the hub's rows; without, they are the file's
-    lines as they are.
+    full stop, question or exclamation mark, and the prompts equal those of the hub; without, they are the file's lines.
 
     Returns:
         Rows such that the harness's own preprocessing gives these prompts and endings, and what to tell the user.
@@ -163,7 +160,7 @@ def _hellaswag_text(file: Path, capitals: bool) -> tuple[list[dict[str, Any]], s
 
 
 def _kept(text: str) -> str:
-    """A text whose runs of blanks come out of the harness's preprocessing, which joins blanks in pairs, as they were."""
+    """A text whose runs of blanks survive the harness's preprocessing, which joins blanks in pairs."""
     return re.sub(r" {2,}", lambda blanks: blanks[0] * 2, text)
 
 
@@ -175,7 +172,7 @@ def write_task_files(tasks: dict[str, LocalTask], folder: Path, cache: Path | No
     Args:
         tasks: by name.
         folder: made if it is not there.
-        cache: where `datasets` keeps its copy of the rows; None: where it always does.
+        cache: where `datasets` keeps its copy; None: its usual place.
     """
     for name, task in tasks.items():
         file = folder.resolve() / f"{name}.jsonl"
@@ -214,7 +211,7 @@ def load_tasks(names: list[str], folder: Path, local: Iterable[str]) -> dict[str
     for name in names:
         try:
             one = manager.load(places[name])
-        except Exception as error:  # a dozen kinds, by data set and transport; each means the same to the user
+        except Exception as error:  # a dozen kinds, by data set and transport, with the same meaning for the user
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             way = "check the network (HF_HUB_OFFLINE must not be 1)" + (
                 f", or give --data FOLDER with {name}/validation.jsonl" if name in TASKS else ""
@@ -230,15 +227,15 @@ def load_tasks(names: list[str], folder: Path, local: Iterable[str]) -> dict[str
 
 
 def find_local(names: list[str], data: str | os.PathLike[str] | None, capitals: bool) -> dict[str, LocalTask]:
-    """The tasks that local files stand in for.
+    """The tasks that are read from local files.
 
     Args:
         names: of the tasks asked for.
-        data: the folder that the user named; None: `$FEDSIM_DATA`, whose tasks are used where it has them; "hub": none.
+        data: the folder that the user named; None: `$FEDSIM_DATA`, for the tasks it has; "hub": none.
         capitals: see `local_task`.
 
     Raises:
-        UserError: for a folder that the user named and that lacks a task, and as `local_task`.
+        UserError: if the folder that the user named lacks a task, and as `local_task`.
     """
     given = data if data is not None else os.environ.get("FEDSIM_DATA")
     if not given or str(given) == "hub":
@@ -259,7 +256,7 @@ def find_local(names: list[str], data: str | os.PathLike[str] | None, capitals: 
 
 
 def origin(task: LocalTask | None) -> dict[str, Any]:
-    """Where a task's rows came from, for the record."""
+    """The origin of a task's examples."""
     if task is None:
         return {"from": "hub"}
     return {"from": task.file.name, "sha256": hashlib.sha256(task.file.read_bytes()).hexdigest()}
