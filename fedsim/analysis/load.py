@@ -119,13 +119,19 @@ def _repeat(values: list[Any], lengths: list[int]) -> Any:
 
 def read_metrics(folder: Path) -> pd.DataFrame:
     """The metrics of one run, `COLUMNS`; the later of two that stand for the same."""
+    keys = ["round", "step", "scope", "client", "split", "name"]
+    return logged_metrics(folder).drop_duplicates(keys, keep="last", ignore_index=True)
+
+
+def logged_metrics(folder: Path) -> pd.DataFrame:
+    """The metrics of one run in the order of the files, with those that were logged again."""
     names = ["metrics.jsonl", *(f"metrics/{scope}.jsonl" for scope in SCOPES)]
     files = [folder / name for name in names if (folder / name).is_file()]
     frame = pd.concat([_read_lines(file) for file in files] or [_to_frame([])], ignore_index=True)
     warn_of_damage(folder, "config.yaml")
     if (folder / "metrics.jsonl").is_file():
         warn_of_damaged_rows(folder)
-    return frame.drop_duplicates(["round", "step", "scope", "client", "split", "name"], keep="last", ignore_index=True)
+    return frame
 
 
 def _read_lines(file: Path) -> pd.DataFrame:
