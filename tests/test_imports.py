@@ -57,6 +57,8 @@ OUTSIDE = {
     "data.partition": {*PURE, "pydantic"},
     "core.section": {"pydantic", "pydantic_core"},
     "analysis": READING,
+    "analysis.documents": {*READING, "jinja2", "markdown_it", "markupsafe"},
+    **{name: {*READING, "pydantic"} for name in ("analysis.report_spec", "analysis.verdicts")},
     **{name: set() for name in ("core.errors", "core.types", "core.files")},
     "core.seeding": {"numpy"},
 }
