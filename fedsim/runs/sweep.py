@@ -1,9 +1,8 @@
-"""Many runs from one file: a grid or a list over any config keys, spread over devices, finished ones skipped.
+"""Many runs from one file: a grid or a list over any config keys, spread over devices; finished runs are skipped.
 
-Runs in a process share what they have in common: the tokenised rows, and the weights of the base (`build.Shared`). Each is
-an ordinary run with a folder of its own under the sweep's, `results/<sweep>/<run id>/`; a run of which another sweep or
-`fedsim run` left a part goes on from there. Beside them lie `sweep.json` (settings and state of each run), the tables and the
-figures.
+Runs in a process share what they have in common: the tokenized examples and the weights of the base (`build.Shared`). Each is
+an ordinary run with its own folder, `results/<sweep>/<run id>/`, and resumes what another sweep or `fedsim run` left there.
+Beside them lie `sweep.json` (settings and state of each run), the tables and the figures.
 """
 
 from __future__ import annotations
@@ -58,14 +57,24 @@ class Swept:
         return [job for job in self.jobs if job.state == "failed"]
 
     def table(self, metric: str | None = None) -> Any:
+<<<<<<< HEAD
         """One row a model, as a `pandas.DataFrame`; see `fedsim.analysis.sweeps.sweep_table`."""
         from fedsim.analysis.sweeps import sweep_table
+=======
+        """One row per model, as a `pandas.DataFrame`; see `fedsim.analysis.tables.sweep_table`."""
+        from fedsim.analysis.tables import sweep_table
+>>>>>>> superv
 
         return sweep_table(self.path, metric)
 
     def cells(self, metric: str | None = None) -> Any:
+<<<<<<< HEAD
         """Mean and bootstrap interval over seeds of each cell; see `fedsim.analysis.sweeps.cells`."""
         from fedsim.analysis.sweeps import cells
+=======
+        """Mean and bootstrap interval over seeds per cell; see `fedsim.analysis.tables.cells`."""
+        from fedsim.analysis.tables import cells
+>>>>>>> superv
 
         return cells(self.table(metric))
 
@@ -79,13 +88,13 @@ def run_sweep(
     on_jobs: Callable[[list[Job]], None] | None = None,
     formats: Sequence[str] = ("png",),
 ) -> Swept:
-    """Run what is not finished yet, and write the tables and figures of all that is.
+    """Run what is not finished yet, and write the tables and figures of all finished runs.
 
     Args:
         plan: a sweep, the file of one, or what such a file holds.
         progress: show a live table of runs on a terminal, else a line for each, on standard error.
-        workers: runs at once; over the file's own.
-        metric: of the tables and figures; None = the runs' own `best.metric`.
+        workers: concurrent runs; takes precedence over the file's own.
+        metric: shown in tables and figures; None = the runs' own `best.metric`.
         on_jobs: called with all runs when their folders are known, before the first starts.
         formats: of the figures, see `fedsim.plots.FORMATS`.
 
@@ -93,7 +102,7 @@ def run_sweep(
         The runs; those that failed say why.
 
     Raises:
-        UserError: for a sweep that cannot be, or a device that is not there.
+        UserError: for an invalid sweep, or a device that is not there.
     """
     from fedsim.analysis.plots import save_sweep
     from fedsim.analysis.sweeps import write_tables
@@ -146,16 +155,13 @@ def run_jobs(
 ) -> None:
     """Run jobs, each in one process on one device, as many at once as there are workers; changes them in place.
 
-    A job that fails is marked with its reason, its whole traceback goes into `errors/` beside the run folders, and the
-    others go on. Jobs that come to the same run are run once.
+    A job that fails is marked with its reason, its traceback goes into `errors/` beside the run folders, and the others
+    continue. Jobs that come to the same run are run once.
 
     Args:
         jobs: waiting ones.
-        devices: as `Sweep.devices`.
-        workers: processes.
-        threads: CPU threads of each.
-        together: runs that share the passes of a worker.
-        progress: show what goes on.
+        devices, workers, threads, together: as in `Sweep`.
+        progress: show the states of the jobs.
         on_change: called when a job has changed its state.
         on_jobs: called once folders and finished jobs are known.
 
