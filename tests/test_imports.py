@@ -55,7 +55,7 @@ OUTSIDE = {
     "core": {"torch", "numpy"},
     **dict.fromkeys(("aggregators", "algorithms", "channel"), PURE),
     "data.partition": {*PURE, "pydantic"},
-    "core.section": {"pydantic", "pydantic_core"},
+    **{name: {"pydantic", "pydantic_core"} for name in ("core.section", "core.section_errors")},
     "analysis": READING,
     **{name: set() for name in ("core.errors", "core.types", "core.files")},
     "core.seeding": {"numpy"},
