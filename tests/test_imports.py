@@ -55,7 +55,7 @@ OUTSIDE = {
     "core": {"torch", "numpy"},
     **dict.fromkeys(("aggregators", "algorithms", "channel"), PURE),
     "data.partition": {*PURE, "pydantic"},
-    "core.section": {"pydantic", "pydantic_core"},
+    **{name: {"pydantic", "pydantic_core"} for name in ("core.section", "core.section_errors")},
     "analysis": READING,
     "analysis.documents": {*READING, "jinja2", "markdown_it", "markupsafe"},
     **{name: {*READING, "pydantic"} for name in ("analysis.report_spec", "analysis.verdicts")},

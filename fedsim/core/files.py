@@ -64,7 +64,7 @@ def _check_plain(place: Path) -> None:
         kind = "a hard link to another file"
     if kind is not None:
         way = "remove it, replace it by a copy, or use another folder"
-        raise UserError(f"{place} is {kind}; fedsim writes only to files and folders of its own: {way}")
+        raise UserError(f"{place} is {kind}; fedsim writes only to its own files and folders; {way}")
 
 
 def _special(mode: int) -> str | None:
@@ -181,7 +181,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
         raise UserError(f"{path}: holds {found} instead of {names[kind]}; {way}")
     for key, like in _HOLDS.get(path.name, {}).items():
         if key in value and not _fits(value[key], like):
-            raise UserError(f"{path}: {key}: {str(value[key])[:60]!r} is nothing that a run writes there; {way}")
+            raise UserError(f"{path}: {key}: {str(value[key])[:60]!r} is not a valid value; {way}")
     return value
 
 
@@ -270,8 +270,13 @@ def warn_of_damage(run: Path, *names: str) -> None:
 
 def warn_damaged(run: Path, name: str) -> None:
     """A `Notice` that a file of a run is damaged."""
+<<<<<<< HEAD
     way = "restore it, or delete the folder and run the experiment again"
     warnings.warn(f"{run / name} was changed or damaged after the run wrote it; {way}", Notice, stacklevel=4)
+=======
+    way = f"fedsim run {run / 'config.yaml'} --resume {run} restores it"
+    warnings.warn(f"{run / name} was changed or damaged after the run wrote it{about}; {way}", Notice, stacklevel=4)
+>>>>>>> config
 
 
 def warn_of_damaged_rows(run: Path) -> None:

@@ -1,7 +1,7 @@
-"""Config sections: dataclasses that pydantic checks, components chosen by `name`, and one line about what does not fit.
+"""Config sections: dataclasses that pydantic checks, and components chosen by `name`.
 
-A section states its keys once: type, default and bounds in the annotation, the sentence under the field. Help, reference
-page, JSON schema and messages come from there.
+A section defines its keys once: type, default and bounds in the annotation, the description under the field. Help, reference
+page, JSON schema and messages (`section_errors.py`) come from there.
 """
 
 from __future__ import annotations
@@ -51,14 +51,21 @@ Text = Annotated[str, Field(pattern=r"\S"), WrapValidator(_as_given)]
 
 
 def near_key(path: str, known: Sequence[str]) -> str:
-    """The message about a key, given by its full path, where only `known` ones are taken."""
+    """The message about an unknown key, given by its full path, with the most similar one of `known`."""
     section, dot, name = path.rpartition(".")
     near = difflib.get_close_matches(name, known, n=1)
     return unknown_key(path, known, f"did you mean {section}{dot}{near[0]}?" if near else "")
 
 
 def unknown_key(path: str, known: Sequence[str], hint: str) -> str:
+    """The message about an unknown key."""
     return f"unknown key {cut(path)}{f' ({hint})' if hint else ''}. Valid keys: {', '.join(known)}"
+
+
+def did_you_mean(name: Any, known: Any) -> str:
+    """`; did you mean ...?`, or only the semicolon."""
+    found = difflib.get_close_matches(str(name), [*known], n=1)
+    return f"; did you mean {found[0]}?" if found else ";"
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
@@ -78,7 +85,9 @@ def section(cls: type, *, unknown: Callable[[str, Sequence[str]], str] = near_ke
         try:
             init(self, **{key: _tidy(value, key) for key, value in given.items()})
         except ValidationError as error:
-            raise UserError(_message(error, made, unknown)) from None
+            from fedsim.core.section_errors import message
+
+            raise UserError(message(error, made, unknown)) from None
 
     made.__init__ = checked
     return made
@@ -96,7 +105,9 @@ def made_of(
     try:
         cls.__init__.__wrapped__(made, **{key: _tidy(value, f"{path}.{key}") for key, value in given.items()})
     except ValidationError as error:
-        raise UserError(_message(error, cls, unknown, path)) from None
+        from fedsim.core.section_errors import message
+
+        raise UserError(message(error, cls, unknown, path)) from None
     return made
 
 
@@ -207,7 +218,7 @@ class OneOf:
             if wrong is not None:
                 return unknown(f"{path}.{wrong}", known)
             return f"{path}.name: missing beside {', '.join(value) or 'nothing'}; one of {names}"
-        return f"{path}.name: {shown(name)} is not known{_near(name, self.table)} one of {names}"
+        return f"{path}.name: {shown(name)} is not known{did_you_mean(name, self.table)} one of {names}"
 
 
 @dataclass(frozen=True)
@@ -270,7 +281,7 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
     return hint.__metadata__ if get_origin(hint) is Annotated else ()
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
+def members_of(hint: Any) -> tuple[Any, ...]:
     """The types of a union, each with its marks."""
     inner = bare(hint)
     return get_args(inner) if get_origin(inner) in (types.UnionType, typing.Union) else ()
@@ -278,7 +289,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def describe(hint: Any) -> str:
     """A type in words: `a whole number or null`."""
-    if members := _members(hint):
+    if members := members_of(hint):
         return " or ".join(map(describe, members))
     inner = bare(hint)
     origin = get_origin(inner)
@@ -308,7 +319,7 @@ def plain(value: Any) -> Any:
 
 
 def _tidy(value: Any, path: str) -> Any:
-    """What YAML could hold of what Python gives; refuses what no number, file name or YAML file can hold."""
+    """A Python value as YAML has it; refuses what cannot be a number or a file name, or be written as YAML."""
     if isinstance(value, dict):
         return {str(k): _tidy(v, f"{path}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -316,13 +327,14 @@ def _tidy(value: Any, path: str) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f"{path}: {shown(value)} is larger than a number can be; give one below 2^63")
+        raise UserError(f"{path}: {shown(value)} is too large; give a number below 2^63")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return int(value) if isinstance(value, int) else float(value)  # NumPy's are written otherwise
     if isinstance(value, str) and (odd := re.search("[\0\ud800-\udfff]", value)):
-        kind = "a zero byte" if odd[0] == "\0" else "half of a character (a surrogate), or bytes that are not UTF-8"
-        raise UserError(f"{path}: {shown(value)} holds {kind}; take it out")
+        kind = "a zero byte" if odd[0] == "\0" else "a surrogate, or bytes that are not UTF-8"
+        raise UserError(f"{path}: {shown(value)} contains {kind}; remove it")
     return value
+<<<<<<< HEAD
 
 
 # ------------------------------------------------------------------------------------------------ messages
@@ -456,3 +468,5 @@ def _located(error: Any, cls: type, start: str) -> _Problem:
         elif part != "[key]":
             path, hint = f"{path}.{part}", get_args(inner)[1]
     return _Problem(error, path, key, hint, about, owner)
+=======
+>>>>>>> config

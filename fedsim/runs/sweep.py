@@ -57,24 +57,14 @@ class Swept:
         return [job for job in self.jobs if job.state == "failed"]
 
     def table(self, metric: str | None = None) -> Any:
-<<<<<<< HEAD
         """One row a model, as a `pandas.DataFrame`; see `fedsim.analysis.sweeps.sweep_table`."""
         from fedsim.analysis.sweeps import sweep_table
-=======
-        """One row per model, as a `pandas.DataFrame`; see `fedsim.analysis.tables.sweep_table`."""
-        from fedsim.analysis.tables import sweep_table
->>>>>>> superv
 
         return sweep_table(self.path, metric)
 
     def cells(self, metric: str | None = None) -> Any:
-<<<<<<< HEAD
         """Mean and bootstrap interval over seeds of each cell; see `fedsim.analysis.sweeps.cells`."""
         from fedsim.analysis.sweeps import cells
-=======
-        """Mean and bootstrap interval over seeds per cell; see `fedsim.analysis.tables.cells`."""
-        from fedsim.analysis.tables import cells
->>>>>>> superv
 
         return cells(self.table(metric))
 
