@@ -270,13 +270,8 @@ def warn_of_damage(run: Path, *names: str) -> None:
 
 def warn_damaged(run: Path, name: str) -> None:
     """A `Notice` that a file of a run is damaged."""
-<<<<<<< HEAD
     way = "restore it, or delete the folder and run the experiment again"
     warnings.warn(f"{run / name} was changed or damaged after the run wrote it; {way}", Notice, stacklevel=4)
-=======
-    way = f"fedsim run {run / 'config.yaml'} --resume {run} restores it"
-    warnings.warn(f"{run / name} was changed or damaged after the run wrote it{about}; {way}", Notice, stacklevel=4)
->>>>>>> config
 
 
 def warn_of_damaged_rows(run: Path) -> None:

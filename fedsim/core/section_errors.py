@@ -125,7 +125,7 @@ def _located(error: Any, cls: type, start: str) -> _Problem:
             continue
         if members:
             wanted = list if isinstance(part, int) else dict
-            hint = next(m for m in members if get_origin(bare(m)) is wanted)
+            hint = members[0] if len(members) == 1 else next(m for m in members if get_origin(bare(m)) is wanted)
         inner, chosen = bare(hint), False
         if dataclasses.is_dataclass(inner):
             path = key = f"{path}.{part}" if path else str(part)
