@@ -96,7 +96,7 @@ def test_run_makes_a_run_folder_and_prints_the_table_and_the_figures(finished: F
     done, run = finished.done, finished.path
     assert done.returncode == 0, done.stderr
     there = {p.name for p in run.iterdir()}
-    assert there >= {"config.yaml", "environment.json", "partition.npz", "metrics.jsonl", "status.json"}
+    assert there >= {"config.yaml", "environment.json", "partition.npz", "metrics", "status.json"}
     assert there >= {"init", "global", "best", "local", "figures", "checkpoints"} and "central" not in there
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     figures = [line for line in done.stdout.splitlines() if "/figures/" in line]
@@ -327,7 +327,7 @@ def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str], monkeypatc
                 "experiments/lora_sentiment/tiny.yaml",
             ],
         ),
-        (["run", "--help"], ["KEY=VALUE", "metrics.jsonl", "drops the file's other keys", "--quiet"]),
+        (["run", "--help"], ["KEY=VALUE", "metrics/", "drops the file's other keys", "--quiet"]),
         (["partition", "--help"], ["without training", "--out"]),
         (["plot", "--help"], ["--metric", "figures"]),
         (["list", "--help"], ["--components", "results"]),

@@ -253,9 +253,11 @@ def test_an_experiment_from_its_runs_to_its_report(small: Path, lab: Any, capsys
     HTMLParser().feed(html)
     assert "A small &lt;experiment&gt;" in html and "nobody &amp; co" in html and "<script" not in html
     assert "data:image/png;base64," in html and "http" not in html.split("<body")[0]
-    times = [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs]
+    times = [(run / "checkpoints/run.json").stat().st_mtime_ns for run in runs]
     assert main(args) == 0
-    assert [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs] == times, "finished runs are not made again"
+    assert [(run / "checkpoints/run.json").stat().st_mtime_ns for run in runs] == times, (
+        "finished runs are not made again"
+    )
 
 
 def test_budgets_have_reports_of_their_own(small: Path) -> None:

@@ -135,8 +135,8 @@ def _read_lines(file: Path) -> pd.DataFrame:
     lines = read_file(file).decode("utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
-    if lines and _problem(lines[-1]):
-        warnings.warn(f"{file}: the last line ({len(lines)}) is torn and left out", Notice, stacklevel=4)
+    torn = len(lines) if lines and _problem(lines[-1]) else 0
+    if torn:
         lines.pop()
     try:
         rows = json.loads(f"[{','.join(lines)}]")  # one call for all lines: several times faster than one per line
@@ -146,6 +146,8 @@ def _read_lines(file: Path) -> pd.DataFrame:
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         sound = False
     if sound:
+        if torn:
+            warnings.warn(f"{file}: the last line ({torn}) is torn and left out", Notice, stacklevel=4)
         return frame
     for number, text in enumerate(lines, start=1):
         if problem := _problem(text):

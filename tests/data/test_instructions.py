@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from conftest import metrics_lines
 from fedsim.cli.main import main
 from fedsim.config.datasets import _ROLES
 from fedsim.config.experiment import Experiment
@@ -741,7 +742,7 @@ def test_a_run_on_two_sources(tmp_path: Path, union: dict[str, Any], capsys: pyt
     try:
         assert main(["run", str(tmp_path / "e.yaml"), "-q"]) == 0
         (folder,) = (tmp_path / "results" / "two").iterdir()
-        first = (folder / "metrics.jsonl").read_text()
+        first = metrics_lines(folder)
         assert main(["run", str(folder / "config.yaml"), "-q"]) == 0
     finally:
         torch.set_num_threads(threads)
@@ -749,8 +750,8 @@ def test_a_run_on_two_sources(tmp_path: Path, union: dict[str, Any], capsys: pyt
     assert [p.name for p in (tmp_path / "results" / "two").iterdir()] == [folder.name], (
         "the resolved config is this run"
     )
-    assert (folder / "metrics.jsonl").read_text() == first
-    rows = [json.loads(line) for line in first.splitlines()]
+    assert metrics_lines(folder) == first
+    rows = [json.loads(line) for line in first]
     sites = {r["client"]: r["weight"] for r in rows if r["split"] == "site" and r["name"] == "loss"}
     assert sites == {"alpaca": 2, "dolly": 4}
     merged = [r for r in rows if r["scope"] == "federated" and r["client"] is None and r["split"] == "validation"]
