@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-
 from conftest import metrics_lines
+
 from fedsim.cli.main import main
 from fedsim.config.datasets import _ROLES
 from fedsim.config.experiment import Experiment
