@@ -40,9 +40,9 @@ ROOMS = {
 # Beyond the rooms below, and why.
 ALSO = {
     # Examples, or a PEFT config, that a script hands over; and the default partition.
-    "config.experiment": {"data.memory", "data.partition", "models.adapters"},
+    "config.experiment": {"data.memory", "data.partitioners", "models.adapters"},
     # Components own their sections, and who knows a value checks it.
-    "config.sections": {"data.files", "data.partition", "models.adapters", "channel.codecs"},
+    "config.sections": {"data.files", "data.partitioners", "models.adapters", "channel.codecs"},
     "analysis.diff": {"data.partition"},  # reads a partition as the run wrote it
     "runs.reproduce": {"zero_shot"},  # of a published table of scores
 }
@@ -52,7 +52,8 @@ READING = {"numpy", "pandas", "matplotlib", "yaml", "scipy"}
 OUTSIDE = {
     "core": {"torch", "numpy"},
     **dict.fromkeys(("aggregators", "algorithms", "channel"), PURE),
-    "data.partition": {*PURE, "pydantic"},
+    **dict.fromkeys(("data.partition", "data.dealing", "data.skew"), PURE),
+    "data.partitioners": {*PURE, "pydantic"},
     "core.section": {"pydantic", "pydantic_core"},
     "analysis": READING,
     **{name: set() for name in ("core.errors", "core.types", "core.files")},

@@ -18,9 +18,9 @@ from fedsim.config.keys import document
 from fedsim.core.errors import UserError, shown
 from fedsim.core.inductor import without_folder
 from fedsim.core.section import Natural, Text, defaults_of, hints_of, one_of, plain, section, wrong
-from fedsim.core.user_code import digest, is_user_code
+from fedsim.core.user_code import UserCode, is_user_code
 from fedsim.data.memory import hold
-from fedsim.data.partition import Iid
+from fedsim.data.partitioners import Iid
 
 _NOT_IN_ID = ("seeds", "rounds", "results", "executor", "tracking", "checkpoint", "aggregation")
 # What ids of the first version hold at its defaults, too; a key that came later is in an id where it is set.
@@ -253,8 +253,8 @@ class Experiment:
             if isinstance(value, dict):
                 default = defaults_of(type(held))
                 value = {k: v for k, v in value.items() if k == "name" or k not in default or v != default[k]}
-            if key == "algorithm" and is_user_code(value["name"]):  # what the file holds, wherever it lies
-                value["name"] = f"{value['name'].rpartition(':')[2]}@{digest(type(held).of)}"
+                if isinstance(name := value.get("name"), UserCode):
+                    value["name"] = name.identity
             if key not in _NOT_IN_ID and (key in _FIRST or value not in ({}, default)):
                 tree[key] = value
         return tree
@@ -452,11 +452,11 @@ def results_of(exp: Experiment) -> Path:
 
 def _absolute_paths(tree: dict[str, Any], folder: Path) -> None:
     """A relative path that exists from here or from the YAML's folder becomes absolute: the resolved config stands alone."""
-    name = _get(tree, ("algorithm", "name"))
-    if isinstance(name, str) and is_user_code(name):
-        file, _, wanted = name.rpartition(":")
-        if not _exists(Path(file).expanduser()) and _exists(folder / file):
-            tree["algorithm"]["name"] = f"{(folder / file).resolve()}:{wanted}"
+    for held in tree.values():
+        if isinstance(held, dict) and is_user_code(name := held.get("name")) and not isinstance(name, UserCode):
+            file, _, wanted = name.rpartition(":")
+            if not _exists(Path(file).expanduser()) and _exists(folder / file):
+                held["name"] = f"{(folder / file).resolve()}:{wanted}"
     for path in _paths_in(tree):
         text = _get(tree, path) if path != ("results",) else None
         if not isinstance(text, str) or not text or "${" in text or text == "tiny" or text.startswith("package:"):

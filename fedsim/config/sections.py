@@ -8,18 +8,30 @@ from __future__ import annotations
 import copyreg
 import functools
 import re
-from collections.abc import Mapping
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, WrapValidator, model_validator
 
 from fedsim import algorithms
-from fedsim.core.section import Count, Like, Natural, OneOf, Positive, Share, Text, made_of, section, wrong
-from fedsim.core.user_code import is_user_code, load
+from fedsim.core.section import (
+    Count,
+    Like,
+    Natural,
+    OneOf,
+    Positive,
+    Share,
+    Text,
+    as_given,
+    made_of,
+    plain,
+    section,
+    wrong,
+)
+from fedsim.core.user_code import errors_of, is_user_code, load, read
 from fedsim.data.files import Form
-from fedsim.data.partition import PARTITIONERS
+from fedsim.data.partitioners import PARTITIONERS
 
 MOST_EXAMPLES = 10**8  # of a model per round: their order is drawn at once and held in memory
 
@@ -261,6 +273,20 @@ def _check_held_out(data: Any) -> None:
 
 
 @section
+class OwnData(_DataKeys):
+    """What a data source in a user's own file takes besides its own keys."""
+
+    labels: Annotated[list[str] | dict[str, str], AfterValidator(_label_words)] | None = None
+    """Label words in order, which numbers the classes from 0; or what the label column holds -> label word; null = the sorted values of the label column."""
+    validation: Share = 0.1
+    """Fraction of the examples to hold out, where the source gives no validation split."""
+    test: Share = 0.1
+    """Fraction of the examples to hold out, where the source gives no test split; 0 = no test examples."""
+    split_seed: int = 0
+    """Seed of the shuffle before fractions are cut off."""
+
+
+@section
 class Table(Form, _DataKeys):
     """Your own CSV, TSV, JSON, JSONL or Parquet file; in Python a DataFrame, a `datasets.Dataset` or a `DatasetDict`, too."""
 
@@ -480,27 +506,37 @@ class Central:
 
 
 @functools.cache
-def section_of(name: str, algorithm: type[algorithms.Algorithm]) -> Any:
-    """The section of an algorithm: its own fields, and its name."""
-    about = {"__annotations__": {"name": Literal[name]}, "name": name, "of": algorithm}
-    about |= {"__doc__": algorithm.__doc__, "__module__": algorithm.__module__}
-    made = section(type(algorithm.__name__, (algorithm,), about))
-    copyreg.pickle(made, lambda held: (_section_again, (name, algorithm_of(held))))
+def section_of(part: str, name: str, kind: type, *keys: type) -> Any:
+    """The section of a component that states its keys by its fields: these, its name, and further keys."""
+    text = Annotated[Literal[str(name)], WrapValidator(as_given)]  # a name may carry what a user's file holds
+    # By keyword alone, as all keys are: a field without a default may then follow others.
+    required = {f.name: f.type for f in fields(kind) if f.default is f.default_factory is MISSING}
+    about = {"__annotations__": {"name": text, **required}, "name": name, "of": kind}
+    about |= {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    made = section(type(kind.__name__, (kind, *keys), about))
+    copyreg.pickle(made, lambda held: (_component, (part, plain(held))))
     return made
 
 
-def _section_again(name: str, algorithm: algorithms.Algorithm) -> Any:
-    return section_of(name, type(algorithm))(**{f.name: getattr(algorithm, f.name) for f in fields(algorithm)})
-
-
-def _algorithm_in_file(keys: Mapping[str, Any]) -> Any:
-    """The section of an algorithm in a user's file, whose name is `FILE.py:CLASS`; None for another name."""
+def _component(part: str, keys: Mapping[str, Any]) -> Any:
     if not is_user_code(keys["name"]):
-        return None
-    kind = load(keys["name"], algorithms.Algorithm, "algorithm.name")
-    file, _, wanted = keys["name"].rpartition(":")
-    name = f"{Path(file).expanduser().resolve()}:{wanted}"
-    return made_of(section_of(name, kind), {**keys, "name": name}, "algorithm")
+        return ALGORITHMS[keys["name"]](**keys)
+    return _IN_FILES[part](keys)
+
+
+def _in_file(part: str, base: type | None = None, *more: type) -> Callable[[Mapping[str, Any]], Any]:
+    """Finds the section of a component in a user's file, whose name is `FILE.py:NAME`; None for another name."""
+
+    def find(keys: Mapping[str, Any]) -> Any:
+        if not is_user_code(keys["name"]):
+            return None
+        code = read(keys["name"], f"{part}.name")
+        kind = load(code, base, f"{part}.name")
+        with errors_of(code, f"{part}.name"):
+            made = section_of(part, code, kind, *more)
+            return made_of(made, {key: value for key, value in keys.items() if key != "name"}, part)
+
+    return find
 
 
 def algorithm_of(held: Any) -> algorithms.Algorithm:
@@ -509,7 +545,7 @@ def algorithm_of(held: Any) -> algorithms.Algorithm:
     return kind(**{f.name: getattr(held, f.name) for f in fields(kind)})
 
 
-FedAvgKeys: Any = section_of("fedavg", algorithms.ALGORITHMS["fedavg"])
+FedAvgKeys: Any = section_of("algorithm", "fedavg", algorithms.ALGORITHMS["fedavg"])
 
 
 @section
@@ -711,13 +747,18 @@ DATA = {
     "hub": Hub,
     "instructions": Instructions,
 }
-ALGORITHMS = {name: section_of(name, kind) for name, kind in algorithms.ALGORITHMS.items()}
+ALGORITHMS = {name: section_of("algorithm", name, kind) for name, kind in algorithms.ALGORITHMS.items()}
 EXECUTORS = {"auto": AutoExecutor, "serial": Serial, "pool": Pool}
 
 Adapter = Annotated[
     Lora | PTuning | Bottleneck | Prefix | Prompt | Ia3 | Whole | OtherPeft, OneOf(ADAPTERS, other=OtherPeft)
 ]
-Data = Annotated[Headlines | FinancialPhraseBank | Table | Hub | Instructions, OneOf(DATA)]
-Partitioner = Annotated[Any, OneOf({name: made.keys for name, made in PARTITIONERS.items()})]
-Algorithm = Annotated[Any, OneOf(ALGORITHMS, default="fedavg", find=_algorithm_in_file)]
+_IN_FILES = {
+    "algorithm": _in_file("algorithm", algorithms.Algorithm),
+    "partition": _in_file("partition"),
+    "data": _in_file("data", None, OwnData),
+}
+Data = Annotated[Any, OneOf(DATA, find=_IN_FILES["data"])]
+Partitioner = Annotated[Any, OneOf(PARTITIONERS, find=_IN_FILES["partition"])]
+Algorithm = Annotated[Any, OneOf(ALGORITHMS, default="fedavg", find=_IN_FILES["algorithm"])]
 Executor = Annotated[AutoExecutor | Serial | Pool, OneOf(EXECUTORS, default="auto")]
