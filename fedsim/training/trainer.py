@@ -32,7 +32,7 @@ from fedsim.core.params import ALIGN, Chunk, Layout, Message, Params, meta
 from fedsim.core.seeding import stream, stream_seed
 from fedsim.core.store import Store
 from fedsim.core.types import Engine, Fault, Measured, Pack, Report, Row, Scores, Scoring, Share, Task, Turn
-from fedsim.data.batches import Draw
+from fedsim.data.batches import BatchSampler
 from fedsim.data.tokens import Tokens
 from fedsim.models.forward import Net
 from fedsim.models.stacked import StackedNet, StreamNet
@@ -64,7 +64,7 @@ class Recipe:
     """
 
     optim: Optim
-    draw: Draw
+    draw: BatchSampler
     micro_batch: int
     schedule_over: str
     horizon: int | None

@@ -678,7 +678,12 @@ def test_an_impossible_config_names_the_key(data: dict[str, Any], start: str, pa
         ("alpaca", "x.jsonl", '{"instruction": "é"}'.encode("latin-1"), ["data.sources[0].path: ", "not UTF-8"]),
         ("alpaca", "x.txt", b"a", ["ends in .txt"]),
         ("alpaca", "x.json", b'[{"instruction": "a", "output": "b"}]', ["data.validation: 0.1", "1 rows train"]),
-        ("alpaca", "x.json", json.dumps([{"instruction": "a", "output": ""}] * 20).encode(), ["no row of the train"]),
+        (
+            "alpaca",
+            "x.json",
+            json.dumps([{"instruction": "a", "output": ""}] * 20).encode(),
+            ["no example of the train"],
+        ),
     ],
 )
 def test_a_bad_file_ends_the_command_with_one_line(
