@@ -292,7 +292,7 @@ def test_keys_after_a_new_name_are_the_new_components() -> None:
     assert load(FILE, "adapter.name=prefix", "adapter.hidden=3").adapter == adapters.Prefix(hidden=3)
     message = refusal(FILE, "adapter.name=prefix", "adapter.r=3")
     assert message.startswith("unknown key adapter.r (did you mean adapter.r with adapter.name=lora?)"), message
-    assert "Valid keys: name, num_virtual_tokens" in message
+    assert "name, num_virtual_tokens" in message
 
 
 def test_later_overrides_win() -> None:

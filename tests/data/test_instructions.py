@@ -746,7 +746,7 @@ def test_a_run_on_two_sources(tmp_path: Path, union: dict[str, Any], capsys: pyt
     try:
         assert main(["run", str(tmp_path / "e.yaml"), "-q"]) == 0
         (folder,) = (tmp_path / "results" / "two").iterdir()
-        first = (folder / "metrics.jsonl").read_text()
+        first = (folder / "metrics" / "federated.jsonl").read_text()
         assert main(["run", str(folder / "config.yaml"), "-q"]) == 0
     finally:
         torch.set_num_threads(threads)
@@ -754,7 +754,7 @@ def test_a_run_on_two_sources(tmp_path: Path, union: dict[str, Any], capsys: pyt
     assert [p.name for p in (tmp_path / "results" / "two").iterdir()] == [folder.name], (
         "the resolved config is this run"
     )
-    assert (folder / "metrics.jsonl").read_text() == first
+    assert (folder / "metrics" / "federated.jsonl").read_text() == first
     rows = [json.loads(line) for line in first.splitlines()]
     sites = {r["client"]: r["weight"] for r in rows if r["split"] == "site" and r["name"] == "loss"}
     assert sites == {"alpaca": 2, "dolly": 4}

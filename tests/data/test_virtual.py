@@ -231,11 +231,11 @@ def test_the_command_line_shows_a_million_clients(lab: Any, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
-        ({"num_clients": 0}, ("partition.num_clients: 0", "below 1")),
-        ({"num_clients": 10**9}, ("partition.num_clients: 1000000000", "above 100,000,000")),
-        ({"min_rows": 0}, ("partition.min_rows: 0", "below 1")),
+        ({"num_clients": 0}, ("partition.num_clients: must be >= 1 (got 0)",)),
+        ({"num_clients": 10**9}, ("partition.num_clients: must be <= 100,000,000 (got 1000000000)",)),
+        ({"min_rows": 0}, ("partition.min_rows: must be >= 1 (got 0)",)),
         ({"min_rows": 5, "max_rows": 4}, ("partition.max_rows: 4", "below min_rows=5")),
-        ({"max_rows": 2**31}, ("partition.max_rows: 2147483648",)),
+        ({"max_rows": 2**31}, ("partition.max_rows: must be <= 10,000,000 (got 2147483648)",)),
         ({"min_rows": 2.5}, ("partition.min_rows: 2.5", "a whole number")),
         ({"alpha": 1.0}, ("unknown key partition.alpha", "min_rows, max_rows")),
     ],
