@@ -366,7 +366,7 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
         (["run", "small.yaml", "partition.counts=[[300, 0, 0]]"], "246"),
         (["run", "small.yaml", "partition.counts=[[1, 2]]"], "partition.counts[0]: [1, 2]"),
         (["run", "small.yaml", "partition={name: iid, num_clients: 2000}"], "1811"),
-        (["run", "small.yaml", "partition={name: class_counts, counts: [[0, 0, 0]]}"], "no client holds a row"),
+        (["run", "small.yaml", "partition={name: class_counts, counts: [[0, 0, 0]]}"], "no client has an example"),
         (["run", "small.yaml", "partition={name: by_column, column: user}"], "sentence, label"),
         (["run", "small.yaml", "cohort.size=3"], "cohort.size: 3"),
         (["run", "small.yaml", "local={epochs: 1, drop_last: true, batch_size: 9}"], "site-1 (8 rows"),
