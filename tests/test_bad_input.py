@@ -248,7 +248,7 @@ CASES: list[Case] = [
     ("one label", table("text,label\n" + "x,a\n" * 40), [], "holds 1 different value.s., 'a'; .*data.labels"),
     ("label with a blank", None, ["data.labels=[a, 'b ']"], "data.labels: .*white space around it"),
     ("label twice", None, ["data.labels=[a, a]"], "data.labels: .*names a label twice"),
-    ("too few rows", table("text,label\nx,a\ny,b\n"), [], "left without a row; it has 2 in all; add rows"),
+    ("too few rows", table("text,label\nx,a\ny,b\n"), [], "left without an example; it has 2 in all; add some"),
     ("validation without rows", put("v.csv", "text,label\n"), ["data.validation=v.csv"], "data.validation: .*no rows"),
     ("validation's label", put("v.csv", "text,label\nx,c\n"), ["data.validation=v.csv"], "row 1 of '.*v.csv' has the label 'c'"),
     ("validation's column", put("v.csv", "text,lbl\nx,a\n"), ["data.validation=v.csv"], "'label' is no column of '.*v.csv'"),
