@@ -96,7 +96,7 @@ def test_run_makes_a_run_folder_and_prints_the_table_and_the_figures(finished: F
     done, run = finished.done, finished.path
     assert done.returncode == 0, done.stderr
     there = {p.name for p in run.iterdir()}
-    assert there >= {"config.yaml", "environment.json", "partition.npz", "metrics.jsonl", "status.json"}
+    assert there >= {"config.yaml", "environment.json", "partition.npz", "metrics", "status.json"}
     assert there >= {"init", "global", "best", "local", "figures", "checkpoints"} and "central" not in there
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     figures = [line for line in done.stdout.splitlines() if "/figures/" in line]
@@ -327,7 +327,7 @@ def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str], monkeypatc
                 "experiments/lora_sentiment/tiny.yaml",
             ],
         ),
-        (["run", "--help"], ["KEY=VALUE", "metrics.jsonl", "drops the file's other keys", "--quiet"]),
+        (["run", "--help"], ["KEY=VALUE", "metrics/", "drops the file's other keys", "--quiet"]),
         (["partition", "--help"], ["without training", "--out"]),
         (["plot", "--help"], ["--metric", "figures"]),
         (["list", "--help"], ["--components", "results"]),
@@ -366,7 +366,7 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
         (["run", "small.yaml", "partition.counts=[[300, 0, 0]]"], "246"),
         (["run", "small.yaml", "partition.counts=[[1, 2]]"], "partition.counts[0]: [1, 2]"),
         (["run", "small.yaml", "partition={name: iid, num_clients: 2000}"], "1811"),
-        (["run", "small.yaml", "partition={name: class_counts, counts: [[0, 0, 0]]}"], "no client holds a row"),
+        (["run", "small.yaml", "partition={name: class_counts, counts: [[0, 0, 0]]}"], "no client has an example"),
         (["run", "small.yaml", "partition={name: by_column, column: user}"], "sentence, label"),
         (["run", "small.yaml", "cohort.size=3"], "cohort.size: 3"),
         (["run", "small.yaml", "local={epochs: 1, drop_last: true, batch_size: 9}"], "site-1 (8 rows"),

@@ -159,7 +159,7 @@ def test_equal_folders_agree_whatever_is_measured(write: Callable[..., Path]) ->
     other |= {"checkpoint.every": 5, "tracking.with": ["tensorboard"]}
     found = diff_runs(write("a"), write("b", config=other, rows=rows[::-1]))
     assert differing(found) == [] and found.first is None
-    assert text(found, "metrics") == f"{ROWS} rows agree"
+    assert text(found, "metrics") == f"{ROWS} metrics agree"
     assert text(found, "models") == "10 tensors of 5 models"
     assert text(found, "plan") == "threads 1, lanes 2, micro_batch 4"
 
@@ -211,7 +211,7 @@ def test_common_rounds_are_compared_where_rounds_differ(write: Callable[..., Pat
     found = diff_runs(write("long"), short)
     assert differing(found) == []
     assert text(found, "config") == "rounds 3 / 2: rounds up to 2 are compared"
-    assert text(found, "metrics") == "28 rows agree; 2 only in a, not compared; 2 only in b, not compared"
+    assert text(found, "metrics") == "28 metrics agree; 2 only in a, not compared; 2 only in b, not compared"
     assert all("not compared" in text(found, part) for part in ("models", "predictions", "scores"))
     # A row of training of a common round is in both or they differ.
     lost = [r for r in two if (r["round"], r["client"], r["name"]) != (2, "site-10", "loss")]
@@ -228,9 +228,9 @@ def test_rows_that_both_have_are_compared_with_another_evaluation_frequency(writ
     save_file(tensors(1.0), other / "local/site-2/best" / "adapter_model.safetensors")
     found = diff_runs(one, other)
     assert differing(found) == []
-    said = "evaluate.every_rounds 1 / 3, evaluate.clients true / false: rows that both have are compared"
+    said = "evaluate.every_rounds 1 / 3, evaluate.clients true / false: metrics that both have are compared"
     assert text(found, "config") == said
-    assert text(found, "metrics") == f"{len(few) - 3} rows agree; 12 only in a, not compared"
+    assert text(found, "metrics") == f"{len(few) - 3} metrics agree; 12 only in a, not compared"
     assert "6 tensors of 3 models" in text(found, "models") and "chosen models" in text(found, "models")
     save_file(tensors(1.0), other / "local/site-10" / "adapter_model.safetensors")
     assert differing(diff_runs(one, other)) == ["models"]
@@ -300,7 +300,7 @@ def test_the_first_client_that_holds_other_rows(write: Callable[..., Path]) -> N
     found = diff_runs(one, moved)
     assert differing(found) == ["partition"]
     assert found.first == {"part": "partition", "client": "y", "a": [2, 3], "b": [2, 4]}
-    assert text(found, "partition") == "2 of 3 clients hold other rows, the first is y"
+    assert text(found, "partition") == "2 of 3 clients have other examples, the first is y"
     renamed = write("c", partition=Partition(offsets, np.arange(6), names=("x", "y", "w")))
     assert diff_runs(one, renamed).first["client"] == "z / w"
     fewer = write("d", partition=Partition(offsets[:3], np.arange(4), names=("x", "y")))
@@ -327,7 +327,9 @@ def test_the_first_row_in_the_order_of_rounds_scopes_and_clients(write: Callable
     assert differing(found) == ["metrics"]
     key = {"part": "metrics", "round": 2, "scope": "federated", "client": None, "step": 4, "split": "validation"}
     assert found.first == {**key, "name": "accuracy", "column": "value", "a": 0.5, "b": 0.625, "relative": 0.2}
-    assert f"1 of {ROWS} rows differ; largest relative difference (rows): accuracy 0.2 (1)" in text(found, "metrics")
+    assert f"1 of {ROWS} metrics differ; largest relative difference (metrics): accuracy 0.2 (1)" in text(
+        found, "metrics"
+    )
 
     rows = changed({"round": 2, "scope": "federated"}, value=9.0)
     found = diff_runs(one, write("c", rows=rows))
@@ -356,7 +358,7 @@ def test_weights_are_compared_and_the_largest_difference_is_by_name(write: Calla
     for row, factor in zip([r for r in rows if r["name"] == "loss"], (1.5, 2.0, 1.0), strict=False):
         row["value"] *= factor
     found = diff_runs(write("a"), write("b", rows=rows))
-    assert f"4 of {ROWS} rows differ" in text(found, "metrics")
+    assert f"4 of {ROWS} metrics differ" in text(found, "metrics")
     assert "loss 0.5 (2), accuracy 0.2 (2)" in text(found, "metrics")
     only_weight = diff_runs(write("c"), write("d", rows=changed({"split": "test"}, weight=8.0)))
     assert only_weight.first["column"] == "weight" and (only_weight.first["a"], only_weight.first["b"]) == (4.0, 8.0)
@@ -391,7 +393,7 @@ def test_a_row_that_is_there_twice_is_a_difference_unless_both_have_it(write: Ca
     rows = metrics_rows()
     twice = [*rows, rows[2]]
     found = diff_runs(write("a"), write("b", rows=twice))
-    assert differing(found) == ["metrics"] and "1 row in b more than once" in text(found, "metrics")
+    assert differing(found) == ["metrics"] and "1 metric in b more than once" in text(found, "metrics")
     assert found.first["repeated"] and found.first["only"] == "b"
     assert (found.first["round"], found.first["client"], found.first["name"]) == (1, "site-10", "computed_tokens")
     assert differing(diff_runs(write("c", rows=twice), write("d", rows=[rows[2], *rows]))) == []
@@ -434,7 +436,7 @@ def test_tensors_and_models_that_one_run_lacks_and_other_shapes(pair: tuple[Path
     for place in ("global", "best", "local"):
         shutil.rmtree(a / place)
     assert differing(diff_runs(a, b)) == ["models"]
-    assert text(diff_runs(a, a), "models") == "neither run holds any"
+    assert text(diff_runs(a, a), "models") == "neither run has any"
 
 
 def test_shards_are_compared_as_one_file(pair: tuple[Path, Path]) -> None:
@@ -485,7 +487,7 @@ def test_the_same_numbers_in_other_bits_agree_and_whole_numbers_are_exact(pair: 
 
 
 def test_large_tensors_are_compared_in_pieces(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsim.analysis.diff._CHUNK", 64)
+    monkeypatch.setattr("fedsim.analysis.tensors._CHUNK", 64)
     long = np.ones(100)
     for folder in pair:
         save_file({"long": long}, folder / "global" / "model.safetensors")
@@ -501,7 +503,7 @@ def test_predictions_differ_by_row_and_model(write: Callable[..., Path]) -> None
     found = diff_runs(write("a"), write("b", predicted=("up", "up")))
     assert differing(found) == ["predictions"]
     assert found.first == {"part": "predictions", "row": "5", "model": "local site-2", "a": "down", "b": "up"}
-    assert text(found, "predictions") == "words that differ, of 2 test rows: local site-2 1"
+    assert text(found, "predictions") == "words that differ, of 2 test examples: local site-2 1"
     short = write("c")
     (short / "predictions.csv").write_text("".join((short / "predictions.csv").read_text().splitlines(True)[:2]))
     assert diff_runs(write("d"), short).first == {"part": "predictions", "row": "7", "only": "a"}
@@ -597,7 +599,7 @@ def test_damaged_files_are_named(
 def test_a_predictions_file_that_is_no_table_is_named(
     pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (pair[0] / "predictions.csv").write_text("row,label\n5," + "x" * 200_000)  # more than a field may hold
+    (pair[0] / "predictions.csv").write_text('row,label\n5,"up')  # a quote that does not end
     assert main(["diff", str(pair[0]), str(pair[1])]) == 2
     assert f"{pair[0] / 'predictions.csv'}: not readable" in capsys.readouterr().err
 

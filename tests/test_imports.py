@@ -40,11 +40,12 @@ ROOMS = {
 # Beyond the rooms below, and why.
 ALSO = {
     # Examples, or a PEFT config, that a script hands over; and the default partition.
-    "config.experiment": {"data.memory", "data.partition", "models.adapters"},
+    "config.experiment": {"data.memory", "data.partitioners", "models.adapters"},
     # Components own their sections, and who knows a value checks it.
     "config.adapters": {"models.adapters"},
+    "config.components": {"data.partitioners"},
     "config.datasets": {"data.files"},
-    "config.sections": {"data.partition", "channel.codecs"},
+    "config.sections": {"channel.codecs"},
     "analysis.diff": {"data.partition"},  # reads a partition as the run wrote it
     "runs.reproduce": {"zero_shot"},  # of a published table of scores
 }
@@ -54,9 +55,12 @@ READING = {"numpy", "pandas", "matplotlib", "yaml", "scipy"}
 OUTSIDE = {
     "core": {"torch", "numpy"},
     **dict.fromkeys(("aggregators", "algorithms", "channel"), PURE),
-    "data.partition": {*PURE, "pydantic"},
-    "core.section": {"pydantic", "pydantic_core"},
+    **dict.fromkeys(("data.partition", "data.dealing", "data.skew"), PURE),
+    "data.partitioners": {*PURE, "pydantic"},
+    **{name: {"pydantic", "pydantic_core"} for name in ("core.section", "core.section_errors")},
     "analysis": READING,
+    "analysis.documents": {*READING, "jinja2", "markdown_it", "markupsafe"},
+    **{name: {*READING, "pydantic"} for name in ("analysis.report_spec", "analysis.verdicts")},
     **{name: set() for name in ("core.errors", "core.types", "core.files")},
     "core.seeding": {"numpy"},
 }

@@ -239,10 +239,11 @@ def test_a_resume_keeps_the_plan_and_its_halvings(lab: Any, monkeypatch: pytest.
         too_small(patch, most=2, after=2 + 2)
         save = Checkpoints.save
 
-        def stop(self: Any, state: Any, *rest: Any, **more: Any) -> None:
-            save(self, state, *rest, **more)
+        def stop(self: Any, state: Any, *rest: Any, **more: Any) -> Any:
+            saved = save(self, state, *rest, **more)
             if state.round == 2:
                 raise Stopped
+            return saved
 
         patch.setattr(Checkpoints, "save", stop)
         with pytest.raises(Stopped):

@@ -13,27 +13,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from jinja2 import DictLoader
 from markdown_it import MarkdownIt
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
-from fedsim.analysis import plots, report
+from fedsim.analysis import plots
+from fedsim.analysis.documents import line, render, to_html
+from fedsim.analysis.finished import load_run
 from fedsim.analysis.load import load_runs
-from fedsim.analysis.report import (
-    Heading,
-    Items,
-    Member,
-    Notes,
-    Paragraph,
-    Preformatted,
-    Table,
-    build,
-    check,
-    published_table,
-    to_html,
-    to_markdown,
-)
-from fedsim.analysis.verdicts import load_run
+from fedsim.analysis.published import as_given, published_table
+from fedsim.analysis.published_scores import message_mib
+from fedsim.analysis.report import Member
+from fedsim.analysis.report import build as build_report
+from fedsim.analysis.report_spec import Form, Report
+from fedsim.analysis.tables import Table, escape_markdown
 from fedsim.core.errors import UserError
 
 _made = runpy.run_path(str(Path(__file__).with_name("test_verdicts.py")))
@@ -44,10 +38,19 @@ HOSTILE = (
 )
 
 
+def build(spec: dict[str, Any], *args: Any) -> Path:
+    return build_report(Report(**spec), *args)
+
+
+def check(spec: dict[str, Any], labels: list[str]) -> None:
+    Report(**spec).check_labels(labels)
+
+
 def table(lines: list[dict[str, Any]], *paths: Path, metric: str = "accuracy") -> pd.DataFrame:
     lines = [{"name": "n", "run": "a", "value": None} | line for line in lines]
     check({"published": lines}, ["a"])
-    return published_table({"metric": metric, "published": lines}, {"a": [load_run(path) for path in paths]})
+    spec = Report(metric=metric, published=lines)
+    return published_table(spec, {"a": [load_run(path) for path in paths]})
 
 
 # --------------------------------------------------------------------------------------------------- the table
@@ -150,7 +153,7 @@ def test_what_was_not_recorded_is_left_open(run: Path, tmp_path: Path) -> None:
     assert "site-9" in found["note"][4] and "none" in found["note"][4]
     both = table([{"what": "merged", "value": 0.5}], run, central).iloc[0]
     assert both["ours"] == 0.85 and both["runs"] == 1 and both["note"] == "1 of 2 runs gave no number"
-    gone = published_table({"published": [{"name": "n", "run": "z", "what": "merged", "value": 0.5}]}, {})
+    gone = published_table(Report(published=[{"name": "n", "run": "z", "what": "merged", "value": 0.5}]), {})
     assert gone["note"][0] == "no finished run 'z'" and np.isnan(gone["ours"][0])
 
 
@@ -174,17 +177,15 @@ SENT = {"run": "a", "parameters": 2**22, "tensors": 4, "forms": [{"name": "fp32"
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ([1], ["list"]),
-        ({"published": "all"}, ["published", "'all'"]),
+        ({"published": "all"}, ["published", "'all'", "list"]),
         ({"published": ["merged"]}, ["published[0]", "'merged'"]),
-        ({"published": [GOOD, {"name": "n", "run": "a"}]}, ["published[1]", "'what'"]),
+        ({"published": [GOOD, {"name": "n", "run": "a"}]}, ["published[1].what"]),
         ({"published": [GOOD | {"what": "median"}]}, ["published[0].what", "'median'", "local_mean"]),
         ({"published": [GOOD | {"what": "local"}]}, ["published[0].site"]),
         ({"published": [GOOD | {"site": "site-1"}]}, ["published[0].site"]),
         ({"published": [GOOD | {"round": 0}]}, ["published[0].round", "0"]),
         ({"published": [GOOD | {"round": True}]}, ["published[0].round", "True"]),
         ({"published": [GOOD | {"at": 1.5}]}, ["published[0].at", "1.5"]),
-        ({"published": [GOOD | {"at": None}]}, ["published[0].at"]),
         ({"published": [GOOD | {"at": 0.5, "round": 1}]}, ["one place"]),
         ({"published": [GOOD | {"best": True, "round": 1}]}, ["one place"]),
         ({"published": [GOOD | {"value": "high"}]}, ["published[0].value", "'high'"]),
@@ -198,25 +199,25 @@ SENT = {"run": "a", "parameters": 2**22, "tensors": 4, "forms": [{"name": "fp32"
         ({"figures": [{"run": "a", "scope": "local"}]}, ["figures[0].scope", "scopes"]),
         ({"figures": [{"run": "a", "scopes": ["locally"]}]}, ["figures[0].scopes", "locally", "federated"]),
         ({"figures": [{"run": "a", "draw": "pie"}]}, ["figures[0].draw", "'pie'", "each_site"]),
-        ({"zero_shot": ["piqa"]}, ["zero_shot", "columns"]),
-        ({"zero_shot": {"run": "a", "tasks": ["piqa"], "rows": []}}, ["zero_shot", "'columns'"]),
+        ({"zero_shot": ["piqa"]}, ["zero_shot", "['piqa']", "mapping"]),
+        ({"zero_shot": {"run": "a", "tasks": ["piqa"], "rows": SHOTS["rows"]}}, ["zero_shot.columns"]),
         ({"zero_shot": SHOTS | {"run": "b"}}, ["zero_shot", "'b'", "a"]),
         ({"zero_shot": SHOTS | {"limits": {}}}, ["zero_shot.limits", "limit"]),
         ({"zero_shot": SHOTS | {"tasks": ["arc"]}}, ["zero_shot.columns[0].task", "'piqa'", "arc"]),
         ({"zero_shot": SHOTS | {"against": [["A", "Z"]]}}, ["zero_shot.against", "'Z'", "B"]),
         ({"zero_shot": SHOTS | {"rows": [{"name": "A", "model": "base", "published": [0.5]}]}}, ["rows[0].published"]),
         ({"zero_shot": SHOTS | {"columns": 3}}, ["zero_shot.columns", "3", "list"]),
-        ({"zero_shot": SHOTS | {"tasks": []}}, ["zero_shot.tasks", "[]"]),
+        ({"zero_shot": SHOTS | {"tasks": []}}, ["zero_shot.tasks"]),
         ({"zero_shot": SHOTS | {"limit": {"tiny": 0}}}, ["zero_shot.limit.tiny", "0"]),
         (
             {"zero_shot": SHOTS | {"rows": [{"name": "A", "model": "base", "published": [0.5, 43.9]}]}},
-            ["rows[0].published", "43.9", "0 to 1"],
+            ["rows[0].published", "43.9", "[0, 1]"],
         ),
         (
             {"zero_shot": SHOTS | {"columns": [{"task": "piqa", "metric": "acc", "items": 0}] * 2}},
             ["columns[0].items", "0"],
         ),
-        ({"messages": {"run": "a", "parameters": 1, "tensors": 1}}, ["messages", "'forms'"]),
+        ({"messages": {"run": "a", "parameters": 1, "tensors": 1}}, ["messages.forms"]),
         ({"messages": SENT | {"parameters": "1.3B"}}, ["messages.parameters", "'1.3B'"]),
         ({"messages": SENT | {"forms": [{"name": "x", "bits": 0, "values": 1}]}}, ["forms[0].bits", "0"]),
         ({"messages": SENT | {"forms": [{"name": "x", "bits": 8, "values": 1, "blocks": 2}]}}, ["forms[0].blocks"]),
@@ -230,7 +231,7 @@ def test_a_wrong_description_is_one_clear_error(spec: Any, words: list[str]) -> 
 
 def test_a_right_description_passes(tmp_path: Path) -> None:
     check({"zero_shot": SHOTS, "messages": SENT, "figures": [{"run": "a", "draw": "each_site"}]}, ["a"])
-    check({"published": [GOOD | {"value": None, "best": False, "at": 1}], "verdicts": None, "figures": ["a"]}, ["a"])
+    check({"published": [GOOD | {"value": None, "best": False, "at": 1}], "verdicts": [], "figures": ["a"]}, ["a"])
     with pytest.raises(UserError, match="no run to report on"):
         build({}, [], tmp_path, {})
 
@@ -271,46 +272,53 @@ def rendered(markdown: str) -> tuple[list[Any], list[str]]:
     return kinds, ["".join(child.content for child in token.children) for token in inline]
 
 
-def test_hostile_text_stays_text() -> None:
+def test_hostile_text_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text, wherever a template prints it: in a heading, a paragraph, a list, an image, a table."""
     clean = HOSTILE.replace("\u202e", "\N{REPLACEMENT CHARACTER}")
-    blocks = [Heading(HOSTILE, 1), Paragraph(HOSTILE), Items([("x", HOSTILE), ("", HOSTILE)])]
-    blocks += [Table([HOSTILE, "b"], [[HOSTILE, "1"], ["c", "2\n3"]], frozenset({1}), frozenset({(0, 0)}))]
-    blocks += [Preformatted(f"```\n{HOSTILE}\n````")]
-    kinds, texts = rendered(to_markdown(blocks))
-    assert not {kind for kind in kinds if kind in ("html_block", "html_inline", "link_open", "image", "code_inline")}
-    assert not {kind for kind in kinds if kind in ("em_open", "s_open", "hr")}
+    template = "# {{ title }}\n\n{{ title | line }}\n\n- **x** {{ title }}\n\n![{{ title }}](x.png)\n\n{{ cells }}\n"
+    template = template.replace("cells", "cells.markdown() | safe") + "\n{{ lines | fence }}\n"
+    loader = DictLoader({"t.md.jinja": template, "page.html.jinja": "<title>{{ title }}</title>{{ body }}"})
+    monkeypatch.setattr("jinja2.FileSystemLoader", lambda *_: loader)
+    cells = Table([HOSTILE, "b"], [[HOSTILE, "1"], ["c", "2\n3"]], {1}, {(0, 0)})
+    markdown, html = render("t", {}, title=HOSTILE, cells=cells, lines=f"```\n{HOSTILE}\n````")
+    kinds, texts = rendered(markdown)
+    assert not {kind for kind in kinds if kind in ("html_block", "html_inline", "link_open", "code_inline", "hr")}
+    assert not {kind for kind in kinds if kind in ("em_open", "s_open")} and kinds.count("image") == 1
     assert kinds.count("tr_open") == 3 and kinds.count("td_open") == 4 and kinds.count("strong_open") == 2
-    assert texts == [clean, clean, f"x {clean}", clean, clean, "b", clean, "1", "c", "2 3"]
+    assert texts[:3] + texts[4:] == [clean, clean, f"x {clean}", clean, "b", clean, "1", "c", "2 3"], "but the image"
     assert kinds.count("fence") == 1, "a longer fence than any inside"
-    page = Page(to_html(blocks))
-    assert not {tag for tag, _ in page.tags} & {"script", "a", "i", "em", "code"}
-    assert sum(tag in ("img", "b") for tag, _ in page.tags) == 1, "the strong cell"
-    assert page.text["h1"] == [clean] and page.text["p"] == [clean] and page.text["title"] == [clean]
-    assert page.text["b"] == [clean] and page.text["td"] == ["1", "c", "2 3"]
+    page = Page(html)
+    assert not {tag for tag, _ in page.tags} & {"script", "a", "i", "em", "img"}
+    assert page.text["h1"] == page.text["title"] == [clean] and page.text["p"] == [clean, clean]
+    assert page.text["strong"] == ["x", clean] and page.text["td"] == ["1", "c", "2 3"]
 
 
 @pytest.mark.parametrize(
     "text", ["- a", "+ a", "1. a", "12) a", "# a", "> a", "---", "===", "* a", "~~~", "    a", "1.5 a"]
 )
 def test_text_opens_no_block_in_markdown(text: str) -> None:
-    for block in (Paragraph(text), Items([("", text)])):
-        kinds, texts = rendered(to_markdown([Paragraph("before"), block]))
-        assert texts == ["before", " ".join(text.split())]
-        assert kinds.count("list_item_open") == isinstance(block, Items)
+    for printed, items in ((line(text), 0), (f"- **x** {escape_markdown(text)}", 1)):
+        kinds, texts = rendered(f"before\n\n{printed}\n")
+        assert texts == ["before", "x " * items + " ".join(text.split())]
+        assert kinds.count("list_item_open") == items
         assert not set(kinds) & {"heading_open", "hr", "blockquote_open", "fence", "code_block", "ordered_list_open"}
 
 
 def test_names_stay_readable_in_markdown() -> None:
-    assert to_markdown([Paragraph("lora_sentiment of lora-1, alpha = 1 (50 %)")]) == (
-        "lora_sentiment of lora-1, alpha = 1 (50 %)\n"
+    text = "lora_sentiment of lora-1, alpha = 1 (50 %)"
+    assert line(text) == text
+    assert "://" not in line("http://evil.example www.evil.example").replace("\\://", "")
+
+
+def test_notes_are_markdown_without_html_links_and_files(members: list[Member], tmp_path: Path) -> None:
+    text = "Deviations:\n\n| a | b |\n| --- | --- |\n| <1> | 2 |\n\n![x](/etc/hostname) [l](http://evil.example)"
+    out = build({"notes": text}, members, tmp_path / "out", {})
+    assert out.read_text().endswith(f"## Notes\n\n{text}\n")
+    page = Page(out.with_suffix(".html").read_text())
+    assert page.text["td"][-2:] == ["<1>", "2"] and "Deviations:" in page.text["p"]
+    assert not {tag for tag, _ in page.tags} & {"a"} and all(
+        "data:image/png" in dict(a)["src"] for t, a in page.tags if t == "img"
     )
-    assert "://" not in to_markdown([Paragraph("http://evil.example www.evil.example")]).replace("\\://", "")
-
-
-def test_notes_are_markdown_as_written() -> None:
-    text = "Deviations:\n\n| a | b |\n| --- | --- |\n| <1> | 2 |"
-    assert to_markdown([Notes(text)]) == text + "\n"
-    assert Page(to_html([Notes(text)])).text["pre"] == [text]
 
 
 SPEC = {
@@ -373,7 +381,7 @@ def test_build_writes_both_documents(members: list[Member], tmp_path: Path) -> N
     markdown, page_text = found.read_text(), (out / "report.html").read_text()
     kinds, texts = rendered(markdown)
     assert "html_inline" not in kinds and "html_block" not in kinds and "link_open" not in kinds
-    headings = ["LoRA <b>on</b> | sentiment", "Summary", "Expected behaviour", "Setup", "Figures", "Published and ours"]
+    headings = ["LoRA <b>on</b> | sentiment", "Summary", "Expected behavior", "Setup", "Figures", "Published and ours"]
     headings += ["Examples: LoRA, alpha = 1", "Runs", "Notes"]
     assert [text for text in texts if text in headings] == headings
     assert kinds.count("image") == 3 and kinds.count("table_open") == 4
@@ -397,11 +405,12 @@ def test_the_report_says_what_came_out(members: list[Member], tmp_path: Path) ->
     assert "1 PASSED, 1 FAILED, 1 NOT JUDGED." in text
     words = ["**FAILED**", "**NOT JUDGED**", "**PASSED**", "# Setup", "![Validation accuracy]"]
     assert sorted(words, key=text.index) == words, "failed checks come first, and before any figure"
-    assert "- **PASSED** merged model above the mean of the sites (a)." in text and "held for 2 of 2 seeds" in text
+    assert "- **PASSED** global model above the mean of the clients (a)." in text and "held for 2 of 2 seeds" in text
     assert (
-        "- **FAILED** federated ends above each site alone (b)." in text and "site-3 0.800, difference -0.200" in text
+        "- **FAILED** federated ends above each client (b)." in text
+        and "site-3 0.800, difference (global - site-3) -0.200" in text
     )
-    assert "- **NOT JUDGED** merged model above the mean of the sites (z)." in text and "no finished run 'z'" in text
+    assert "- **NOT JUDGED** global model above the mean of the clients (z)." in text and "no finished run 'z'" in text
     assert "- **size:** tiny" in text
     assert "- **commit:** 15abfad3300e / 15abfad3300e, with changes" in text
     assert "A \\<CPU\\>, 2 cores / 1 x H200; A \\<CPU\\>, 2 cores / 2 x H200; A \\<CPU\\>, 2 cores" in text
@@ -431,7 +440,7 @@ def test_a_bare_run_gives_a_report(tmp_path: Path) -> None:
     for file in ("partition.json", "status.json"):
         (path / file).unlink()
     text = build({}, [Member("a", "only central", path)], tmp_path / "out", {}).read_text()
-    assert "accuracy.png" in text and "partition" not in text and "Examples" not in text and "theory" not in text
+    assert "accuracy.png" in text and "partition" not in text and "Examples" not in text and "Expected" not in text
 
 
 def test_examples_of_another_form_stand_as_they_are(members: list[Member], tmp_path: Path) -> None:
@@ -440,7 +449,7 @@ def test_examples_of_another_form_stand_as_they_are(members: list[Member], tmp_p
     out = tmp_path / "report"
     kinds, _ = rendered(build(SPEC, members, out, {}).read_text())
     assert kinds.count("fence") == 1 and kinds.count("table_open") == 3 and "html_block" not in kinds
-    assert odd.strip() in Page((out / "report.html").read_text()).text["pre"]
+    assert odd.strip() in Page((out / "report.html").read_text()).text["code"]
 
 
 def test_figures_are_chosen_by_label(members: list[Member], tmp_path: Path) -> None:
@@ -544,9 +553,12 @@ def test_zero_shot_scores_stand_under_the_published_ones(run: Path, tmp_path: Pa
         "|  | ours | - | - | - |",
     ]
     # 0.575 - 0.7 with sqrt(0.0247^2 + 0.02^2) = 0.032; ours has no B.
-    assert "A less B, mean of 2: published -0.125, standard error at most 0.032, more than noise." in text
-    assert "Items of ours: piqa 100 of 1838." in text
-    assert 'class="number"' in (out / "report.html").read_text()
+    assert (
+        "Difference (A - B), mean of 2: published -0.125, standard error at most 0.032, statistically significant."
+        in text
+    )
+    assert "Examples of ours: piqa 100 of 1838." in text
+    assert '<td style="text-align:right">' in (out / "report.html").read_text()
 
 
 def test_the_mean_is_over_the_columns_of_the_table_alone(run: Path, tmp_path: Path) -> None:
@@ -588,7 +600,7 @@ PUBLISHED_FORMS = {  # MiB of one message of 1,418.5M parameters: values, scales
 @pytest.mark.parametrize("name", PUBLISHED_FORMS)
 def test_message_sizes_are_the_published_ones(name: str) -> None:
     form, values, scales = PUBLISHED_FORMS[name]
-    found = report.message_mib(1_418_500_000, 293, form)
+    found = message_mib(1_418_500_000, 293, Form(name=name, values=values, **form))
     assert (round(found[0]), round(found[1], 1)) == (values, scales)
 
 
@@ -605,7 +617,7 @@ def test_messages_of_our_model_stand_beside_the_published(run: Path, tmp_path: P
     # 2^22 / 64 scales of 4 bytes are 0.25 MiB, four tables of 1 KiB 0.0039; ours 0.0625
     assert "| 8-bit | 4 + 0.25 | 4 + 0.254 | 1 + 0.0625 |" in text
     assert "Ours without the code tables" in text
-    assert "Recorded in our run: 4 MiB up and 2 MiB down for a client and round." in text
+    assert "Recorded in our run: 4 MiB up and 2 MiB down per client and round." in text
     (run / "model.json").write_text(json.dumps({"trained": 2**20, "tensors": 1024}))
     text = build(spec, [Member("a", "A", run)], tmp_path / "out", {}).read_text()
     assert "| 1 + 1.06 |" in text and "Ours without" not in text
@@ -622,11 +634,9 @@ def test_a_panel_of_each_site_is_a_figure_of_its_own(members: list[Member], tmp_
     ("value", "text"), [(2.0, "2.00"), (1.9, "1.90"), (1.855, "1.855"), (0.051, "0.051"), (5411, "5411")]
 )
 def test_published_values_are_shown_as_exact_as_they_were_given(value: float, text: str) -> None:
-    assert report._as_given(value) == text
+    assert as_given(value) == text
 
 
 def test_a_row_that_a_page_has_no_room_for_is_set_tighter() -> None:
-    narrow, wide = (
-        report.to_html([report.Table(["a"] * 8, [["0.123 ± 0.456 ~"] * 8][:n], frozenset(range(8)))]) for n in (0, 1)
-    )
+    narrow, wide = (to_html(Table(["a"] * 8, [["0.123 ± 0.456 ~"] * 8][:n], range(8)).markdown()) for n in (0, 1))
     assert '<table class="tight">' in wide and '<table class="tight">' not in narrow

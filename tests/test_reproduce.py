@@ -136,12 +136,12 @@ def test_sft_instructions_from_its_runs_to_its_report(
     assert main(["reproduce", "sft_instructions", "-q", f"results={tmp_path}", *short]) == 0
     out = capsys.readouterr().out.splitlines()
     text = Path(out[-2]).read_text()
-    names = ["sag inside a round", "the smallest set overfits", "federated ends below each site alone"]
-    names += ["federated ends below the lowest of each site", "federated ends as low as centralised"]
+    names = ["client drift within rounds", "local-only training on the smallest data set overfits"]
+    names += ["below each client", "below the lowest of each client", "federated ends as low as centralized"]
     for name in names:
         assert sum(name in line and ("PASSED" in line or "FAILED" in line) for line in out) == 1, name
     assert "Ours: not scored (fedsim eval needs lm-evaluation-harness)." in text
-    assert "| FedAvg | published | 0.377" in text and "inside the noise." in text
+    assert "| FedAvg | published | 0.377" in text and "statistically significant." in text
     assert "| 8-bit | 1,353 + 1.6 | 1,353 + 1.61 |" in text
     assert re.search(r"\| base model \| 2\.58 \| 12\.\d \|", text) and "oasst1 alone at the end" in text
     assert (Path(out[-2]).parent / "figures" / "loss-sites.png").is_file()
@@ -190,11 +190,11 @@ def test_why_a_run_has_no_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_items_scored_are_those_of_the_budget_or_the_size() -> None:
     limits = {
-        (size, budget): module.limit_of(Reproduction.load("sft_instructions", size, budget))
+        (size, budget): Reproduction.load("sft_instructions", size, budget).limit
         for size, budget in (("tiny", None), ("smollm2", "two-cores"), ("smollm2", "published"), ("full", None))
     }
     assert list(limits.values()) == [20, 100, None, None]
-    assert module.limit_of(Reproduction.load("lora_sentiment", "tiny")) is None
+    assert Reproduction.load("lora_sentiment", "tiny").limit is None
 
 
 @pytest.fixture
@@ -253,9 +253,11 @@ def test_an_experiment_from_its_runs_to_its_report(small: Path, lab: Any, capsys
     HTMLParser().feed(html)
     assert "A small &lt;experiment&gt;" in html and "nobody &amp; co" in html and "<script" not in html
     assert "data:image/png;base64," in html and "http" not in html.split("<body")[0]
-    times = [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs]
+    times = [(run / "checkpoints/run.json").stat().st_mtime_ns for run in runs]
     assert main(args) == 0
-    assert [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs] == times, "finished runs are not made again"
+    assert [(run / "checkpoints/run.json").stat().st_mtime_ns for run in runs] == times, (
+        "finished runs are not made again"
+    )
 
 
 def test_budgets_have_reports_of_their_own(small: Path) -> None:
@@ -308,12 +310,12 @@ def test_a_folder_without_runs_of_a_size_is_refused(small: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"sizes": ["tiny"]}, "sizes: ['tiny'] is no mapping"),
-        ({"sizes": {"tiny": {}}}, "sizes.tiny: {} names no file"),
-        ({"sizes": {"tiny": {"file": "tiny.yaml", "budgets": 3}}}, "sizes.tiny.budgets: 3"),
-        ({"runs": ["even"]}, "is no list of runs"),
-        ({"runs": []}, "runs: [] is no list of runs"),
-        ({"runs": [{"label": "even"}]}, "has no title"),
+        ({"sizes": ["tiny"]}, "sizes: ['tiny'] is not a mapping"),
+        ({"sizes": {"tiny": {}}}, "sizes.tiny.file: missing"),
+        ({"sizes": {"tiny": {"file": "tiny.yaml", "budgets": 3}}}, "sizes.tiny.budgets: 3 is not a mapping"),
+        ({"runs": ["even"]}, "runs[0]: 'even' is not a section"),
+        ({"runs": []}, "runs: [] is empty"),
+        ({"runs": [{"label": "even"}]}, "runs[0].title: missing"),
         ({"verdicts": [{"check": "wishful", "run": "even"}]}, "wishful"),
         ({"published": [{"name": "x", "run": "nobody", "what": "merged", "value": 1}]}, "nobody"),
         ({"figures": ["nobody"]}, "nobody"),

@@ -99,10 +99,10 @@ def test_on_the_command_line(lab: Any, tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"seed": 0, "seeds": [0, 1]}, r"^seeds: \[0, 1\] and seed=0 are both given; leave one of them out$"),
+        ({"seed": 0, "seeds": [0, 1]}, r"^seeds: \[0, 1\] and seed=0 exclude each other; leave one out$"),
         (
             {"seeds": []},
-            r"^seeds: number of values must be >= 1 \(got \[\]\); give random seeds in the place of `seed`: one run for each",
+            r"^seeds: number of values must be >= 1 \(got \[\]\); give random seeds instead of `seed`: one run for each",
         ),
         ({"seeds": [1, 1]}, r"^seeds: \[1, 1\] names 1 twice$"),
         ({"seeds": [0, -1]}, r"^seeds\[1\]: must be >= 0 \(got -1\)$"),

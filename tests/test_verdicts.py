@@ -12,23 +12,21 @@ import numpy as np
 import pytest
 import yaml
 
-from fedsim.analysis.verdicts import (
-    CHECKS,
-    KEYS,
+from fedsim.analysis.finished import (
     PAIRED,
     PAIRED_TEST,
     UNKNOWN,
     UNPAIRED,
     FinishedRun,
-    Verdict,
     differences,
     format_score,
     inside_rounds,
-    judge,
     load_run,
     ratio_error,
 )
+from fedsim.analysis.verdicts import CHECKS, TEXTS, Verdict, judge
 from fedsim.core.errors import UserError
+from fedsim.core.section import keys_of
 
 REFERENCE = Path(__file__).parents[1] / "results/reference/lora_sentiment_smollm2/e5594966fe4e"
 COUNTS = {"site-1": [6, 59, 25], "site-2": [221, 525, 0], "site-3": [19, 523, 433]}
@@ -210,20 +208,20 @@ def lacking(folder: Path, rows: int, scores: bool = True, **more: Any) -> Path:
 def test_lacking_class_is_judged_at_its_upper_side(tmp_path: Path, rows: int, passed: bool) -> None:
     found = verdict(LACKING, lacking(tmp_path / "r", rows))
     assert found.passed is passed
-    assert f"{rows / 226:.3f} at the end; the ceiling is 0.765, with 4 rows of 226 0.783" in found.seen
-    assert "highest on the way 0.885, at 50 % of the steps" in found.seen
+    assert f"final {rows / 226:.3f}; the ceiling is 0.765, with 4 examples of 226 0.783" in found.observed
+    assert "highest 0.885, at 50 % of the steps" in found.observed
 
 
 def test_lacking_class_tolerance_and_predictions(tmp_path: Path) -> None:
     run = lacking(tmp_path / "r", 174, predicted={"negative": 30.0, "neutral": 195.0, "positive": 1.0})
     assert verdict(LACKING | {"rows": 1}, run).passed is True
     strict = verdict(LACKING | {"rows": 0}, run)
-    assert strict.passed is False and "predicted negative 30, neutral 195, positive 1;" in strict.seen
+    assert strict.passed is False and "predicted negative 30, neutral 195, positive 1;" in strict.observed
 
 
 def test_lacking_class_without_row_scores_needs_the_ceiling(tmp_path: Path) -> None:
     run = lacking(tmp_path / "r", 178, scores=False)
-    assert verdict(LACKING, run).passed is None and "no scores.npz" in verdict(LACKING, run).seen
+    assert verdict(LACKING, run).passed is None and "no scores.npz" in verdict(LACKING, run).observed
     assert verdict(LACKING | {"ceiling": 173 / 226}, run).passed is False
     assert verdict(LACKING | {"ceiling": 174 / 226}, run).passed is True
     unsaid = lacking(tmp_path / "s", 178, scores=False, weight=None)
@@ -237,11 +235,11 @@ def test_lacking_class_with_loss_as_the_metric_looks_at_accuracy(tmp_path: Path)
 def test_lacking_class_is_not_judged_where_the_site_holds_it(tmp_path: Path) -> None:
     run = lacking(tmp_path / "r", 150)
     found = verdict(LACKING | {"class": "neutral"}, run)
-    assert found.passed is None and found.seen == "site-2 holds 525 neutral rows in this partition"
-    assert "no site 'site-9'" in verdict(LACKING | {"site": "site-9"}, run).seen
-    assert "no class 'sad'" in verdict(LACKING | {"class": "sad"}, run).seen
+    assert found.passed is None and found.observed == "site-2 has 525 neutral examples in this partition"
+    assert "no client 'site-9'" in verdict(LACKING | {"site": "site-9"}, run).observed
+    assert "no class 'sad'" in verdict(LACKING | {"class": "sad"}, run).observed
     only_merged = write(tmp_path / "s", None, [0.2, 0.9])
-    assert "no validation accuracy of site-2 alone" in verdict(LACKING, only_merged).seen
+    assert "no local-only validation accuracy of site-2" in verdict(LACKING, only_merged).observed
 
 
 # --------------------------------------------------------------------------------- the merged model and sites
@@ -251,8 +249,10 @@ def test_lacking_class_is_not_judged_where_the_site_holds_it(tmp_path: Path) -> 
 def test_merged_beats_mean(tmp_path: Path, merged: float, passed: bool) -> None:
     run = write(tmp_path / "r", {"site-1": [0.2, 0.95, 0.7], "site-2": [0.2, 0.1, 0.9]}, [0.2, merged])
     found = verdict({"check": "merged_beats_mean"}, run)
-    assert found.passed is passed and found.seen == f"merged {merged:.3f}, mean of 2 sites 0.800"
-    assert found.name == "merged model above the mean of the sites (a)"
+    assert found.passed is passed and found.observed.startswith(
+        f"global model {merged:.3f}; mean of 2 clients 0.800, difference (global - mean)"
+    )
+    assert found.name == "global model above the mean of the clients (a)"
 
 
 def test_merged_beats_mean_by_loss(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_mode_that_did_not_run_is_not_judged(tmp_path: Path) -> None:
     central = write(tmp_path / "r", central=[0.2, 0.5, 0.9])
     for check in ("merged_beats_mean", "merged_beats_lacking", "merged_near_best_site", "below_sites", "saw_tooth"):
         assert verdict({"check": check}, central).passed is None
-    assert verdict({"check": "as_low_as_central"}, central).seen == "no validation accuracy of the federated model"
+    assert verdict({"check": "as_low_as_central"}, central).observed == "no validation accuracy of the global model"
     untrained = write(tmp_path / "s", {"site-1": [0.2]}, [0.2])
     assert verdict({"check": "merged_beats_mean"}, untrained).passed is None, "a score before training is no end"
 
@@ -276,14 +276,16 @@ def test_merged_beats_lacking_looks_at_sites_without_a_class_alone(tmp_path: Pat
     local = {"site-1": [0.2, 0.3, 0.99], "site-2": [0.2, 0.3, 0.77], "site-3": [0.2, 0.3, 0.6]}
     run = write(tmp_path / "r", local, [0.2, 0.8])
     found = verdict({"check": "merged_beats_lacking"}, run)
-    assert found.passed is True and found.seen == "merged 0.800; site-2 (no positive) 0.770"
+    assert found.passed is True and found.observed.startswith(
+        "global model 0.800; site-2 (no positive) 0.770, difference (global - site-2) +0.030"
+    )
     two = {"site-1": [0, 5, 0], "site-2": [1, 1, 0], "site-3": [1, 1, 1]}
     worst = verdict({"check": "merged_beats_lacking"}, write(tmp_path / "s", local, [0.2, 0.8], counts=two))
-    assert worst.passed is False and "site-1 (no negative, no positive) 0.990" in worst.seen
+    assert worst.passed is False and "site-1 (no negative, no positive) 0.990" in worst.observed
     whole = verdict(
         {"check": "merged_beats_lacking"}, write(tmp_path / "t", local, [0.2, 0.8], counts={"site-1": [1] * 3})
     )
-    assert whole.passed is None and whole.seen == "no site that trained alone lacks a class"
+    assert whole.passed is None and whole.observed == "no client with a local-only model lacks a class"
 
 
 def right(n: int, *spans: tuple[int, int]) -> np.ndarray:
@@ -299,7 +301,7 @@ def test_near_best_site_is_judged_by_the_paired_error(tmp_path: Path) -> None:
     # (sqrt((8 - 0.64) / 99 / 100)), 0.0487 unpaired (sqrt((0.82 * 0.18 + 0.90 * 0.10) / 100)).
     run = write(tmp_path / "r", {"site-1": [0.1, 0.5, 0.90], "site-2": [0.1, 0.5, 0.7]}, [0.1, 0.82], weight=100.0)
     unpaired = verdict({"check": "merged_near_best_site"}, run)
-    assert unpaired.passed is True and "-0.080, standard error 0.049 (unpaired" in unpaired.seen
+    assert unpaired.passed is True and "(global - site-1) -0.080, standard error 0.049 (unpaired" in unpaired.observed
     predicted = {
         "federated": right(100, (0, 82)),
         "local site-1": right(100, (0, 90)),
@@ -308,8 +310,8 @@ def test_near_best_site_is_judged_by_the_paired_error(tmp_path: Path) -> None:
     write_scores(run, np.zeros(100), predicted)
     found = verdict({"check": "merged_near_best_site"}, run)
     assert found.passed is False
-    assert "merged 0.820, site-1 0.900 at the end" in found.seen
-    assert "-0.080, standard error 0.027 (paired on the same validation rows)" in found.seen
+    assert "global model 0.820; site-1 0.900," in found.observed
+    assert "-0.080, standard error 0.027 (paired on the same validation examples)" in found.observed
 
 
 def test_near_best_site_within_two_errors_passes(tmp_path: Path) -> None:
@@ -317,7 +319,7 @@ def test_near_best_site_within_two_errors_passes(tmp_path: Path) -> None:
     # right by the merged one alone: 6 rows, by the site alone: 8: -0.02, error sqrt((14 - 0.04) / 99 / 100) = 0.0376
     write_scores(run, np.zeros(100), {"federated": right(100, (0, 90)), "local site-1": right(100, (6, 98))})
     found = verdict({"check": "merged_near_best_site"}, run)
-    assert found.passed is True and "-0.020, standard error 0.038" in found.seen
+    assert found.passed is True and "-0.020, standard error 0.038" in found.observed
 
 
 def test_near_best_site_on_test_rows_takes_the_site_that_is_best_there(tmp_path: Path) -> None:
@@ -326,7 +328,7 @@ def test_near_best_site_on_test_rows_takes_the_site_that_is_best_there(tmp_path:
     said["local site-2"] = {"difference": -0.05, "standard_error": 0.02}
     (run / "comparison.json").write_text(json.dumps(said))
     found = verdict({"check": "merged_near_best_site"}, run)
-    assert found.passed is False and "site-2 0.800" in found.seen and "same test rows" in found.seen
+    assert found.passed is False and "site-2 0.800" in found.observed and "same test examples" in found.observed
 
 
 # ------------------------------------------------------------------------------------------------ gap_shrinks
@@ -344,11 +346,11 @@ def test_gap_shrinks_from_first_to_last(tmp_path: Path, metric: str) -> None:
     }
     found = judge({"check": "gap_shrinks", "runs": ["a", "b", "c"]}, runs, metric)
     texts = {"accuracy": "a +0.100, b +0.200, c +0.050", "loss": "a +0.100, b +0.200, c +0.0500"}
-    assert found.passed is True and found.seen == f"gap {texts[metric]}"
+    assert found.passed is True and found.observed == f"gap {texts[metric]}"
     assert judge({"check": "gap_shrinks", "runs": ["a", "b"]}, runs, metric).passed is False
     assert judge({"check": "gap_shrinks", "runs": ["a", "a"]}, runs, metric).passed is False, "no less is no shrinking"
     missing = judge({"check": "gap_shrinks", "runs": ["a", "z"]}, runs, metric)
-    assert missing.passed is None and missing.seen == "no finished run 'z'"
+    assert missing.passed is None and missing.observed == "no finished run 'z'"
 
 
 def test_gap_shrinks_pairs_seeds(tmp_path: Path) -> None:
@@ -358,7 +360,7 @@ def test_gap_shrinks_pairs_seeds(tmp_path: Path) -> None:
     }
     found = judge({"check": "gap_shrinks", "runs": ["a", "b"]}, runs)
     assert found.passed is True
-    assert found.seen == "held for 1 of 2 seeds; mean gap a +0.200, b +0.100"
+    assert found.observed == "held for 1 of 2 seeds; mean gap a +0.200, b +0.100"
 
 
 # ------------------------------------------------------------------------------------ federated and centralised
@@ -379,16 +381,19 @@ def test_as_low_as_central_within_two_errors(tmp_path: Path) -> None:
     # error = sqrt(2 * 0.5) / 3 = 1/3; two of them 0.667
     check = {"check": "as_low_as_central", "metric": "loss"}
     near = verdict(check, losses(tmp_path / "near", 1.6, 1.0))
-    assert near.passed is True and "difference +0.600, standard error 0.333 (paired on the same" in near.seen
+    assert (
+        near.passed is True
+        and "difference (global - central) +0.600, standard error 0.333 (paired on the same" in near.observed
+    )
     far = verdict(check, losses(tmp_path / "far", 1.7, 1.0))
-    assert far.passed is False and "merged 1.70, central 1.00 at the end" in far.seen
+    assert far.passed is False and "global model 1.70; central 1.00," in far.observed
 
 
 def test_as_low_as_central_without_an_error_passes_only_if_lower(tmp_path: Path) -> None:
     check = {"check": "as_low_as_central", "metric": "loss"}
     assert verdict(check, losses(tmp_path / "low", 0.9, 1.0, scores=False)).passed is True
     higher = verdict(check, losses(tmp_path / "high", 1.1, 1.0, scores=False))
-    assert higher.passed is None and "no standard error" in higher.seen
+    assert higher.passed is None and "no standard error" in higher.observed
 
 
 def test_as_high_as_central_by_accuracy(tmp_path: Path) -> None:
@@ -404,16 +409,18 @@ def test_below_sites_prints_each(tmp_path: Path) -> None:
     run = write(tmp_path / "r", local, [9.0, 0.2], metric="loss")
     found = verdict({"check": "below_sites"}, run, metric="loss")
     assert found.passed is True
-    assert found.seen.startswith("merged 0.200; site-1 0.400, difference -0.200, standard error -; site-2 0.300")
+    assert found.observed.startswith(
+        "global model 0.200; site-1 0.400, difference (global - site-1) -0.200; site-2 0.300"
+    )
     equal = verdict({"check": "below_sites"}, write(tmp_path / "s", local, [9.0, 0.3], metric="loss"), metric="loss")
-    assert equal.passed is False and equal.name == "federated ends below each site alone (a)"
+    assert equal.passed is False and equal.name == "federated ends below each client (a)"
 
 
 def test_many_sites_print_the_closest(tmp_path: Path) -> None:
     local = {f"site-{n}": [0.1, 0.1, 0.5 + n / 100] for n in range(20)}
     found = verdict({"check": "below_sites"}, write(tmp_path / "r", local, [0.1, 0.9], counts=COUNTS))
-    assert found.passed is True and "site-19 0.690" in found.seen and "site-13 0.630" not in found.seen
-    assert "and 14 more, further away" in found.seen
+    assert found.passed is True and "site-19 0.690" in found.observed and "site-13 0.630" not in found.observed
+    assert "and 14 more, further away" in found.observed
 
 
 # ------------------------------------------------------------------------------- each site's best; the smallest set
@@ -424,9 +431,11 @@ def test_below_the_best_of_each_site_looks_at_every_scored_step(tmp_path: Path) 
     check = {"check": "below_sites_best"}
     run = write(tmp_path / "r", local, [9.0, 1.1], metric="loss")
     found = verdict(check, run, metric="loss")
-    assert found.passed is False and found.name == "federated ends below the lowest of each site alone (a)"
-    assert found.seen.startswith("merged 1.10; site-1 1.00 at 50 % of the steps, difference +0.100, standard error -;")
-    assert found.seen.endswith("site-2 1.50 at 100 % of the steps, difference -0.400, standard error -")
+    assert found.passed is False and found.name == "federated ends below the lowest of each client (a)"
+    assert found.observed.startswith(
+        "global model 1.10; site-1 at 50 % of the steps 1.00, difference (global - site-1) +0.100;"
+    )
+    assert found.observed.endswith("site-2 at 100 % of the steps 1.50, difference (global - site-2) -0.400")
     assert verdict({"check": "below_sites"}, run, metric="loss").passed is True, "at the end it is below both"
     assert verdict(check, write(tmp_path / "s", local, [9.0, 0.9], metric="loss"), metric="loss").passed is True
     assert verdict(check, write(tmp_path / "t", local, [9.0, 1.0], metric="loss"), metric="loss").passed is False
@@ -437,9 +446,9 @@ def test_below_the_best_by_accuracy_is_above_it(tmp_path: Path) -> None:
     for merged, passed in ((0.81, True), (0.79, False)):
         run = write(tmp_path / str(merged), local, [0.1, merged], weight=100.0)
         found = verdict({"check": "below_sites_best"}, run)
-        assert found.passed is passed and "above the highest of each site" in found.name
+        assert found.passed is passed and "above the highest of each client" in found.name
         error = np.sqrt((merged * (1 - merged) + 0.8 * 0.2) / 100)
-        assert f"standard error {error:.3f}" in found.seen
+        assert f"standard error {error:.3f}" in found.observed
 
 
 def test_errors_of_a_sites_best_are_paired_only_where_it_is_the_last(tmp_path: Path) -> None:
@@ -449,10 +458,10 @@ def test_errors_of_a_sites_best_are_paired_only_where_it_is_the_last(tmp_path: P
     for name, curve in (("last", [9.0, 3.0, 2.0]), ("earlier", [9.0, 1.5, 2.0])):
         run = write(tmp_path / name, {"site-1": curve}, [9.0, 4 / 3], metric="loss")
         write_scores(run, np.array([-1, -1]), nll=nll, tokens=np.array([1, 2]))
-        told[name] = verdict({"check": "below_sites_best"}, run, metric="loss").seen
+        told[name] = verdict({"check": "below_sites_best"}, run, metric="loss").observed
     # Paired: 0, -2 over 1 and 2: R = -2/3, e = 2/3, -2/3, error sqrt(2 * 8/9) / 3 = 4/9.
-    assert told["last"].endswith("difference -0.667, standard error 0.444")
-    assert told["earlier"].endswith(f"difference -0.167, standard error {np.hypot(2 / 9, 2 / 3):.3f}")
+    assert told["last"].endswith("(global - site-1) -0.667, standard error 0.444")
+    assert told["earlier"].endswith(f"(global - site-1) -0.167, standard error {np.hypot(2 / 9, 2 / 3):.3f}")
 
 
 SIZES = {"site-1": [10, 10, 10], "site-2": [2, 2, 2], "site-3": [5, 5, 5]}
@@ -483,18 +492,20 @@ def overfitted(folder: Path, best: float, last: float, other: float, scores: boo
 def test_the_smallest_set_overfits(tmp_path: Path, best: float, last: float, other: float, passed: bool) -> None:
     found = verdict({"check": "smallest_overfits"}, overfitted(tmp_path / "r", best, last, other), metric="loss")
     assert found.passed is passed
-    assert found.seen.startswith("site-2 (6 rows)") and "standard error at most 0.283" in found.seen
-    assert f"0.00 (site-1, 30 rows), {format_score(other, 'loss')} (site-3, 15 rows)" in found.seen
+    assert found.observed.startswith("site-2 (6 examples)") and "standard error at most 0.283" in found.observed
+    assert f"0.00 (site-1, 30 examples), {format_score(other, 'loss')} (site-3, 15 examples)" in found.observed
 
 
 def test_a_rise_without_a_standard_error_is_not_judged(tmp_path: Path) -> None:
     check = {"check": "smallest_overfits", "metric": "loss"}
     risen = verdict(check, overfitted(tmp_path / "r", 1.0, 3.0, 0.2, scores=False))
-    assert risen.passed is None and risen.seen.startswith("site-2 ends 2.00 worse than its best, but no standard error")
+    assert risen.passed is None and risen.observed.startswith(
+        "site-2 ends 2.00 worse than its best, but no standard error"
+    )
     less = verdict(check, overfitted(tmp_path / "s", 1.0, 1.1, 0.2, scores=False))
     assert less.passed is False, "no error is needed to see that another site rises more"
     alone = write(tmp_path / "t", {"site-1": [9.0, 1.0, 2.0]}, metric="loss", counts=SIZES)
-    assert "fewer than two sites" in verdict(check, alone).seen
+    assert "fewer than two clients" in verdict(check, alone).observed
     unsaid = write(tmp_path / "u", {"site-8": [9.0, 1.0, 2.0], "site-9": [9.0, 1.0, 2.0]}, metric="loss", counts=SIZES)
     assert verdict(check, unsaid).passed is None
 
@@ -503,7 +514,7 @@ def test_the_smallest_set_by_accuracy(tmp_path: Path) -> None:
     # 0.9 falls to 0.6 of 100 rows: errors 0.03 and 0.049, 0.0574 together
     local = {"site-1": [0.1, 0.5, 0.6], "site-2": [0.1, 0.9, 0.6], "site-3": [0.1, 0.8, 0.7]}
     found = verdict({"check": "smallest_overfits"}, write(tmp_path / "r", local, weight=100.0, counts=SIZES))
-    assert found.passed is True and "worse by 0.300, standard error at most 0.057" in found.seen
+    assert found.passed is True and "worse by 0.300, standard error at most 0.057" in found.observed
     few = verdict({"check": "smallest_overfits"}, write(tmp_path / "s", local, weight=10.0, counts=SIZES))
     assert few.passed is False, "of 10 rows it is 0.181, and 0.3 within two"
 
@@ -515,28 +526,33 @@ def test_the_smallest_set_by_accuracy(tmp_path: Path) -> None:
     ("merged", "clients", "passed", "seen"),
     [
         # middle and end of rounds 1, 2, 3
-        ([0.1, 0.8, 0.9, 0.92], [0.5, 0.6, 0.7, 0.85, 0.91, 0.915], True, "jump in 2 of 2 rounds, sag in 1 of 2"),
-        ([0.1, 0.8, 0.9, 0.92], [0.5, 0.6, 0.81, 0.85, 0.91, 0.915], False, "jump in 2 of 2 rounds, sag in 0 of 2"),
-        ([0.1, 0.8, 0.9, 0.92], [0.5, 0.6, 0.7, 0.85, 0.8, 0.93], False, "jump in 1 of 2 rounds, sag in 2 of 2"),
-        ([0.1, 0.8, 0.9, 0.92], [0.9, 0.9, 0.7, 0.9, 0.8, 0.92], False, "jump in 0 of 2 rounds, sag in 2 of 2"),
+        ([0.1, 0.8, 0.9, 0.92], [0.5, 0.6, 0.7, 0.85, 0.91, 0.915], True, "recovery in 2 of 2 rounds, drift in 1 of 2"),
+        (
+            [0.1, 0.8, 0.9, 0.92],
+            [0.5, 0.6, 0.81, 0.85, 0.91, 0.915],
+            False,
+            "recovery in 2 of 2 rounds, drift in 0 of 2",
+        ),
+        ([0.1, 0.8, 0.9, 0.92], [0.5, 0.6, 0.7, 0.85, 0.8, 0.93], False, "recovery in 1 of 2 rounds, drift in 2 of 2"),
+        ([0.1, 0.8, 0.9, 0.92], [0.9, 0.9, 0.7, 0.9, 0.8, 0.92], False, "recovery in 0 of 2 rounds, drift in 2 of 2"),
     ],
 )
 def test_saw_tooth_counts(tmp_path: Path, merged: list[float], clients: list[float], passed: bool, seen: str) -> None:
     both = {"site-1": [value - 0.05 for value in clients], "site-2": [value + 0.05 for value in clients]}
     run = write(tmp_path / "r", None, merged, both)
     found = verdict({"check": "saw_tooth"}, run)
-    assert found.passed is passed and found.seen == f"{seen} (rounds 2 to 3)"
+    assert found.passed is passed and found.observed == f"{seen} (rounds 2 to 3)"
     turned = {site: [1.0 - value for value in curve] for site, curve in both.items()}
     by_loss = write(tmp_path / "s", None, [1.0 - value for value in merged], turned, metric="loss")
     found = verdict({"check": "saw_tooth"}, by_loss, metric="loss")
-    assert found.passed is passed and found.seen == f"{seen} (rounds 2 to 3)", "for the loss the directions turn"
+    assert found.passed is passed and found.observed == f"{seen} (rounds 2 to 3)", "for the loss the directions turn"
 
 
 def test_saw_tooth_needs_a_second_round_and_clients(tmp_path: Path) -> None:
     one = write(tmp_path / "one", None, [0.1, 0.8], {"site-1": [0.5, 0.6]})
     assert verdict({"check": "saw_tooth"}, one).passed is None
     without = write(tmp_path / "without", None, [0.1, 0.8, 0.9])
-    assert "no round from 2 on" in verdict({"check": "saw_tooth"}, without).seen
+    assert "no round from 2 on" in verdict({"check": "saw_tooth"}, without).observed
 
 
 def test_saw_tooth_of_the_mean_over_seeds(tmp_path: Path) -> None:
@@ -545,7 +561,9 @@ def test_saw_tooth_of_the_mean_over_seeds(tmp_path: Path) -> None:
     climbs = write(tmp_path / "b", None, [0.1, 0.8, 0.95], {"site-1": [0.5, 0.5, 0.9, 0.9]}, seed=1)
     found = verdict({"check": "saw_tooth"}, dips, climbs)
     assert found.passed is True, "0.75 in the middle, on average"
-    assert found.seen == "held for 1 of 2 seeds; mean over seeds: jump in 1 of 1 rounds, sag in 1 of 1 (round 2)"
+    assert (
+        found.observed == "held for 1 of 2 seeds; mean over seeds: recovery in 1 of 1 rounds, drift in 1 of 1 (round 2)"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- seeds
@@ -555,15 +573,15 @@ def test_the_mean_over_seeds_decides_and_each_is_told(tmp_path: Path) -> None:
     up = write(tmp_path / "a", {"site-1": [0.1, 0.5, 0.5]}, [0.1, 0.7], seed=3)
     down = write(tmp_path / "b", {"site-1": [0.1, 0.5, 0.5]}, [0.1, 0.4], seed=4)
     found = verdict({"check": "merged_beats_mean"}, up, down)
-    assert found.passed is True and found.seen.startswith("held for 1 of 2 seeds. Seed 3: merged 0.700")
+    assert found.passed is True and found.observed.startswith("held for 1 of 2 seeds. Seed 3: global model 0.700")
     far = write(tmp_path / "c", {"site-1": [0.1, 0.5, 0.5]}, [0.1, 0.2], seed=5)
     assert verdict({"check": "merged_beats_mean"}, up, far).passed is False
     central = write(tmp_path / "d", central=[0.1, 0.5, 0.5], seed=6)
     partly = verdict({"check": "merged_beats_mean"}, up, central)
-    assert partly.passed is True and partly.seen.endswith(
-        "Seed 6 could not be judged: no validation accuracy of a site alone"
+    assert partly.passed is True and partly.observed.endswith(
+        "Seed 6 could not be judged: no validation accuracy of the global model"
     )
-    assert "held for 1 of 1 seeds" in partly.seen
+    assert "held for 1 of 1 seeds" in partly.observed
 
 
 def test_errors_of_seeds_are_averaged_not_shrunk(tmp_path: Path) -> None:
@@ -583,40 +601,43 @@ def reference() -> FinishedRun:
 def test_the_reference_run(reference: FinishedRun, tmp_path: Path) -> None:
     runs = {"lora-1": [reference]}
     mean = judge({"check": "merged_beats_mean", "run": "lora-1"}, runs)
-    assert mean.passed is True and mean.seen == "merged 0.929, mean of 3 sites 0.858"
+    assert mean.passed is True and mean.observed.startswith("global model 0.929; mean of 3 clients 0.858")
     site = judge(LACKING | {"run": "lora-1", "ceiling": 173 / 226}, runs)
-    assert site.passed is True and "positive 1;" in site.seen and "highest on the way 0.814, at 60 %" in site.seen
+    assert site.passed is True and "positive 1;" in site.observed and "highest 0.814, at 60 %" in site.observed
     best = judge({"check": "merged_near_best_site", "run": "lora-1"}, runs)
-    assert best.passed is True and "site-3" in best.seen and "+0.018, standard error 0.022 (paired on" in best.seen
+    assert (
+        best.passed is True and "site-3" in best.observed and "+0.018, standard error 0.022 (paired on" in best.observed
+    )
     lacking_sites = judge({"check": "merged_beats_lacking", "run": "lora-1"}, runs)
-    assert lacking_sites.passed is True and lacking_sites.seen == "merged 0.929; site-2 (no positive) 0.770"
+    assert lacking_sites.passed is True and lacking_sites.observed.startswith(
+        "global model 0.929; site-2 (no positive) 0.770"
+    )
     tooth = judge({"check": "saw_tooth", "run": "lora-1"}, runs)
-    assert tooth.passed is True and tooth.seen == "jump in 4 of 4 rounds, sag in 4 of 4 (rounds 2 to 5)"
+    assert tooth.passed is True and tooth.observed == "recovery in 4 of 4 rounds, drift in 4 of 4 (rounds 2 to 5)"
     assert judge(LACKING | {"run": "lora-1"}, runs).passed is True
     bare = tmp_path / "without"
     shutil.copytree(REFERENCE, bare, ignore=shutil.ignore_patterns("scores.npz"))
     assert judge(LACKING | {"run": "lora-1"}, {"lora-1": [load_run(bare)]}).passed is None, "no scores by row"
 
 
-def test_every_check_has_its_keys_and_says_what_it_demands(reference: FinishedRun) -> None:
-    assert set(KEYS) == set(CHECKS)
-    for name in CHECKS:
+def test_every_check_has_texts_and_says_what_it_expects() -> None:
+    assert set(TEXTS) == set(CHECKS)
+    for name, check in CHECKS.items():
         line = {"check": name, "run": "x", "runs": ["x", "y"], "site": "site-2", "class": "positive"}
-        line = {key: value for key, value in line.items() if key in ("check", *KEYS[name][0])}
+        line = {key: value for key, value in line.items() if key in ("check", *keys_of(check.keys))}
         found = judge(line, {})
-        assert found.passed is None and found.seen == "no finished run 'x'" and found.demanded and found.name
+        assert found.passed is None and found.observed == "no finished run 'x'" and found.expected and found.name
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("saw_tooth", ["names no check", "gap_shrinks"]),
-        ({"run": "a"}, ["names no check"]),
+        ({"run": "a"}, ["verdicts.check: None", "gap_shrinks"]),
         ({"check": "saw_teeth", "run": "a"}, ["'saw_teeth'", "saw_tooth"]),
-        ({"check": "lacking_class", "run": "a", "site": "s"}, ["'class'", "lacking_class"]),
-        ({"check": "saw_tooth", "run": "a", "round": 1}, ["verdicts.round", "saw_tooth"]),
+        ({"check": "lacking_class", "run": "a", "site": "s"}, ["verdicts.class"]),
+        ({"check": "saw_tooth", "run": "a", "round": 1}, ["unknown key verdicts.round", "run, metric"]),
         ({"check": "gap_shrinks", "runs": "abc"}, ["verdicts.runs", "'abc'"]),
-        ({"check": "gap_shrinks", "runs": ["a"]}, ["two labels"]),
+        ({"check": "gap_shrinks", "runs": ["a"]}, ["verdicts.runs", "fewer than 2"]),
         (LACKING | {"run": "a", "rows": "many"}, ["verdicts.rows", "'many'"]),
         (LACKING | {"run": "a", "ceiling": -0.1}, ["verdicts.ceiling", "-0.1"]),
     ],
@@ -633,7 +654,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="scores.npz"):
         load_run(run)
     write_scores(run, np.zeros(4), {"federated": np.zeros(4)}, tokens=np.ones(3))
-    with pytest.raises(UserError, match="do not fit 1 models and 4 rows"):
+    with pytest.raises(UserError, match="do not fit 1 models and 4 examples"):
         load_run(run)
     (run / "scores.npz").unlink()
     (run / "comparison.json").write_text("{")

@@ -19,7 +19,7 @@ import yaml
 
 from fedsim.analysis.configs import flatten_config
 from fedsim.core.errors import Notice, UserError
-from fedsim.core.files import DAMAGED_ARRAYS, read_file, read_json, warn_of_damage, warn_of_damaged_rows
+from fedsim.core.files import DAMAGED_ARRAYS, metrics_files, read_file, read_json, warn_of_damage, warn_of_damaged_rows
 
 _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {  # column of the metrics -> what a line may hold, in words
     "round": ((int,), "a number"),
@@ -119,21 +119,24 @@ def _repeat(values: list[Any], lengths: list[int]) -> Any:
 
 def read_metrics(folder: Path) -> pd.DataFrame:
     """The metrics of one run, `COLUMNS`; the later of two that stand for the same."""
-    names = ["metrics.jsonl", *(f"metrics/{scope}.jsonl" for scope in SCOPES)]
-    files = [folder / name for name in names if (folder / name).is_file()]
-    frame = pd.concat([_read_lines(file) for file in files] or [_to_frame([])], ignore_index=True)
+    keys = ["round", "step", "scope", "client", "split", "name"]
+    return logged_metrics(folder).drop_duplicates(keys, keep="last", ignore_index=True)
+
+
+def logged_metrics(folder: Path) -> pd.DataFrame:
+    """The metrics of one run in the order of the files, with those that were logged again."""
+    frame = pd.concat([_read_lines(file) for file in metrics_files(folder)] or [_to_frame([])], ignore_index=True)
     warn_of_damage(folder, "config.yaml")
-    if (folder / "metrics.jsonl").is_file():
-        warn_of_damaged_rows(folder)
-    return frame.drop_duplicates(["round", "step", "scope", "client", "split", "name"], keep="last", ignore_index=True)
+    warn_of_damaged_rows(folder)
+    return frame
 
 
 def _read_lines(file: Path) -> pd.DataFrame:
     lines = read_file(file).decode("utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
-    if lines and _problem(lines[-1]):
-        warnings.warn(f"{file}: the last line ({len(lines)}) is torn and left out", Notice, stacklevel=4)
+    torn = len(lines) if lines and _problem(lines[-1]) else 0
+    if torn:
         lines.pop()
     try:
         rows = json.loads(f"[{','.join(lines)}]")  # one call for all lines: several times faster than one per line
@@ -143,6 +146,8 @@ def _read_lines(file: Path) -> pd.DataFrame:
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         sound = False
     if sound:
+        if torn:
+            warnings.warn(f"{file}: the last line ({torn}) is torn and left out", Notice, stacklevel=4)
         return frame
     for number, text in enumerate(lines, start=1):
         if problem := _problem(text):

@@ -16,16 +16,16 @@ from fedsim.config import datasets as d
 from fedsim.config import sections as s
 from fedsim.config import yaml_text
 from fedsim.config.keys import document
-from fedsim.config.tree import USER_CODE, escape, expand_path, override, read_yaml, resolve
+from fedsim.config.tree import escape, expand_path, override, read_yaml, resolve
 from fedsim.core.errors import UserError, shown
 from fedsim.core.inductor import without_folder
 from fedsim.core.section import Natural, Text, defaults_of, hints_of, one_of, plain, section, wrong
-from fedsim.core.user_code import digest, is_user_code
+from fedsim.core.user_code import UserCode
 from fedsim.data.memory import hold
-from fedsim.data.partition import Iid
+from fedsim.data.partitioners import Iid
 
 _NOT_IN_ID = ("seeds", "rounds", "results", "executor", "tracking", "checkpoint", "aggregation")
-# What ids of the first version hold at its defaults, too; a key that came later is in an id where it is set.
+# Sections that an id holds even at their defaults, as in the first version; later ones only if they are set.
 _FIRST = ("modes", "model", "adapter", "data", "partition", "cohort", "local", "central", "algorithm", "best", "evaluate", "training")  # fmt: skip
 Section = Mapping[str, Any]
 
@@ -38,22 +38,22 @@ def _unknown_key(path: str, known: Sequence[str]) -> str:
 
 def _folder_name(name: str) -> str:
     if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
-        raise wrong("", name, "is not a folder's name: use letters, digits, . _ + -")
+        raise wrong("", name, "is not a valid folder name; use letters, digits, . _ + -")
     if len(name) > 200:
-        raise wrong("", name, "is longer than a folder's name can be; give a shorter one")
+        raise wrong("", name, "is longer than a folder name can be; give a shorter one")
     return name
 
 
 def _each_once(values: list[Any]) -> list[Any]:
     twice = next((v for v in values if values.count(v) > 1), None)
     if twice is not None:
-        raise wrong("", values, f"names {twice} twice")
+        raise wrong("", values, f"has {twice} twice; remove one")
     return values
 
 
 @functools.partial(section, unknown=_unknown_key)
 class Experiment:
-    """One experiment: what goes in. Sections may be given as dataclasses or as plain dicts.
+    """The config of one experiment. Sections may be given as dataclasses or as plain dicts.
 
     Raises:
         UserError: for an unknown key, a wrong type or an impossible value, with the key's full path.
@@ -64,7 +64,7 @@ class Experiment:
     seed: Natural = 0
     """Random seed; every random draw depends on it."""
     seeds: Annotated[list[Natural], Field(min_length=1), AfterValidator(_each_once)] | None = None
-    """Random seeds in the place of `seed`: one run for each, with their mean and interval."""
+    """Random seeds instead of `seed`: one run for each, with their mean and interval."""
     modes: Annotated[
         list[Literal["local", "federated", "central"]], Field(min_length=1), AfterValidator(_each_once)
     ] = Field(default_factory=lambda: ["local", "federated", "central"])
@@ -78,8 +78,8 @@ class Experiment:
     adapter: a.Adapter = Field(default_factory=a.Lora)
     """Fine-tuning method."""
     data: d.Data = Field(default_factory=d.Headlines)
-    """Data set; in Python also a DataFrame, a `datasetd.Dataset` or a `DatasetDict`."""
-    partition: s.Partitioner = Field(default_factory=Iid)
+    """Data set; in Python also a DataFrame, a `datasets.Dataset` or a `DatasetDict`."""
+    partition: c.Partitioner = Field(default_factory=Iid)
     """How the training examples are divided among the clients."""
     cohort: s.CohortKeys = Field(default_factory=s.CohortKeys)
     """Client sampling per round."""
@@ -92,7 +92,7 @@ class Experiment:
     aggregator: c.Aggregator = Field(default_factory=c.Mean)
     """How the clients' updates become one."""
     best: s.Best = Field(default_factory=s.Best)
-    """How the best model is chosen."""
+    """How the best model is selected."""
     checkpoint: s.Checkpoint = Field(default_factory=s.Checkpoint)
     """How often the state of the run is saved."""
     evaluate: s.Evaluate = Field(default_factory=s.Evaluate)
@@ -100,7 +100,7 @@ class Experiment:
     training: s.Training = Field(default_factory=s.Training)
     """How clients share a device."""
     aggregation: s.Aggregation = Field(default_factory=s.Aggregation)
-    """How updates are summed; the results do not depend on it."""
+    """Memory of aggregation; the results do not depend on it."""
     messages: s.Messages = Field(default_factory=s.Messages)
     """Compression of the updates and of the global parameters that are sent."""
     faults: s.Faults = Field(default_factory=s.Faults)
@@ -126,7 +126,7 @@ class Experiment:
             model: a.Model | Section = ...,
             adapter: a.Adapter | Section | Any = ...,  # or a PEFT config
             data: d.Data | Section | Any = ...,  # or examples in memory
-            partition: s.Partitioner | Section = ...,
+            partition: c.Partitioner | Section = ...,
             cohort: s.CohortKeys | Section = ...,
             local: s.LocalWork | Section = ...,
             central: s.Central | Section = ...,
@@ -162,30 +162,33 @@ class Experiment:
     def _check_together(self) -> Experiment:
         whole, dtype = self.adapter.name == "none", self.model.dtype
         if self.seeds is not None and self.seed != 0:
-            raise wrong("seeds", self.seeds, f"and seed={self.seed} are both given; leave one of them out")
+            raise wrong("seeds", self.seeds, f"and seed={self.seed} exclude each other; leave one out")
         if self.model.task == "sequence_classification":
             if self.evaluate.generate:
-                raise wrong("evaluate.generate", True, "goes with model.task=causal_lm; a head writes no text")
+                raise wrong(
+                    "evaluate.generate", True, "needs model.task=causal_lm; a classification head generates no text"
+                )
             if self.best.metric == "perplexity":
-                raise wrong("best.metric", "perplexity", "goes with model.task=causal_lm; of a head use loss")
+                raise wrong("best.metric", "perplexity", "needs model.task=causal_lm; of a head use loss")
         if whole and dtype == "float16":
-            way = "cannot train a whole model without loss scaling; use bfloat16 or float32"
+            way = "is not supported for full fine-tuning (adapter.name=none), which needs loss scaling; use bfloat16 or float32"
             raise wrong("model.dtype", dtype, way)
         if self.training.packing and not whole:
-            way = "is for whole models (adapter.name=none); adapters in lanes are always packed, see training.lanes"
+            way = "is for full fine-tuning (adapter.name=none); adapters in lanes are always packed, see training.lanes"
             raise wrong("training.packing", True, way)
         if not self.training.master_weights and not (whole and dtype == "bfloat16"):
-            way = "is for whole models (adapter.name=none) under model.dtype=bfloat16; leave it out"
+            way = "is for full fine-tuning (adapter.name=none) under model.dtype=bfloat16; leave it out"
             raise wrong("training.master_weights", False, way)
         if self.messages.error_feedback and self.messages.up == "fp32" and dtype != "float64":
-            way = "needs a type that loses something, and updates are float32 as it is; set messages.up, e.g. nf4"
+            way = "needs a lossy type, and updates are float32 as it is; set messages.up, e.g. nf4"
             raise wrong("messages.error_feedback", True, way)
-        aggregates = c.algorithm_of(self.algorithm).aggregates
-        if self.aggregator.name != "mean" and aggregates.get("update") != "mean":
-            why = "fixes its aggregator" if "update" in aggregates else "sends no message group update"
-            raise wrong(
-                "aggregator.name", self.aggregator.name, f"has no use: algorithm.name={self.algorithm.name} {why}"
-            )
+        if (how := self.aggregator.name) != "mean":
+            aggregates = c.algorithm_of(self.algorithm).aggregates
+            if aggregates.get("update") != "mean":
+                why = "fixes its aggregator" if "update" in aggregates else "sends no message group update"
+                raise wrong(
+                    "aggregator.name", how, f"has no use: algorithm.name={self.algorithm.name} {why}; leave it out"
+                )
         if self.best.metric == "exact_match" and not self.evaluate.generate:
             raise wrong("best.metric", "exact_match", "needs evaluate.generate=true")
         return self
@@ -224,7 +227,7 @@ class Experiment:
     def from_dict(cls, tree: dict[str, Any]) -> Experiment:
         """The experiment of a nested dict, as YAML gives it."""
         if tree.get("seeds") is not None and tree.get("seed") is not None:
-            both = f"and seed={shown(tree['seed'])} are both given; leave one of them out"
+            both = f"and seed={shown(tree['seed'])} exclude each other; leave one out"
             raise UserError(f"seeds: {shown(tree['seeds'])} {both}")
         return cls(**tree)
 
@@ -239,9 +242,9 @@ class Experiment:
         return yaml_text.dump(escape(self.to_dict()))
 
     def identity(self) -> dict[str, Any]:
-        """The part of the config that the numbers depend on: the run's id hashes it, with content hashes for paths.
+        """The part of the config that affects the results: the run id hashes it, with content hashes for paths.
 
-        Values at their defaults are left out, so that a key that a later version adds does not change the id.
+        Values at their defaults are left out: a key that a later version adds does not change the id.
         """
         tree: dict[str, Any] = {}
         for key, default in defaults_of(Experiment).items():
@@ -251,8 +254,8 @@ class Experiment:
                 own = defaults_of(type(held))
                 value = {k: v for k, v in value.items() if k == "name" or k not in own or v != own[k]}
                 default = {k: v for k, v in default.items() if k == "name"}
-            if key in USER_CODE and is_user_code(value["name"]):  # what the file holds, wherever it lies
-                value["name"] = f"{value['name'].rpartition(':')[2]}@{digest(type(held).of)}"
+                if isinstance(name := value.get("name"), UserCode):
+                    value["name"] = name.identity
             if key not in _NOT_IN_ID and (key in _FIRST or value != default):
                 tree[key] = value
         return tree

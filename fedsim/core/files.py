@@ -64,7 +64,7 @@ def _check_plain(place: Path) -> None:
         kind = "a hard link to another file"
     if kind is not None:
         way = "remove it, replace it by a copy, or use another folder"
-        raise UserError(f"{place} is {kind}; fedsim writes only to files and folders of its own: {way}")
+        raise UserError(f"{place} is {kind}; fedsim writes only to its own files and folders; {way}")
 
 
 def _special(mode: int) -> str | None:
@@ -181,7 +181,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
         raise UserError(f"{path}: holds {found} instead of {names[kind]}; {way}")
     for key, like in _HOLDS.get(path.name, {}).items():
         if key in value and not _fits(value[key], like):
-            raise UserError(f"{path}: {key}: {str(value[key])[:60]!r} is nothing that a run writes there; {way}")
+            raise UserError(f"{path}: {key}: {str(value[key])[:60]!r} is not a valid value; {way}")
     return value
 
 
@@ -244,7 +244,7 @@ def differing(run: Path, recorded: dict[str, list[int]], most: int | None = None
 def metrics_files(run: Path) -> list[Path]:
     """The metrics of a run, by mode; of a run of the first layout one file with all modes."""
     names = ("metrics.jsonl", "metrics/local.jsonl", "metrics/federated.jsonl", "metrics/central.jsonl")
-    return [run / name for name in names if (run / name).is_file()]
+    return [run / name for name in names if (run / name).exists()]  # what is no file is refused where it is read
 
 
 def recorded(run: Path) -> dict[str, list[int]]:

@@ -1,7 +1,7 @@
-"""Config sections: dataclasses that pydantic checks, components chosen by `name`, and one line about what does not fit.
+"""Config sections: dataclasses that pydantic checks, and components chosen by `name`.
 
-A section states its keys once: type, default and bounds in the annotation, the sentence under the field. Help, reference
-page, JSON schema and messages come from there.
+A section defines its keys once: type, default and bounds in the annotation, the description under the field. Help, reference
+page, JSON schema and messages (`section_errors.py`) come from there.
 """
 
 from __future__ import annotations
@@ -38,27 +38,35 @@ _CONFIG = ConfigDict(
 )
 
 
-def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
+def as_given(value: Any, check: Callable[[Any], Any]) -> Any:
+    """Check text without making it plain: it may be a subclass of str that carries examples or code."""
     check(value)
-    return value  # text may be a subclass of str that carries examples
+    return value
 
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(pattern=r"\S"), WrapValidator(_as_given)]
+Text = Annotated[str, Field(pattern=r"\S"), WrapValidator(as_given)]
 
 
 def near_key(path: str, known: Sequence[str]) -> str:
-    """The message about a key, given by its full path, where only `known` ones are taken."""
+    """The message about an unknown key, given by its full path, with the most similar one of `known`."""
     section, dot, name = path.rpartition(".")
     near = difflib.get_close_matches(name, known, n=1)
     return unknown_key(path, known, f"did you mean {section}{dot}{near[0]}?" if near else "")
 
 
 def unknown_key(path: str, known: Sequence[str], hint: str) -> str:
+    """The message about an unknown key."""
     return f"unknown key {cut(path)}{f' ({hint})' if hint else ''}. Valid keys: {', '.join(known)}"
+
+
+def did_you_mean(name: Any, known: Any) -> str:
+    """`; did you mean ...?`, or only the semicolon."""
+    found = difflib.get_close_matches(str(name), [*known], n=1)
+    return f"; did you mean {found[0]}?" if found else ";"
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
@@ -78,7 +86,9 @@ def section(cls: type, *, unknown: Callable[[str, Sequence[str]], str] = near_ke
         try:
             init(self, **{key: _tidy(value, key) for key, value in given.items()})
         except ValidationError as error:
-            raise UserError(_message(error, made, unknown)) from None
+            from fedsim.core.section_errors import message
+
+            raise UserError(message(error, made, unknown)) from None
 
     made.__init__ = checked
     return made
@@ -96,7 +106,9 @@ def made_of(
     try:
         cls.__init__.__wrapped__(made, **{key: _tidy(value, f"{path}.{key}") for key, value in given.items()})
     except ValidationError as error:
-        raise UserError(_message(error, cls, unknown, path)) from None
+        from fedsim.core.section_errors import message
+
+        raise UserError(message(error, cls, unknown, path)) from None
     return made
 
 
@@ -207,7 +219,7 @@ class OneOf:
             if wrong is not None:
                 return unknown(f"{path}.{wrong}", known)
             return f"{path}.name: missing beside {', '.join(value) or 'nothing'}; one of {names}"
-        return f"{path}.name: {shown(name)} is not known{_near(name, self.table)} one of {names}"
+        return f"{path}.name: {shown(name)} is not known{did_you_mean(name, self.table)} one of {names}"
 
 
 @dataclass(frozen=True)
@@ -217,7 +229,7 @@ class Like:
     section: type
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_wrap_validator_function(_as_given, handler.generate_schema(self.section))
+        return core_schema.no_info_wrap_validator_function(as_given, handler.generate_schema(self.section))
 
 
 def wrong(key: str, value: Any, problem: str) -> PydanticCustomError:
@@ -270,7 +282,7 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
     return hint.__metadata__ if get_origin(hint) is Annotated else ()
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
+def members_of(hint: Any) -> tuple[Any, ...]:
     """The types of a union, each with its marks."""
     inner = bare(hint)
     return get_args(inner) if get_origin(inner) in (types.UnionType, typing.Union) else ()
@@ -278,7 +290,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def describe(hint: Any) -> str:
     """A type in words: `a whole number or null`."""
-    if members := _members(hint):
+    if members := members_of(hint):
         return " or ".join(map(describe, members))
     inner = bare(hint)
     origin = get_origin(inner)
@@ -308,7 +320,7 @@ def plain(value: Any) -> Any:
 
 
 def _tidy(value: Any, path: str) -> Any:
-    """What YAML could hold of what Python gives; refuses what no number, file name or YAML file can hold."""
+    """A Python value as YAML has it; refuses what cannot be a number or a file name, or be written as YAML."""
     if isinstance(value, dict):
         return {str(k): _tidy(v, f"{path}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -316,143 +328,10 @@ def _tidy(value: Any, path: str) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f"{path}: {shown(value)} is larger than a number can be; give one below 2^63")
+        raise UserError(f"{path}: {shown(value)} is too large; give a number below 2^63")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return int(value) if isinstance(value, int) else float(value)  # NumPy's are written otherwise
     if isinstance(value, str) and (odd := re.search("[\0\ud800-\udfff]", value)):
-        kind = "a zero byte" if odd[0] == "\0" else "half of a character (a surrogate), or bytes that are not UTF-8"
-        raise UserError(f"{path}: {shown(value)} holds {kind}; take it out")
+        kind = "a zero byte" if odd[0] == "\0" else "a surrogate, or bytes that are not UTF-8"
+        raise UserError(f"{path}: {shown(value)} contains {kind}; remove it")
     return value
-
-
-# ------------------------------------------------------------------------------------------------ messages
-
-_BOUNDS = {  # pydantic's error -> what the value must be, and the number in it
-    "greater_than_equal": ("must be >=", "ge"),
-    "greater_than": ("must be >", "gt"),
-    "less_than_equal": ("must be <=", "le"),
-    "less_than": ("must be <", "lt"),
-    "finite_number": ("must be a finite number", ""),
-    "too_short": ("number of values must be >=", "min_length"),
-    "too_long": ("number of values must be <=", "max_length"),
-    "string_pattern_mismatch": ("must not be empty", ""),
-}
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """One of pydantic's errors, and where in the config it is.
-
-    Attributes:
-        error: as `ValidationError.errors` lists it.
-        path: of the value, e.g. `local.betas[1]`.
-        key: of the field that holds it, e.g. `local.betas`.
-        hint: annotation of the value; None for an unknown key.
-        about: description of the field.
-        owner: the section that holds the field.
-    """
-
-    error: Any
-    path: str
-    key: str
-    hint: Any
-    about: str
-    owner: type
-
-    @property
-    def rank(self) -> tuple[bool, bool, int]:
-        """Which of several errors says most: an unknown key, a value out of bounds, the innermost value."""
-        kind = self.error["type"]
-        return kind == "unexpected_keyword_argument", kind in _BOUNDS, self.path.count("[") + self.path.count(".")
-
-    @property
-    def takes(self) -> set[Any]:
-        """The types that are allowed, without their bounds."""
-        return {*map(bare, (self.hint, *_members(self.hint)))}
-
-    @property
-    def words(self) -> list[Any]:
-        """The words that are allowed beside other types."""
-        return [m for m in _members(self.hint) if get_origin(bare(m)) is Literal]
-
-    def wanted(self) -> str:
-        """`give ` and the choices, or the start of the field's description."""
-        if "one of" in describe(self.hint) and not self.words:
-            return f"give {describe(self.hint)}"
-        about = re.split(r"(?<!e\.g)[.;] |\.$", self.about or "a value")[0]
-        return f"give {', or '.join([about[:1].lower() + about[1:], *map(describe, self.words)])}"
-
-    def out_of_bounds(self) -> str:
-        """What the value must be, and what to write in its place."""
-        kind, found = self.error["type"], self.error.get("ctx", {})
-        must, key = _BOUNDS[kind]
-        limit = found.get(key)
-        must += "" if limit is None else f" {int(limit) if limit == int(limit) else limit:,}"
-        fix = ""
-        if kind in ("string_pattern_mismatch", "too_short") or str in self.takes:
-            fix = f"; {self.wanted()}"
-        elif null := re.search(r"[Nn]ull = (.+?)(?:[.;] |[.;]?$)", self.about):
-            fix = f"; null = {null[1]}"
-        elif self.words:
-            fix = f"; give {describe(self.hint)}"
-        return f"{must} (got {shown(self.error['input'])}){fix}"
-
-
-def _message(error: ValidationError, cls: type, unknown: Callable[[str, Sequence[str]], str], start: str = "") -> str:
-    """What does not fit, in one line: the full key path, the value and the fix."""
-    problems = [_located(e, cls, start) for e in error.errors(include_url=False)]
-    first = max(problems, key=lambda p: p.error["type"] == "unexpected_keyword_argument")
-    p = max((p for p in problems if p.key == first.key), key=lambda p: p.rank)
-    kind, value, found = p.error["type"], p.error["input"], p.error.get("ctx", {})
-    if kind == "unexpected_keyword_argument":
-        return unknown(p.path, keys_of(p.owner))
-    if kind == "component":
-        return one_of(p.hint).problem(value, p.path, unknown)  # type: ignore[union-attr]
-    if kind == "wrong":
-        return f"{'.'.join(filter(None, (p.path, found['key'])))}: {found['value']} {found['problem']}"
-    if kind == "value_error":
-        of_section = "." if dataclasses.is_dataclass(bare(p.hint)) else ": "  # its own check begins with the key
-        return str(found["error"]) if isinstance(found["error"], UserError) else f"{p.path}{of_section}{found['error']}"
-    if kind == "missing":
-        return f"{p.path}: missing; {p.wanted()}"
-    if dataclasses.is_dataclass(bare(p.hint)):
-        return f"{p.path}: {shown(value)} is not a section; its keys are {', '.join(keys_of(bare(p.hint)))}"
-    if kind in _BOUNDS:
-        return f"{p.path}: {p.out_of_bounds()}"
-    quotes = "; put it in quotes" if str in p.takes and not isinstance(value, (list, dict)) else ""
-    options = get_args(bare(p.hint)) if get_origin(bare(p.hint)) is Literal else ()
-    near = _near(value, map(str, options)).rstrip(";") if isinstance(value, str) else ""
-    whole = f"; write {int(value)}" if isinstance(value, float) and value.is_integer() and int in p.takes else ""
-    return f"{p.path}: {shown(value)} is not {describe(p.hint)}{near}{quotes}{whole}"
-
-
-def _near(name: Any, known: Any) -> str:
-    near = difflib.get_close_matches(str(name), [*known], n=1)
-    return f"; did you mean {near[0]}?" if near else ";"
-
-
-def _located(error: Any, cls: type, start: str) -> _Problem:
-    """Follows pydantic's path, in which names of components and of a union's types stand between the keys."""
-    path, key, hint, about, owner, chosen = start, start, cls, "", cls, False
-    for part in error["loc"]:
-        if component := one_of(hint):
-            hint = component.choices[part]
-            continue
-        members = [m for m in _members(hint) if m is not type(None)]
-        if len(members) > 1 and not chosen:
-            chosen = True
-            continue
-        if members:
-            wanted = list if isinstance(part, int) else dict
-            hint = next(m for m in members if get_origin(bare(m)) is wanted)
-        inner, chosen = bare(hint), False
-        if dataclasses.is_dataclass(inner):
-            path = key = f"{path}.{part}" if path else str(part)
-            info = fields_of(inner).get(part)
-            about = (info and info.description) or ""
-            owner, hint = inner, None if info is None else hint_of(inner, part)
-        elif get_origin(inner) is list:
-            path, hint = f"{path}[{part}]", get_args(inner)[0]
-        elif part != "[key]":
-            path, hint = f"{path}.{part}", get_args(inner)[1]
-    return _Problem(error, path, key, hint, about, owner)

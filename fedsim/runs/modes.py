@@ -178,7 +178,6 @@ def _rounds(
     checkpoints, costs = setup.checkpoints(mode), _costs(state, mode, info, seconds) if info else None
     useful = computed = 0
     spent: list[tuple[float, float]] = []  # seconds of evaluation, and all seconds, by pack of the round
-    told = False
     for event in rounds(world, state, setup.executor):
         match event:
             case None:
@@ -192,8 +191,8 @@ def _rounds(
                 show.warn(f"{mode}: out of memory in round {round}; it starts again with {lanes} lane(s)")
             case Round(round, rows, evaluation):
                 share, total = np.sum([*spent, (evaluation, evaluation)], axis=0)
-                if share > total / 2 and not told:
-                    told = True
+                if share > total / 2 and not setup.slow_evaluation:
+                    setup.slow_evaluation = True
                     show.note(
                         f"evaluation took {share / total:.0%} of round {round}; to spend less, set evaluate.max_examples, "
                         f"or evaluate.every_rounds above {exp.evaluate.every_rounds}"

@@ -1,8 +1,6 @@
 """A published experiment by one command: its runs, then a report of ours beside what was published.
 
-A folder under `experiments/` with a `reproduce.yaml`: `sizes` (an experiment file each, with `budgets` that change its keys),
-`runs` (label, title, what is set in the file, for which sizes and budgets, with which seeds), and what `fedsim.analysis.report` prints: the
-published values, the verdicts, and zero-shot scores, which are made once the runs are finished.
+A folder under `experiments/` with a `reproduce.yaml`, whose keys are the sections here and `fedsim.analysis.report_spec`.
 """
 
 from __future__ import annotations
@@ -12,16 +10,58 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fedsim.analysis.report import check as check_report
-from fedsim.analysis.report import zero_shot_file
+from pydantic import Field
+
+from fedsim.analysis.report_spec import Report
 from fedsim.config.experiment import Experiment, expand_path, read_yaml, results_of
 from fedsim.core.errors import UserError
 from fedsim.core.files import check_own
+from fedsim.core.section import Natural, Text, section
 from fedsim.runs.sweep_plan import Job
 
 SIZES = ("tiny", "smollm2", "full")
+
+
+@section
+class Size:
+    """A size of base model and data."""
+
+    file: Text
+    """The experiment's file, beside `reproduce.yaml`."""
+    budgets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Name -> what a training budget sets in the experiment, the published one first."""
+
+
+@section
+class Runs:
+    """Runs that differ in their seed alone."""
+
+    label: Text
+    """By which the rest of the file names them."""
+    title: Text
+    """What a reader of the report sees."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Dotted key -> value in the experiment."""
+    set_for: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Size -> what is set for it alone."""
+    sizes: list[Text] | None = None
+    """Sizes that have these runs; null = all."""
+    budgets: list[Text | None] | None = None
+    """Budgets that have these runs, null for sizes without budgets; null = all."""
+    seeds: dict[str, list[Natural]] = Field(default_factory=dict)
+    """Size -> seeds; 0 where it is not named."""
+
+
+@section
+class Spec(Report):
+    """A `reproduce.yaml`."""
+
+    sizes: Annotated[dict[str, Size], Field(min_length=1)]
+    """Name -> size."""
+    runs: Annotated[list[Runs], Field(min_length=1)]
+    """The runs."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +69,7 @@ class Reproduction:
     """The runs of an experiment at one size.
 
     Attributes:
-        spec: the parsed `reproduce.yaml`.
+        spec: the experiment's `reproduce.yaml`.
         labels, titles: of each run; runs of one label differ in their seed alone.
         jobs: the runs.
         size: tiny | smollm2 | full, or whatever the file names.
@@ -37,7 +77,7 @@ class Reproduction:
         path: where the report goes.
     """
 
-    spec: dict[str, Any]
+    spec: Spec
     labels: list[str]
     titles: list[str]
     jobs: list[Job]
@@ -61,85 +101,51 @@ class Reproduction:
             UserError: for an experiment, size or budget that is not there, or a file that cannot be.
         """
         folder = _folder(experiment)
-        spec = read_yaml(folder / "reproduce.yaml")
-        _check(spec, folder / "reproduce.yaml")
-        sizes = spec["sizes"]
-        _one_of(size, list(sizes), f"{folder.name}: --size")
-        about = sizes[size]
-        budgets = about.get("budgets") or {}
-        if budget is None and budgets:
-            Experiment.load(folder / about["file"], overrides)  # a slip is told before torch is imported
+        file = folder / "reproduce.yaml"
+        try:
+            spec = Spec(**{key: value for key, value in read_yaml(file).items() if value is not None})
+            spec.check_labels(one.label for one in spec.runs)
+        except UserError as error:
+            raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+        _one_of(size, list(spec.sizes), f"{folder.name}: --size")
+        about = spec.sizes[size]
+        if budget is None and about.budgets:
+            Experiment.load(folder / about.file, overrides)  # a wrong key is reported before torch is imported
             import torch
 
-            budget = list(budgets)[0 if torch.cuda.is_available() else -1]
+            budget = list(about.budgets)[0 if torch.cuda.is_available() else -1]
         if budget is not None:
-            _one_of(budget, list(budgets), f"{folder.name}, {size}: --budget")
+            _one_of(budget, list(about.budgets), f"{folder.name}, {size}: --budget")
         labels, titles, jobs = [], [], []
-        for one in spec.get("runs") or []:
-            if size not in one.get("sizes", list(sizes)) or budget not in one.get("budgets", [budget]):
+        for one in spec.runs:
+            if size not in (one.sizes or spec.sizes) or budget not in (one.budgets or [budget]):
                 continue
-            set_for_size = (one.get("set_for") or {}).get(size) or {}
-            settings = {**(budgets.get(budget) or {}), **(one.get("set") or {}), **set_for_size}
-            for seed in (one.get("seeds") or {}).get(size, [0]):
+            settings = {**about.budgets.get(budget or "", {}), **one.set, **one.set_for.get(size, {})}
+            for seed in one.seeds.get(size, [0]):
                 try:
-                    _refuse(overrides, {**settings, "seed": seed})
-                    exp = Experiment.load(folder / about["file"], overrides, {**settings, "seed": seed})
+                    _check_free(overrides, {**settings, "seed": seed})
+                    exp = Experiment.load(folder / about.file, overrides, {**settings, "seed": seed})
                 except UserError as error:
-                    raise UserError(f"{folder / 'reproduce.yaml'}, run {one['label']}: {error}") from None
-                labels.append(one["label"])
-                titles.append(one["title"])
-                jobs.append(Job({"run": one["label"], "seed": seed}, exp))
+                    raise UserError(f"{file}, run {one.label}: {error}") from None
+                labels.append(one.label)
+                titles.append(one.title)
+                jobs.append(Job({"run": one.label, "seed": seed}, exp))
         if not jobs:
-            raise UserError(f"{folder / 'reproduce.yaml'}: names no run for size {size!r}")
-        name = "report" if budget in (None, *list(budgets)[-1:]) else f"report-{budget}"
+            raise UserError(f"{file}: names no run for size {size!r}")
+        name = "report" if budget in (None, *list(about.budgets)[-1:]) else f"report-{budget}"
         if overrides:  # other runs than those that were published have a report of their own
             name += "-" + hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:6]
-        path = results_of(jobs[0].exp) / jobs[0].exp.name / name
-        return cls(spec, labels, titles, jobs, size, budget, path)
+        return cls(spec, labels, titles, jobs, size, budget, results_of(jobs[0].exp) / jobs[0].exp.name / name)
+
+    @property
+    def limit(self) -> int | None:
+        """Examples of a zero-shot task that are scored: those of the budget, else of the size; None = all."""
+        limits = self.spec.zero_shot.limit if self.spec.zero_shot else {}
+        return limits.get(self.budget or "", limits.get(self.size))
 
 
-def _check(spec: dict[str, Any], file: Path) -> None:
-    """Whether sizes and runs are what this module reads; the rest is checked by the report before any run."""
-    sizes, runs = spec.get("sizes"), spec.get("runs")
-    if not isinstance(sizes, dict) or not sizes:
-        raise UserError(f"{file}: sizes: {sizes!r} is no mapping of sizes to {{file: EXPERIMENT.yaml}}")
-    for size, about in sizes.items():
-        if not isinstance(about, dict) or not isinstance(about.get("file"), str):
-            raise UserError(f"{file}: sizes.{size}: {about!r} names no file; write {{file: EXPERIMENT.yaml}}")
-        if not isinstance(about.get("budgets") or {}, dict):
-            raise UserError(f"{file}: sizes.{size}.budgets: {about['budgets']!r} is no mapping of names to settings")
-        for name, settings in (about.get("budgets") or {}).items():
-            if not isinstance(settings or {}, dict):
-                raise UserError(f"{file}: sizes.{size}.budgets.{name}: {settings!r} is no mapping of keys to values")
-    if not isinstance(runs, list) or not runs or not all(isinstance(one, dict) for one in runs):
-        raise UserError(f"{file}: runs: {runs!r} is no list of runs, each with label and title")
-    for one in runs:
-        for key in ("label", "title"):
-            if not isinstance(one.get(key), str):
-                raise UserError(f"{file}: runs: {one!r} has no {key}")
-        for key, kind, what in (
-            ("sizes", list, "list of sizes"),
-            ("budgets", list, "list of budgets"),
-            ("set", dict, "mapping of keys to values"),
-            ("set_for", dict, "mapping of sizes to settings"),
-            ("seeds", dict, "mapping of sizes to lists of seeds"),
-        ):
-            inside = one.get(key)
-            nested = {"set_for": dict, "seeds": list}.get(key)
-            sound = isinstance(inside, kind) and (
-                nested is None or all(isinstance(v, nested) for v in inside.values() if v is not None)
-            )
-            if inside is not None and not sound:
-                raise UserError(f"{file}: runs: {one['label']}: {key}: {inside!r} is no {what}")
-    for key in ("published", "verdicts"):
-        lines = spec.get(key) or []
-        if not isinstance(lines, list):
-            raise UserError(f"{file}: {key}: {lines!r} is no list of lines")
-    check_report(_only(spec, {one["label"] for one in runs}, every=True), {one["label"] for one in runs})
-
-
-def _refuse(overrides: Sequence[str], settings: dict[str, Any]) -> None:
-    """Overrides of what the experiment sets itself would be lost without a word."""
+def _check_free(overrides: Sequence[str], settings: dict[str, Any]) -> None:
+    """Raise a UserError about an override of what the experiment sets itself, which would have no effect."""
     for text in overrides:
         key = text.partition("=")[0].strip()
         for own in settings:
@@ -155,10 +161,8 @@ def _folder(experiment: str | Path) -> Path:
             return folder
     found = sorted({f.parent.name for root in roots for f in root.glob("*/reproduce.yaml")})
     near = difflib.get_close_matches(str(experiment), found, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(
-        f"{str(experiment)!r}: no experiment with a reproduce.yaml; {hint}here are: {', '.join(found) or 'none'}; or give its folder"
-    )
+    way = f"{f'did you mean {near[0]}? ' if near else ''}give one of: {', '.join(found) or '(none)'}; or its folder"
+    raise UserError(f"{str(experiment)!r}: no experiment with a reproduce.yaml; {way}")
 
 
 def _one_of(value: str, known: list[str], what: str) -> None:
@@ -177,7 +181,7 @@ def reproduce(
 ) -> Path | None:
     """Make the runs that are not finished yet, score them where the experiment asks for it, and write the report.
 
-    A single run has all cores of the machine. Zero-shot scores that cannot be made are no reason for no report: it says why.
+    A single run has all cores of the machine. Where there can be no zero-shot scores, the report says why.
 
     Args:
         plan: from `Reproduction.load`.
@@ -188,7 +192,7 @@ def reproduce(
         formats: further formats of the figures, see `fedsim.plots.FORMATS`; the report has PNG.
 
     Returns:
-        `report.md`, or None where a run failed: a report without it would leave verdicts out.
+        `report.md`, or None where a run failed: a report without it would leave checks out.
     """
     from fedsim.analysis.report import Member, build
     from fedsim.runs.sweep import run_jobs
@@ -198,24 +202,15 @@ def reproduce(
     run_jobs(plan.jobs, workers=workers, progress=progress, on_jobs=on_jobs)
     if any(job.state != "finished" for job in plan.jobs):
         return None
-    members = [
-        Member(label, title, job.path) for label, title, job in zip(plan.labels, plan.titles, plan.jobs, strict=True)
-    ]
-    about = {"command": command, "size": plan.size}
-    if plan.budget is not None:
-        about["budget"] = plan.budget
-    spec = _only(plan.spec, {member.label for member in members})
+    spec = plan.spec.only(plan.labels)
+    about = {"command": command, "size": plan.size} | ({"budget": plan.budget} if plan.budget is not None else {})
+    paths = [job.path for job in plan.jobs]
     unscored = None
-    if spec.get("zero_shot"):
-        first = next(member for member in members if member.label == spec["zero_shot"]["run"])
-        unscored = score(first.path, spec["zero_shot"]["tasks"], limit_of(plan), progress)
+    if spec.zero_shot:
+        run = paths[plan.labels.index(spec.zero_shot.run)]
+        unscored = score(run, spec.zero_shot.tasks, plan.limit, progress)
+    members = list(map(Member, plan.labels, plan.titles, paths))
     return build(spec, members, plan.path, about, unscored, formats)
-
-
-def limit_of(plan: Reproduction) -> int | None:
-    """Items of a zero-shot task that are scored: those of the plan's budget, else of its size; None = all."""
-    limits = (plan.spec.get("zero_shot") or {}).get("limit") or {}
-    return limits.get(plan.budget, limits.get(plan.size))
 
 
 def score(run: Path, tasks: Sequence[str], limit: int | None = None, progress: bool = False) -> str | None:
@@ -224,9 +219,11 @@ def score(run: Path, tasks: Sequence[str], limit: int | None = None, progress: b
     Returns:
         None, or in a line why there are no such scores.
     """
+    from fedsim.analysis.published_scores import zero_shot_file
+
     try:
         found = zero_shot_file(run)
-        if found is not None and found.get("limit") == limit and set(tasks) <= set(found.get("tasks") or {}):
+        if found and found.get("limit") == limit and set(tasks) <= set(found.get("tasks") or {}):
             return None
         from fedsim.zero_shot import evaluate_zero_shot
 
@@ -235,23 +232,6 @@ def score(run: Path, tasks: Sequence[str], limit: int | None = None, progress: b
         return str(error)
     except ImportError as error:
         return f"{error}; install what fedsim eval needs: pip install -e '.[eval]'"
-    except Exception as error:  # the harness and the hub fail in many ways, and hours of training are done by now
+    except Exception as error:  # lm-eval and the hub fail in many ways, and hours of training are done by now
         return " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return None
-
-
-def _only(spec: dict[str, Any], labels: set[str], every: bool = False) -> dict[str, Any]:
-    """The file without sizes and runs, and without lines that are about runs of other sizes (unless `every`)."""
-
-    def about(line: dict[str, Any]) -> bool:
-        return every or set(line.get("runs") or [line["run"]]) <= labels
-
-    out = {k: v for k, v in spec.items() if k not in ("sizes", "runs")}
-    for key in ("published", "verdicts"):
-        out[key] = [line for line in spec.get(key) or [] if about(line)]
-    for key in ("zero_shot", "messages"):
-        if out.get(key) and not every and out[key]["run"] not in labels:
-            del out[key]
-    if "figures" in out and not every:
-        out["figures"] = [f for f in out["figures"] if (f["run"] if isinstance(f, dict) else f) in labels]
-    return out

@@ -90,13 +90,13 @@ def over_seeds(df: pd.DataFrame, metric: str = "accuracy", level: float = 0.95) 
     """Mean and Student's t interval over runs that differ in the seed alone, for the models that validation chose.
 
     Args:
-        df: rows of the runs from `load_runs`.
+        df: metrics of the runs from `load_runs`.
         metric: a recorded name.
         level: confidence level of the interval, between 0 and 1.
 
     Returns:
-        A row for each model of `fedsim.summary`: `model`, `runs` (that have it), and for `validation`, `site` and `test` the mean and the
-        bounds `... low` and `... high`, NaN with fewer than two runs.
+        One row per model of `fedsim.summary`: `model`, `runs` (that have it), and for `validation`, `site` and `test` the mean
+        and the bounds `... low` and `... high`, NaN with fewer than two runs.
 
     Raises:
         UserError: no run recorded the metric, or the level is out of range.

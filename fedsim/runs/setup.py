@@ -57,6 +57,7 @@ class Setup:
         first: the parameters that training starts from, as one record.
         bytes_of: round -> bytes of a client's message to the server, and of the server's to it.
         initial: validation scores before training, once they are known.
+        slow_evaluation: whether the user was told that evaluation takes most of a round.
     """
 
     parts: Parts
@@ -73,6 +74,7 @@ class Setup:
     first: Store
     bytes_of: Callable[[int], tuple[int, int]]
     initial: Scores | None = None
+    slow_evaluation: bool = False
 
     @property
     def exp(self) -> Experiment:

@@ -1,9 +1,8 @@
-"""Many runs from one file: a grid or a list over any config keys, spread over devices, finished ones skipped.
+"""Many runs from one file: a grid or a list over any config keys, spread over devices; finished runs are skipped.
 
-Runs in a process share what they have in common: the tokenised rows, and the weights of the base (`build.Shared`). Each is
-an ordinary run with a folder of its own under the sweep's, `results/<sweep>/<run id>/`; a run of which another sweep or
-`fedsim run` left a part goes on from there. Beside them lie `sweep.json` (settings and state of each run), the tables and the
-figures.
+Runs in a process share what they have in common: the tokenized examples and the weights of the base (`build.Shared`). Each is
+an ordinary run with its own folder, `results/<sweep>/<run id>/`, and resumes what another sweep or `fedsim run` left there.
+Beside them lie `sweep.json` (settings and state of each run), the tables and the figures.
 """
 
 from __future__ import annotations
@@ -79,13 +78,13 @@ def run_sweep(
     on_jobs: Callable[[list[Job]], None] | None = None,
     formats: Sequence[str] = ("png",),
 ) -> Swept:
-    """Run what is not finished yet, and write the tables and figures of all that is.
+    """Run what is not finished yet, and write the tables and figures of all finished runs.
 
     Args:
         plan: a sweep, the file of one, or what such a file holds.
         progress: show a live table of runs on a terminal, else a line for each, on standard error.
-        workers: runs at once; over the file's own.
-        metric: of the tables and figures; None = the runs' own `best.metric`.
+        workers: concurrent runs; takes precedence over the file's own.
+        metric: shown in tables and figures; None = the runs' own `best.metric`.
         on_jobs: called with all runs when their folders are known, before the first starts.
         formats: of the figures, see `fedsim.plots.FORMATS`.
 
@@ -93,7 +92,7 @@ def run_sweep(
         The runs; those that failed say why.
 
     Raises:
-        UserError: for a sweep that cannot be, or a device that is not there.
+        UserError: for an invalid sweep, or a device that is not there.
     """
     from fedsim.analysis.plots import save_sweep
     from fedsim.analysis.sweeps import write_tables
@@ -146,16 +145,13 @@ def run_jobs(
 ) -> None:
     """Run jobs, each in one process on one device, as many at once as there are workers; changes them in place.
 
-    A job that fails is marked with its reason, its whole traceback goes into `errors/` beside the run folders, and the
-    others go on. Jobs that come to the same run are run once.
+    A job that fails is marked with its reason, its traceback goes into `errors/` beside the run folders, and the others
+    continue. Jobs that come to the same run are run once.
 
     Args:
         jobs: waiting ones.
-        devices: as `Sweep.devices`.
-        workers: processes.
-        threads: CPU threads of each.
-        together: runs that share the passes of a worker.
-        progress: show what goes on.
+        devices, workers, threads, together: as in `Sweep`.
+        progress: show the states of the jobs.
         on_change: called when a job has changed its state.
         on_jobs: called once folders and finished jobs are known.
 

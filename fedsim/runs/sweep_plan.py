@@ -60,9 +60,9 @@ class Sweep:
         settings: of each run: dotted key -> value.
         experiments: of each run.
         devices: where runs go; "auto" = all CUDA devices, else the CPU.
-        workers: processes; None = one a device, on the CPU as many as cores.
-        threads: CPU threads of each worker; None = the cores shared out.
-        together: runs whose packs a worker puts side by side into the same passes, where they allow it.
+        workers: processes; None = one per device, on the CPU one per core.
+        threads: CPU threads of each worker; None = the cores divided among them.
+        together: runs whose packs share the passes of a worker, where possible.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Sweep:
             overrides: `key=value` for the experiment, under what the sweep sets.
 
         Raises:
-            UserError: for anything in it that cannot be, with the settings of the run that is concerned.
+            UserError: for anything invalid in it, with the settings of the run in question.
         """
         path = Path(expand_path(str(file), "FILE"))
         return cls.from_dict(read_yaml(path), path, overrides)

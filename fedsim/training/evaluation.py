@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.core.pulse import beat
+from fedsim.core.heartbeat import beat
 from fedsim.core.types import Scores
 from fedsim.data.tokens import Tokens
 from fedsim.models.forward import Net
