@@ -62,6 +62,7 @@ from fedsim.simulate.rounds import (
 )
 from fedsim.training.packs import reducer_of
 from fedsim.training.planner import Packs, Plan, choose_lanes, describe
+from fedsim.training.ranks import shape_at
 from fedsim.training.records import RecordLayout, stores_of
 from fedsim.training.trainer import filled
 from fedsim.training.worker import Worker
@@ -407,8 +408,8 @@ class Session:
     def _describe(self, params: Params) -> None:
         about = adapters.describe(self.model, params)
         messages, dtype = self.exp.messages, next(iter(params.values())).dtype
-        up, down = self._sizes(dtype, 1)
-        self.bytes_of = functools.cache(lambda round: tuple(size.total for size in self._sizes(dtype, round)))
+        up, down = self._sizes(dtype, 1, None)
+        self.sizes = functools.cache(functools.partial(self._sizes, dtype))
         about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
         kept = {m: self.stores[m].nbytes for m in self.exp.modes}
         self.folder.write_json("model.json", {**about, "adapter": self.exp.adapter.name, "kept_bytes_per_client": kept})
@@ -734,7 +735,7 @@ class Session:
             halve=functools.partial(self._halve, mode),
             generate=exp.evaluate.generate,
             chunk=self.bundle.recipe.chunk,
-            bytes_of=self.bytes_of,
+            bytes_of=lambda round, client: tuple(s.total for s in self.sizes(round, algorithm.rank(client))),
             copy_best=functools.partial(self._copy_best, mode),
             on_pack=on_pack,
             on_round=on_round,
@@ -846,14 +847,15 @@ class Session:
             self._track(self.folder.sync_metrics())
         self._status("running")
 
-    def _sizes(self, dtype: torch.dtype, round: int) -> tuple[Sizes, Sizes]:
+    def _sizes(self, dtype: torch.dtype, round: int, rank: int | None) -> tuple[Sizes, Sizes]:
         """Bytes of a client's message in a round, and of what it receives: all that ever travels, as it may have missed rounds."""
         algorithm, messages = self.bundle.algorithms.get("federated", Algorithm()), self.exp.messages
         layouts = algorithm.messages(self.layout).values()
-        sent = [s for layout in layouts for n, s in layout.shapes.items() if algorithm.travels(n, round)]
+        sent = [(n, s) for layout in layouts for n, s in layout.shapes.items() if algorithm.travels(n, round)]
         stays, state = algorithm.stays(self.layout.shapes), algorithm.sent(algorithm.init(meta(self.layout))[0])
         received = [*self.layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items())]
-        received = [shape for n, shape in received if n not in stays]
+        received = [(n, s) for n, s in received if n not in stays]
+        sent, received = ([shape_at(n, s, rank) for n, s in each] for each in (sent, received))
         return uplink(messages.up).nbytes(sent, dtype), downlink(messages.down).nbytes(received, dtype)
 
     def _copy_best(self, mode: str, record: int | None, into: int) -> None:

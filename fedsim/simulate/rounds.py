@@ -340,7 +340,7 @@ def run_rounds(
     halve: Callable[[int], None],
     generate: bool,
     chunk: int | None,
-    bytes_of: Callable[[int], tuple[int, int]],
+    bytes_of: Callable[[int, int], tuple[int, int]],
     copy_best: Callable[[int | None, int], None],
     on_pack: Callable[[int, Report], None],
     on_round: Callable[[int, list[Row]], None],
@@ -359,7 +359,7 @@ def run_rounds(
         halve: called with the round when memory was too little for them; `lanes` then gives fewer, or it raises.
         generate: whether merged models are scored on generated text as well.
         chunk: elements that are merged at a time; None = all.
-        bytes_of: round -> bytes of a client's message to the server, and of the server's to it.
+        bytes_of: (round, client) -> bytes of the client's message to the server, and of the server's to it.
         copy_best: (record of a client's state, or None for the global parameters; record to keep its parameters in).
         on_pack: called after each pack.
         on_round: called after each round with its metrics rows, to log and checkpoint.
@@ -566,17 +566,17 @@ def _traffic(
     turnout: Turnout,
     schedule: Schedule,
     state: State,
-    bytes_of: Callable[[int], tuple[int, int]],
+    bytes_of: Callable[[int, int], tuple[int, int]],
 ) -> list[Row]:
     """Rows of bytes; a client whose work is lost has received its message, and sends none."""
-    out, (up, down) = [], bytes_of(round)
+    out = []
     for task in (t for p in packs for t in p.tasks):
         step = state.steps.get(task.client, 0)
-        for name, size in (("bytes_up", up), ("bytes_down", down)):
+        for name, size in zip(("bytes_up", "bytes_down"), bytes_of(round, task.client), strict=True):
             out.append(Row(round, step, "federated", task.name, "train", name, float(size)))
     for client in sorted(turnout.lost):
-        row = Row(round, state.steps.get(client, 0), "federated", schedule.name(client), "train", "bytes_down", down)
-        out.append(row)
+        step, (_, down) = state.steps.get(client, 0), bytes_of(round, client)
+        out.append(Row(round, step, "federated", schedule.name(client), "train", "bytes_down", float(down)))
     return out
 
 
