@@ -255,9 +255,9 @@ def test_a_client_of_lower_rank_has_the_first_slots_alone(rounds: Any, lab: Any,
     rows = [r for r in lab.metrics(run) if r["name"] == "bytes_up"]
     by_client = {r["client"]: r["value"] for r in rows}
     assert by_client["site-2"] == 2 * by_client["site-1"] and by_client["site-3"] == 3 * by_client["site-1"]
-    with pytest.raises(Exception, match="ranks by client needs a LoRA adapter"):
+    with pytest.raises(UserError, match=r"^algorithm: ranks by client need adapter\.name=lora"):
         lab.run(algorithm=toy("Ranked"), adapter={"name": "none"})
-    with pytest.raises(Exception, match=r"rank 3 of a client is not between 1 and adapter\.r, 2"):
+    with pytest.raises(UserError, match=r"^algorithm: rank 3 of a client is not between 1 and 2; raise adapter\.r"):
         lab.run(algorithm=toy("Ranked"), adapter={"name": "lora", "r": 2})
 
 

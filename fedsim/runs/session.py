@@ -62,7 +62,7 @@ from fedsim.simulate.rounds import (
 )
 from fedsim.training.packs import reducer_of
 from fedsim.training.planner import Packs, Plan, choose_lanes, describe
-from fedsim.training.ranks import shape_at
+from fedsim.training.ranks import largest_rank, shape_at
 from fedsim.training.records import RecordLayout, stores_of
 from fedsim.training.trainer import filled
 from fedsim.training.worker import Worker
@@ -353,6 +353,11 @@ class Session:
             algorithm = self.bundle.algorithms.get("federated")
             if algorithm is not None and exp.simulation.late == "next":
                 _check_late(algorithm, self.layout, exp.rounds)
+            if algorithm is not None and algorithm.overrides("rank"):
+                largest_rank(self.layout)
+                for rank in {algorithm.rank(int(client)) for client in self.parts.clients}:
+                    for name, shape in self.layout.shapes.items():
+                        shape_at(name, shape, rank)
             server = Layout.of(algorithm.sent(algorithm.init(meta(self.layout))[0]) if algorithm else {})
             self.reducers = {
                 m: reducer_of(a, self.layout, self.bundle.recipe) for m, a in self.bundle.algorithms.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedsim.core.errors import UserError
 from fedsim.core.params import Layout
 
 Shape = tuple[int, ...]
@@ -24,7 +25,7 @@ def largest_rank(layout: Layout) -> int:
     """The adapter's rank."""
     found = {shape[axis] for name, shape in layout.shapes.items() if (axis := _axis(name)) is not None}
     if not found:
-        raise ValueError("an algorithm with ranks by client needs a LoRA adapter")
+        raise UserError("algorithm: ranks by client need adapter.name=lora; this adapter has no rank")
     return max(found)
 
 
@@ -34,7 +35,7 @@ def shape_at(name: str, shape: Shape, rank: int | None) -> Shape:
     if rank is None or axis is None:
         return shape
     if not 1 <= rank <= shape[axis]:
-        raise ValueError(f"rank {rank} of a client is not between 1 and adapter.r, {shape[axis]}")
+        raise UserError(f"algorithm: rank {rank} of a client is not between 1 and {shape[axis]}; raise adapter.r")
     return (*shape[:axis], rank, *shape[axis + 1 :])
 
 
