@@ -341,7 +341,7 @@ def bandwidth_side(turn: Turn) -> None:
         )
         run = RunPack(Share(worker, pack, weights, {}, total))
         group = LaneGroup(run, "shared", trainer)
-        group.lanes, group.tasks = [0], [task]
+        group.take([0], [task])
         reducer, fit = run.setup.reducer, Fit([0.0], [0], [0], [1], torch.zeros(1))
         seconds: dict[str, float] = {}
 
