@@ -106,7 +106,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Row:
-    """A metrics row, less the wall-clock seconds that the run adds: see `docs/architecture.md`, "A run folder"."""
+    """A metric, without the wall-clock seconds that the run adds: see `docs/runs.md`."""
 
     round: int
     step: int
