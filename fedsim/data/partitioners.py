@@ -205,7 +205,7 @@ class ClassCounts:
 
     name: Literal["class_counts"] = "class_counts"
     counts: Annotated[list[Annotated[list[Natural], Field(min_length=1)]], Field(min_length=1)]
-    """A list of counts per class for each client: counts[client][class], classes in the order of `data.labels`."""
+    """A list of counts per class for each client: `counts[client][class]`, classes in the order of `data.labels`."""
     by: str | None = None
     """Column whose values are the classes; null = the label."""
 
