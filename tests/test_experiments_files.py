@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from tiers import fast_only
 
 from fedsim.config import json_schema
 from fedsim.config.experiment import Experiment, read_yaml
@@ -71,6 +72,7 @@ def test_every_file_names_the_schema_and_fits_it(file: Path) -> None:
     jsonschema.validate(read_yaml(file), json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 
+@fast_only(0, 4, 8, 11)
 @pytest.mark.parametrize(
     ("tree", "fits"),
     [

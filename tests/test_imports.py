@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import fast_only
 
 import fedsim
 
@@ -242,6 +243,7 @@ def test_a_checker_sees_every_key_of_an_experiment() -> None:
     assert [a.arg for a in init.args.kwonlyargs] == fields == [*inspect.signature(fedsim.Experiment).parameters]
 
 
+@fast_only(0, 2)
 @pytest.mark.parametrize(
     "argv",
     [

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from tiers import fast_only
 
 from fedsim.analysis.finished import (
     PAIRED,
@@ -629,6 +630,7 @@ def test_every_check_has_texts_and_says_what_it_expects() -> None:
         assert found.passed is None and found.observed == "no finished run 'x'" and found.expected and found.name
 
 
+@fast_only(0, 1, 3, 5, 7)
 @pytest.mark.parametrize(
     ("line", "words"),
     [
