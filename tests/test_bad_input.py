@@ -193,10 +193,10 @@ CASES: list[Case] = [
     ("large number", None, ["seed=99999999999999999999"], "seed: 99999999999999999999 is too large; .* below 2\\^63"),
     ("rounds without end", None, ["rounds=10000000000"], "rounds: must be <= 1,000,000 .got 10000000000"),
     ("rounds of a billion", None, ["rounds=1000000000"], "rounds: must be <= 1,000,000 .got 1000000000"),
-    ("rounds of more steps than can be done", None, ["rounds=1000000", "local.steps=2000"], "rounds: 1000000 of 2,000 optimiser steps"),
+    ("rounds of more steps than can be done", None, ["rounds=1000000", "local.steps=2000"], "rounds: 1000000 of 2,000 optimizer steps"),
     ("steps without end", None, ["local.steps=2000000000"], "local.steps: 2000000000 x batch_size=2"),
     ("steps of a billion in batches of one", None, ["local.steps=1000000000", "local.batch_size=1"], "local.steps: 1000000000 x batch_size=1"),
-    ("steps of all clients together", None, ["local.steps=40000000", "modes=[central]"], r"local.steps: 40000000 makes [\d,]+ examples per round for the centralised model; lower it to at most \d+"),
+    ("steps of all clients together", None, ["local.steps=40000000", "modes=[central]"], r"local.steps: 40000000 makes [\d,]+ examples per round for the centralized model; lower it to at most \d+"),
     ("epochs without end", None, ["local={epochs: 1000000000000}"], "local.epochs: must be <= 100,000,000 .got 1000000000000"),
     ("epochs of more examples than fit", None, ["local={epochs: 90000000}"], r"local.epochs: 90000000 makes [\d,]+ examples per round for a client; lower it to at most \d+"),
     ("not a number", None, ["local.lr=.nan"], "local.lr: must be a finite number .got nan"),
@@ -249,7 +249,7 @@ CASES: list[Case] = [
     ("one label", table("text,label\n" + "x,a\n" * 40), [], "holds 1 different value.s., 'a'; .*data.labels"),
     ("label with a blank", None, ["data.labels=[a, 'b ']"], "data.labels: .*white space around it"),
     ("label twice", None, ["data.labels=[a, a]"], "data.labels: .*has a label twice"),
-    ("too few rows", table("text,label\nx,a\ny,b\n"), [], "left without a row; it has 2 in all; add rows"),
+    ("too few rows", table("text,label\nx,a\ny,b\n"), [], "left without an example; it has 2 in all; add some"),
     ("validation without rows", put("v.csv", "text,label\n"), ["data.validation=v.csv"], "data.validation: .*no rows"),
     ("validation's label", put("v.csv", "text,label\nx,c\n"), ["data.validation=v.csv"], "row 1 of '.*v.csv' has the label 'c'"),
     ("validation's column", put("v.csv", "text,lbl\nx,a\n"), ["data.validation=v.csv"], "'label' is no column of '.*v.csv'"),
@@ -257,7 +257,7 @@ CASES: list[Case] = [
     ("folder for data", folder("d.csv"), ["data.path=d.csv"], "data.path: '.*d.csv' is a folder; give a .csv"),
     ("other ending", put("x.xlsx", "PK"), ["data.path=x.xlsx"], "ends in .xlsx; give a .csv"),
     ("row too long", None, ["data.max_length=4", "data.too_long=error"], "data.max_length: 4, but row 2 of '.*rows.csv' has"),
-    ("all rows too long", None, ["data.max_length=4", "data.too_long=drop"], "no row of the train split is left .20 too long"),
+    ("all rows too long", None, ["data.max_length=4", "data.too_long=drop"], "no example of the train split is left .20 too long"),
     # ---- JSON and Parquet
     ("line is no JSON", lines(6, '{"text": x}'), [JSONL], "could not be read as jsonl .line 6: Expecting value"),
     ("line is a list", lines(6, "[1, 2]"), [JSONL], r"line 6 holds '\[1, 2\]', no object"),
@@ -281,13 +281,13 @@ CASES: list[Case] = [
     ("clients without end", None, ["partition.num_clients=500000000"], "num_clients: 500000000 is above 1,000,000; use fewer"),
     ("virtual clients without end", None, ["partition={name: virtual, num_clients: 500000000}"], "partition.num_clients: must be <= 100,000,000 .got 500000000"),
     ("more clients than rows", None, ["partition.num_clients=400"], "partition.num_clients: 400 .* give at most 20"),
-    ("class too small", None, ["partition={name: class_counts, counts: [[50, 1]]}"], "class 0 is asked for 50 rows.* is 10"),
+    ("class too small", None, ["partition={name: class_counts, counts: [[50, 1]]}"], "class 0 is asked for 50 examples.* is 10"),
     ("no client column", None, ["partition={name: by_column, column: usr}"], "partition.column: 'usr' is no column; the data has: user"),
-    ("row without client", table(CSV.replace("5,b,u2", "5,b,")), [BY_USER], "row 6 of '.*' has nothing in 'user'; every row needs"),
+    ("row without client", table(CSV.replace("5,b,u2", "5,b,")), [BY_USER], "row 6 of '.*' has nothing in 'user'; every example needs"),
     ("client of a list", lines(2, '{"text": "x", "label": "b", "user": [1]}'), [JSONL, BY_USER], r"has \[1\] in 'user'"),
     ("client of long rows", table(re.sub(r"some text (\d+),(.),u1", r"a \1 b c d e f g h i j k l m n o p,\2,u1", CSV)),
-     [BY_USER, "data.max_length=14", "data.too_long=drop"], "client 'u1' is left without a row: .*data.too_long=drop"),
-    ("no client with rows", None, ["partition={name: class_counts, counts: [[0, 0]]}"], "no client holds a row; raise the counts"),
+     [BY_USER, "data.max_length=14", "data.too_long=drop"], "client 'u1' is left without an example: .*data.too_long=drop"),
+    ("no client with rows", None, ["partition={name: class_counts, counts: [[0, 0]]}"], "no client has an example; raise the counts"),
     # ---- templates
     ("open brace", None, ["data.template='{sentence {label}'"], "data.template: .*double a brace that is meant as text"),
     ("positional", None, ["data.template='{} {label}'"], "has the field {}; a field is one plain column name"),
@@ -305,7 +305,7 @@ CASES: list[Case] = [
     ("turn without role", source("messages", [{"messages": [{"content": "x"}]}] * 30), [], "row 1 of the messages is not a list of"),
     ("chat of text", source("messages", [{"messages": "hello"}] * 30), [], "row 1 .*'hello' is no JSON"),
     ("nested instruction", source("alpaca", [{"instruction": [1], "output": "y"}] * 30), [], r"row 1 of '.*' has '\[1\]' in the column"),
-    ("no answers", source("alpaca", [{"instruction": "x", "output": " "}] * 30), [], "no row of the train split is left .24 empty answer"),
+    ("no answers", source("alpaca", [{"instruction": "x", "output": " "}] * 30), [], "no example of the train split is left .24 empty answer"),
     ("unknown format", source("alpacca", [{}] * 3), [], r"data.sources\[0\].format: 'alpacca' is not one of alpaca, .*; did you mean alpaca\?"),
     ("no such source", source("alpaca", [{}], path="no.jsonl"), [], "path: 'no.jsonl' does not exist"),
     ("chat cell too deep", put("d.csv", "messages\n" + "[" * 5000 + "]" * 5000 + "\n"),
@@ -512,7 +512,7 @@ WILD = [
 @pytest.mark.parametrize("text", WILD)
 def test_text_of_the_data_is_its_own_text_and_no_more(text: str) -> None:
     from fedsim.data.sources import Split
-    from fedsim.data.tokens import Template
+    from fedsim.data.templates import Template
 
     split = Split({"text": [text], "label": ["yes"]}, None, "f.csv", np.array([1]))
     (row,) = split.texts(["text", "label"], {}, None, "train", ["text"])

@@ -123,7 +123,7 @@ def test_progress_goes_to_standard_error_in_plain_lines_where_there_is_no_termin
     for mode in ("local", "federated"):
         for number in (1, 2):
             assert sum(line.split()[:3] == [mode, "round", f"{number}/2"] for line in lines) == 1
-    assert any("parameters are trained" in line and "a client sends" in line for line in lines)
+    assert any("parameters are trained" in line and "per client and round" in line for line in lines)
     assert "Warning" not in finished.done.stderr and "round 1/2" not in finished.done.stdout
 
 
@@ -368,10 +368,10 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
         (["run", "small.yaml", "partition.counts=[[300, 0, 0]]"], "246"),
         (["run", "small.yaml", "partition.counts=[[1, 2]]"], "partition.counts[0]: [1, 2]"),
         (["run", "small.yaml", "partition={name: iid, num_clients: 2000}"], "1811"),
-        (["run", "small.yaml", "partition={name: class_counts, counts: [[0, 0, 0]]}"], "no client holds a row"),
+        (["run", "small.yaml", "partition={name: class_counts, counts: [[0, 0, 0]]}"], "no client has an example"),
         (["run", "small.yaml", "partition={name: by_column, column: user}"], "sentence, label"),
         (["run", "small.yaml", "cohort.size=3"], "cohort.size: 3"),
-        (["run", "small.yaml", "local={epochs: 1, drop_last: true, batch_size: 9}"], "site-1 (8 rows"),
+        (["run", "small.yaml", "local={epochs: 1, drop_last: true, batch_size: 9}"], "site-1 (8 examples"),
         (["run", "small.yaml", "adapter={name: p_tuning, num_virtual_tokens: 9999}"], "9999 virtual tokens"),
         (["run", "small.yaml", "data.template='{title} {label}'"], "{title} is no column"),
         (["run", "small.yaml", "data.template='{sentence} {label'"], "data.template"),

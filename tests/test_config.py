@@ -17,7 +17,7 @@ from fedsim.config.experiment import Experiment, components, expand_path
 from fedsim.config.reference import every_key
 from fedsim.core.errors import UserError
 from fedsim.core.section import fields_of, keys_of
-from fedsim.data import partition
+from fedsim.data import partitioners
 
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {  # what a component cannot do without
     ("data", "financial_phrasebank"): {"path": "Sentences_AllAgree.txt"},
@@ -273,9 +273,9 @@ FILE = "adapter: {name: lora, r: 4, alpha: 99}\npartition: {name: dirichlet, num
 def test_another_name_drops_the_files_keys_of_that_section_only() -> None:
     exp = load(FILE, "adapter.name=ia3")
     assert exp.adapter == adapters.Ia3()
-    assert exp.partition == partition.Dirichlet(num_clients=7, alpha=0.25)
+    assert exp.partition == partitioners.Dirichlet(num_clients=7, alpha=0.25)
     exp = load(FILE, "partition.name=dirichlet_fedma")
-    assert exp.partition == partition.DirichletFedma(), "not the file's 7 clients, though it takes that key as well"
+    assert exp.partition == partitioners.DirichletFedma(), "not the file's 7 clients, though it takes that key as well"
 
 
 def test_the_same_name_keeps_the_files_keys() -> None:

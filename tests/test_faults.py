@@ -490,7 +490,7 @@ def test_three_deaths_end_a_run_and_the_same_command_goes_on(
     )
     assert message[0].count("SIGKILL on cpu (fedsim-worker-") == 2 and "; exit code 3 on cpu" in message[0]
     assert message[1].startswith("SIGKILL is most often the kernel's out-of-memory killer")
-    assert message[-1] == "the last checkpoint is of round 2 (federated); the same command goes on from it"
+    assert message[-1] == "stopped after round 2 (federated); the same command resumes from there"
     (folder,) = (lab.root / "results" / "pool").iterdir()
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed" and status["reason"].startswith("round 3, client site-1 failed: 3 worker")

@@ -56,6 +56,7 @@ class Loop(Plain):
         trains: Callable[[str, int], bool] = lambda name, step: True,
         gradient: Callable[[Named, Any], Named] | None = None,
         fresh: Callable[[str], bool] = lambda name: False,
+        keep: bool = False,
     ) -> Named:
         """torch's AdamW from `start`; what does not train has no gradient. Optimizer state is kept under `who`."""
         work, y = self.exp.local, {n: torch.nn.Parameter(x.clone()) for n, x in start.items()}
@@ -71,7 +72,7 @@ class Loop(Plain):
                 p.grad = found[n] if trains(n, i) else None
             torch.nn.utils.clip_grad_norm_(y.values(), work.clip)
             optimizer.step()
-        if work.keep_state:
+        if work.keep_state or keep:
             self.kept[who] = {n: dict(optimizer.state[p]) for n, p in y.items() if p in optimizer.state}
         return {n: p.detach() for n, p in y.items()}
 
@@ -226,6 +227,41 @@ def test_the_loss_at_the_start_is_of_the_examples_of_the_round(rounds: Any, dist
     assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
 
 
+def test_a_client_of_lower_rank_has_the_first_slots_alone(rounds: Any, lab: Any, distance: Any) -> None:
+    """HetLoRA (Cho et al., 2024), without its weights: cut to the client's rank, train, pad with zeros, average."""
+    run, loop = rounds(toy("Ranked"), keep_state=False)
+
+    def has(name: str, rank: int) -> Tensor:
+        out = torch.zeros_like(loop.x[name])
+        out[(slice(rank),) if "lora_A" in name else (slice(None), slice(rank))] = 1.0
+        return out
+
+    for t, cohort in enumerate(loop.cohorts, 1):
+        found = {}
+        for k in cohort:
+            rank = 1 + (int(k.removeprefix("site-")) - 1) % 3
+            mask, work = {n: has(n, rank) for n in loop.x}, loop.exp.local
+
+            def shifted(y: Named, numbers: Any, mask: Named = mask, rank: int = rank) -> Named:
+                return {n: (g + 1e-3 * rank) * mask[n] for n, g in loop.grads(y, numbers).items()}
+
+            y = {n: x * mask[n] for n, x in loop.x.items()}
+            start = {n: v.clone() for n, v in y.items()}
+            for numbers in loop.batches(k, t):  # a step at a time, with the optimizer state between them
+                y = loop.fit(("step", k, t), y, [numbers], gradient=shifted, keep=True)
+                y = {n: v - 1e-3 * work.lr * mask[n] for n, v in y.items()}
+            found[k] = {n: loop.x[n] + y[n] - start[n] for n in y}
+        loop.average(found)
+    assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
+    rows = [r for r in lab.metrics(run) if r["name"] == "bytes_up"]
+    by_client = {r["client"]: r["value"] for r in rows}
+    assert by_client["site-2"] == 2 * by_client["site-1"] and by_client["site-3"] == 3 * by_client["site-1"]
+    with pytest.raises(UserError, match=r"^algorithm: ranks by client need adapter\.name=lora"):
+        lab.run(algorithm=toy("Ranked"), adapter={"name": "none"})
+    with pytest.raises(UserError, match=r"^algorithm: rank 3 of a client is not between 1 and 2; raise adapter\.r"):
+        lab.run(algorithm=toy("Ranked"), adapter={"name": "lora", "r": 2})
+
+
 # ------------------------------------------------------------------------------------------- what all have in common
 
 TOYS_OF: dict[str, dict[str, Any]] = {
@@ -235,6 +271,7 @@ TOYS_OF: dict[str, dict[str, Any]] = {
     "ditto": toy("Ditto"),
     "per-fedavg": toy("PerAvg"),
     "by loss": toy("ByLoss"),
+    "ranks": toy("Ranked"),
 }
 
 
@@ -262,6 +299,7 @@ def test_a_whole_model_in_chunks_is_the_same_in_one_piece(lab: Any, monkeypatch:
     algorithm |= {"half": "layers.1"} if "Alternating" in algorithm["name"] else {}
     keys = {**SMALL, "rounds": 2, "adapter": {"name": "none"}, "algorithm": algorithm, "local": {**WORK, "lr": 1e-3}}
     keys |= {"faults": {"policy": "clip", "max_norm": 1e-3}}
+    keys |= {"adapter": {"name": "lora", "r": 3, "target_modules": ["q_proj", "down_proj"]}} if name == "ranks" else {}
     whole = lab.run(**keys)
     assert any(r["name"] == "clipped_norm" for r in lab.metrics(whole))
     original = fedsim.runs.session.recipe_of

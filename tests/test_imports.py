@@ -41,11 +41,12 @@ ROOMS = {
 # Beyond the rooms below, and why.
 ALSO = {
     # Examples, or a PEFT config, that a script hands over; and the default partition.
-    "config.experiment": {"data.memory", "data.partition", "models.adapters"},
+    "config.experiment": {"data.memory", "data.partitioners", "models.adapters"},
     # Components own their sections, and who knows a value checks it.
     "config.adapters": {"models.adapters"},
+    "config.components": {"data.partitioners"},
     "config.datasets": {"data.files"},
-    "config.sections": {"data.partition", "channel.codecs"},
+    "config.sections": {"channel.codecs"},
     "analysis.diff": {"data.partition"},  # reads a partition as the run wrote it
     "runs.reproduce": {"zero_shot"},  # of a published table of scores
 }
@@ -55,7 +56,8 @@ READING = {"numpy", "pandas", "matplotlib", "yaml", "scipy"}
 OUTSIDE = {
     "core": {"torch", "numpy"},
     **dict.fromkeys(("aggregators", "algorithms", "channel"), PURE),
-    "data.partition": {*PURE, "pydantic"},
+    **dict.fromkeys(("data.partition", "data.dealing", "data.skew"), PURE),
+    "data.partitioners": {*PURE, "pydantic"},
     **{name: {"pydantic", "pydantic_core"} for name in ("core.section", "core.section_errors")},
     "analysis": READING,
     "analysis.documents": {*READING, "jinja2", "markdown_it", "markupsafe"},

@@ -34,9 +34,9 @@ def test_the_experiment_file_shown_is_the_file() -> None:
 
 
 def test_every_yaml_block_of_the_documents_is_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where the file of the page on extensions lies
-    own = blocks((ROOT / "docs" / "extend.md").read_text(encoding="utf-8"), "python")
-    (tmp_path / "my_file.py").write_text("\n".join(own))
+    monkeypatch.chdir(tmp_path)  # where the files of the page on extensions lie
+    for code in blocks((ROOT / "docs" / "extend.md").read_text(encoding="utf-8"), "python"):
+        (tmp_path / code.split()[1]).write_text(code)
     found = [(d.name, block) for d in DOCUMENTS for block in blocks(d.read_text(encoding="utf-8"), "yaml")]
     assert len(found) >= 3
     for document, block in found:

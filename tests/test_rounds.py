@@ -16,7 +16,7 @@ import torch
 import fedsim
 from fedsim.core.seeding import stream
 from fedsim.core.store import Records
-from fedsim.data.batches import Draw
+from fedsim.data.batches import BatchSampler
 from fedsim.runs.progress import Progress
 from fedsim.simulate.schedule import CENTRAL, Schedule
 from fedsim.simulate.state import Choice, Chosen, State
@@ -27,7 +27,7 @@ SIZES = np.array([30, 0, 7, 90, 64, 12])
 def schedule(mode: str = "federated", **keys: Any) -> Schedule:
     """Six clients, of which number 1 holds nothing; two steps of 8 rows a round unless told otherwise."""
     given: dict[str, Any] = {"steps": 2, "epochs": 1, "batch_size": 8, "size": 5, **keys}
-    draw = Draw(given["batch_size"], given["epochs"] if given["steps"] is None else None)
+    draw = BatchSampler(given["batch_size"], given["epochs"] if given["steps"] is None else None)
     base = {
         "mode": mode,
         "seed": 0,

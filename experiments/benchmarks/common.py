@@ -603,7 +603,8 @@ def _make_cell(config: str, overrides: list[str], out: str, tokens: int | None) 
     """
     from fedsim import Experiment
     from fedsim.core.seeding import stream
-    from fedsim.runs.build import draw_of, load_source, prepare
+    from fedsim.runs.build import load_source, prepare
+    from fedsim.runs.checks import sampler_of
     from fedsim.runs.resolve import schedule_of
 
     exp, folder = Experiment.load(config, overrides), Path(out)
@@ -640,7 +641,7 @@ def _make_cell(config: str, overrides: list[str], out: str, tokens: int | None) 
         work = []
         for c in cohort:
             rng = stream(exp.seed, "batches", parts.partition.name(c), r)
-            batches = draw_of(exp).batches(parts.partition.rows(c), rng, exp.local.steps)
+            batches = sampler_of(exp).batches(parts.partition.rows(c), rng, exp.local.steps)
             work.append(([b.tolist() for b in batches], int(parts.partition.sizes[c]) / held))
         rounds.append(work)
     local = exp.local

@@ -31,7 +31,7 @@ class ClientView:
     Attributes:
         round: from 1.
         params: the global parameters that the round started from, as the clients received them, by name; `[...]`. Personal
-            parameters are each client's own, `[K, ...]`.
+            parameters are each client's own, `[K, ...]`; where clients have ranks, all are cut to these, `[K, ...]`.
         server: the server's state as they received it, by name, where the algorithm has `sends_state`; `[...]`.
         state: each client's own state as its last round left it, by name; `[K, ...]`.
         steps: optimizer steps each client has done in this round, `[K]`, int64.
@@ -39,6 +39,7 @@ class ClientView:
         part: the training that is looked at, one of the algorithm's `parts`.
         batch: which batch of the step, from 0.
         facts: what the algorithm `needs`, by name, `[K]`.
+        rank: LoRA rank of each client, `[K]`, int64; None where the algorithm gives none.
     """
 
     round: int
@@ -50,6 +51,7 @@ class ClientView:
     part: str = "shared"
     batch: int = 0
     facts: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    rank: Tensor | None = None
 
 
 @dataclass
@@ -117,6 +119,13 @@ class Algorithm:
         A parameter that trains and never travels is personal: each client keeps its own.
         """
         return True
+
+    def rank(self, client: int) -> int | None:
+        """LoRA rank of a client, by its number from 0, at most the adapter's; None = the adapter's.
+
+        What lies beyond a client's rank is zero in what it receives, trains and sends.
+        """
+        return None
 
     def resets(self, name: str, round: int) -> bool:
         """Whether a parameter starts the round with fresh optimizer state."""

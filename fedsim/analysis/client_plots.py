@@ -22,8 +22,8 @@ def partition(report: dict[str, Any] | PathLike, ax: Axes | None = None) -> Axes
     Of virtual clients those that the report holds, at most 1,000 of them; the title says so.
 
     Args:
-        report: a run folder, or the report that `load_partition` reads from it; used are `class_counts` [C][L] and, where
-            present, `class_names` [L], `client_names` [C], `num_clients`, `js_mean` (bits) and `size_gini`.
+        report: a run folder, or the report that `load_partition` reads from it; used are `class_counts` `[C][L]` and, where
+            present, `class_names` `[L]`, `client_names` `[C]`, `num_clients`, `js_mean` (bits) and `size_gini`.
 
     Raises:
         UserError: the report has no class counts.

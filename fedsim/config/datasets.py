@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from fedsim.config.components import callable_in_file
 from fedsim.core.section import Count, Like, Natural, OneOf, Share, Text, section, wrong
 from fedsim.data.files import Form
 
@@ -77,9 +78,25 @@ def _check_held_out(data: Any) -> None:
 
 @section
 class _OwnExamples(_DataKeys):
-    path: Text
     labels: Annotated[list[str] | dict[str, str], AfterValidator(_label_words)] | None = None
     """Label words in order, which numbers the classes from 0; or value in the data -> label word, e.g. {1: World, 2: Sports}; null = the data set's own, or the sorted values of the label column."""
+
+
+@section
+class OwnSource(_OwnExamples):
+    """What a data source in a user's own file takes besides its own keys."""
+
+    validation: Share = 0.1
+    """Fraction of the examples to hold out, if the source gives no validation split."""
+    test: Share = 0.1
+    """Fraction of the examples to hold out, if the source gives no test split; 0 = no test examples."""
+    split_seed: int = 0
+    """Seed of the shuffle before fractions are held out."""
+
+
+@section
+class _Opened(_OwnExamples):
+    path: Text
     validation: Text | Share = 0.1
     """A separate file (of a hub data set: a split), or the fraction of the training examples to hold out."""
     test: Text | Share = 0.1
@@ -88,13 +105,13 @@ class _OwnExamples(_DataKeys):
     """Seed of the shuffle before fractions are held out."""
 
     @model_validator(mode="after")
-    def _check(self) -> _OwnExamples:
+    def _check(self) -> _Opened:
         _check_held_out(self)
         return self
 
 
 @section
-class Table(_OwnExamples, Form):
+class Table(_Opened, Form):
     """Your own CSV, TSV, JSON, JSONL or Parquet file; in Python a DataFrame, a `datasets.Dataset` or a `DatasetDict`."""
 
     name: Literal["table"] = "table"
@@ -103,7 +120,7 @@ class Table(_OwnExamples, Form):
 
 
 @section
-class Hub(_OwnExamples):
+class Hub(_Opened):
     """A data set that `datasets.load_dataset` opens: a hub id or a local data set folder."""
 
     name: Literal["hub"] = "hub"
@@ -202,4 +219,4 @@ DATA = {
     **{"headlines": Headlines, "financial_phrasebank": FinancialPhraseBank, "table": Table, "hub": Hub},
     "instructions": Instructions,
 }
-Data = Annotated[Headlines | FinancialPhraseBank | Table | Hub | Instructions, OneOf(DATA)]
+Data = Annotated[Any, OneOf(DATA, find=callable_in_file("data", OwnSource))]

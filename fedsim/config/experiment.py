@@ -16,13 +16,13 @@ from fedsim.config import datasets as d
 from fedsim.config import sections as s
 from fedsim.config import yaml_text
 from fedsim.config.keys import document
-from fedsim.config.tree import USER_CODE, escape, expand_path, override, read_yaml, resolve
+from fedsim.config.tree import escape, expand_path, override, read_yaml, resolve
 from fedsim.core.errors import UserError, shown
 from fedsim.core.inductor import without_folder
 from fedsim.core.section import Natural, Text, defaults_of, hints_of, one_of, plain, section, wrong
-from fedsim.core.user_code import digest, is_user_code
+from fedsim.core.user_code import UserCode
 from fedsim.data.memory import hold
-from fedsim.data.partition import Iid
+from fedsim.data.partitioners import Iid
 
 _NOT_IN_ID = ("seeds", "rounds", "results", "executor", "tracking", "checkpoint", "aggregation")
 # Sections that an id holds even at their defaults, as in the first version; later ones only if they are set.
@@ -78,8 +78,8 @@ class Experiment:
     adapter: a.Adapter = Field(default_factory=a.Lora)
     """Fine-tuning method."""
     data: d.Data = Field(default_factory=d.Headlines)
-    """Data set; in Python also a DataFrame, a `datasetd.Dataset` or a `DatasetDict`."""
-    partition: s.Partitioner = Field(default_factory=Iid)
+    """Data set; in Python also a DataFrame, a `datasets.Dataset` or a `DatasetDict`."""
+    partition: c.Partitioner = Field(default_factory=Iid)
     """How the training examples are divided among the clients."""
     cohort: s.CohortKeys = Field(default_factory=s.CohortKeys)
     """Client sampling per round."""
@@ -126,7 +126,7 @@ class Experiment:
             model: a.Model | Section = ...,
             adapter: a.Adapter | Section | Any = ...,  # or a PEFT config
             data: d.Data | Section | Any = ...,  # or examples in memory
-            partition: s.Partitioner | Section = ...,
+            partition: c.Partitioner | Section = ...,
             cohort: s.CohortKeys | Section = ...,
             local: s.LocalWork | Section = ...,
             central: s.Central | Section = ...,
@@ -254,8 +254,8 @@ class Experiment:
                 own = defaults_of(type(held))
                 value = {k: v for k, v in value.items() if k == "name" or k not in own or v != own[k]}
                 default = {k: v for k, v in default.items() if k == "name"}
-            if key in USER_CODE and is_user_code(value["name"]):  # what the file holds, wherever it lies
-                value["name"] = f"{value['name'].rpartition(':')[2]}@{digest(type(held).of)}"
+                if isinstance(name := value.get("name"), UserCode):
+                    value["name"] = name.identity
             if key not in _NOT_IN_ID and (key in _FIRST or value != default):
                 tree[key] = value
         return tree

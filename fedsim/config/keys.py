@@ -45,7 +45,7 @@ def keys_below(cls: type, section: str = "", owner: str = "") -> Iterator[Key]:
         default = None if info.is_required() else plain(info.get_default(call_default_factory=True))
         if held := one_of(hint):
             names = ", ".join(held.table) + ("; or another method of PEFT" if held.other else "")
-            names += "; or FILE.py:CLASS, see docs/extend.md" if held.find else ""
+            names += "; or FILE.py:NAME, see docs/extend.md" if held.find else ""
             yield Key(f"{path}.name", "", f"one of {names}", default["name"], f"{about} The other keys depend on it.")
             for name, component in held.table.items():
                 yield from keys_below(component, path, name)

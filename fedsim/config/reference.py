@@ -145,7 +145,10 @@ def page() -> str:
 
 
 def _table(keys: Sequence[Key]) -> list[str]:
-    rows = [" | ".join((f"`{k.path}`", k.type, f"`{k.default}`", k.about.replace("|", "\\|"))) for k in keys]
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("][", "]\\[")  # no end of the cell, no link
+
+    rows = [" | ".join((f"`{k.path}`", k.type, f"`{k.default}`", cell(k.about))) for k in keys]
     return ["| key | type | default | meaning |", "| --- | --- | --- | --- |", *(f"| {row} |" for row in rows)]
 
 

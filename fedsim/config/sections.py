@@ -6,12 +6,11 @@ Types and bounds are in the annotations, a sentence is under each field; what a 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from fedsim.core.section import Count, Natural, OneOf, Positive, Share, section, wrong
-from fedsim.data.partition import PARTITIONERS
 
 MOST_EXAMPLES = 10**8  # of a model per round: their order is drawn at once and held in memory
 
@@ -308,5 +307,4 @@ class Tracking:
 
 
 EXECUTORS = {"auto": AutoExecutor, "serial": Serial, "pool": Pool}
-Partitioner = Annotated[Any, OneOf({name: made.keys for name, made in PARTITIONERS.items()})]
 Executor = Annotated[AutoExecutor | Serial | Pool, OneOf(EXECUTORS, default="auto")]

@@ -14,7 +14,6 @@ from fedsim.config import yaml_text
 from fedsim.core.errors import UserError, shown
 from fedsim.core.user_code import is_user_code
 
-USER_CODE = ("algorithm", "aggregator")  # sections whose name may be FILE.py:CLASS
 _PATHS = {  # keys that hold a path, or a list of them
     *(("model", "path"), ("data", "path"), ("data", "validation"), ("data", "test"), ("data", "sources", "path")),
     ("results",),
@@ -142,9 +141,11 @@ def resolve(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     kept: dict[_Place, str] = {}
 
     def hide(place: _Place, value: Any) -> Any:
-        if not isinstance(value, str) or "${" not in value or not _is_path(place):
+        carries = isinstance(value, str) and type(value) is not str  # examples or code, which OmegaConf would drop
+        if not carries and not (isinstance(value, str) and "${" in value and _is_path(place)):
             return value
-        expand_path(value, _key(place))
+        if not carries:
+            expand_path(value, _key(place))
         kept[place] = value
         return ""
 
@@ -163,9 +164,9 @@ def resolve(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _absolute(place: _Place, value: Any, folder: Path) -> Any:
-    if not isinstance(value, str) or "${" in value:
+    if type(value) is not str or "${" in value:
         return value
-    if place[1:] == ("name",) and place[0] in USER_CODE and is_user_code(value):
+    if place[1:] == ("name",) and is_user_code(value):
         file, _, wanted = value.rpartition(":")
         return f"{_found(file, _key(place), folder)}:{wanted}"
     no_file = value in ("", "tiny") or value.startswith("package:") or place == ("results",)

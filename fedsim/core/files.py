@@ -244,7 +244,7 @@ def differing(run: Path, recorded: dict[str, list[int]], most: int | None = None
 def metrics_files(run: Path) -> list[Path]:
     """The metrics of a run, by mode; of a run of the first layout one file with all modes."""
     names = ("metrics.jsonl", "metrics/local.jsonl", "metrics/federated.jsonl", "metrics/central.jsonl")
-    return [run / name for name in names if (run / name).is_file()]
+    return [run / name for name in names if (run / name).exists()]  # what is no file is refused where it is read
 
 
 def recorded(run: Path) -> dict[str, list[int]]:

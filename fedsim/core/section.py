@@ -38,16 +38,17 @@ _CONFIG = ConfigDict(
 )
 
 
-def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
+def as_given(value: Any, check: Callable[[Any], Any]) -> Any:
+    """Check text without making it plain: it may be a subclass of str that carries examples or code."""
     check(value)
-    return value  # text may be a subclass of str that carries examples
+    return value
 
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(pattern=r"\S"), WrapValidator(_as_given)]
+Text = Annotated[str, Field(pattern=r"\S"), WrapValidator(as_given)]
 
 
 def near_key(path: str, known: Sequence[str]) -> str:
@@ -228,7 +229,7 @@ class Like:
     section: type
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_wrap_validator_function(_as_given, handler.generate_schema(self.section))
+        return core_schema.no_info_wrap_validator_function(as_given, handler.generate_schema(self.section))
 
 
 def wrong(key: str, value: Any, problem: str) -> PydanticCustomError:

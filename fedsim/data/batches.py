@@ -1,4 +1,4 @@
-"""Which rows make each optimiser step, and the padded tensors of those rows."""
+"""Which examples make each optimizer step, and their padded tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fedsim.data.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class Draw:
-    """How a client's rows become batches; see the keys of the same names under `local`."""
+class BatchSampler:
+    """How a client's examples become batches; see the keys of the same names under `local`."""
 
     batch_size: int
     epochs: int | None = None
@@ -22,47 +22,43 @@ class Draw:
     drop_last: bool = False
 
     def batches(self, rows: np.ndarray, rng: np.random.Generator, steps: int | None) -> list[np.ndarray]:
-        """Row numbers of each optimiser step.
+        """Example numbers of each optimizer step.
 
         Args:
-            rows: the client's rows, `[n]`.
+            rows: the client's examples, `[n]`.
             rng: shuffles each pass.
-            steps: so many full batches from an endless stream of passes, a batch may span passes and even hold a row
-                twice where it is larger than a pass; None = `epochs` passes, the last batch of each may be short.
+            steps: this many full batches from an endless stream of passes, a batch may span passes and even hold an
+                example twice where it is larger than a pass; None = `epochs` passes, the last batch of each may be short.
         """
         if len(rows) == 0:
             return []
-        size = self.batch_size
-        if steps is None:
-            out = []
-            for _ in range(self.epochs or 1):
-                order = rng.permutation(rows) if self.shuffle else rows
-                cut = [order[i : i + size] for i in range(0, len(order), size)]
-                out += [b for b in cut if len(b) == size] if self.drop_last else cut
-            return out
-        passes = -(-steps * size // len(rows))
-        stream = np.concatenate([rng.permutation(rows) if self.shuffle else rows for _ in range(passes)])
-        return [stream[i * size : (i + 1) * size] for i in range(steps)]
+        size, passes = (
+            self.batch_size,
+            (self.epochs or 1) if steps is None else -(-steps * self.batch_size // len(rows)),
+        )
+        orders = [rng.permutation(rows) if self.shuffle else rows for _ in range(passes)]
+        if steps is not None:
+            return np.array_split(np.concatenate(orders)[: steps * size], steps)
+        cut = [order[i : i + size] for order in orders for i in range(0, len(order), size)]
+        return [b for b in cut if len(b) == size] if self.drop_last else cut
 
     def count(self, num_rows: int, steps: int | None) -> int:
-        """Optimiser steps that `batches` gives for a client of `num_rows` rows."""
-        if num_rows == 0:
-            return 0
-        if steps is not None:
-            return steps
+        """Optimizer steps that `batches` gives for a client of `num_rows` examples."""
+        if num_rows == 0 or steps is not None:
+            return steps if num_rows else 0
         per_pass = num_rows // self.batch_size if self.drop_last else -(-num_rows // self.batch_size)
         return per_pass * (self.epochs or 1)
 
 
 @dataclass
 class Batch:
-    """Rows padded on the right to the longest of them. B rows, T tokens, S scored positions.
+    """Examples padded on the right to the longest of them. B examples, T tokens, S scored positions.
 
     Attributes:
         input_ids: int64 `[B, T]`.
         attention_mask: int64 `[B, T]`, 1 where there is a token.
         lengths: int64 `[B]`.
-        rows: int64 `[S]`, batch row of each position whose next token is scored (causal LM).
+        rows: int64 `[S]`, place in the batch of each position whose next token is scored (causal LM).
         cols: int64 `[S]`, its column.
         targets: int64 `[S]`, the token that follows it; for sequence classification the class, `[B]`.
     """
@@ -87,10 +83,10 @@ def pad(
     """Pad token sequences into a batch.
 
     Args:
-        sequences: prompt and answer tokens of each row.
-        prompts: tokens of the prompt of each row; the positions from its last token on are scored.
+        sequences: prompt and answer tokens of each example.
+        prompts: tokens of the prompt of each example; the positions from its last token on are scored.
         pad_id: token that fills up.
-        classes: class of each row for sequence classification; None for a causal LM.
+        classes: class of each example for sequence classification; None for a causal LM.
     """
     lengths = np.array([len(s) for s in sequences], dtype=np.int64)
     ids = np.full((len(sequences), int(lengths.max())), pad_id, dtype=np.int64)
@@ -109,7 +105,7 @@ def pad(
 
 
 def collate(tokens: Tokens, rows: np.ndarray) -> Batch:
-    """The batch of these rows of a split."""
+    """The batch of these examples of a split."""
     sequences = [tokens.row(r) for r in rows]
     if tokens.is_classes:
         return pad(sequences, [], tokens.pad_id, tokens.labels.numpy()[rows])

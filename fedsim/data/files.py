@@ -6,7 +6,6 @@ import codecs
 import contextlib
 import csv
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,9 +61,9 @@ class Form:
         return "utf-8-sig" if codecs.lookup(name).name == "utf-8" else name
 
 
-def header_hint(path: str) -> str:
+def header_hint(path: str | None) -> str:
     """What may be wrong where a column is not in a file: text without a header has its first row for one."""
-    text = Path(path).suffix and Path(path).suffix.lower() not in _KINDS[2:] and not isinstance(path, InMemory)
+    text = path and Path(path).suffix and Path(path).suffix.lower() not in _KINDS[2:] and not isinstance(path, InMemory)
     return " (does the first line name the columns? if not, give their names)" if text else ""
 
 
@@ -208,14 +207,12 @@ def _first_line(file: Path, codec: str) -> str:
 
 
 def _table(records: Any) -> Table:
-    """Records as columns, in the order in which they first come, of the values as they are."""
     if not isinstance(records, list):
         raise ValueError("expected a list of objects, one a row")
     odd = next((i for i, r in enumerate(records, 1) if not isinstance(r, dict)), None)
     if odd is not None:
         raise ValueError(f"expected a list of objects, one a row, but row {odd} is {str(records[odd - 1])[:40]!r}")
-    names = dict.fromkeys(str(name) for record in records for name in record)
-    return Table({n: [record.get(n, math.nan) for record in records] for n in names}, len(records))
+    return Table.of_records(records)
 
 
 def _check_delimited(

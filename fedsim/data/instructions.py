@@ -1,13 +1,13 @@
-"""Instruction data: Alpaca, Dolly, OASST1, and any file of prompts with answers or of chats, as rows with a prompt and a response.
+"""Instruction data: Alpaca, Dolly, OASST1, and any file of prompts with answers or of chats, as examples with a prompt and a response.
 
 Cut and composed as in the published runs on three instruction sets (NVFlare 2.4.0, supervised fine-tuning). For each data
-set by itself: its rows are shuffled once, by NumPy's legacy generator with `split_seed`, which is what pandas'
+set by itself: its examples are shuffled once, by NumPy's legacy generator with `split_seed`, which is what pandas'
 `sample(frac=1, random_state=0)` draws; the first `int(test x n)` of them test, the next `int(validation x n)` validate, the
-rest train. A row is an instruction with or without a context. The prompt is the instruction; with a context that is not
+rest train. An example is an instruction with or without a context. The prompt is the instruction; with a context that is not
 blank it is both, stripped, a blank line between them, in random order.
 
 Deviation: the published scripts draw that order from an unseeded generator; here it is a function of `order_seed` and the
-row's own texts, whatever stands beside the row and wherever in the file it stands.
+example's own texts, whatever stands beside the example and wherever in the file it stands.
 
 Sources: Taori et al., Stanford Alpaca, 2023; Conover et al., databricks-dolly-15k, 2023; Köpf et al., OpenAssistant
 Conversations, 2023 (arXiv:2304.07327).
@@ -26,8 +26,10 @@ import numpy as np
 from fedsim.core.errors import UserError
 from fedsim.core.seeding import stream
 from fedsim.data.files import Form, header_hint, read_table
+from fedsim.data.hub import load_hub, looks_like_hub_id
+from fedsim.data.labels import missing, sound
 from fedsim.data.memory import table_in
-from fedsim.data.sources import SPLITS, Source, Split, load_hub, looks_like_hub_id, missing, sound
+from fedsim.data.sources import SPLITS, Source, Split
 
 TEMPLATE = "{prompt}\n\n{response}"
 ROLES = {"prompt_response": ("prompt", "response", "context"), "messages": ("messages",)}  # what a user may rename
@@ -35,6 +37,10 @@ _ANY = ("category", "user_id")  # of a user's file too, where they are there
 _OWN = ("prompt", "response", "source", "category", "user_id", "characters", "length", "instruction", "context")
 
 Row = dict[str, Any]  # instruction, context, response; where there are any category, user_id, messages, extra
+Record = dict[str, Any]  # column -> value, as a file holds it
+Reader = Callable[
+    [list[Record], dict[str, str], str, dict[str, int]], list[list[Row]]
+]  # (.., role -> column, turns, notes)
 
 
 def instructions(
@@ -54,25 +60,25 @@ def instructions(
 
     The columns of a row: `prompt`, `response`; `source`, its data set's name; `category`, of Dolly and of files that have
     one, else the data set's name; `user_id`, who wrote the reply (OASST1, files that have one), else None; `characters` of
-    prompt and response together; `length`, the class of that number, `0012-0231` being all rows of 12 to 231 characters;
+    prompt and response together; `length`, the class of that number, `0012-0231` being all examples of 12 to 231 characters;
     `instruction` and `context` apart. A user's file keeps its other columns. Where a data set is of chats, `messages`
-    holds the turns before the answer, None for the rows of the others.
+    holds the turns before the answer, None for the examples of the others.
 
     Args:
         sources: for each data set `format` (alpaca, dolly, oasst1, prompt_response, messages), `path` (a file, a data set
             folder or a hub id, or a list of them) and optionally `name`, `columns`, `subset` and `split` (of a hub id).
         columns: role -> column for the user's files that do not name their own: prompt, response, context, messages,
             category, user_id.
-        validation, test: fractions of each data set, rounded down to whole rows.
+        validation, test: fractions of each data set, rounded down to whole examples.
         split_seed: of the shuffle.
         order_seed: of the order of instruction and context.
-        turns: of a chat of several assistant turns, `last` makes one row, whose answer is the last of them, `every` a
-            row for each; what follows the answer is left out. All rows of a chat are in one split.
-        length_classes: classes of about equal size into which the rows are divided by length.
-        validation_rows, test_rows: at most so many rows of the split, see `_fewer`; nothing else changes. None = all.
+        turns: of a chat of several assistant turns, `last` makes one example, whose answer is the last of them, `every` a
+            example for each; what follows the answer is left out. All examples of a chat are in one split.
+        length_classes: classes of about equal size into which the examples are divided by length.
+        validation_rows, test_rows: at most so many examples of the split, see `_fewer`; nothing else changes. None = all.
 
     Raises:
-        UserError: for a file that cannot be read, lacks a column or holds no row, or a validation split without a row.
+        UserError: for a file that cannot be read, lacks a column or holds no example, or a validation split without an example.
     """
     cut: dict[str, list[Row]] = {name: [] for name in SPLITS}
     notes: dict[str, int] = {}
@@ -99,14 +105,14 @@ def instructions(
 
 
 def conversations(split: Split) -> list[tuple[list[dict[str, str]], str]]:
-    """(turns before the answer, answer) of each row; a row that is no chat is one turn of the user's."""
+    """(turns before the answer, answer) of each example; an example that is no chat is one turn of the user's."""
     n = len(split)
     messages = split.columns.get("messages", [None] * n)
     prompts, responses = split.columns["prompt"], split.columns["response"]
     return [(messages[i] or [{"role": "user", "content": prompts[i]}], responses[i]) for i in range(n)]
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------------------------------ examples
 
 
 def _cut(n: int, validation: float, test: float, seed: int) -> dict[str, np.ndarray]:
@@ -117,10 +123,10 @@ def _cut(n: int, validation: float, test: float, seed: int) -> dict[str, np.ndar
 
 
 def _fewer(rows: list[Row], most: int) -> list[Row]:
-    """`most` rows of a split, a random sample by the shuffle before the cut: of each data set the first in its shuffled order.
+    """`most` examples of a split, a random sample by the shuffle before the cut: of each data set the first in its shuffled order.
 
-    A data set's share is in proportion to its rows, rounded by largest remainder (at a tie the set named first), so that
-    the mean over the rows kept estimates that over all of them.
+    A data set's share is in proportion to its examples, rounded by largest remainder (at a tie the set named first), so that
+    the mean over the examples kept estimates that over all of them.
     """
     if most >= len(rows):
         return rows
@@ -151,9 +157,9 @@ def _prompt(instruction: str, context: str, seed: int) -> str:
 
 
 def _name_lengths(rows: list[Row], classes: int) -> None:
-    """Give each row its `length`: the range of characters of its class, padded with zeros so that text sorts as numbers."""
+    """Give each example its `length`: the range of characters of its class, padded with zeros so that text sorts as numbers."""
     lengths = np.array([r["characters"] for r in rows])
-    # Rows of equal length are of one class, so many of one length make fewer classes; no more than there are rows.
+    # Examples of equal length are of one class, so many of one length make fewer classes; no more than there are examples.
     classes = min(classes, len(lengths))
     borders = np.quantile(lengths, np.arange(1, classes) / classes, method="lower")
     number = np.searchsorted(np.unique(borders), lengths, side="left")
@@ -179,7 +185,7 @@ def _columns(rows: list[Row], extra: list[str], chats: bool) -> dict[str, list[A
 def _examples(
     entry: dict[str, Any], at: str, columns: dict[str, str], turns: str, notes: dict[str, int]
 ) -> list[list[Row]]:
-    """What of a data set goes into a split together: one row, or those of a chat."""
+    """What of a data set goes into a split together: one example, or those of a chat."""
     kind = entry["format"]
     needs, knows, read = _FORMATS[kind]
     paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
@@ -207,7 +213,7 @@ def _examples(
             for i, r in enumerate(rows, 1):
                 r[names["messages"]] = _turns(r.get(names["messages"]), f"{place}: in {path!r} row {i}")
         records += rows
-    examples = read(records, names, turns, at, notes)
+    examples = read(records, names, turns, notes)
     if not examples:
         raise UserError(f"{at}.path: {entry['path']!r} holds no English assistant reply of rank 0 to a prompt in it")
     return examples
@@ -241,7 +247,7 @@ def _records(
     return there, records
 
 
-def _check_cells(records: list[dict[str, Any]], columns: list[str], place: str, path: str) -> None:
+def _check_cells(records: list[Record], columns: list[str], place: str, path: str) -> None:
     """Whether cells hold text, a number or nothing; no list or object, and whole characters."""
     for column in columns:
         for row, record in enumerate(records, 1):
@@ -253,55 +259,39 @@ def _check_cells(records: list[dict[str, Any]], columns: list[str], place: str, 
                 )
 
 
-def _text(record: dict[str, Any], column: str) -> str:
+def _text(record: Record, column: str) -> str:
     value = record.get(column)
     return "" if missing(value) else str(value)
 
 
-def _tags(record: dict[str, Any], names: dict[str, str]) -> Row:
-    """Category and user, where the row has them."""
-    category, user = (record.get(names.get(role, role)) for role in _ANY)
-    whole = isinstance(user, int) and not isinstance(user, bool)
+def _tags(record: Record, names: dict[str, str]) -> Row:
+    """Category and user, where the format knows them and the record has them."""
+    found = {role: record.get(names[role]) for role in _ANY if role in names}
+    whole = isinstance(found.get("user_id"), int) and not isinstance(found["user_id"], bool)
     return {
-        "category": None if missing(category) or not str(category).strip() else str(category),
-        "user_id": None if missing(user) or not str(user).strip() else user if whole else str(user),
+        role: None if missing(v) or not str(v).strip() else v if role == "user_id" and whole else str(v)
+        for role, v in found.items()
     }
 
 
-def _pairs(
-    records: list[dict[str, Any]], names: dict[str, str], turns: str, at: str, notes: dict[str, int]
-) -> list[list[Row]]:
-    roles = {"instruction": names["prompt"], "context": names["context"], "response": names["response"]}
-    return [
-        [{**{k: _text(r, c) for k, c in roles.items()}, **_tags(r, names), "extra": _extra(r, names)}] for r in records
-    ]
-
-
-def _extra(record: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+def _extra(record: Record, names: dict[str, str]) -> Row:
     """A user's further columns; those that would stand in the place of one of ours are left out."""
     taken = {*names.values(), *_OWN, "messages"}
-    return {str(k): None if missing(v) else v for k, v in record.items() if k not in taken}
+    return {"extra": {str(k): None if missing(v) else v for k, v in record.items() if k not in taken}}
 
 
-def _alpaca(
-    records: list[dict[str, Any]], names: dict[str, str], turns: str, at: str, notes: dict[str, int]
-) -> list[list[Row]]:
-    return [
-        [{"instruction": _text(r, "instruction"), "context": _text(r, "input"), "response": _text(r, "output")}]
-        for r in records
-    ]
+def _pairs(instruction: str, context: str, response: str, own: bool = False) -> Reader:
+    """Reads an example from each record, whose texts stand under these roles."""
+    roles = {"instruction": instruction, "context": context, "response": response}
+
+    def read(records: list[Record], names: dict[str, str], turns: str, notes: dict[str, int]) -> list[list[Row]]:
+        texts = [{k: _text(r, names[role]) for k, role in roles.items()} | _tags(r, names) for r in records]
+        return [[row | (_extra(r, names) if own else {})] for row, r in zip(texts, records, strict=True)]
+
+    return read
 
 
-def _dolly(
-    records: list[dict[str, Any]], names: dict[str, str], turns: str, at: str, notes: dict[str, int]
-) -> list[list[Row]]:
-    texts = ("instruction", "context", "response")
-    return [[{**{k: _text(r, k) for k in texts}, "category": _tags(r, names)["category"]}] for r in records]
-
-
-def _oasst1(
-    records: list[dict[str, Any]], names: dict[str, str], turns: str, at: str, notes: dict[str, int]
-) -> list[list[Row]]:
+def _oasst1(records: list[Record], names: dict[str, str], turns: str, notes: dict[str, int]) -> list[list[Row]]:
     """Each English assistant reply of rank 0 with the text of the message it answers, its direct parent."""
     by_id = {r["message_id"]: r for r in records}
     out = []
@@ -314,13 +304,11 @@ def _oasst1(
             notes["replies_without_parent"] = notes.get("replies_without_parent", 0) + 1
             continue
         row = {"instruction": _text(parent, "text"), "context": "", "response": _text(r, "text")}
-        out.append([{**row, "user_id": _tags(r, names)["user_id"]}])
+        out.append([{**row, **_tags(r, names)}])
     return out
 
 
-def _chats(
-    records: list[dict[str, Any]], names: dict[str, str], turns: str, at: str, notes: dict[str, int]
-) -> list[list[Row]]:
+def _chats(records: list[Record], names: dict[str, str], turns: str, notes: dict[str, int]) -> list[list[Row]]:
     out = []
     for r in records:
         chat = r[names["messages"]]
@@ -331,7 +319,7 @@ def _chats(
             said = "\n\n".join(t["content"] for t in chat[:k] if t["content"].strip())
             response = chat[k]["content"] if k < len(chat) else ""
             row = {"instruction": said, "context": "", "response": response, "messages": chat[:k]}
-            rows.append({**row, **_tags(r, names), "extra": _extra(r, names)})
+            rows.append({**row, **_tags(r, names), **_extra(r, names)})
         out.append(rows)
     return out
 
@@ -362,10 +350,14 @@ def _turns(value: Any, row: str) -> list[dict[str, str]]:
 
 
 # format -> (columns it needs, columns it knows, reader)
-_FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[..., list[list[Row]]]]] = {
-    "alpaca": (("instruction", "output"), ("input",), _alpaca),
-    "dolly": (("instruction", "response"), ("context", "category"), _dolly),
+_FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Reader]] = {
+    "alpaca": (("instruction", "output"), ("input",), _pairs("instruction", "input", "output")),
+    "dolly": (
+        ("instruction", "response"),
+        ("context", "category"),
+        _pairs("instruction", "context", "response"),
+    ),
     "oasst1": (("message_id", "parent_id", "text", "role", "lang", "rank"), ("user_id",), _oasst1),
-    "prompt_response": (("prompt", "response"), ("context", *_ANY), _pairs),
+    "prompt_response": (("prompt", "response"), ("context", *_ANY), _pairs("prompt", "context", "response", own=True)),
     "messages": (("messages",), _ANY, _chats),
 }

@@ -18,7 +18,7 @@ class Table:
     """Columns of n values: Python's own, so that reading a file does not need pandas in memory.
 
     Attributes:
-        values: column -> n values; what a row lacks is NaN.
+        values: column -> n values; what an example lacks is NaN.
         rows: n.
         classes: column -> names of its classes in order, where the data set says so.
     """
@@ -32,6 +32,12 @@ class Table:
         """What a DataFrame holds."""
         return cls({str(c): frame[c].tolist() for c in frame.columns}, len(frame))
 
+    @classmethod
+    def of_records(cls, records: list[dict[str, Any]]) -> Table:
+        """Records as columns, in the order in which they first come, of the values as they are."""
+        names = dict.fromkeys(str(name) for record in records for name in record)
+        return cls({n: [record.get(n, math.nan) for record in records] for n in names}, len(records))
+
     @property
     def columns(self) -> list[str]:
         """Their names, in order."""
@@ -41,7 +47,7 @@ class Table:
         return self.rows
 
     def records(self) -> list[dict[str, Any]]:
-        """A dict a row."""
+        """One dict per example."""
         return [dict(zip(self.values, row, strict=True)) for row in zip(*self.values.values(), strict=True)]
 
 
@@ -88,7 +94,7 @@ def hold(data: Any) -> Any:
     splits of the names train, validation and test are taken; `validation` and `test` may name others.
 
     Raises:
-        UserError: for examples without rows, with a column twice, or a `DatasetDict` without such a split.
+        UserError: where there is no example, for a column twice, or a `DatasetDict` without such a split.
     """
     if _is_rows(data) or _is_splits(data):
         data = {"name": "table", "path": data}
@@ -119,7 +125,7 @@ def _held(value: Any, key: str) -> Any:
         return [_held(v, f"{key}[{i}]") for i, v in enumerate(value)]
     if _is_rows(value):
         try:
-            return InMemory(_table_of(value, key))
+            return InMemory(table_of(value, key))
         except RecursionError:
             raise UserError(
                 f"{key}: a cell of the {type(value).__name__} is nested too deep; give flat columns"
@@ -141,9 +147,26 @@ def _is_splits(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(map(_is_rows, value.values()))
 
 
-def _table_of(rows: Any, key: str) -> Table:
-    if len(rows) == 0:
+def table_of(rows: Any, key: str) -> Table:
+    """Examples given in Python as a table: a DataFrame, a data set, a list of records or a mapping of columns.
+
+    Raises:
+        UserError: for anything else, no example, or columns of different length or with one name.
+    """
+    records = isinstance(rows, list) and all(isinstance(record, dict) for record in rows)
+    columns = isinstance(rows, dict) and all(hasattr(column, "__len__") for column in rows.values())
+    if not (records or columns or _is_rows(rows)):
+        way = "give a DataFrame, a datasets.Dataset, a list of records or a mapping of columns"
+        raise UserError(f"{key}: {type(rows).__name__} holds no examples; {way}")
+    sizes = {len(column) for column in rows.values()} if columns else {len(rows)}
+    if len(sizes) > 1:
+        raise UserError(f"{key}: columns have different lengths, {', '.join(map(str, sorted(sizes)))}")
+    if not any(sizes):
         raise UserError(f"{key}: the {type(rows).__name__} has no rows")
+    if records:
+        return Table.of_records(rows)
+    if columns:
+        return Table({str(name): [_own(v) for v in column] for name, column in rows.items()}, sizes.pop())
     if hasattr(rows, "column_names"):
         return of_dataset(rows)
     names = [str(c) for c in rows.columns]

@@ -1,8 +1,8 @@
 """Text of the data that looks like a special token is text: it closes no turn, ends no answer, and forges no mark.
 
-A tokenizer takes `<|im_end|>` for its mark wherever it stands. Templates mean it so; rows do not. What rows hold is guarded
+A tokenizer takes `<|im_end|>` for its mark wherever it stands. Templates mean it so; examples do not. What examples hold is guarded
 before the template is filled in: a character that no text has goes into each such name, and comes out again where the text
-is turned into tokens piece by piece. A text without any is tokenised as ever.
+is turned into tokens piece by piece. A text without any is tokenized as ever.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Specials:
         return self._any.sub(lambda found: found[0][0] + _GUARD + found[0][1:], text)
 
     def guard_seams(self, text: str, literals: int) -> str:
-        """A filled-in template, all its special tokens guarded where it has more than the template's own: rows that are
+        """A filled-in template, all its special tokens guarded where it has more than the template's own: examples that are
         put side by side, or beside the template's text, can make one of their ends."""
         if self._any is None or len(self._any.findall(text)) == literals:
             return text

@@ -1,13 +1,12 @@
-"""Rows of K lanes laid end to end in one stream of tokens, with the index tables that a model needs to work on it.
+"""Examples of K lanes laid end to end in one stream of tokens, with the index tables that a model needs to work on it.
 
-Nothing is padded: linear layers, norms and activations see `[1, N, D]`, N tokens of all rows of all lanes. Where lanes or
-rows must be told apart - the K stacked weights of an adapter, attention - a `Span` or a `Group` gathers what belongs
+Nothing is padded: linear layers, norms and activations see `[1, N, D]`, N tokens of all examples of all lanes. Where lanes or
+examples must be told apart - the K stacked weights of an adapter, attention - a `Span` or a `Group` gathers what belongs
 together, and puts it back.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,10 +81,10 @@ class Span:
 
 @dataclass
 class Group:
-    """Rows of like length that one attention call takes, padded to the longest of them.
+    """Examples of like length that one attention call takes, padded to the longest of them.
 
     Attributes:
-        count, length: R rows of T positions.
+        count, length: R examples of T positions.
         rows: int64 `[R]`, their numbers in the stream.
         real: bool `[R, T]`, False at pads; None where there are none.
     """
@@ -98,7 +97,7 @@ class Group:
 
 @dataclass
 class Groups:
-    """All rows of a stream in groups laid end to end, M places.
+    """All examples of a stream in groups laid end to end, M places.
 
     Attributes:
         groups: attention calls.
@@ -121,20 +120,20 @@ class Groups:
 
 @dataclass
 class Stream:
-    """The rows of K lanes, end to end: N tokens of R rows, S scored positions.
+    """The examples of K lanes, end to end: N tokens of R examples, S scored positions.
 
     Attributes:
         ids: int64 `[N]`; at virtual tokens some id that is not looked at.
-        positions: int64 `[N]`, place of each token in its row.
-        tokens, rows, scored: how tokens, rows and scored positions divide into lanes.
-        virtual: int64 `[R * V]`, positions of the virtual tokens, V in front of each row; None where there are none.
+        positions: int64 `[N]`, place of each token in its example.
+        tokens, rows, scored: how tokens, examples and scored positions divide into lanes.
+        virtual: int64 `[R * V]`, positions of the virtual tokens, V in front of each example; None where there are none.
         at: int64 `[S]`, position whose next token is scored; for sequence classification None.
-        first, last: int64 `[R]`, position of each row's first and last token.
-        targets: int64 `[S]` token to score, or `[R]` class of each row.
-        row_of: int64 `[S]`, on the CPU: row of each scored position, counted within its lane.
-        attention: rows in groups of like length.
-        lengths: tokens of each row, int64 `[R]`, NumPy.
-        filled: tokens at the end that belong to no row and are counted to the last lane.
+        first, last: int64 `[R]`, position of each example's first and last token.
+        targets: int64 `[S]` token to score, or `[R]` class of each example.
+        row_of: int64 `[S]`, on the CPU: example of each scored position, counted within its lane.
+        attention: examples in groups of like length.
+        lengths: tokens of each example, int64 `[R]`, NumPy.
+        filled: tokens at the end that belong to no example and are counted to the last lane.
     """
 
     ids: Tensor
@@ -153,21 +152,26 @@ class Stream:
     filled: int
 
 
-class _Shipment:
-    """Many small index arrays, moved to a device in one copy."""
+def _sent(record: Any, device: torch.device) -> Any:
+    """A record, and the records in it, whose index arrays have become tensors on a device: all moved in one copy."""
+    parts: list[np.ndarray] = []
+    _each_array(record, lambda a: parts.append(np.ascontiguousarray(a, dtype=np.int64).reshape(-1)))
+    whole = torch.from_numpy(np.concatenate(parts))
+    if device.type == "cuda":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    tensors = iter(whole.split([len(p) for p in parts]))
+    # Masks travel as numbers, too.
+    return _each_array(record, lambda a: next(tensors).view(a.shape).to(torch.bool if a.dtype == bool else torch.int64))
 
-    def __init__(self) -> None:
-        self._parts: list[np.ndarray] = []
 
-    def add(self, array: np.ndarray) -> int:
-        self._parts.append(np.ascontiguousarray(array, dtype=np.int64).reshape(-1))
-        return len(self._parts) - 1
-
-    def deliver(self, device: torch.device) -> list[Tensor]:
-        whole = torch.from_numpy(np.concatenate(self._parts))
-        if device.type == "cuda":
-            whole = whole.pin_memory().to(device, non_blocking=True)
-        return list(whole.split([len(p) for p in self._parts]))
+def _each_array(value: Any, put: Callable[[np.ndarray], Any]) -> Any:
+    if isinstance(value, np.ndarray):
+        return put(value)
+    if isinstance(value, list):
+        return [_each_array(v, put) for v in value]
+    if isinstance(value, (Span, Group, Groups, Stream)):
+        return type(value)(**{name: _each_array(v, put) for name, v in vars(value).items()})
+    return value
 
 
 def stream(
@@ -182,15 +186,15 @@ def stream(
     device: torch.device,
     round_up: bool = False,
 ) -> Stream:
-    """Lay rows end to end.
+    """Lay examples end to end.
 
     Args:
-        ids: tokens of all rows, end to end, `[sum of lengths]`.
-        lengths: tokens of each row, `[R]`; rows of lane 0 first.
-        lanes: rows of each lane, K numbers.
-        prompts: tokens of each row's prompt, `[R]`; the positions from its last on are scored. None: classes.
-        targets: class of each row, `[R]`, where there are no prompts.
-        virtual: virtual tokens in front of each row.
+        ids: tokens of all examples, end to end, `[sum of lengths]`.
+        lengths: tokens of each example, `[R]`; examples of lane 0 first.
+        lanes: examples of each lane, K numbers.
+        prompts: tokens of each example's prompt, `[R]`; the positions from its last on are scored. None: classes.
+        targets: class of each example, `[R]`, where there are no prompts.
+        virtual: virtual tokens in front of each example.
         offset: added to all positions; virtual keys and values of prefix tuning come before the first token.
         device: where the tables are needed.
         round_up: fill up to one of few numbers of tokens: some kernels are compiled anew for each number they meet.
@@ -202,64 +206,50 @@ def stream(
     position = np.arange(total) - np.repeat(starts, full)
     lane_of = np.repeat(np.arange(len(lanes)), lanes)
     filled = _rounded(total) - total if round_up else 0
-    ship = _Shipment()
-    places = {}
-    if virtual:
-        front = position < virtual
-        whole = np.zeros(total, dtype=np.int64)
-        whole[~front] = ids
-        places["virtual"] = ship.add(np.nonzero(front)[0])
-    else:
-        whole = ids.astype(np.int64, copy=False)
     fill = np.zeros(filled, dtype=np.int64)
-    places |= {"ids": ship.add(np.concatenate([whole, fill]))}
-    places |= {"positions": ship.add(np.concatenate([position, fill]) + offset)}
-    places |= {"first": ship.add(starts), "last": ship.add(ends - 1)}
+    front = position < virtual
+    whole = np.zeros(total, dtype=np.int64)
+    whole[~front] = ids
+    before = np.cumsum(lanes) - lanes  # examples in earlier lanes
     if prompts is not None:
         text = position - virtual
         scored = (text >= np.repeat(np.asarray(prompts) - 1, full)) & (text < np.repeat(full - virtual - 1, full))
         at = np.nonzero(scored)[0]
         row = np.searchsorted(ends, at, side="right")
-        places |= {"at": ship.add(at), "targets": ship.add(whole[at + 1])}
-        scored_sizes = np.bincount(lane_of[row], minlength=len(lanes))
-        row_of = row - (np.cumsum(lanes) - lanes)[lane_of[row]]
+        targets = whole[at + 1]
+        scored_sizes, row_of = np.bincount(lane_of[row], minlength=len(lanes)), row - before[lane_of[row]]
     else:
-        places["targets"] = ship.add(targets)
-        scored_sizes, row_of = np.asarray(lanes), np.arange(count) - np.repeat(np.cumsum(lanes) - lanes, lanes)
+        at, targets, scored_sizes = None, np.asarray(targets), np.asarray(lanes)
+        row_of = np.arange(count) - np.repeat(before, lanes)
     token_sizes = np.bincount(lane_of, weights=full, minlength=len(lanes)).astype(np.int64)
     token_sizes[-1] += filled  # no loss depends on them, so what they add to a gradient is nothing
-    spans = {
-        "tokens": _span(token_sizes, ship),
-        "rows": _span(np.asarray(lanes, dtype=np.int64), ship),
-        "scored": _span(scored_sizes, ship),
-    }
-    if filled:
-        usual = int(np.median(full))
-        more = [usual] * (filled // usual) + ([filled % usual] if filled % usual else [])
-        whole_rows = np.concatenate([full, more])
-        groups = _groups(whole_rows, np.cumsum(whole_rows) - whole_rows, count, ship)
-    else:
-        groups = _groups(full, starts, count, ship)
-    sent = ship.deliver(device)
-    got = {name: sent[i] for name, i in places.items()}
-    return Stream(
-        ids=got["ids"],
-        positions=got["positions"],
-        **{name: span(sent) for name, span in spans.items()},
-        virtual=got.get("virtual"),
-        at=got.get("at"),
-        first=got["first"],
-        last=got["last"],
-        targets=got["targets"],
-        row_of=row_of,
-        attention=groups(sent),
-        lengths=full,
-        filled=filled,
+    usual = int(np.median(full))
+    more = [usual] * (filled // usual) + ([filled % usual] if filled % usual else [])
+    made = _sent(
+        Stream(
+            ids=np.concatenate([whole, fill]),
+            positions=np.concatenate([position, fill]) + offset,
+            tokens=_span(token_sizes),
+            rows=_span(np.asarray(lanes, dtype=np.int64)),
+            scored=_span(scored_sizes),
+            virtual=np.nonzero(front)[0] if virtual else None,
+            at=at,
+            first=starts,
+            last=ends - 1,
+            targets=targets,
+            row_of=None,
+            attention=_groups(np.concatenate([full, np.array(more, dtype=np.int64)]), count),
+            lengths=None,
+            filled=filled,
+        ),
+        device,
     )
+    made.row_of, made.lengths = row_of, full
+    return made
 
 
 def stream_of(tokens: Tokens, rows: Sequence[np.ndarray], **keys: int | torch.device) -> Stream:
-    """The stream of these rows of a split, one array of row numbers a lane; for `keys` see `stream`."""
+    """The stream of these examples of a split, one array of example numbers a lane; for `keys` see `stream`."""
     every = np.concatenate(rows)
     lengths = tokens.lengths_of(every)
     starts = tokens.offsets.numpy()[every]
@@ -276,29 +266,17 @@ def stream_of(tokens: Tokens, rows: Sequence[np.ndarray], **keys: int | torch.de
     )
 
 
-class _Later:
-    """A record whose tensors are still under way; called with what has arrived, it makes the record."""
-
-    def __init__(self, make: Callable, *fixed: Any, **places: int) -> None:
-        self.make, self.fixed, self.places = make, fixed, places
-
-    def __call__(self, sent: list[Tensor]) -> Any:
-        fixed = [[f(sent) for f in part] if isinstance(part, list) else part for part in self.fixed]
-        return self.make(*fixed, **{name: sent[i] for name, i in self.places.items()})
-
-
-def _span(sizes: np.ndarray, ship: _Shipment) -> _Later:
+def _span(sizes: np.ndarray) -> Span:
     fixed = tuple(int(s) for s in sizes)
     longest = int(sizes.max())
     if (sizes == longest).all():
-        return _Later(Span, fixed)
+        return Span(fixed)
     starts = np.cumsum(sizes) - sizes
     place = np.arange(longest)
     real = place < sizes[:, None]
-    index = np.where(real, starts[:, None] + place, 0)
+    index = np.where(real, starts[:, None] + place, 0).reshape(-1)
     real = real.reshape(-1)
-    inverse, pads = ship.add(np.nonzero(real)[0]), ship.add(np.nonzero(~real)[0])
-    return _Later(Span, fixed, index=ship.add(index), inverse=inverse, pads=pads)
+    return Span(fixed, index, np.nonzero(real)[0], np.nonzero(~real)[0])
 
 
 def _rounded(total: int) -> int:
@@ -307,16 +285,15 @@ def _rounded(total: int) -> int:
     return -(-total // step) * step
 
 
-def _groups(lengths: np.ndarray, starts: np.ndarray, real_rows: int, ship: _Shipment) -> _Later:
-    """Rows cut into groups of like length, the longest first; a cut is made where it saves more padding than it costs.
+def _groups(lengths: np.ndarray, real_rows: int) -> Groups:
+    """Examples cut into groups of like length, the longest first; a cut is made where it saves more padding than it costs.
 
-    Rows from `real_rows` on are there to fill up; to whom they belong makes no difference.
+    Examples from `real_rows` on are there to fill up; to whom they belong makes no difference.
     """
-    count = len(lengths)
+    count, starts = len(lengths), np.cumsum(lengths) - lengths
     numbers = np.minimum(np.arange(count), real_rows - 1)
     if (lengths == lengths[0]).all():
-        whole = functools.partial(Group, count, int(lengths[0]), real=None)
-        return _Later(Groups, [_Later(whole, rows=ship.add(numbers))])
+        return Groups([Group(count, int(lengths[0]), numbers, None)])
     order = np.argsort(-lengths, kind="stable")
     sizes = lengths[order]
     cuts, top = [0], int(sizes[0])
@@ -331,15 +308,9 @@ def _groups(lengths: np.ndarray, starts: np.ndarray, real_rows: int, ship: _Ship
         real = place < own
         indices.append((starts[rows][:, None] + np.minimum(place, own - 1)).reshape(-1))
         reals.append(real.reshape(-1))
-        padded = {} if real.all() else {"real": ship.add(real)}
-        out.append(_Later(functools.partial(_group, len(rows), length), rows=ship.add(numbers[rows]), **padded))
+        out.append(Group(b - a, length, numbers[rows], None if real.all() else real))
     index, real = np.concatenate(indices), np.concatenate(reals)
     where = np.nonzero(real)[0]
     inverse = np.empty(len(where), dtype=np.int64)
     inverse[index[where]] = where
-    pads = ship.add(np.nonzero(~real)[0])
-    return _Later(Groups, out, index=ship.add(index), inverse=ship.add(inverse), pads=pads)
-
-
-def _group(count: int, length: int, rows: Tensor, real: Tensor | None = None) -> Group:
-    return Group(count, length, rows, None if real is None else real.view(count, length).bool())
+    return Groups(out, index, inverse, np.nonzero(~real)[0])

@@ -1,14 +1,11 @@
-"""Examples tokenised once into flat arrays, which all workers share.
+"""Examples tokenized once into flat arrays, which all workers share.
 
-A prompt template names columns in braces; its last field is the answer of a causal LM, everything before it the prompt.
-White space between the two belongs to the answer, as subword tokenizers want it: `... sentiment:` + ` neutral`.
+In front of each answer stands its prompt; see `templates.py` for what the two are.
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,84 +16,27 @@ from torch import Tensor
 
 from fedsim.core.errors import UserError
 from fedsim.data.specials import Specials
-
-CHAT_DATE = "2024-07-26"  # for every chat template that writes the date: the one Llama 3.1's has where it knows none
-
-
-@dataclass(frozen=True)
-class Template:
-    """A parsed template: `parts` are (literal text, field or None) in order.
-
-    Text of the data is put in as it is: braces in it mean nothing.
-    """
-
-    parts: tuple[tuple[str, str | None], ...]
-
-    @classmethod
-    def parse(cls, text: str) -> Template:
-        """Read `"{sentence} sentiment: {label}"`.
-
-        Raises:
-            UserError: for unbalanced braces, an unnamed field or a format specification.
-        """
-        try:
-            pieces = list(string.Formatter().parse(text))
-        except ValueError as error:
-            raise UserError(
-                f"data.template: {text!r} cannot be read ({error}); double a brace that is meant as text"
-            ) from None
-        parts = []
-        for literal, name, spec, conversion in pieces:
-            if name is not None and (not name.isidentifier() or spec or conversion):
-                raise UserError(
-                    f"data.template: {text!r} has the field {{{name}}}; a field is one plain column name in braces"
-                )
-            parts.append((literal, name))
-        if not any(name for _, name in parts):
-            raise UserError(f"data.template: {text!r} has no {{field}}; name columns in braces")
-        return cls(tuple(parts))
-
-    @property
-    def fields(self) -> list[str]:
-        """Field names in order."""
-        return [name for _, name in self.parts if name]
-
-    def split(self, row: dict[str, str]) -> tuple[str, str]:
-        """(prompt, answer) of a row; the answer carries the white space before it and any text after it."""
-        last = max(i for i, (_, name) in enumerate(self.parts) if name)
-        prompt = "".join(literal + (row[name] if name else "") for literal, name in self.parts[:last])
-        prompt += self.parts[last][0]
-        answer = row[self.parts[last][1]] + "".join(literal for literal, _ in self.parts[last + 1 :])
-        stripped = prompt.rstrip()
-        return stripped, prompt[len(stripped) :] + answer
-
-    def answer(self, text: str) -> str:
-        """An answer as it follows every prompt: white space before it is the template's alone, never the data's."""
-        return self.split({**dict.fromkeys(self.fields, "x"), self.fields[-1]: text})[1]
-
-    def text(self, row: dict[str, str]) -> str:
-        """The whole text of a row."""
-        return "".join(literal + (row[name] if name else "") for literal, name in self.parts)
+from fedsim.data.templates import Template, chat_template, render_chat
 
 
 @dataclass
 class Tokens:
-    """A split as flat arrays. n rows, N tokens in all.
+    """A split as flat arrays. n examples, N tokens in all.
 
     Attributes:
-        ids: int32 `[N]`, rows end to end.
+        ids: int32 `[N]`, examples end to end.
         offsets: int64 `[n + 1]`.
-        prompts: int32 `[n]`, prompt tokens of each row (all of them for sequence classification).
-        labels: int64 `[n]`, class of each row, -1 where there are no classes.
+        prompts: int32 `[n]`, prompt tokens of each example (all of them for sequence classification).
+        labels: int64 `[n]`, class of each example, -1 where there are no classes.
         pad_id: the pad token.
         is_classes: True for sequence classification.
         words: names of the classes in order; empty where there are none.
         candidates: tokens of each label word, for scoring a causal LM; with end-of-text where one label begins another, else
             without. None without label words.
-        answers: answer texts by row, for exact match.
-        left_out: rows that are not trained or scored on, and why: {"too long": [...], "empty answer": [...]}.
-        truncated: rows that were cut to `max_length`.
-        fits: tokens that hold 95 % of the rows whole (but for those without text or answer); 0 where there are none.
+        answers: answer texts by example, for exact match.
+        left_out: examples that are not trained or scored on, and why: {"too long": [...], "empty answer": [...]}.
+        truncated: examples that were cut to `max_length`.
+        fits: tokens that hold 95 % of the examples whole (but for those without text or answer); 0 where there are none.
     """
 
     ids: Tensor
@@ -117,11 +57,11 @@ class Tokens:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, int64 `[n]`."""
+        """Tokens of each example, int64 `[n]`."""
         return np.diff(self.offsets.numpy())
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens of these rows."""
+        """Tokens of these examples."""
         offsets = self.offsets.numpy()
         return offsets[rows + 1] - offsets[rows]
 
@@ -134,12 +74,12 @@ class Tokens:
         )
 
     def row(self, index: int) -> np.ndarray:
-        """Token ids of a row."""
+        """Token ids of an example."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         return self.ids.numpy()[start:end]
 
     def kept(self) -> np.ndarray:
-        """Rows that are trained or scored on, int64, ascending."""
+        """Examples that are trained or scored on, int64, ascending."""
         out = np.ones(len(self), dtype=bool)
         for rows in self.left_out.values():
             out[rows] = False
@@ -176,22 +116,22 @@ def encode(
     split: str,
     place: Callable[[int, str], str] | None = None,
 ) -> Tokens:
-    """Tokenise a split.
+    """Tokenize a split.
 
     Args:
-        rows: field -> text of each row, n of them.
-        labels: class of each row, int64 `[n]`, or None.
+        rows: field -> text of each example, n of them.
+        labels: class of each example, int64 `[n]`, or None.
         template: see `Template`.
         tokenizer: the base's.
         task: causal_lm | sequence_classification.
         label_words: names of the classes in order, where the answer or the head is for one of them.
-        max_length: most tokens of a row, answer and end-of-text included.
+        max_length: most tokens of an example, answer and end-of-text included.
         too_long: truncate | drop | error.
         split: its name, for messages.
-        place: (row, split) -> the row as messages name it.
+        place: (example, split) -> the example as messages name it.
 
     Raises:
-        UserError: for a row that is too long where `too_long` is error, or a template that ends in no answer.
+        UserError: for an example that is too long where `too_long` is error, or a template that ends in no answer.
     """
     parsed = Template.parse(template)
     specials = Specials(tokenizer)
@@ -253,27 +193,27 @@ def encode_chats(
     split: str,
     place: Callable[[int, str], str] | None = None,
 ) -> Tokens:
-    """Tokenise a split through the tokenizer's chat template, for a causal LM.
+    """Tokenize a split through the tokenizer's chat template, for a causal LM.
 
     The prompt is what the template makes of the turns before the answer, with the header that opens an assistant's turn.
     The answer is what it puts behind that when the answer is in its place, less the white space at the end, so that the
     mark that ends a turn is learned; the end-of-text token follows where that mark is another one.
 
     Args:
-        chats: (turns `{role, content}` before the answer, answer) of each row, n of them.
+        chats: (turns `{role, content}` before the answer, answer) of each example, n of them.
         tokenizer: the base's; it has a chat template.
         max_length, too_long, split, place: as for `encode`.
 
     Raises:
-        UserError: for a row that is too long where `too_long` is error, or turns that the template refuses.
+        UserError: for an example that is too long where `too_long` is error, or turns that the template refuses.
     """
     empty: list[str | None] = []
     for turns, answer in chats:
         said = any(turn["content"].strip() for turn in turns)
         empty.append("empty answer" if not answer.strip() else None if said else "empty text")
-    specials, template = Specials(tokenizer), _chat_template(tokenizer)
+    specials, template = Specials(tokenizer), chat_template(tokenizer)
     pairs = [
-        ("", "") if empty[i] else _render(turns, answer, tokenizer, specials, (place or _place)(i, split), template)
+        ("", "") if empty[i] else render_chat(turns, answer, tokenizer, specials, (place or _place)(i, split), template)
         for i, (turns, answer) in enumerate(chats)
     ]
     anchor = next((specials.plain(p)[-8:] for p, _ in pairs if p), "")
@@ -305,50 +245,6 @@ def _place(row: int, split: str) -> str:
     return f"row {row + 1} of {split}"
 
 
-def tells_time(tokenizer: Any) -> bool:
-    """Whether the chat template asks what time it is: `strftime_now` is the one way that transformers gives it."""
-    return "strftime_now" in str(tokenizer.chat_template)
-
-
-def _chat_template(tokenizer: Any) -> str | None:
-    """The chat template with one date for all days: a macro of the function's name stands in front of it.
-
-    With the clock's date the tokens would depend on the day on which a run is started, or resumed. None = as it is.
-    """
-    held = tokenizer.chat_template
-    held = held.get("default") if isinstance(held, dict) else held  # of several, by name
-    if held is None or not tells_time(tokenizer):
-        return None
-    day = datetime.datetime.fromisoformat(CHAT_DATE)
-    codes = [flag + letter for flag in ("", "-") for letter in "aAbBcdDeFGgHhIjklmMnpPrRsStTuUVwWxXyYzZ"]
-    steps = "".join(f"|replace('%{code}', {day.strftime('%' + code)!r})" for code in codes)
-    # The line end is the block's own (trim_blocks), so the template behind it begins a line as before.
-    macro = f"{{%- macro strftime_now(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}\n"
-    return macro + held
-
-
-def _render(
-    turns: list[dict[str, str]], answer: str, tokenizer: Any, specials: Specials, row: str, template: str | None
-) -> tuple[str, str]:
-    """(prompt, answer) of a chat as the template writes them, what is the data's in them guarded."""
-    turns = [{name: specials.guard(text) for name, text in turn.items()} for turn in turns]
-    answer = specials.guard(answer)
-    try:
-        keys = {"tokenize": False, "chat_template": template}
-        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **keys)
-        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], **keys)
-    except Exception as error:  # templates are programs; they refuse roles and orders in words of their own
-        why = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"data.chat_template: {row} is refused by the tokenizer's template ({why}); change its turns, or set chat_template=false"
-        ) from None
-    if not whole.startswith(prompt):
-        raise UserError(
-            f"data.chat_template: the tokenizer's template writes {row} with its answer otherwise than without; set chat_template=false"
-        )
-    return prompt, whole[len(prompt) :].rstrip()
-
-
 def _lay_out(
     sequences: list[list[int]],
     answers: list[list[int]],
@@ -366,7 +262,7 @@ def _lay_out(
     candidates: list[list[int]] | None,
     texts: list[str],
 ) -> Tokens:
-    """Prompt and answer tokens of each row as flat arrays; `empty` says why a row is left out, where it is."""
+    """Prompt and answer tokens of each example as flat arrays; `empty` says why an example is left out, where it is."""
     ids, offsets, kept_prompts, lengths = [], [0], [], []
     left_out: dict[str, list[int]] = {}
     truncated = 0
@@ -386,7 +282,7 @@ def _lay_out(
             if too_long == "drop":
                 left_out.setdefault("too long", []).append(i)
             truncated += too_long == "truncate"
-        if over:  # rows that are left out too: no row in the arrays is longer than max_length
+        if over:  # examples that are left out too: no example in the arrays is longer than max_length
             prompt, answer = _truncate(prompt, answer, max_length, task, specials)
         ids.append(np.asarray([*prompt, *answer], dtype=np.int32))
         offsets.append(offsets[-1] + len(ids[-1]))
@@ -411,7 +307,7 @@ def _lay_out(
 def _encode_answers(specials: Specials, answers: Sequence[str], anchor: str) -> dict[str, list[int]]:
     """Tokens of each answer as it continues a prompt: those that follow the anchor's own, where it keeps its own.
 
-    Tokenised alone, an answer would get the word-start mark that sentence-piece tokenizers put before a text.
+    Tokenized alone, an answer would get the word-start mark that sentence-piece tokenizers put before a text.
     """
     if not answers:
         return {}
@@ -458,7 +354,7 @@ def _without_end(specials: Specials, sequences: list[list[int]]) -> list[list[in
 def _truncate(
     prompt: list[int], answer: list[int], limit: int, task: str, specials: Specials
 ) -> tuple[list[int], list[int]]:
-    """A row of at most `limit` tokens; the special tokens around its text stay, as the base always sees them."""
+    """An example of at most `limit` tokens; the special tokens around its text stay, as the base always sees them."""
     before, behind = specials.around(prompt)
     if task == "sequence_classification":
         return [*prompt[: max(limit - behind, 0)], *prompt[len(prompt) - behind :]][:limit], []

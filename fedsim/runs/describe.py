@@ -19,6 +19,7 @@ from fedsim.runs.bundle import Bundle
 from fedsim.runs.folder import RunFolder
 from fedsim.runs.progress import Progress
 from fedsim.training.planner import Plan
+from fedsim.training.ranks import shape_at
 
 
 def describe(
@@ -31,16 +32,17 @@ def describe(
     stores: dict[str, Store],
     where: str,
     plan: Plan,
-) -> Callable[[int], tuple[int, int]]:
+) -> Callable[[int, int], tuple[int, int]]:
     """Show it, and write `model.json`.
 
     Returns:
-        Round -> bytes that a client sends and receives.
+        (round, client) -> bytes that the client sends and receives.
     """
     exp, messages, trained = parts.exp, parts.exp.messages, adapters.trained(model)
     about, dtype = adapters.describe(model, trained), next(iter(trained.values())).dtype
     algorithm = spec.algorithms.get("federated", Algorithm())
-    up, down = _sizes(algorithm, layout, messages, dtype, 1)
+    sizes = functools.cache(functools.partial(_sizes, algorithm, layout, messages, dtype))
+    up, down = sizes(1, None)
     about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
     kept = {m: stores[m].nbytes for m in exp.modes}
     folder.write_json("model.json", {**about, "adapter": exp.adapter.name, "kept_bytes_per_client": kept})
@@ -74,18 +76,17 @@ def describe(
         if (over := tokens.over(exp.data.max_length)) is not None:
             share, text = over
             (show.warn if share > 0.05 else show.note)(f"{'warning: ' if share > 0.05 else ''}{split}: {text}")
-    return functools.cache(
-        lambda round: tuple(size.total for size in _sizes(algorithm, layout, messages, dtype, round))
-    )
+    return lambda round, client: tuple(size.total for size in sizes(round, algorithm.rank(client)))
 
 
 def _sizes(
-    algorithm: Algorithm, layout: Layout, messages: Messages, dtype: torch.dtype, round: int
+    algorithm: Algorithm, layout: Layout, messages: Messages, dtype: torch.dtype, round: int, rank: int | None
 ) -> tuple[Sizes, Sizes]:
     """Bytes of a client's message in a round, and of what it receives: all that ever travels, as it may have missed rounds."""
     layouts = algorithm.messages(layout).values()
-    sent = [shape for group in layouts for n, shape in group.shapes.items() if algorithm.travels(n, round)]
+    sent = [(n, s) for group in layouts for n, s in group.shapes.items() if algorithm.travels(n, round)]
     stays, state = algorithm.stays(layout.shapes), algorithm.sent(algorithm.init(meta(layout))[0])
     received = [*layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items())]
-    arrives = [shape for n, shape in received if n not in stays]
-    return uplink(messages.up).nbytes(sent, dtype), downlink(messages.down).nbytes(arrives, dtype)
+    received = [(n, s) for n, s in received if n not in stays]
+    sends, receives = ([shape_at(n, s, rank) for n, s in each] for each in (sent, received))
+    return uplink(messages.up).nbytes(sends, dtype), downlink(messages.down).nbytes(receives, dtype)

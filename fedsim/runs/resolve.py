@@ -13,7 +13,8 @@ from fedsim.config.sections import Simulation
 from fedsim.core.errors import UserError
 from fedsim.core.store import Records
 from fedsim.data.partition import VirtualPartition
-from fedsim.runs.build import Parts, draw_of
+from fedsim.runs.build import Parts
+from fedsim.runs.checks import sampler_of
 from fedsim.simulate.availability import ClientAvailability, by_number
 from fedsim.simulate.schedule import CENTRAL as CENTRAL_CLIENT
 from fedsim.simulate.schedule import Schedule
@@ -31,7 +32,7 @@ def recipe_of(exp: Experiment) -> LocalTrainingConfig:
     keep = {"federated": work.keep_state, "local": True, "central": True}
     return LocalTrainingConfig(
         Optim(**{**keys, "betas": tuple(work.betas)}),
-        draw_of(exp),
+        sampler_of(exp),
         work.micro_batch or work.batch_size,
         work.schedule_over,
         work.horizon,
@@ -88,7 +89,7 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
         size=size,
         name=partition.name,
         sizes=partition.sizes,
-        count=draw_of(exp).count,
+        count=sampler_of(exp).count,
         steps=exp.local.steps,
         epochs=exp.local.epochs or 1,
         batch_size=exp.local.batch_size,

@@ -37,6 +37,7 @@ from fedsim.simulate.state import Choice
 from fedsim.training.packs import reducer_of
 from fedsim.training.planner import Plan
 from fedsim.training.planner import describe as describe_plan
+from fedsim.training.ranks import largest_rank, shape_at
 from fedsim.training.records import stores_of
 
 
@@ -55,7 +56,7 @@ class Setup:
         executor, memory: where packs run, and what it allocated for this run.
         stores: by mode, records of client state, and `best-<mode>` of best models.
         first: the parameters that training starts from, as one record.
-        bytes_of: round -> bytes of a client's message to the server, and of the server's to it.
+        bytes_of: (round, client) -> bytes of the client's message to the server, and of the server's to it.
         initial: validation scores before training, once they are known.
         slow_evaluation: whether the user was told that evaluation takes most of a round.
     """
@@ -72,7 +73,7 @@ class Setup:
     memory: Memory
     stores: dict[str, Store]
     first: Store
-    bytes_of: Callable[[int], tuple[int, int]]
+    bytes_of: Callable[[int, int], tuple[int, int]]
     initial: Scores | None = None
     slow_evaluation: bool = False
 
@@ -170,8 +171,8 @@ def set_up(
                 executor = fleet.executor(make, spec.guest)
             else:
                 executor = SerialExecutor(make, devices[0], plan.threads, home)
-        if exp.simulation.late == "next" and "federated" in spec.algorithms:
-            _check_late(spec.algorithms["federated"], layout, exp.rounds)
+        if "federated" in spec.algorithms:
+            _check_algorithm(parts, spec.algorithms["federated"], layout)
         bytes_of = describe(parts, folder, show, spec, model, layout, stores, f"{kind} on {', '.join(devices)}", plan)
         first = _keep_start(parts, folder, spec, model, layout)
         memory = _start(executor, parts, spec, layout, plan.engine)
@@ -189,14 +190,21 @@ def set_up(
     return made
 
 
-def _check_late(algorithm: Algorithm, layout: Layout, rounds: int) -> None:
-    """Late messages are added to those of the next round, which must hold the same parameters.
+def _check_algorithm(parts: Parts, algorithm: Algorithm, layout: Layout) -> None:
+    """Whether the algorithm's hooks suit the run.
 
     Raises:
-        UserError: if the algorithm does not send the same parameters in every round.
+        UserError: if late messages would be added to others that hold other parameters, or clients have ranks that the
+            adapter does not have.
     """
-    for name in layout.shapes if algorithm.overrides("travels") else ():
-        if len({algorithm.travels(name, round) for round in range(1, rounds + 1)}) > 1:
+    if algorithm.overrides("rank"):
+        largest_rank(layout)
+        for rank in {algorithm.rank(int(client)) for client in parts.clients}:
+            for name, shape in layout.shapes.items():
+                shape_at(name, shape, rank)
+    late = parts.exp.simulation.late == "next" and algorithm.overrides("travels")
+    for name in layout.shapes if late else ():
+        if len({algorithm.travels(name, round) for round in range(1, parts.exp.rounds + 1)}) > 1:
             raise UserError(
                 "simulation.late: 'next', but this algorithm does not send the same parameters in every round; "
                 "set simulation.late=drop"

@@ -58,7 +58,7 @@ class World:
         store, best: records of client state, and of best models.
         generate: whether the global model is also evaluated by generation.
         chunk: elements of the parameters that are aggregated at a time; None = all.
-        bytes_of: round -> bytes of a client's message to the server, and of the server's to it.
+        bytes_of: (round, client) -> bytes of the client's message to the server, and of the server's to it.
     """
 
     schedule: Schedule
@@ -72,7 +72,7 @@ class World:
     best: Store
     generate: bool
     chunk: int | None
-    bytes_of: Callable[[int], tuple[int, int]]
+    bytes_of: Callable[[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -231,14 +231,16 @@ def server_step(
 
 def _traffic(world: World, state: State, round: int, work: RoundWork, packs: Sequence[Pack]) -> list[Row]:
     """Bytes by client; a client whose message is lost has received the global model and sends nothing."""
-    up, down = world.bytes_of(round)
-    name, lost = world.schedule.name, [w.client for w in work.arriving(None)]
-    sent = [(t.client, t.name, {"bytes_up": up, "bytes_down": down}) for p in packs for t in p.tasks]
-    sent += [(c, name(c), {"bytes_down": down}) for c in lost]
+    names = ("bytes_up", "bytes_down")
+    sent = [
+        (t.client, t.name, zip(names, world.bytes_of(round, t.client), strict=True)) for p in packs for t in p.tasks
+    ]
+    lost = [w.client for w in work.arriving(None)]
+    sent += [(c, world.schedule.name(c), [(names[1], world.bytes_of(round, c)[1])]) for c in lost]
     return [
         Row(round, state.steps.get(c, 0), "federated", of, "train", what, float(n))
         for c, of, each in sent
-        for what, n in each.items()
+        for what, n in each
     ]
 
 

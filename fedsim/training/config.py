@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedsim.data.batches import Draw
+from fedsim.data.batches import BatchSampler
 from fedsim.training.optim import Optim
 
 
@@ -33,7 +33,7 @@ class LocalTrainingConfig:
     """
 
     optim: Optim
-    draw: Draw
+    draw: BatchSampler
     micro_batch: int
     schedule_over: str
     horizon: int | None

@@ -16,6 +16,7 @@ from fedsim.core.params import Chunk, Message, Params
 from fedsim.core.types import Task
 from fedsim.training.faults import judge, norms
 from fedsim.training.packs import RunPack
+from fedsim.training.ranks import largest_rank, slots
 from fedsim.training.received import Received, View
 from fedsim.training.trainer import Fit, Trainer
 
@@ -49,6 +50,7 @@ class LaneGroup:
     Attributes:
         lanes, tasks: its lanes, ascending, and the task of each.
         facts: what the algorithm needs, by name, `[K]`.
+        ranks, slots: rank of each client, `[K]`, and which elements it has, bool `[K, N]`; None where the algorithm gives none.
     """
 
     def __init__(self, run: RunPack, part: str, trainer: Trainer) -> None:
@@ -60,6 +62,8 @@ class LaneGroup:
         self.lanes: list[int] = []
         self.tasks: list[Task] = []
         self.facts: dict[str, Tensor] = {}
+        self.ranks: Tensor | None = None
+        self.slots: Tensor | None = None
         self.scratch: list[Params] = []  # by chunk
         self._norms: list[float] = []
         self._pieces: tuple[int, list[_Piece]] = (0, [])  # of so many active lanes
@@ -80,6 +84,16 @@ class LaneGroup:
         lanes = [self.lanes[i] for i in clients]
         return slice(0, len(lanes)) if lanes == list(range(len(lanes))) else lanes
 
+    def take(self, lanes: list[int], tasks: list[Task]) -> None:
+        """These are its lanes, and their tasks."""
+        self.lanes, self.tasks = lanes, tasks
+        if self.run.setup.ranked:
+            layout = self.trainer.layout
+            given, most = [self.run.algorithm.rank(t.client) for t in tasks], largest_rank(layout)
+            ranks = [most if rank is None else rank for rank in given]
+            self.slots = torch.stack([slots(layout, rank) for rank in ranks]).to(self.device)
+            self.ranks = torch.tensor(ranks, device=self.device)
+
     # --------------------------------------------------------------------------------------- start and steps
 
     def fill(self, chunk: int, params: Params) -> None:
@@ -87,6 +101,8 @@ class LaneGroup:
         own, here = self.place(range(len(self))), self.chunks[chunk]
         for name, lanes in here.views(self.trainer.flat[:, here.span]).items():
             lanes[own] = params[name].to(lanes.dtype)
+        if self.slots is not None:
+            self.trainer.flat[:, here.span][own] *= self.slots[:, here.span]
 
     def receive(self) -> None:
         """Fill the lanes with what the clients received."""
@@ -118,18 +134,27 @@ class LaneGroup:
         for p in self._active(active) if self.run.algorithm.overrides("adjust") else ():
             view = self._view(p, step, lr_sums, batch)
             self.run.algorithm.adjust(self._training(p.grads, step), self._training(p.params, step), p.scratch, view)
+            self._cut_to_rank(p, p.grads)
 
     def after_step(self, active: int, step: int, lr_sums: Tensor, rates: Tensor) -> None:
         """The algorithm's `after_step`, chunk by chunk."""
         for p in self._active(active) if self.run.algorithm.overrides("after_step") else ():
             view = self._view(p, step, lr_sums, 0)
             self.run.algorithm.after_step(self._training(p.params, step - 1), p.scratch, view, rates[p.lanes])
+            self._cut_to_rank(p, p.params)
 
     def freeze(self, trains: np.ndarray, step: int) -> None:
         """Mark what trains in its lanes, bool `[active, P]`."""
         if self.freezes:
             names, round = self.trainer.layout.shapes, self.tasks[0].round
             trains[[j for j in self.lanes if j < len(trains)]] = [self._trains(n, round, step) for n in names]
+
+    def _cut_to_rank(self, piece: _Piece, params: Params) -> None:
+        """Make what lies beyond the clients' ranks zero."""
+        if self.slots is not None:
+            chunk = self.chunks[piece.chunk]
+            for name, has in chunk.views(self.slots[piece.own, chunk.span]).items():
+                params[name].mul_(has)
 
     def _training(self, params: Params, step: int) -> Params:
         """Those that train at a step."""

@@ -31,6 +31,7 @@ class Setup:
         chunks: chunks of the parameters that the algorithm's client side is called on.
         record, store: what a client keeps, and where.
         stays: parameters that never travel.
+        ranked: whether clients have ranks of their own.
     """
 
     algorithm: Algorithm
@@ -39,6 +40,7 @@ class Setup:
     record: RecordLayout
     store: Store
     stays: frozenset[str]
+    ranked: bool
 
     @classmethod
     def of(cls, mode: str, algorithm: Algorithm, layout: Layout, config: LocalTrainingConfig, store: Store) -> Setup:
@@ -46,7 +48,8 @@ class Setup:
         reducer = reducer_of(algorithm, layout.sums, config)
         chunks = chunks_of(algorithm, layout, reducer, config.chunk)
         record = RecordLayout.of(mode, algorithm, layout, config)
-        return cls(algorithm, reducer, chunks, record, store, algorithm.stays(layout.shapes))
+        stays, ranked = algorithm.stays(layout.shapes), algorithm.overrides("rank")
+        return cls(algorithm, reducer, chunks, record, store, stays, ranked)
 
 
 def reducer_of(algorithm: Algorithm, layout: Layout, config: LocalTrainingConfig) -> Reducer:

@@ -33,8 +33,8 @@ class Pass:
         if len({group.batches for group in groups}) > 1:  # what fails together is done again run by run
             raise ValueError("runs whose algorithms draw different numbers of batches for a step cannot go together")
         for group in groups:
-            group.lanes = [j for j, owner in enumerate(self.owners) if owner is group]
-            group.tasks = [self.tasks[j] for j in group.lanes]
+            lanes = [j for j, owner in enumerate(self.owners) if owner is group]
+            group.take(lanes, [self.tasks[j] for j in lanes])
 
     def run(self) -> None:
         """Start, fit, finish, evaluate, report."""

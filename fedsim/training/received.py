@@ -47,6 +47,8 @@ class Received:
                     for t in group.tasks
                 ]
             )
+        if group.slots is not None:
+            out = {n: out[n] * has for n, has in self.chunk.views(group.slots[:, self.chunk.span]).items()}
         return out
 
     @functools.cached_property
@@ -93,13 +95,15 @@ class View(ClientView):
         # `ClientView` is frozen.
         group = received.group
         facts = {n: t[own] for n, t in group.facts.items()}
-        about = {"round": group.tasks[0].round, "part": group.part, "batch": batch, "facts": facts, "lr_sum": lr_sum}
-        self.__dict__.update(about, _received=received, _own=own, _steps=steps)
+        rank = None if group.ranks is None else group.ranks[own]
+        about = {"round": group.tasks[0].round, "part": group.part, "batch": batch, "facts": facts, "rank": rank}
+        self.__dict__.update(about, lr_sum=lr_sum, _received=received, _own=own, _steps=steps)
 
     @functools.cached_property
     def params(self) -> Params:
-        personal = self._received.group.run.setup.record.personal
-        return {n: t[self._own] if n in personal else t for n, t in self._received.params.items()}
+        setup = self._received.group.run.setup
+        by_lane = self._received.params if setup.ranked else setup.record.personal
+        return {n: t[self._own] if n in by_lane else t for n, t in self._received.params.items()}
 
     @functools.cached_property
     def server(self) -> Params:

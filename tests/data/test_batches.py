@@ -10,7 +10,7 @@ import fedsim
 from fedsim.config.experiment import Experiment
 from fedsim.core.errors import UserError
 from fedsim.core.seeding import stream
-from fedsim.data.batches import Draw, pad
+from fedsim.data.batches import BatchSampler, pad
 from fedsim.runs.build import prepare
 
 ROWS = np.array([3, 5, 8, 13, 21, 34, 55])
@@ -26,7 +26,7 @@ def rng(*names: str | int) -> np.random.Generator:
 def test_work_in_steps_draws_full_batches_from_reshuffled_passes(rows: int, size: int, steps: int) -> None:
     """The contract's own example is 90 rows and a batch of 128: the batch spans passes and is full."""
     held = np.arange(100, 100 + rows)
-    batches = Draw(size).batches(held, rng(), steps)
+    batches = BatchSampler(size).batches(held, rng(), steps)
     assert [len(b) for b in batches] == [size] * steps
     stream_of_rows = np.concatenate(batches)
     passes = [stream_of_rows[i : i + rows] for i in range(0, len(stream_of_rows), rows)]
@@ -38,22 +38,22 @@ def test_work_in_steps_draws_full_batches_from_reshuffled_passes(rows: int, size
 
 
 def test_work_in_epochs_keeps_the_short_last_batch() -> None:
-    batches = Draw(3, epochs=2).batches(ROWS, rng(), None)
+    batches = BatchSampler(3, epochs=2).batches(ROWS, rng(), None)
     assert [len(b) for b in batches] == [3, 3, 1, 3, 3, 1]
     first, second = np.concatenate(batches[:3]), np.concatenate(batches[3:])
     assert sorted(first) == sorted(second) == ROWS.tolist() and first.tolist() != second.tolist()
 
 
 def test_drop_last_leaves_the_short_batch_of_every_pass_out() -> None:
-    batches = Draw(3, epochs=2, drop_last=True).batches(ROWS, rng(), None)
+    batches = BatchSampler(3, epochs=2, drop_last=True).batches(ROWS, rng(), None)
     assert [len(b) for b in batches] == [3, 3, 3, 3]
-    kept = Draw(3, epochs=2).batches(ROWS, rng(), None)
+    kept = BatchSampler(3, epochs=2).batches(ROWS, rng(), None)
     assert [b.tolist() for b in batches] == [b.tolist() for b in kept if len(b) == 3], "the same shuffle"
 
 
 def test_without_shuffle_rows_come_in_order() -> None:
-    assert np.concatenate(Draw(3, epochs=1, shuffle=False).batches(ROWS, rng(), None)).tolist() == ROWS.tolist()
-    endless = np.concatenate(Draw(4, shuffle=False).batches(ROWS, rng(), 4))
+    assert np.concatenate(BatchSampler(3, epochs=1, shuffle=False).batches(ROWS, rng(), None)).tolist() == ROWS.tolist()
+    endless = np.concatenate(BatchSampler(4, shuffle=False).batches(ROWS, rng(), 4))
     assert endless.tolist() == [*ROWS, *ROWS, *ROWS[:2]]
 
 
@@ -65,20 +65,20 @@ def test_without_shuffle_rows_come_in_order() -> None:
 def test_count_is_the_number_of_batches(
     size: int, drop_last: bool, epochs: int | None, held: int, steps: int | None
 ) -> None:
-    draw = Draw(size, epochs=epochs, drop_last=drop_last)
+    draw = BatchSampler(size, epochs=epochs, drop_last=drop_last)
     assert draw.count(held, steps) == len(draw.batches(np.arange(held), rng(), steps))
 
 
 def test_the_same_stream_draws_the_same_batches_and_leaves_the_rows_alone() -> None:
     rows = ROWS.copy()
-    first, second, other = (Draw(2, epochs=2).batches(rows, rng(n), None) for n in ("a", "a", "b"))
+    first, second, other = (BatchSampler(2, epochs=2).batches(rows, rng(n), None) for n in ("a", "a", "b"))
     assert [b.tolist() for b in first] == [b.tolist() for b in second] != [b.tolist() for b in other]
     assert rows.tolist() == ROWS.tolist()
 
 
 def test_a_longer_stream_begins_like_a_shorter_one() -> None:
     """Steps of a round are a prefix: raising `local.steps` changes no earlier batch."""
-    short, long = (Draw(4).batches(ROWS, rng(), n) for n in (3, 9))
+    short, long = (BatchSampler(4).batches(ROWS, rng(), n) for n in (3, 9))
     assert [b.tolist() for b in long[:3]] == [b.tolist() for b in short]
 
 

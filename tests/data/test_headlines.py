@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import itertools
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -51,14 +50,10 @@ def test_rows_are_shuffled_not_sorted_by_class(rows: dict[str, list[tuple[str, s
     assert all(head[label] > 20 for label in LABELS)
 
 
-def test_same_seed_same_rows_in_any_process(rows: dict[str, list[tuple[str, str]]]) -> None:
-    assert generate(0) == rows
-    code = "from fedsim.data.headlines import generate; import zlib; print(zlib.crc32(repr(generate(0)).encode()))"
-    out = [
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        for _ in range(2)  # hash randomisation differs between the two
-    ]
-    assert out[0] == out[1]
+@pytest.mark.parametrize(("seed", "start"), [(0, "eb795732e4c56587"), (5, "aadb948b951c6dca")])
+def test_the_sentences_of_a_seed_never_change(seed: int, start: str) -> None:
+    """Runs and the base model were made with them."""
+    assert hashlib.sha256(repr(generate(seed)).encode()).hexdigest().startswith(start)
 
 
 def test_another_seed_is_other_text(rows: dict[str, list[tuple[str, str]]]) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import metrics_lines
 
 from fedsim.cli.main import main
 from fedsim.config.datasets import _ROLES
@@ -679,7 +678,12 @@ def test_an_impossible_config_names_the_key(data: dict[str, Any], start: str, pa
         ("alpaca", "x.jsonl", '{"instruction": "é"}'.encode("latin-1"), ["data.sources[0].path: ", "not UTF-8"]),
         ("alpaca", "x.txt", b"a", ["ends in .txt"]),
         ("alpaca", "x.json", b'[{"instruction": "a", "output": "b"}]', ["data.validation: 0.1", "1 rows train"]),
-        ("alpaca", "x.json", json.dumps([{"instruction": "a", "output": ""}] * 20).encode(), ["no row of the train"]),
+        (
+            "alpaca",
+            "x.json",
+            json.dumps([{"instruction": "a", "output": ""}] * 20).encode(),
+            ["no example of the train"],
+        ),
     ],
 )
 def test_a_bad_file_ends_the_command_with_one_line(
@@ -742,7 +746,7 @@ def test_a_run_on_two_sources(tmp_path: Path, union: dict[str, Any], capsys: pyt
     try:
         assert main(["run", str(tmp_path / "e.yaml"), "-q"]) == 0
         (folder,) = (tmp_path / "results" / "two").iterdir()
-        first = metrics_lines(folder)
+        first = (folder / "metrics" / "federated.jsonl").read_text()
         assert main(["run", str(folder / "config.yaml"), "-q"]) == 0
     finally:
         torch.set_num_threads(threads)
@@ -750,8 +754,8 @@ def test_a_run_on_two_sources(tmp_path: Path, union: dict[str, Any], capsys: pyt
     assert [p.name for p in (tmp_path / "results" / "two").iterdir()] == [folder.name], (
         "the resolved config is this run"
     )
-    assert metrics_lines(folder) == first
-    rows = [json.loads(line) for line in first]
+    assert (folder / "metrics" / "federated.jsonl").read_text() == first
+    rows = [json.loads(line) for line in first.splitlines()]
     sites = {r["client"]: r["weight"] for r in rows if r["split"] == "site" and r["name"] == "loss"}
     assert sites == {"alpaca": 2, "dolly": 4}
     merged = [r for r in rows if r["scope"] == "federated" and r["client"] is None and r["split"] == "validation"]

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fedsim.config.experiment import Experiment
 from fedsim.core.errors import UserError
 from fedsim.data.batches import collate
-from fedsim.data.tokens import Template, Tokens, encode, encode_chats
+from fedsim.data.templates import Template
+from fedsim.data.tokens import Tokens, encode, encode_chats
 from fedsim.runs.build import prepare
 
 WORDS = ["negative", "neutral", "positive"]
@@ -366,7 +367,7 @@ def test_rows_left_out_belong_to_no_client_and_are_counted_in_the_report(tmp_pat
 
 
 def test_data_of_which_nothing_is_left_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^data: no row of the train split is left \(1811 empty text\)"):
+    with pytest.raises(UserError, match=r"^data: no example of the train split is left \(1811 empty text\)"):
         prepare(Experiment(data={"name": "headlines", "template": "{label}"}))
 
 

@@ -16,8 +16,10 @@ from fedsim.analysis import plots
 from fedsim.cli.main import main
 from fedsim.core.errors import UserError
 from fedsim.core.seeding import stream
-from fedsim.data.batches import Draw
-from fedsim.data.partition import SAMPLED, Partition, VirtualPartition, _splitmix, iid, measure, virtual
+from fedsim.data.batches import BatchSampler
+from fedsim.data.partition import Partition, VirtualPartition, _splitmix
+from fedsim.data.partitioners import Iid, Virtual
+from fedsim.data.skew import SAMPLED, measure
 from fedsim.runs.build import prepare
 from fedsim.runs.progress import Progress
 from fedsim.simulate.rounds import Schedule
@@ -28,7 +30,7 @@ MASK = 2**64 - 1
 
 def made(seed: int = 0, clients: int = 50, least: int = 5, most: int = 12, rows: int = ROWS) -> VirtualPartition:
     labels = np.arange(rows) % 3
-    return virtual(labels, stream(seed, "partition"), num_clients=clients, min_rows=least, max_rows=most)
+    return Virtual(num_clients=clients, min_rows=least, max_rows=most)(labels, stream(seed, "partition"))
 
 
 def held(partition: VirtualPartition, clients: int) -> list[list[int]]:
@@ -163,8 +165,8 @@ def test_pickled_or_saved_it_gives_the_same_rows(tmp_path: Path) -> None:
         ({"virtual": [1, 2, 0, 4], "kept": [0]}, "min_rows"),
         ({"virtual": [1, 2, 4, 3], "kept": [0]}, "max_rows"),
         ({"virtual": [-1, 2, 3, 4], "kept": [0]}, "key"),
-        ({"virtual": [1, 2, 3, 4], "kept": [1, 1]}, "no row twice"),
-        ({"virtual": [1, 2, 3, 4], "kept": [-1, 1]}, "no row twice"),
+        ({"virtual": [1, 2, 3, 4], "kept": [1, 1]}, "no example twice"),
+        ({"virtual": [1, 2, 3, 4], "kept": [-1, 1]}, "no example twice"),
         ({"virtual": [1, 2, 3, 4], "kept": np.empty(0, dtype=int)}, "1-d array of integers"),
     ],
 )
@@ -179,7 +181,7 @@ def test_clients_are_found_by_name() -> None:
     assert partition.number("site-1000000") == 999_999
     for wrong in ("site-0", "site-1000001", "site-01", "site-", "site--1", "site-x", "site-²", "1", "site-1 "):
         assert partition.number(wrong) is None, wrong
-    dealt = iid(np.zeros(9, dtype=int), stream(0), num_clients=3)
+    dealt = Iid(num_clients=3)(np.zeros(9, dtype=int), stream(0))
     assert dealt.number("site-3") == 2 and dealt.number("site-4") is None
     named = Partition(dealt.offsets, dealt.indices, ("b", "a", "site-1"))
     assert named.number("site-1") == 2 and named.number("site-2") is None
@@ -229,11 +231,11 @@ def test_the_command_line_shows_a_million_clients(lab: Any, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
-        ({"num_clients": 0}, ("partition.num_clients: must be >= 1", "got 0")),
-        ({"num_clients": 10**9}, ("partition.num_clients: must be <= 100,000,000", "got 1000000000")),
-        ({"min_rows": 0}, ("partition.min_rows: must be >= 1", "got 0")),
+        ({"num_clients": 0}, ("partition.num_clients: must be >= 1 (got 0)",)),
+        ({"num_clients": 10**9}, ("partition.num_clients: must be <= 100,000,000 (got 1000000000)",)),
+        ({"min_rows": 0}, ("partition.min_rows: must be >= 1 (got 0)",)),
         ({"min_rows": 5, "max_rows": 4}, ("partition.max_rows: 4", "below min_rows=5")),
-        ({"max_rows": 2**31}, ("partition.max_rows: must be <=", "got 2147483648")),
+        ({"max_rows": 2**31}, ("partition.max_rows: must be <= 10,000,000 (got 2147483648)",)),
         ({"min_rows": 2.5}, ("partition.min_rows: 2.5", "a whole number")),
         ({"alpha": 1.0}, ("unknown key partition.alpha", "min_rows, max_rows")),
     ],
@@ -246,7 +248,7 @@ def test_what_cannot_be_is_refused_in_one_line(keys: dict[str, Any], parts: tupl
 
 
 def test_a_cohort_larger_than_the_clients_is_refused(lab: Any) -> None:
-    with pytest.raises(UserError, match=r"^cohort\.size: 21 clients a round, but only 20 hold rows"):
+    with pytest.raises(UserError, match=r"^cohort\.size: 21, but only 20 clients have examples"):
         prepare(lab.exp(partition={"name": "virtual", "num_clients": 20}, cohort={"size": 21}))
 
 
@@ -320,7 +322,7 @@ def test_central_holds_every_row_once_and_does_the_cohorts_work(size: int) -> No
     sizes = np.array([30, 7, 90, 64], dtype=np.int32)
     keys: dict[str, Any] = {"clients": np.arange(4), "sizes": sizes, "size": size, "name": str, "weights": "samples"}
     keys |= {"mode": "central", "seed": 0, "rounds": 2, "length": float, "every_rounds": 1, "batch_size": 8}
-    made = Schedule(**keys, steps=None, epochs=2, count=Draw(8, 2).count, match="epochs", central_rows=50)
+    made = Schedule(**keys, steps=None, epochs=2, count=BatchSampler(8, 2).count, match="epochs", central_rows=50)
     rows = sizes[made.cohort(1)].sum() * 2
     assert made.central_total == 50
     assert made.central_steps(1) == int(rows / 8 + 0.5)

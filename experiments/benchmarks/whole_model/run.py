@@ -341,7 +341,7 @@ def bandwidth_side(turn: Turn) -> None:
         )
         run = RunPack(Share(worker, pack, weights, {}, total))
         group = LaneGroup(run, "shared", trainer)
-        group.lanes, group.tasks = [0], [task]
+        group.take([0], [task])
         reducer, fit = run.setup.reducer, Fit([0.0], [0], [0], [1], torch.zeros(1))
         seconds: dict[str, float] = {}
 
@@ -430,8 +430,9 @@ def make_cell(config: str, overrides: list[str], base: str, out: str, rows: int)
     """
     from fedsim import Experiment
     from fedsim.core.seeding import stream
-    from fedsim.data.tokens import Template
-    from fedsim.runs.build import draw_of, load_source, prepare
+    from fedsim.data.templates import Template
+    from fedsim.runs.build import load_source, prepare
+    from fedsim.runs.checks import sampler_of
 
     exp, folder = Experiment.load(config, overrides), Path(out)
     tokens = exp.data.max_length
@@ -470,7 +471,7 @@ def make_cell(config: str, overrides: list[str], base: str, out: str, rows: int)
     rounds = []
     for r in range(1, exp.rounds + 1):
         rng = stream(exp.seed, "batches", name, r)
-        rounds.append([b.tolist() for b in draw_of(exp).batches(parts.partition.rows(client), rng, local.steps)])
+        rounds.append([b.tolist() for b in sampler_of(exp).batches(parts.partition.rows(client), rng, local.steps)])
     job = {
         "location": base,
         "dtype": exp.model.dtype,
