@@ -85,7 +85,7 @@ def pool(points: Path) -> Iterator[Callable[..., tuple[PoolExecutor, list[str]]]
         assert left_behind(sorted(pids)) == []
 
 
-@pytest.fixture(params=["partial sums", "one sum"])
+@pytest.fixture(params=["partial sums", pytest.param("one sum", marks=pytest.mark.thorough)])
 def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether updates count as large, and go straight into the one sum, pack by pack."""
     if request.param == "one sum":

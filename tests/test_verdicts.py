@@ -174,6 +174,7 @@ def test_clients_inside_a_round_are_read_where_all_were_scored(tmp_path: Path) -
     assert values.tolist() == [[0.5, 0.6], [0.7, 0.8]]
 
 
+@fast_only(0, 1, 3, 7)
 @pytest.mark.parametrize(
     ("value", "metric", "sign", "text"),
     [

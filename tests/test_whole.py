@@ -498,6 +498,7 @@ def test_what_travels_is_encoded_and_nothing_else(lab: Any, distance: Any, messa
     assert sum(int(a.sum()) for a in apart.values()) <= 1e-3 * sum(a.numel() for a in apart.values())
 
 
+@fast_only(0)
 @pytest.mark.parametrize("adapter", [{"name": "none"}, {"name": "lora", "r": 3, "alpha": 6}])
 def test_error_feedback_sends_later_what_a_message_lost(
     lab: Any, adapter: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -93,6 +93,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> str:
 # ------------------------------------------------------------------------------------------------ the published cut
 
 
+@fast_only(0, 3)
 @pytest.mark.parametrize("n", [10, 20, 27, 103])
 @pytest.mark.parametrize("seed", [0, 5])
 def test_the_cut_is_that_of_pandas_sample(tmp_path: Path, n: int, seed: int) -> None:

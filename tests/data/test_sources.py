@@ -183,6 +183,7 @@ def test_every_format_gives_the_same_rows_and_cut(tmp_path: Path, kind: str) -> 
     assert all_rows(moved, "text", "label") == sorted(PAIRS)
 
 
+@fast_only(0, 4)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_splits_may_be_files_of_their_own(tmp_path: Path, kind: str) -> None:
     files = {
@@ -209,6 +210,7 @@ def test_the_label_column_goes_by_name(tmp_path: Path) -> None:
     assert all(row["label"] == known[row["sentence"]] for row in texts)
 
 
+@fast_only(0, 4)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_labels_may_be_numbers_of_the_given_words(tmp_path: Path, kind: str) -> None:
     file = _write(tmp_path / f"rows{kind}", [{"text": f"t{i}", "label": i % 3} for i in range(30)])
@@ -318,6 +320,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, kind: str) -> 
     assert all_rows(read(file), "text", "label") == sorted(PAIRS)
 
 
+@fast_only(0, 4)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_instruction_and_response_pairs_have_no_classes(tmp_path: Path, kind: str) -> None:
     source = read(_write(tmp_path / f"rows{kind}", [{"instruction": f"q{i}", "response": f"r{i}"} for i in range(10)]))

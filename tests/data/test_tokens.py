@@ -211,6 +211,7 @@ def test_text_after_the_last_field_is_part_of_the_answer_and_of_the_candidates(g
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
+@fast_only(0, 2, 3)
 @pytest.mark.parametrize(
     ("template", "behind"),
     [
