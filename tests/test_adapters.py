@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiers import fast
+from tiers import fast, fast_only
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -55,6 +55,7 @@ def test_auto_finds_the_attention_input_projections(attach: Any, kind: str, leav
     assert len(names) == 2 * len(leaves), "in both layers"
 
 
+@fast_only(0, 1, 2)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "gpt_neox", "opt", "phi"])
 def test_bottlenecks_follow_attention_and_mlp_in_every_layer(attach: Any, kind: str) -> None:
     model = attach(kind, "adapter", {"bottleneck": 4, "dropout": 0.0, "activation": "gelu", "target_modules": "auto"})

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from test_equivalence import adapter_of, peft_model, state, texts_of, trained
+from tiers import fast_only
 from torch import Tensor
 
 import fedsim
@@ -190,6 +191,7 @@ def test_every_algorithm_of_the_table_is_tested() -> None:
     assert {"fedavg", *(m["name"] for m in METHODS)} == set(ALGORITHMS)
 
 
+@fast_only(2)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_workers_and_a_stop_change_no_bit_and_lanes_only_round(lab: Any, distance: Any, method: dict[str, Any]) -> None:
     keys = {**SMALL, "algorithm": method}
@@ -202,6 +204,7 @@ def test_workers_and_a_stop_change_no_bit_and_lanes_only_round(lab: Any, distanc
     assert distance(adapter_of(alone / "global"), adapter_of(whole / "global")) < 1e-9
 
 
+@fast_only(1, 2)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_whole_model_in_chunks_is_the_same_in_one_piece(
     lab: Any, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]

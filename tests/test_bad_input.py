@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import Lab
 from fuzz_input import fuzz
+from tiers import fast_only
 
 from fedsim.cli.main import main
 from fedsim.core.errors import UserError, nearest_first, visible
@@ -444,6 +445,25 @@ def check(code: int, out: str, err: str, why: str) -> None:
     assert re.search(why, err), err
 
 
+# One case or two of each way to go wrong, for `make test`.
+FAST = {
+    *("tab", "cycle", "python tag", "values without end", "huge number", "rounds of a billion"),
+    *("steps without end", "not a number", "list for a section", "too deep", "interpolation cycle"),
+    *("no such variable", "binary", "escape in a key", "zero byte", "results in a file", "name of a path"),
+    *("unknown key", "no such file", "no such column", "unknown label", "not UTF-8", "empty file", "long row"),
+    *("open quote", "too few rows", "no such data", "row too long", "line is no JSON", "line too deep"),
+    *("nested text", "half a character", "JSON is an object", "no Parquet", "clients without end"),
+    *("no client column", "client of long rows", "open brace", "attribute", "oasst1 without roles"),
+    *("turn without role", "unknown format", "empty argument 0", "clients beyond memory", "no weights"),
+    *("weights of another shape", "weights that lack a layer", "half the weights", "pickled weights"),
+    *("code in the folder", "token without embedding", "no GGUF", "hub without a network"),
+    *("too many virtual tokens", "no such layer", "key of another kind", "no such device", "a million workers"),
+    *("sweep over nothing", "sweep without end", "reproduction's seeds", "nothing to plot", "config of a run"),
+    *("no model to score", "resume a stranger's", "scores into a file", "long path", "no such option"),
+}
+
+
+@fast_only(*(i for i, case in enumerate(CASES) if case[0] in FAST))
 @pytest.mark.parametrize(("build", "given", "why"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_a_wrong_thing_is_one_line_and_leaves_nothing(
     build: Build | None, given: list[str], why: str, here: Path, lab: Lab, capsys: pytest.CaptureFixture[str]
@@ -458,6 +478,7 @@ def test_a_wrong_thing_is_one_line_and_leaves_nothing(
     assert everything(here) == before
 
 
+@fast_only(2, 4)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_the_same_in_a_real_process(name: str, here: Path, lab: Lab) -> None:
     ((build, given, why),) = [c[1:] for c in CASES if c[0] == name]
@@ -509,6 +530,7 @@ WILD = [
 ]  # fmt: skip
 
 
+@fast_only(0, 3, 4, 7, 9)
 @pytest.mark.parametrize("text", WILD)
 def test_text_of_the_data_is_its_own_text_and_no_more(text: str) -> None:
     from fedsim.data.sources import Split
@@ -521,6 +543,7 @@ def test_text_of_the_data_is_its_own_text_and_no_more(text: str) -> None:
     assert template.text(row) == f"A {text} B {{x}} yes"
 
 
+@fast_only(0, 3, 4, 5, 6, 11)
 @pytest.mark.parametrize("text", [*WILD, "\ud800 half", "\x7f\x85\u2028"])
 def test_nothing_steers_a_terminal(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     import pandas as pd

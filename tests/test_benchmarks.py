@@ -121,6 +121,7 @@ def test_gpu_runs_the_same_code_on_the_cpu(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_whole_model_runs_the_same_code_on_the_cpu(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--base", "gpt-neo-mini", "--rounds", "2", "--batch", "2", "--micro", "1"]
     words += ["--tokens", "16", "--rows", "12", "--chunks", "1,4", "--matmul", "64", "--copy", "8"]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import metrics_lines
+from tiers import fast_only
 
 import fedsim
 from fedsim.cli.main import main
@@ -353,6 +354,7 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
 # ------------------------------------------------------------------------------------------------ wrong things
 
 
+@fast_only(0, 2, 3, 4, 5, 7, 12, 18, 20, 21, 24, 26)
 @pytest.mark.parametrize(
     ("argv", "why"),
     [

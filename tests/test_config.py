@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiers import fast_only
 
 from fedsim.config import adapters, datasets, reference, sections, yaml_text
 from fedsim.config.experiment import Experiment, components, expand_path
@@ -90,14 +91,14 @@ def test_the_default_experiment_goes_to_yaml_and_back() -> None:
     assert (first.adapter.name, first.data.name, first.partition.name) == ("lora", "headlines", "iid")
 
 
-@pytest.mark.parametrize(("section", "name"), COMPONENTS)
-def test_every_components_defaults_go_to_yaml_and_back(section: str, name: str) -> None:
-    first = Experiment(**{section: {"name": name, **NEEDED.get((section, name), {})}})
-    assert getattr(first, section).name == name
-    second = load(first.to_yaml())
-    assert second == first
-    assert second.to_yaml() == first.to_yaml()
-    assert Experiment.from_dict(first.to_dict()) == first
+def test_every_components_defaults_go_to_yaml_and_back() -> None:
+    for section, name in COMPONENTS:
+        first = Experiment(**{section: {"name": name, **NEEDED.get((section, name), {})}})
+        assert getattr(first, section).name == name
+        second = load(first.to_yaml())
+        assert second == first, (section, name)
+        assert second.to_yaml() == first.to_yaml()
+        assert Experiment.from_dict(first.to_dict()) == first
 
 
 def test_a_config_far_from_the_defaults_goes_to_yaml_and_back() -> None:
@@ -122,6 +123,7 @@ def test_a_config_far_from_the_defaults_goes_to_yaml_and_back() -> None:
     assert load(first.to_yaml()) == first
 
 
+@fast_only(0, 1, 2)
 @pytest.mark.parametrize(
     "text",
     [
@@ -172,6 +174,7 @@ def test_plain_text_that_yaml_1_1_takes_for_something_else_is_text() -> None:
         load("rounds: 1:30")
 
 
+@fast_only(0, 3, 5, 9, 12, 15, 17, 19, 22, 23)
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -306,6 +309,7 @@ def test_overrides_reach_sections_the_file_lacks() -> None:
     assert load(FILE, "algorithm.weights=uniform").algorithm.weights == "uniform"
 
 
+@fast_only(0, 1, 2, 4, 5, 7)
 @pytest.mark.parametrize(
     ("override", "value"),
     [
@@ -457,6 +461,54 @@ WRONG = [
 SECTIONS = "adapter: {name: lora}\ndata: {name: headlines}\npartition: {name: iid}\n"
 
 
+@fast_only(
+    0,
+    2,
+    3,
+    4,
+    7,
+    8,
+    9,
+    11,
+    15,
+    16,
+    20,
+    23,
+    24,
+    28,
+    32,
+    34,
+    35,
+    37,
+    38,
+    41,
+    46,
+    51,
+    52,
+    53,
+    61,
+    63,
+    65,
+    70,
+    73,
+    74,
+    77,
+    79,
+    80,
+    86,
+    93,
+    94,
+    96,
+    98,
+    101,
+    103,
+    104,
+    109,
+    110,
+    111,
+    113,
+    115,
+)
 @pytest.mark.parametrize(("override", "path", "value", "way"), WRONG, ids=[w[0] for w in WRONG])
 def test_a_wrong_value_is_one_line_with_path_value_and_way_out(override: str, path: str, value: str, way: str) -> None:
     message = refusal(SECTIONS, override)
@@ -562,6 +614,7 @@ EXACT = [
 ]
 
 
+@fast_only(0, 2, 5, 8, 10, 11)
 @pytest.mark.parametrize(("override", "message"), EXACT, ids=[e[0] for e in EXACT])
 def test_messages_word_by_word(override: str, message: str) -> None:
     assert refusal(SECTIONS, override) == message
@@ -578,6 +631,7 @@ def test_the_identity_of_the_defaults_stays_whatever_keys_are_added() -> None:
     assert Experiment(faults={"policy": "skip"}).identity()["faults"] == {"policy": "skip"}
 
 
+@fast_only(0, 1, 3, 9, 13, 19, 20, 22, 25)
 @pytest.mark.parametrize(("override", "key", "meant", "valid"), UNKNOWN, ids=[u[0] for u in UNKNOWN])
 def test_an_unknown_key_is_one_line_with_the_one_that_is_meant(override: str, key: str, meant: str, valid: str) -> None:
     message = refusal(SECTIONS, override)

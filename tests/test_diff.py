@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
+from tiers import fast_only
 
 import fedsim
 from fedsim.analysis.diff import Difference, diff_runs
@@ -581,6 +582,7 @@ def test_mistakes_are_one_line_and_code_2(
         "best/adapter_model.safetensors",
     ],
 )
+@fast_only(0)
 @pytest.mark.parametrize("part", ["cut", "empty", "garbled"])
 def test_damaged_files_are_named(
     name: str, part: str, pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]

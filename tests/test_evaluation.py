@@ -16,6 +16,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from tiers import fast_only
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -100,6 +101,7 @@ def reported(lab: Any, run: Path, round: int, **where: Any) -> tuple[float, floa
 # ----------------------------------------------------------------------------------------- the exported models
 
 
+@fast_only(0, 2, 5)
 @pytest.mark.parametrize(
     ("kind", "adapter"),
     [
@@ -136,6 +138,7 @@ def test_whole_models_are_loaded_again_by_transformers(lab: Any) -> None:
 
 
 @pytest.mark.parametrize("trainable", [False, True])
+@fast_only(0, 3, 5)
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -505,6 +508,7 @@ def greedy(model: nn.Module, tok: Any, prompt: str, limit: int) -> str:
     return tok.decode(out, skip_special_tokens=True)
 
 
+@fast_only(0, 4)
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -545,6 +549,7 @@ METHODS = {
 }
 
 
+@fast_only(0, 3, 8, 12, 18)
 @pytest.mark.parametrize(
     ("kind", "name"),
     [(kind, "prompt") for kind in ("llama", "gpt2", "opt", "bloom", "gpt_neox", "mistral", "phi3")]

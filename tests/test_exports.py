@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_equivalence import Texts, adamw, load, train
-from tiers import fast
+from tiers import fast, fast_only
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -125,6 +125,7 @@ def test_a_config_object_of_peft_is_a_section_of_plain_keys(lab: Any, what: str)
     assert loss_of(lab, exp, again) == pytest.approx(reported(lab, run), rel=1e-6)
 
 
+@fast_only(0, 2, 4, 6)
 @pytest.mark.parametrize(
     ("adapter", "words"),
     [

@@ -21,6 +21,7 @@ import torch
 import transformers
 import yaml
 from frail import ENGINE, LAYOUT, SERVER, WEIGHTS, Frail, alive, arm, armed, come_to, left_behind, pack
+from tiers import fast_only
 
 import fedsim
 import fedsim.runs.setup
@@ -84,7 +85,7 @@ def pool(points: Path) -> Iterator[Callable[..., tuple[PoolExecutor, list[str]]]
         assert left_behind(sorted(pids)) == []
 
 
-@pytest.fixture(params=["partial sums", "one sum"])
+@pytest.fixture(params=["partial sums", pytest.param("one sum", marks=pytest.mark.thorough)])
 def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether updates count as large, and go straight into the one sum, pack by pack."""
     if request.param == "one sum":
@@ -221,6 +222,7 @@ finally:
 """
 
 
+@fast_only(0)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_outlives_a_main_process_that_is_stopped(points: Path, how: signal.Signals) -> None:
     """One worker is stopped by a signal, the other sleeps: neither could end by itself."""
@@ -442,6 +444,7 @@ def test_a_run_whose_workers_die_has_the_bits_of_one_whose_do_not(lab: Any, poin
         assert said in show.deaths
 
 
+@pytest.mark.thorough
 def test_a_whole_model_is_summed_to_the_same_bits_whoever_dies(
     lab: Any, points: Path, frail: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,6 +472,7 @@ def test_a_whole_model_is_summed_to_the_same_bits_whoever_dies(
     assert left_behind([]) == []
 
 
+@pytest.mark.thorough
 def test_three_deaths_end_a_run_and_the_same_command_goes_on(
     lab: Any, points: Path, frail: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

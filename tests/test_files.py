@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiers import fast_only
 
 import fedsim
 import fedsim.analysis.plots
@@ -121,6 +122,7 @@ CASES = [(kind, name) for kind in KINDS for name in FILES]
 CASES += [("symbolic link", name) for name in FOLDERS] + [("dangling link", name) for name in FOLDERS[:3]]
 
 
+@fast_only(0, 1, 10, 13, 27, 40, 53, 65, 67, 73, 74)
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_nothing_is_written_through_a_link(
     run: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str], kind: str, name: str
@@ -207,6 +209,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("finished", [True, False])
+@fast_only(0, 3)
 @pytest.mark.parametrize("reader", READERS)
 def test_readers_name_damaged_rows(run: Path, capsys: pytest.CaptureFixture[str], reader: str, finished: bool) -> None:
     if not finished:
@@ -263,6 +266,7 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("resume", [False, True])
+@fast_only(0, 1, 4, 10)
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_finished_run_names_each_damaged_file_and_changes_nothing(
     run: Path, capsys: pytest.CaptureFixture[str], name: str, resume: bool
@@ -309,6 +313,7 @@ def put(file: Path, data: bytes | None) -> None:
     file.write_bytes(data) if data is not None else os.mkfifo(file)
 
 
+@fast_only(0, 4, 6, 9)
 @pytest.mark.parametrize("kind", WRONG)
 def test_json_of_another_kind_is_one_line(run: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     """Of every JSON file of a run, and for every command that reads it: no traceback, and the file is named once."""
@@ -339,6 +344,7 @@ def test_counts_that_are_no_table_are_one_line(run: Path, capsys: pytest.Capture
     assert "partition.json: class_counts" in said and said.count("\n") == 1
 
 
+@fast_only(2)
 @pytest.mark.parametrize("kind", ["list", "nested", "not UTF-8"])
 def test_a_sweep_goes_on_whatever_json_holds(run: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     names = JSON_FILES if kind == "list" else JSON_FILES[:1]
@@ -365,6 +371,7 @@ def umask() -> Iterator[Callable[[int], Any]]:
     os.umask(before)
 
 
+@fast_only(0, 2)
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
 def test_files_follow_the_umask(lab: Any, umask: Callable[[int], Any], mask: int) -> None:
     umask(mask)

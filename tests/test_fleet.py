@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiers import fast_only
 
 import fedsim.runs.sweep as sweeps
 from fedsim.runs.build import Shared, prepare
@@ -68,6 +69,7 @@ SETTINGS = {
 }
 
 
+@fast_only(0, 3)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_runs_side_by_side_are_runs_alone(plan: Any, lab: Any, distance: Any, settings: list[dict]) -> None:
     alone = run_sweep(plan(settings, 1, "alone"), progress=False).jobs
@@ -78,6 +80,7 @@ def test_runs_side_by_side_are_runs_alone(plan: Any, lab: Any, distance: Any, se
         close(lab, one.path, other.path, distance)
 
 
+@fast_only(0, 3)
 @pytest.mark.parametrize(
     ("kind", "adapter"),
     [

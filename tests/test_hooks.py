@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_algorithms import POOL, SMALL, Plain
 from test_equivalence import adapter_of, state
+from tiers import fast_only
 from torch import Tensor
 
 import fedsim
@@ -274,6 +275,7 @@ TOYS_OF: dict[str, dict[str, Any]] = {
 }
 
 
+@fast_only(1, 3)
 @pytest.mark.parametrize("name", TOYS_OF)
 def test_workers_and_a_stop_change_no_bit_and_lanes_only_round(lab: Any, distance: Any, name: str) -> None:
     """With error feedback, which keeps what each half has lost."""
@@ -289,6 +291,7 @@ def test_workers_and_a_stop_change_no_bit_and_lanes_only_round(lab: Any, distanc
     assert distance(adapter_of(one / "global"), adapter_of(many / "global")) < 1e-9
 
 
+@fast_only(0, 3)
 @pytest.mark.parametrize("name", TOYS_OF)
 def test_a_whole_model_in_chunks_is_the_same_in_one_piece(lab: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     algorithm = dict(TOYS_OF[name])

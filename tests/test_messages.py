@@ -8,6 +8,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
+from tiers import fast_only
 from torch import Tensor
 
 from fedsim.channel import codecs as messages
@@ -104,6 +105,7 @@ def test_every_spelling_leads_to_its_codec() -> None:
             assert codec(other).name == name
 
 
+@fast_only(0, 1)
 @pytest.mark.parametrize("name", ["fp8", "", "fp4", "none"])
 def test_an_unknown_type_is_refused_with_the_list(name: str) -> None:
     with pytest.raises(UserError) as error:
@@ -152,6 +154,7 @@ def test_the_nearest_level_is_found_on_both_sides_of_every_halfway_point(name: s
         assert (chosen <= distance.min(1).values + 2.0**-23 * x.abs()).all(), "halfway is known to a float32's rounding"
 
 
+@fast_only(4, 8)
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("name", BLOCKWISE)
 def test_codes_and_values_are_those_of_the_slow_way(name: str, n: int) -> None:
@@ -177,6 +180,7 @@ def test_two_codes_lie_in_a_byte_the_first_one_higher() -> None:
 # --- what arrives
 
 
+@fast_only(0, 2)
 @pytest.mark.parametrize("factor", [1.0, -1.0, 3e-41, 1e-30, 2e38 / 5])
 @pytest.mark.parametrize("name", BLOCKWISE)
 def test_the_error_is_at_most_half_the_widest_gap(name: str, factor: float) -> None:
@@ -188,6 +192,7 @@ def test_the_error_is_at_most_half_the_widest_gap(name: str, factor: float) -> N
         assert got[block.abs().argmax()] == block[block.abs().argmax()], "the largest element arrives as it is"
 
 
+@fast_only(0, 1)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", CODECS)
 def test_what_was_sent_once_is_sent_again_unchanged(name: str | None, dtype: torch.dtype) -> None:
@@ -199,6 +204,7 @@ def test_what_was_sent_once_is_sent_again_unchanged(name: str | None, dtype: tor
         assert torch.equal(bits(once.round_trip(y)), bits(y))
 
 
+@fast_only(0, 1)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", CODECS)
 def test_the_round_trip_is_decode_of_encode(name: str | None, dtype: torch.dtype) -> None:
@@ -281,6 +287,7 @@ def test_what_loses_nothing_comes_back_itself() -> None:
 # --- lanes and pieces
 
 
+@fast_only(0, 8)
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("name", CODECS)
 def test_lanes_have_the_bits_of_one_by_one(name: str | None, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +305,7 @@ def test_lanes_have_the_bits_of_one_by_one(name: str | None, n: int, monkeypatch
             assert torch.equal(bits(arrived[i, j]), bits(one.round_trip(x[i, j].clone())))
 
 
+@fast_only(2)
 @pytest.mark.parametrize("cuts", [[1], [2], [1, 2, 3], [3]])
 @pytest.mark.parametrize("name", CODECS)
 def test_pieces_cut_at_multiples_of_align_are_the_whole(name: str | None, cuts: list[int]) -> None:
@@ -380,6 +388,7 @@ def test_bytes_by_hand() -> None:
     assert both == Sizes(13, 24) and both.total == 37
 
 
+@fast_only(0, 8)
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("name", CODECS)
 def test_a_message_has_the_bytes_that_were_counted(name: str | None, n: int) -> None:

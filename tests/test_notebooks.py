@@ -49,6 +49,7 @@ def test_a_notebook_is_committed_with_what_came_out(name: str) -> None:
     assert not any(out["output_type"] == "error" or out.get("name") == "stderr" for c in code for out in c["outputs"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_a_notebook_runs_from_nothing(name: str, tmp_path: Path) -> None:
     done = execute(name, tmp_path)

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from tiers import fast_only
 
 from fedsim.analysis import plots
 from fedsim.analysis.load import load_partition, load_runs
@@ -696,6 +697,7 @@ def test_names_are_spread_with_the_least_moves() -> None:
     assert spread(np.array([9.0, 0.0, 3.0]), 6.0).tolist() == [10.0, -2.0, 4.0], "one block: mean move is zero"
 
 
+@fast_only(0, 2)
 @pytest.mark.parametrize(
     ("level", "metric"), [(0.9, "accuracy"), (0.999, "accuracy"), (0.0, "accuracy"), (2.9, "loss")]
 )
@@ -709,6 +711,7 @@ def test_a_flat_curve_is_not_stretched(run: Path, level: float, metric: str) -> 
         assert metric != "accuracy" or (low >= -0.011 and high <= 1.011)
 
 
+@fast_only(0, 3, 4)
 @pytest.mark.parametrize(("low", "high"), [(2.1, 9.5), (1.2, 4.9), (0.3, 1.9), (0.011, 0.049), (1.0, 1e6), (5.1, 5.9)])
 def test_a_log_axis_has_labelled_ticks(low: float, high: float) -> None:
     ax = Figure().subplots()

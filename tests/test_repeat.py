@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from conftest import Lab, metrics_lines
+from tiers import fast_only
 
 import fedsim
 import fedsim.runs.run
@@ -102,6 +103,7 @@ class Late(Bundle):
         return made
 
 
+@fast_only(1)
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers_whoever_is_first(
     workers: int, lab: Any, plain: Path, monkeypatch: pytest.MonkeyPatch
@@ -111,6 +113,7 @@ def test_any_number_of_workers_whoever_is_first(
     agree(lab, plain, lab.run(name=f"pool-{workers}", **{**UNEVEN, "executor": pool, "training": {"lanes": 2}}))
 
 
+@pytest.mark.thorough
 def test_large_updates_in_any_order(lab: Any, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that go straight into the one sum; every pack is of one client, the longest is the last to be ready."""
     monkeypatch.setattr(fedsim.runs.setup, "Bundle", Late)
@@ -145,6 +148,7 @@ def test_the_command_line_in_another_place_time_zone_locale_and_order(lab: Any, 
     agree(lab, plain, folder)
 
 
+@pytest.mark.thorough
 def test_a_notebook_whose_torch_is_set_otherwise(lab: Any, plain: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
@@ -296,6 +300,7 @@ def in_common(lab: Lab, one: Path, other: Path) -> None:
     assert found.agree, str(found)
 
 
+@pytest.mark.thorough
 def test_rows_that_two_runs_have_are_the_same_at_any_evaluation_frequency(lab: Any) -> None:
     """Clients of unlike length, so that other lanes of a pack are due at other frequencies."""
     every = lab.run(name="every", **{**OFTEN, "evaluate": {"every_steps": 1}})
@@ -356,6 +361,7 @@ def test_rows_scored_at_once_decide_the_last_bits_alone(lab: Any, plain: Path) -
     assert "evaluate.batch_size 64 / 7" in str(found)
 
 
+@fast_only(0)
 @pytest.mark.parametrize(
     "keys",
     [

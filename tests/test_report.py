@@ -17,6 +17,7 @@ from jinja2 import DictLoader
 from markdown_it import MarkdownIt
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
+from tiers import fast_only
 
 from fedsim.analysis import plots
 from fedsim.analysis.documents import line, render, to_html
@@ -83,6 +84,7 @@ def run(tmp_path: Path) -> Path:
     return write(tmp_path / "made", LOCAL, MERGED, CLIENTS, [0.1, 0.3, 0.5, 0.7, 0.9], weight=100.0)
 
 
+@fast_only(0, 1, 2, 4, 6, 7, 8, 9, 10, 13)
 @pytest.mark.parametrize(
     ("line", "ours", "error"),
     [
@@ -174,6 +176,7 @@ SHOTS = {
 SENT = {"run": "a", "parameters": 2**22, "tensors": 4, "forms": [{"name": "fp32", "bits": 32, "values": 16}]}
 
 
+@fast_only(0, 3, 4, 9, 12, 13, 15, 16, 21, 24, 26, 27, 28, 37)
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -293,6 +296,7 @@ def test_hostile_text_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert page.text["strong"] == ["x", clean] and page.text["td"] == ["1", "c", "2 3"]
 
 
+@fast_only(0, 2, 4, 6, 10)
 @pytest.mark.parametrize(
     "text", ["- a", "+ a", "1. a", "12) a", "# a", "> a", "---", "===", "* a", "~~~", "    a", "1.5 a"]
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiers import fast_only
 
 from fedsim.analysis.verdicts import CHECKS
 from fedsim.cli.main import main
@@ -122,6 +123,7 @@ def test_sft_instructions_is_what_was_published() -> None:
     assert means == dict(zip(means, [0.541, 0.547, 0.543, 0.528, 0.549, 0.556], strict=True)), "as published"
 
 
+@pytest.mark.thorough
 def test_sft_instructions_from_its_runs_to_its_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -277,6 +279,7 @@ def test_a_run_that_fails_leaves_no_report(small: Path, capsys: pytest.CaptureFi
     assert "1 of 3 run(s) failed, so there is no report" in err and "run=even seed=0: adapter.target_modules" in err
 
 
+@fast_only(0, 1, 4, 5)
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -307,6 +310,7 @@ def test_a_folder_without_runs_of_a_size_is_refused(small: Path) -> None:
         Reproduction.load(small)
 
 
+@fast_only(0, 1, 5, 6, 7)
 @pytest.mark.parametrize(
     ("keys", "said"),
     [

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import metrics_lines
+from tiers import fast_only
 
 import fedsim
 from fedsim.core.errors import UserError
@@ -73,6 +74,7 @@ def test_a_run_stopped_in_every_mode_gives_the_same_bits(lab: Any, whole: Any, m
     lab.same_bits(lab.run(**stopped), whole())
 
 
+@fast_only(1)
 @pytest.mark.parametrize("every", [1, 3])
 def test_rounds_since_the_last_checkpoint_are_done_again(
     lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch, every: int
@@ -119,6 +121,7 @@ def test_a_run_killed_amid_its_rows_gives_the_same_bits(lab: Any, whole: Any) ->
     lab.same_bits(folder, whole())
 
 
+@fast_only(1)
 @pytest.mark.parametrize("damage", ["cut", "changed", "half a JSON file"])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch, damage: str
@@ -284,6 +287,7 @@ def damaged_from(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"root": tmp_path_factory.mktemp("damaged")}
 
 
+@fast_only(0, 4, 5, 8, 9, 12, 13, 21)
 @pytest.mark.parametrize("what", DAMAGE)
 def test_what_is_damaged_is_found_and_made_again(
     lab: Any, damaged_from: dict[str, Path], monkeypatch: pytest.MonkeyPatch, what: str
@@ -350,6 +354,7 @@ def test_a_run_of_the_first_layout_is_read_and_not_resumed(lab: Any) -> None:
     assert "\n" not in str(e.value)
 
 
+@fast_only(1)
 @pytest.mark.parametrize("damage", ["none", "digit", "name", "gone"])
 def test_a_resumed_run_is_told_by_its_id_whatever_its_config_says(
     lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch, damage: str
@@ -393,6 +398,7 @@ def test_rows_of_what_checkpoints_took_are_there_once(lab: Any, monkeypatch: pyt
     assert fedsim.diff_runs(run, folder).agree
 
 
+@fast_only(1)
 @pytest.mark.parametrize("damaged", [False, True])
 def test_trackers_get_every_committed_row_once(lab: Any, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
     """A round that was dropped reaches no tracker; what was committed right before the end reaches it at the next start.
@@ -458,6 +464,7 @@ GROWS = {
 }
 
 
+@fast_only(1, 2)
 @pytest.mark.parametrize("how", GROWS)
 def test_rounds_that_are_raised_give_the_run_of_so_many(lab: Any, how: str) -> None:
     keys = {**LONG, "local": {**LONG["local"], "schedule": "constant"}, **GROWS[how]}
@@ -573,6 +580,7 @@ def test_where_there_are_no_locks_a_line_says_so(tmp_path: Path, monkeypatch: py
 # ------------------------------------------------------------------------------------------- a full disk
 
 
+@fast_only(0, 2)
 @pytest.mark.parametrize("where", ["os.pwrite", "os.fsync", "safetensors", "the end"])
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch, where: str
@@ -595,6 +603,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     lab.same_bits(lab.run(**keys), whole())
 
 
+@pytest.mark.thorough
 def test_a_file_that_may_not_grow_is_one_line(lab: Any, whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system's own limit on the size of files, in the process that writes records and in its workers."""
     keys = {**LONG, "modes": ["central"], "executor": {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}}

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import metrics_lines
+from tiers import fast_only
 
 from fedsim.analysis.listing import list_runs
 from fedsim.analysis.load import find_runs, load_partition, load_runs
@@ -245,6 +246,7 @@ def test_torn_last_line_is_a_plain_line_of_a_command(run: Path, capsys: pytest.C
         load_runs(run)
 
 
+@fast_only(0, 2, 4)
 @pytest.mark.parametrize(
     ("bad", "why"),
     [

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from tiers import fast_only
 
 import fedsim
 from fedsim.cli.main import main
@@ -154,6 +155,7 @@ def test_a_callback_that_cannot_be_called_is_told_before_training(lab: Any) -> N
         fedsim.run(tree(lab), progress=False, callback=3)
 
 
+@fast_only(0, 3)
 @pytest.mark.parametrize(
     "error", [ValueError("enough"), UserError("enough"), OSError(28, "enough"), KeyboardInterrupt()]
 )

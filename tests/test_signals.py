@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import Lab
 from kill_loop import EXECUTORS, Ending, Loop, differences, left_over
+from tiers import fast_only
 
 from fedsim.core.errors import Ended
 from fedsim.runs.checkpoints import Checkpoints
@@ -30,6 +31,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     return Loop.make(tmp_path_factory.mktemp("loop"))
 
 
+@pytest.mark.thorough
 def test_a_run_killed_at_five_random_moments_ends_as_if_it_never_was(loop: Loop) -> None:
     """Serial and on workers, by time and right before system calls; `python tests/kill_loop.py` does it for hours."""
     rng, place = random.Random(7), loop.root / "killed"
@@ -47,6 +49,7 @@ def test_a_run_killed_at_five_random_moments_ends_as_if_it_never_was(loop: Loop)
     assert [f.name for f in run.rglob(".*")] == []
 
 
+@fast_only(0)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_in_order(loop: Loop, number: signal.Signals) -> None:
     """Workers are gone, the status says stopped, one line says how to go on, and a second signal changes nothing."""

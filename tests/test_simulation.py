@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import metrics_lines
+from tiers import fast_only
 from torch import Tensor
 
 import fedsim
@@ -236,6 +237,7 @@ class Stopped(Exception):
     """Stands for the end of a process."""
 
 
+@fast_only(1)
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 def test_a_stopped_life_goes_on_with_the_same_bits(lab: Any, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     whole = lab.run(**BUSY)
@@ -311,6 +313,7 @@ def test_a_config_that_says_nothing_of_it_is_the_run_it_was(lab: Any) -> None:
     assert lab.exp(simulation={"drop": 0.1}).identity() != plain
 
 
+@fast_only(0, 2, 5, 9, 12, 13)
 @pytest.mark.parametrize(
     ("section", "message"),
     [

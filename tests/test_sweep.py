@@ -14,6 +14,7 @@ import frail
 import pytest
 import torch
 import yaml
+from tiers import fast_only
 
 import fedsim
 import fedsim.runs.sweep as sweeps
@@ -80,6 +81,7 @@ def test_the_experiment_can_stand_in_the_file(lab: Any) -> None:
     assert Sweep.load(file).name == "lab"
 
 
+@fast_only(0, 1, 2, 8, 11, 12, 15)
 @pytest.mark.parametrize(
     ("keys", "said_in_error"),
     [
@@ -120,7 +122,9 @@ def test_settings_in_a_few_words() -> None:
 # ------------------------------------------------------------------------------------------------ sharing a base
 
 
+@fast_only(1)
 @pytest.mark.parametrize("lanes", [1, 2])
+@fast_only(0, 6)
 @pytest.mark.parametrize(
     ("kind", "adapter"),
     [
@@ -285,6 +289,7 @@ def test_the_same_run_twice_is_made_once(write: Any) -> None:
     assert jobs[0].path == jobs[1].path and [j.state for j in jobs] == ["finished", "finished"]
 
 
+@pytest.mark.thorough
 def test_two_workers_leave_the_bits_of_one(write: Any, lab: Any) -> None:
     keys = {
         "grid": {"seed": [0, 1, 2], "model": [{"path": lab.base(k), "dtype": "float64"} for k in ("llama", "gpt2")]}
@@ -298,6 +303,7 @@ def test_two_workers_leave_the_bits_of_one(write: Any, lab: Any) -> None:
         lab.same_bits(a.path, b.path)
 
 
+@pytest.mark.thorough
 def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(
     write: Any, lab: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,6 +340,7 @@ def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(
     lab.same_bits(whole, jobs[killed[0]].path)
 
 
+@fast_only(0)
 @pytest.mark.parametrize(
     ("how", "what"),
     [("kill", "SIGKILL"), ("stop", "no heartbeat for 2 s (executor.hang_s)"), ("exit", "exit code 3")],

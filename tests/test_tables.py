@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from tiers import fast_only
 
 from fedsim.analysis.listing import list_table
 from fedsim.analysis.sweeps import MODEL_COLUMNS, cells, sweep_table, swept_keys, write_tables
@@ -359,6 +360,7 @@ def listed(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@fast_only(0, 2, 3, 4, 9, 11, 13, 14)
 @pytest.mark.parametrize(
     ("where", "sort", "found"),
     [

@@ -19,6 +19,7 @@ import torch
 from test_algorithms import POOL, SMALL
 from test_equivalence import adapter_of
 from test_readme import blocks
+from tiers import fast_only
 
 import fedsim
 from fedsim.aggregators import AGGREGATORS
@@ -305,6 +306,7 @@ def test_modules_beside_the_file_belong_to_it(mine: Path, lab: Any) -> None:
 # ------------------------------------------------------------------------------------------------ messages
 
 
+@fast_only(0, 1, 3, 5, 6, 7, 9, 10, 11, 13, 14, 16, 18, 20, 21, 22, 25)
 @pytest.mark.parametrize(
     ("section", "keys", "said"),
     [

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from tiers import fast_only
 
 from fedsim.analysis.finished import (
     PAIRED,
@@ -173,6 +174,7 @@ def test_clients_inside_a_round_are_read_where_all_were_scored(tmp_path: Path) -
     assert values.tolist() == [[0.5, 0.6], [0.7, 0.8]]
 
 
+@fast_only(0, 1, 3, 7)
 @pytest.mark.parametrize(
     ("value", "metric", "sign", "text"),
     [
@@ -629,6 +631,7 @@ def test_every_check_has_texts_and_says_what_it_expects() -> None:
         assert found.passed is None and found.observed == "no finished run 'x'" and found.expected and found.name
 
 
+@fast_only(0, 1, 3, 5, 7)
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiers import fast_only
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -241,6 +242,7 @@ def test_workers_let_go_of_the_weights_that_they_were_sent(lab: Any) -> None:
     assert len(weights) == 1 and buffers and not weights & buffers
 
 
+@fast_only(1)
 @pytest.mark.parametrize("head", [False, True])
 def test_micro_batches_checkpointing_and_packing_change_nothing(lab: Any, distance: Any, head: bool) -> None:
     more = {"model": {"path": lab.base("bert"), "task": "sequence_classification"}, "data": {"template": "{sentence}"}}
@@ -322,6 +324,7 @@ HARD = {
 }
 
 
+@pytest.mark.thorough
 def test_neither_pieces_nor_workers_nor_where_sums_lie_change_a_bit(
     lab: Any, pieces: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,6 +356,7 @@ def test_a_large_model_gives_the_same_bits_in_serial_and_in_a_pool(
     lab.same_bits(pool, serial)
 
 
+@fast_only(1)
 @pytest.mark.parametrize("mode", ["local", "federated", "central"])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     lab: Any, pieces: Any, monkeypatch: pytest.MonkeyPatch, mode: str
@@ -447,6 +451,7 @@ def test_files_with_names_of_their_own_are_read_back_piece_by_piece(lab: Any, mo
 
 
 @pytest.mark.parametrize("adapter", [{"name": "none"}, {"name": "lora", "r": 3, "alpha": 6}])
+@fast_only(0, 4)
 @pytest.mark.parametrize("up", CODECS)
 def test_bytes_in_the_metrics_are_those_of_arithmetic(lab: Any, up: str, adapter: dict[str, Any]) -> None:
     """Elements x width, a float32 scale a block and the table once a tensor; a tied head once."""
@@ -468,6 +473,7 @@ def test_bytes_in_the_metrics_are_those_of_arithmetic(lab: Any, up: str, adapter
     assert about["bytes_up"] == by_hand[up] == about["up"]["values"] + about["up"]["scales"]
 
 
+@fast_only(3, 9, 10)
 @pytest.mark.parametrize(
     "messages", [{"up": c} for c in CODECS] + [{"down": c} for c in CODECS] + [{"up": "nf4", "down": "fp16"}], ids=str
 )
@@ -492,6 +498,7 @@ def test_what_travels_is_encoded_and_nothing_else(lab: Any, distance: Any, messa
     assert sum(int(a.sum()) for a in apart.values()) <= 1e-3 * sum(a.numel() for a in apart.values())
 
 
+@fast_only(0)
 @pytest.mark.parametrize("adapter", [{"name": "none"}, {"name": "lora", "r": 3, "alpha": 6}])
 def test_error_feedback_sends_later_what_a_message_lost(
     lab: Any, adapter: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -600,6 +607,7 @@ def own_peak_of(script: str, config: Path) -> int:
     return int(done.stdout.split()[-1]) * 1024
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the unit of ru_maxrss differs between systems")
 @pytest.mark.parametrize("size", ["41M", "74M"])
 def test_a_round_of_three_whole_models_takes_little_more_memory_than_one(lab: Any, size: str) -> None:

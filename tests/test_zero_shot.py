@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tiers import fast_only
 
 import fedsim
 from fedsim.cli.main import main
@@ -187,6 +188,7 @@ def assert_same(found: Result, heard: dict[str, Any], expected: dict[str, Any]) 
 
 
 @needs_harness
+@fast_only(0)
 @pytest.mark.parametrize("method", ["lora", "p_tuning", "prefix", "none"])
 def test_the_numbers_are_the_harnesss_own_on_the_exported_folder(
     method: str, data: Path, task_files: Path, tmp_path: Path, said: list[dict[str, Any]]
@@ -362,6 +364,7 @@ def test_parquet_in_the_hubs_columns(tmp_path: Path) -> None:
     assert local_task("hellaswag", tmp_path).rows == [row]
 
 
+@fast_only(0, 2, 4, 6, 8)
 @pytest.mark.parametrize(
     ("task", "files", "says"),
     [
@@ -459,6 +462,7 @@ def test_metrics_without_pairs_add_their_variances() -> None:
     assert unknown.stderr is None and unknown.within_noise, "nothing is known, so nothing is claimed"
 
 
+@fast_only(0, 2, 4, 5, 7)
 @pytest.mark.parametrize(
     ("value", "stderr", "distinct", "noise"),
     [
@@ -648,6 +652,7 @@ def test_several_runs_have_a_table_together_and_one_each(
 
 
 @needs_harness
+@fast_only(0, 1, 2, 5, 6)
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from tiers import fast_only
 
 from fedsim.cli.main import main
 from fedsim.config.datasets import _ROLES
@@ -92,6 +93,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> str:
 # ------------------------------------------------------------------------------------------------ the published cut
 
 
+@fast_only(0, 3)
 @pytest.mark.parametrize("n", [10, 20, 27, 103])
 @pytest.mark.parametrize("seed", [0, 5])
 def test_the_cut_is_that_of_pandas_sample(tmp_path: Path, n: int, seed: int) -> None:
@@ -133,6 +135,7 @@ def test_fractions_are_rounded_down(alpaca: dict[str, Any]) -> None:
     assert message.startswith("data.validation: 0.04 ") and "18 rows train, 2 test" in message
 
 
+@fast_only(0, 3, 6)
 @pytest.mark.parametrize(
     ("most", "shares"),
     [(1, (0, 1)), (2, (1, 1)), (3, (1, 2)), (4, (1, 3)), (5, (2, 3)), (6, (2, 4)), (99, (2, 4))],
@@ -604,6 +607,7 @@ def test_the_config_knows_the_formats_that_are_read() -> None:
         assert set(_ROLES[kind]) == ({*needs, *knows} if kind in ROLES else set())
 
 
+@fast_only(0, 2, 3, 6, 7, 9, 10, 13, 15, 17, 22)
 @pytest.mark.parametrize(
     ("data", "start", "parts"),
     [
@@ -651,6 +655,7 @@ def test_an_impossible_config_names_the_key(data: dict[str, Any], start: str, pa
     assert all(p in message for p in parts), message
 
 
+@fast_only(0, 2, 3, 4, 6, 8, 9, 11, 12)
 @pytest.mark.parametrize(
     ("kind", "name", "content", "parts"),
     [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import ks_2samp
+from tiers import fast_only
 
 from fedsim.core.errors import UserError
 from fedsim.core.seeding import stream
@@ -106,7 +107,9 @@ def test_disjoint_covering_seeded(key: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dirichlet", "dirichlet_fedma"])
+@fast_only(0, 4)
 @pytest.mark.parametrize("alpha", [5e-324, 1e-3, 0.5, 1e5, 1.7e308])
+@fast_only(0, 2, 4)
 @pytest.mark.parametrize("counts", [COUNTS, (50,), (0, 40, 0, 3, 0), (1, 1, 1), (7, 0)])
 def test_dirichlet_extremes(name: str, alpha: float, counts: tuple[int, ...]) -> None:
     labels = make_labels(*counts)
@@ -302,6 +305,7 @@ def test_class_counts_may_leave_rows_unused() -> None:
     assert measure(partition, LABELS, 4)["empty_clients"] == ["site-3"]
 
 
+@fast_only(0, 1, 6)
 @pytest.mark.parametrize(
     ("counts", "clients", "per_client"),
     [
@@ -435,6 +439,7 @@ WRONG = [
 ]
 
 
+@fast_only(0, 2, 3, 4, 6, 8)
 @pytest.mark.parametrize(("name", "arguments", "message"), WRONG)
 def test_a_mistake_says_the_way_out(name: str, arguments: dict, message: str) -> None:
     with pytest.raises(UserError) as error:
@@ -465,6 +470,7 @@ def test_arrays_round_trip_without_pickle(tmp_path: Path) -> None:
         ]
 
 
+@fast_only(0, 1, 6, 8, 9)
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -623,6 +629,7 @@ def test_site_rows_by_column_match_names() -> None:
     assert [sites.rows(c).tolist() for c in range(3)] == [[0, 3], [2], []]
 
 
+@fast_only(1)
 @pytest.mark.parametrize("clients", [2_000_000, 5 * 10**8, 10**12])
 @pytest.mark.parametrize("name", ["iid", "dirichlet", "dirichlet_fedma", "quantity", "shards"])
 def test_more_clients_than_memory_holds_are_one_line(name: str, clients: int) -> None:

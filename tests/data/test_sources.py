@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from tiers import fast_only
 
 from fedsim.config.experiment import Experiment
 from fedsim.core.errors import Notice, UserError
@@ -182,6 +183,7 @@ def test_every_format_gives_the_same_rows_and_cut(tmp_path: Path, kind: str) -> 
     assert all_rows(moved, "text", "label") == sorted(PAIRS)
 
 
+@fast_only(0, 4)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_splits_may_be_files_of_their_own(tmp_path: Path, kind: str) -> None:
     files = {
@@ -208,6 +210,7 @@ def test_the_label_column_goes_by_name(tmp_path: Path) -> None:
     assert all(row["label"] == known[row["sentence"]] for row in texts)
 
 
+@fast_only(0, 4)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_labels_may_be_numbers_of_the_given_words(tmp_path: Path, kind: str) -> None:
     file = _write(tmp_path / f"rows{kind}", [{"text": f"t{i}", "label": i % 3} for i in range(30)])
@@ -252,6 +255,7 @@ def test_a_missing_column_lists_those_there(tmp_path: Path) -> None:
     assert "{title}" in message and "text" in message and "data.columns" in message
 
 
+@fast_only(0, 1, 3, 4, 8, 9, 11, 12)
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
@@ -316,6 +320,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, kind: str) -> 
     assert all_rows(read(file), "text", "label") == sorted(PAIRS)
 
 
+@fast_only(0, 4)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_instruction_and_response_pairs_have_no_classes(tmp_path: Path, kind: str) -> None:
     source = read(_write(tmp_path / f"rows{kind}", [{"instruction": f"q{i}", "response": f"r{i}"} for i in range(10)]))
@@ -326,6 +331,7 @@ def test_instruction_and_response_pairs_have_no_classes(tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize("kind", [".csv", ".tsv"])
+@fast_only(0, 5)
 @pytest.mark.parametrize(
     "answers",
     [["007", "010"], ["1.50", "2.00"], ["0", ""], ["1e3", "5"], ["True", "false"], ["1_000", "12345678901234567890"]],
@@ -443,6 +449,7 @@ def test_class_names_of_a_data_set_keep_their_order(folder: Path, tmp_path: Path
     assert [2 - c for c in source.splits["test"].labels] == turned.splits["test"].labels.tolist()
 
 
+@fast_only(0, 2, 6)
 @pytest.mark.parametrize(
     ("path", "why"),
     [
@@ -541,7 +548,9 @@ def test_numbers_that_count_from_one_say_that_labels_count_from_zero(tmp_path: P
         assert [(int(v) - 1) % 2 for v in split.columns["label"]] == split.labels.tolist()
 
 
+@fast_only(1, 3, 4)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "cp1252", "utf-16", "utf-16-le"])
+@fast_only(0, 2)
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "¦"])
 @pytest.mark.filterwarnings("error")
 def test_the_same_rows_however_the_text_is_written(tmp_path: Path, encoding: str, delimiter: str) -> None:
@@ -595,6 +604,7 @@ def test_what_a_file_is_not_says_which_key_tells_what_it_is(tmp_path: Path) -> N
     assert "no separated text" in message
 
 
+@fast_only(0, 2, 4, 5, 6)
 @pytest.mark.parametrize(
     ("keys", "why"),
     [

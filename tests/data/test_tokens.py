@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiers import fast_only
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -105,6 +106,7 @@ def tokens_of(tokenizer: Any, rows: list[dict[str, str]] = ROWS, **keys: Any) ->
 # ------------------------------------------------------------------------------------------------ templates
 
 
+@fast_only(0, 1, 2, 4, 6)
 @pytest.mark.parametrize(
     ("template", "prompt", "answer"),
     [
@@ -138,6 +140,7 @@ def test_fields_stand_in_order() -> None:
     assert Template.parse("{b} {a} {b}").fields == ["b", "a", "b"]
 
 
+@fast_only(0, 2, 3, 5, 9)
 @pytest.mark.parametrize(
     "text",
     ["{a", "a}", "{} {b}", "{a.b} {c}", "{a[0]} {b}", "{a!r} {b}", "{a:>3} {b}", "{0} {b}", "{a b}", "x", "{{a}}"],
@@ -208,6 +211,7 @@ def test_text_after_the_last_field_is_part_of_the_answer_and_of_the_candidates(g
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
+@fast_only(0, 2, 3)
 @pytest.mark.parametrize(
     ("template", "behind"),
     [
@@ -396,6 +400,7 @@ def _marked(gpt2: Any, folder: Path, single: str, *marks: str) -> Any:
     return tokenizer
 
 
+@fast_only(0)
 @pytest.mark.parametrize("single", ["$A", "<a> $A", "<a> <b> $A", "<a> $A <b>", "<b> $A <a> <b>"])
 @pytest.mark.parametrize("limit", [8, 12, 15])
 def test_what_the_tokenizer_puts_around_a_text_survives_truncation(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import chisquare
+from tiers import fast_only
 
 import fedsim
 from fedsim.analysis import plots
@@ -156,6 +157,7 @@ def test_pickled_or_saved_it_gives_the_same_rows(tmp_path: Path) -> None:
     assert kept.all_rows().tolist() == [3, 70, 900]
 
 
+@fast_only(0, 2, 5, 6, 8)
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
