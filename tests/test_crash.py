@@ -29,14 +29,15 @@ class Disk:
     """Counts the calls; the one numbered `fails`, and with `stays` every later one, raises `OSError`."""
 
     def __init__(self, patch: pytest.MonkeyPatch, fails: int = 0, stays: bool = False) -> None:
-        self.calls, self.fails, self.stays = 0, fails, stays
+        self.names, self.fails, self.stays = [], fails, stays
         for name in CALLS:
-            patch.setattr(os, name, self.counted(getattr(os, name)))
+            patch.setattr(os, name, self.counted(name, getattr(os, name)))
 
-    def counted(self, call: Any) -> Any:
+    def counted(self, name: str, call: Any) -> Any:
         def wrapped(*args: Any, **keys: Any) -> Any:
-            self.calls += 1
-            if self.calls == self.fails or (self.stays and 0 < self.fails < self.calls):
+            self.names.append(name)
+            done = len(self.names)
+            if done == self.fails or (self.stays and 0 < self.fails < done):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return call(*args, **keys)
 
@@ -50,10 +51,11 @@ def test_a_run_whose_write_fails_resumes_to_the_same_bits(
     with monkeypatch.context() as patch:
         disk = Disk(patch)
         whole = lab.run(**KEYS, name="whole")
-    assert disk.calls > 20
+    places = {name: [i + 1 for i, n in enumerate(disk.names) if n == name] for name in CALLS}
+    assert all(places.values()), {name: len(found) for name, found in places.items()}
 
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=HealthCheck)
-    @given(st.integers(1, disk.calls), st.booleans())
+    @given(st.sampled_from(CALLS).flatmap(lambda name: st.sampled_from(places[name])), st.booleans())
     def crash(fails: int, stays: bool) -> None:
         shutil.rmtree(lab.root / "results/crashed", ignore_errors=True)
         with monkeypatch.context() as patch, contextlib.suppress(UserError):

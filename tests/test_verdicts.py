@@ -640,7 +640,7 @@ def test_every_check_has_texts_and_says_what_it_expects() -> None:
         ({"check": "lacking_class", "run": "a", "site": "s"}, ["verdicts.class"]),
         ({"check": "saw_tooth", "run": "a", "round": 1}, ["unknown key verdicts.round", "run, metric"]),
         ({"check": "gap_shrinks", "runs": "abc"}, ["verdicts.runs", "'abc'"]),
-        ({"check": "gap_shrinks", "runs": ["a"]}, ["verdicts.runs", "fewer than 2"]),
+        ({"check": "gap_shrinks", "runs": ["a"]}, ["verdicts.runs", ">= 2"]),
         (LACKING | {"run": "a", "rows": "many"}, ["verdicts.rows", "'many'"]),
         (LACKING | {"run": "a", "ceiling": -0.1}, ["verdicts.ceiling", "-0.1"]),
     ],
