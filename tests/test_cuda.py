@@ -55,7 +55,7 @@ def test_workers_on_a_gpu_that_die_are_replaced_to_the_same_bits(
     arm(points, "federated-1-site-2-step", "kill")
     arm(points, "federated-2-site-1-step", "assert")
     monkeypatch.setenv("FEDSIM_TEST_POINTS", str(points))
-    monkeypatch.setattr(fedsim.runs.setup, "Bundle", FrailBundle)
+    monkeypatch.setattr(fedsim.runs.setup, "WorkerSpec", FrailBundle)
     pool = _run(tmp_path / "pool", {"name": "pool", "devices": ["cuda:0"], "workers": 2, "threads": 1}, **one)
     assert armed(points) == [] and pool == serial
 

@@ -31,7 +31,7 @@ from fedsim.core.errors import ClientError, OutOfMemory
 from fedsim.core.params import Layout, Params
 from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Task, Turn
 from fedsim.executors import PoolExecutor, SerialExecutor
-from fedsim.runs.bundle import Bundle
+from fedsim.runs.worker_spec import WorkerSpec
 
 
 @dataclass
@@ -276,7 +276,7 @@ ALL = {
 
 
 @dataclass
-class Failing(Bundle):
+class Failing(WorkerSpec):
     """The run's bundle, but client site-2 raises in round 2."""
 
     def worker(self, *args: Any) -> Any:
@@ -298,7 +298,7 @@ def test_a_run_that_fails_in_a_worker_names_the_client_and_goes_on_in_serial(
     federated = {**ALL, "modes": ["federated"], "name": "fails", "training": {"lanes": 1}}
     pool = {"name": "pool", "devices": ["cpu"], "workers": 1, "threads": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(fedsim.runs.setup, "Bundle", Failing)
+        patch.setattr(fedsim.runs.setup, "WorkerSpec", Failing)
         with pytest.raises(ClientError) as caught:
             lab.run(**{**federated, "executor": pool})
     text = str(caught.value)

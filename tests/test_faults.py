@@ -34,9 +34,9 @@ from fedsim.core.store import Records
 from fedsim.core.types import Engine, Pack, Report, Scoring, Turn
 from fedsim.executors import PoolExecutor
 from fedsim.runs.build import prepare
-from fedsim.runs.bundle import Bundle
 from fedsim.runs.progress import Progress
 from fedsim.runs.resolve import schedule_of
+from fedsim.runs.worker_spec import WorkerSpec
 from fedsim.simulate.rounds import State
 from fedsim.training.received import Received
 
@@ -283,7 +283,7 @@ def test_a_pool_makes_no_temporary_file(points: Path, how: str) -> None:
 
 
 @dataclass
-class FrailBundle(Bundle):
+class FrailBundle(WorkerSpec):
     """The run's bundle, whose workers come to grief where the test says.
 
     Points: load; score, of merged models; and of each client MODE-ROUND-CLIENT-, with step in the middle of training, kept when
@@ -406,7 +406,7 @@ def test_a_trainer_beats_before_each_pass_and_each_piece(
 @pytest.fixture
 def frail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of runs come to grief where points are armed."""
-    monkeypatch.setattr(fedsim.runs.setup, "Bundle", FrailBundle)
+    monkeypatch.setattr(fedsim.runs.setup, "WorkerSpec", FrailBundle)
 
 
 def kill_a_worker() -> None:

@@ -44,9 +44,9 @@ from fedsim.models import base as bases
 from fedsim.models import lanes as lanes_module
 from fedsim.models.dropout import Draws
 from fedsim.runs.build import prepare
-from fedsim.runs.bundle import Bundle
 from fedsim.runs.progress import Progress
 from fedsim.runs.resolve import recipe_of
+from fedsim.runs.worker_spec import WorkerSpec
 from fedsim.simulate.rounds import Schedule, State
 from fedsim.training.evaluation import score_rows
 from fedsim.training.optim import LaneOptimizer, Optim
@@ -209,10 +209,10 @@ class Bench:
         """A fresh copy of the base."""
         return copy.deepcopy(_loaded(self.exp.model.path, self.heads, self.dtype))
 
-    def bundle(self) -> Bundle:
+    def bundle(self) -> WorkerSpec:
         """What fedsim makes workers of."""
         offsets, place = torch.tensor([0, *self.ends]), Path(tempfile.mkdtemp(dir=self.lab.root))
-        return Bundle(
+        return WorkerSpec(
             model=self.base(),
             adapter=self.name,
             settings=self.settings,

@@ -28,9 +28,9 @@ import fedsim.runs.setup
 from fedsim.analysis.diff import diff_runs
 from fedsim.core import numerics
 from fedsim.runs.build import batches, prepare
-from fedsim.runs.bundle import Bundle
 from fedsim.runs.environment import environment
 from fedsim.runs.resolve import schedule_of
+from fedsim.runs.worker_spec import WorkerSpec
 
 ROOT = Path(fedsim.__file__).parent.parent
 # Clients of unlike size in cohorts below all, passes instead of steps, short last batches, dropout: where lanes, packs and
@@ -87,7 +87,7 @@ def rows(lab: Lab, run: Path) -> dict[tuple[Any, ...], tuple[float, float]]:
 
 
 @dataclasses.dataclass
-class Late(Bundle):
+class Late(WorkerSpec):
     """The run's bundle, whose first packs of a round take longest: later ones are ready before them."""
 
     def worker(self, *args: Any) -> Any:
@@ -108,7 +108,7 @@ class Late(Bundle):
 def test_any_number_of_workers_whoever_is_first(
     workers: int, lab: Any, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedsim.runs.setup, "Bundle", Late)
+    monkeypatch.setattr(fedsim.runs.setup, "WorkerSpec", Late)
     pool = {"name": "pool", "devices": ["cpu"], "workers": workers, "threads": 1}
     agree(lab, plain, lab.run(name=f"pool-{workers}", **{**UNEVEN, "executor": pool, "training": {"lanes": 2}}))
 
@@ -116,7 +116,7 @@ def test_any_number_of_workers_whoever_is_first(
 @pytest.mark.thorough
 def test_large_updates_in_any_order(lab: Any, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that go straight into the one sum; every pack is of one client, the longest is the last to be ready."""
-    monkeypatch.setattr(fedsim.runs.setup, "Bundle", Late)
+    monkeypatch.setattr(fedsim.runs.setup, "WorkerSpec", Late)
     monkeypatch.setattr("fedsim.executors.pool._SLOTS_BELOW", 0)
     pool = {"name": "pool", "devices": ["cpu"], "workers": 2, "threads": 1}
     alone = {**UNEVEN, "modes": ["federated"], "training": {"lanes": 1}, "evaluate": {"clients": False}}

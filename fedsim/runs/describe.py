@@ -15,9 +15,9 @@ from fedsim.core.params import Layout, meta
 from fedsim.core.store import Store
 from fedsim.models import adapters
 from fedsim.runs.build import Parts
-from fedsim.runs.bundle import Bundle
 from fedsim.runs.folder import RunFolder
 from fedsim.runs.progress import Progress
+from fedsim.runs.worker_spec import WorkerSpec
 from fedsim.training.planner import Plan
 from fedsim.training.ranks import shape_at
 
@@ -26,7 +26,7 @@ def describe(
     parts: Parts,
     folder: RunFolder,
     show: Progress,
-    spec: Bundle,
+    spec: WorkerSpec,
     model: nn.Module,
     layout: Layout,
     stores: dict[str, Store],

@@ -14,12 +14,12 @@ from fedsim.core.params import Layout
 from fedsim.models import export
 from fedsim.models.card import write_card
 from fedsim.runs.build import Parts
-from fedsim.runs.bundle import Bundle
 from fedsim.runs.folder import RunFolder
+from fedsim.runs.worker_spec import WorkerSpec
 
 
 def save_model(
-    parts: Parts, folder: RunFolder, spec: Bundle, model: nn.Module, layout: Layout, flat: Tensor | None, name: str
+    parts: Parts, folder: RunFolder, spec: WorkerSpec, model: nn.Module, layout: Layout, flat: Tensor | None, name: str
 ) -> None:
     """Write the model with these parameters, `[N]`, into a folder of the run; None = with those it has."""
     exp = parts.exp

@@ -18,10 +18,10 @@ from fedsim.core.seeding import stream
 from fedsim.core.store import Records, Store
 from fedsim.models.recompute import layers_of
 from fedsim.runs.build import Parts
-from fedsim.runs.bundle import Bundle
 from fedsim.runs.checkpoints import Checkpoints
 from fedsim.runs.folder import RunFolder
 from fedsim.runs.resolve import free_memory, schedule_of, token_bytes
+from fedsim.runs.worker_spec import WorkerSpec
 from fedsim.simulate.schedule import CENTRAL
 from fedsim.simulate.state import State
 from fedsim.training.planner import Packs, Plan, choose_lanes
@@ -68,7 +68,7 @@ def save_plan(folder: RunFolder, plan: Plan) -> None:
 
 
 def choose(
-    plan: Plan, parts: Parts, spec: Bundle, model: nn.Module, layout: Layout, executor: Any, devices: list[str]
+    plan: Plan, parts: Parts, spec: WorkerSpec, model: nn.Module, layout: Layout, executor: Any, devices: list[str]
 ) -> str | None:
     """Choose lanes and micro-batch by what passes of the first round take.
 
@@ -106,7 +106,7 @@ def choose(
     return None
 
 
-def first_packs(parts: Parts, spec: Bundle) -> Packs:
+def first_packs(parts: Parts, spec: WorkerSpec) -> Packs:
     """What round 1 trains, for the planner: its first passes are measured, its largest one is predicted."""
     exp = parts.exp
     mode = next(m for m in ("federated", "local", "central") if m in exp.modes)

@@ -24,7 +24,6 @@ from fedsim.executors.fleet import Fleet
 from fedsim.models import adapters, sharing
 from fedsim.models.recompute import check_layers
 from fedsim.runs.build import Parts, Shared
-from fedsim.runs.bundle import Bundle, shareable
 from fedsim.runs.checkpoints import Checkpoints
 from fedsim.runs.describe import describe
 from fedsim.runs.export import save_model
@@ -32,6 +31,7 @@ from fedsim.runs.folder import RunFolder
 from fedsim.runs.plan import MODES, choose, save_plan
 from fedsim.runs.progress import Progress
 from fedsim.runs.resolve import check_memory, recipe_of, schedule_of
+from fedsim.runs.worker_spec import WorkerSpec, shareable
 from fedsim.simulate.rounds import collect
 from fedsim.simulate.state import Choice
 from fedsim.training.packs import reducer_of
@@ -66,7 +66,7 @@ class Setup:
     show: Progress
     devices: list[str]
     plan: Plan
-    spec: Bundle
+    spec: WorkerSpec
     model: nn.Module
     layout: Layout
     executor: Any
@@ -211,12 +211,12 @@ def _check_algorithm(parts: Parts, algorithm: Algorithm, layout: Layout) -> None
             )
 
 
-def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> Bundle:
+def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> WorkerSpec:
     exp = parts.exp
     sixteen = exp.model.dtype in ("bfloat16", "float16")
     settings = exp.to_dict()["adapter"]
     settings.pop("name")
-    return Bundle(
+    return WorkerSpec(
         model=model,
         adapter=exp.adapter.name,
         settings=settings,
@@ -240,7 +240,7 @@ def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> Bundle:
 
 
 def _pool(
-    spec: Bundle, model: nn.Module, parts: Parts, devices: list[str], count: int, home: str | None, show: Progress
+    spec: WorkerSpec, model: nn.Module, parts: Parts, devices: list[str], count: int, home: str | None, show: Progress
 ) -> PoolExecutor:
     """A pool whose workers share the base and the examples with this process.
 
@@ -260,19 +260,19 @@ def _pool(
     return PoolExecutor(made, devices, count, home, hang_s=parts.exp.executor.hang_s, note=show.warn)
 
 
-def _start(executor: Any, parts: Parts, spec: Bundle, layout: Layout, engine: Engine) -> Memory:
+def _start(executor: Any, parts: Parts, spec: WorkerSpec, layout: Layout, engine: Engine) -> Memory:
     summed = max(reducer_of(a, layout, spec.recipe).numel for a in spec.algorithms.values())
     server = Layout.of(_sent(spec, meta(layout)))
     return executor.start(layout, server, engine, summed, schedule_of(parts, "federated").many_packs)
 
 
-def _sent(spec: Bundle, params: Params) -> Params:
+def _sent(spec: WorkerSpec, params: Params) -> Params:
     """The server's state that clients of the first round receive."""
     algorithm = spec.algorithms.get("federated")
     return algorithm.sent(algorithm.init(params)[0]) if algorithm else {}
 
 
-def _keep_start(parts: Parts, folder: RunFolder, spec: Bundle, model: nn.Module, layout: Layout) -> Store:
+def _keep_start(parts: Parts, folder: RunFolder, spec: WorkerSpec, model: nn.Module, layout: Layout) -> Store:
     """Write what training starts from: `init/`, a folder that reloads, and the same as one record.
 
     Neither stays in memory, where a full model would be one copy too many.

@@ -206,7 +206,7 @@ def make_on_device(device: str) -> None:
     import transformers
 
     import fedsim.runs.build
-    import fedsim.runs.bundle
+    import fedsim.runs.worker_spec
     from fedsim.models import base
 
     there = torch.device(device)
@@ -222,7 +222,7 @@ def make_on_device(device: str) -> None:
         model.requires_grad_(False)
         return model.eval()
 
-    tried = fedsim.runs.bundle._tried
+    tried = fedsim.runs.worker_spec._tried
 
     def tried_there(kind: Callable, *rest: Any) -> str | None:
         def make(model: Any, own: Any, *, task: str, device: Any) -> Any:
@@ -230,7 +230,7 @@ def make_on_device(device: str) -> None:
 
         return tried(make, *rest)
 
-    fedsim.runs.build.load_base, fedsim.runs.bundle._tried = load_base, tried_there
+    fedsim.runs.build.load_base, fedsim.runs.worker_spec._tried = load_base, tried_there
 
 
 def engine_side(turn: Turn) -> None:

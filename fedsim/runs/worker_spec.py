@@ -29,7 +29,7 @@ from fedsim.training.worker import Worker
 
 
 @dataclass
-class Bundle:
+class WorkerSpec:
     """All that a worker needs to make its worker; pickles as handles to shared memory."""
 
     model: nn.Module
@@ -137,7 +137,7 @@ def _rows(offsets: Tensor, indices: Tensor, client: int) -> np.ndarray:
 
 
 def shareable(partition: Partition | VirtualPartition) -> tuple[Tensor, Tensor] | VirtualPartition:
-    """A partition as a bundle holds it: `offsets`, `indices`; or itself, where rows are worked out anywhere."""
+    """A partition as a worker spec holds it: `offsets`, `indices`; or itself, where rows are worked out anywhere."""
     if isinstance(partition, VirtualPartition):
         return partition
     return torch.tensor(partition.offsets), torch.tensor(partition.indices)
