@@ -97,7 +97,7 @@ def _config(kind: str) -> Any:
 
 def metrics_lines(run: Path) -> list[str]:
     """The lines of a run's metrics files, mode after mode."""
-    files = [run / "metrics" / f"{mode}.jsonl" for mode in ("local", "federated", "central")]
+    files = [run / "metrics.jsonl", *(run / "metrics" / f"{mode}.jsonl" for mode in ("local", "federated", "central"))]
     return [line for file in files if file.is_file() for line in file.read_text().splitlines()]
 
 

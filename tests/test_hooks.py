@@ -302,8 +302,8 @@ def test_a_whole_model_in_chunks_is_the_same_in_one_piece(lab: Any, monkeypatch:
     keys |= {"adapter": {"name": "lora", "r": 3, "target_modules": ["q_proj", "down_proj"]}} if name == "ranks" else {}
     whole = lab.run(**keys)
     assert any(r["name"] == "clipped_norm" for r in lab.metrics(whole))
-    original = fedsim.runs.session.recipe_of
-    monkeypatch.setattr(fedsim.runs.session, "recipe_of", lambda exp: dataclasses.replace(original(exp), chunk=4096))
+    original = fedsim.runs.setup.recipe_of
+    monkeypatch.setattr(fedsim.runs.setup, "recipe_of", lambda exp: dataclasses.replace(original(exp), chunk=4096))
     lab.same_bits(lab.run(**keys, name="chunks"), whole)
 
 

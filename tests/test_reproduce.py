@@ -318,7 +318,7 @@ def test_a_folder_without_runs_of_a_size_is_refused(small: Path) -> None:
         ({"sizes": {"tiny": {}}}, "sizes.tiny.file: missing"),
         ({"sizes": {"tiny": {"file": "tiny.yaml", "budgets": 3}}}, "sizes.tiny.budgets: 3 is not a mapping"),
         ({"runs": ["even"]}, "runs[0]: 'even' is not a section"),
-        ({"runs": []}, "runs: [] is empty"),
+        ({"runs": []}, "runs: number of values must be >= 1"),
         ({"runs": [{"label": "even"}]}, "runs[0].title: missing"),
         ({"verdicts": [{"check": "wishful", "run": "even"}]}, "wishful"),
         ({"published": [{"name": "x", "run": "nobody", "what": "merged", "value": 1}]}, "nobody"),

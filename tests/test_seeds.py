@@ -105,7 +105,7 @@ def test_on_the_command_line(lab: Any, tmp_path: Path, capsys: pytest.CaptureFix
             {"seeds": []},
             r"^seeds: number of values must be >= 1 \(got \[\]\); give random seeds instead of `seed`: one run for each",
         ),
-        ({"seeds": [1, 1]}, r"^seeds: \[1, 1\] names 1 twice$"),
+        ({"seeds": [1, 1]}, r"^seeds: \[1, 1\] has 1 twice; remove one$"),
         ({"seeds": [0, -1]}, r"^seeds\[1\]: must be >= 0 \(got -1\)$"),
         ({"seeds": 3}, r"^seeds: 3 is not a list"),
     ],

@@ -327,7 +327,7 @@ def test_a_config_that_says_nothing_of_it_is_the_run_it_was(lab: Any) -> None:
         ({"availability": {"sit-1": [1]}}, r"^simulation\.availability\.sit-1: .*no client; clients are: site-1, "),
         ({"drop": -0.1}, r"^simulation\.drop: must be >= 0 \(got -0\.1\)"),
         ({"speeds": 0}, r"^simulation\.speeds: must be > 0 \(got 0\); null = no simulated clock$"),
-        ({"speeds": [5, 1]}, r"^simulation\.speeds: \[5\.0, 1\.0\] is not \[least, most\]"),
+        ({"speeds": [5, 1]}, r"^simulation\.speeds: \[5\.0, 1\.0\] is not \[min, max\]"),
         ({"speeds": [5]}, r"^simulation\.speeds: number of values must be >= 2 \(got \[5\]\)"),
         ({"speeds": {"site-1": 5}}, r"^simulation\.speeds: site-2, site-3 missing; name every client"),
         ({"deadline_s": 3}, r"^simulation\.deadline_s: 3\.0 needs simulation\.speeds"),

@@ -215,7 +215,7 @@ def test_finished_runs_are_skipped_and_more_rounds_are_not_finished(
     first = run_sweep(file, progress=False).jobs
     before = {j.path: (j.path / "metrics/federated.jsonl").stat().st_mtime_ns for j in first}
     calls: list[str] = []
-    monkeypatch.setattr(sweeps, "run", lambda exp, **k: calls.append(exp.name))
+    monkeypatch.setattr(sweeps, "run_steps", lambda exp, **k: calls.append(exp.name))
     again = run_sweep(file, progress=False).jobs
     assert not calls and all(j.skipped and j.state == "finished" for j in again)
     assert {j.path: (j.path / "metrics/federated.jsonl").stat().st_mtime_ns for j in again} == before
