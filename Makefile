@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 JOBS ?= 2  # processes that tests run in
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-all lint format docs models clean
+.PHONY: demo test test-all lint types format docs models clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fedsim run experiments/lora_sentiment/tiny.yaml
@@ -19,6 +19,9 @@ test-all: lint models
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed  # not clean yet: what it counts is in docs/log.md
+	$(BIN)/pyright
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
