@@ -2,7 +2,7 @@
 
     python tests/kill_loop.py --n 50 --seed 0 --log results/kill_loop/log.txt
 
-One small experiment - three modes, sampled cohorts, kept optimiser states, error feedback - runs once undisturbed. Then,
+One small experiment - three modes, sampled cohorts, kept optimizer states, error feedback - runs once undisturbed. Then,
 `n` times, the same command starts in a folder of its own and is killed: after a random time, or right before a random
 system call on a file (open, rename, remove, write, fsync, truncate), by SIGKILL, sometimes by SIGTERM or SIGINT, sometimes in
 one of its workers or with all of them at once; a trial holds one to three such ends, on any number of workers. What is finished at last must have every

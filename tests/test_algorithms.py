@@ -1,6 +1,6 @@
 """Each algorithm against a plain loop written from its paper, and what all of them have in common.
 
-The loops train PEFT's own model, one client at a time, by torch's optimisers; they share nothing with the package but the rows,
+The loops train PEFT's own model, one client at a time, by torch's optimizers; they share nothing with the package but the rows,
 the cohorts and the initial tensors.
 """
 

@@ -289,7 +289,7 @@ def test_float32_follows_the_plain_loop_to_single_precision(lab: Any, distance: 
     assert distance(found, state(plain)) < 1e-4
 
 
-# -------------------------------------------------------------------------------------------- the optimiser step
+# -------------------------------------------------------------------------------------------- the optimizer step
 
 
 def test_micro_batches_change_no_number(lab: Any, distance: Any) -> None:
@@ -443,7 +443,7 @@ def test_optimizer_state_is_kept_or_fresh_across_rounds(lab: Any, distance: Any,
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "fresh"])
 def test_local_mode_is_plain_training_of_each_site_over_all_rounds(lab: Any, distance: Any, keep: bool) -> None:
-    """Alone nothing is merged, so the optimiser lives on whatever `keep_state` says of federated rounds."""
+    """Alone nothing is merged, so the optimizer lives on whatever `keep_state` says of federated rounds."""
     exp = lab.exp(modes=["local"], rounds=3, local={"steps": 3, "keep_state": keep, "schedule": "cosine"})
     run = lab.run(exp)
     for site in ("site-1", "site-2", "site-3"):

@@ -313,8 +313,8 @@ def test_a_label_that_begins_another_is_scored_with_its_end(lab: Any, words: dic
         assert lab.value(run, **VALIDATION, round=1, name=f"predicted:{word}") == predictions.count(i)
 
 
-def normalising(lab: Any, kind: dict[str, Any]) -> Path:
-    """The pretrained base with a tokenizer that normalises text."""
+def normalizing(lab: Any, kind: dict[str, Any]) -> Path:
+    """The pretrained base with a tokenizer that normalizes text."""
     folder = Path(shutil.copytree(TINY, lab.root / "base"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": kind}))
@@ -324,7 +324,7 @@ def normalising(lab: Any, kind: dict[str, Any]) -> Path:
 def test_labels_that_are_the_same_tokens_are_refused(lab: Any) -> None:
     data = renamed(lab, {"negative": "Down", "neutral": "flat", "positive": "down"})
     with pytest.raises(UserError, match="data.labels: 'Down' and 'down' are the same tokens"):
-        prepare(lab.exp(data=data, model={"path": str(normalising(lab, {"type": "Lowercase"}))}))
+        prepare(lab.exp(data=data, model={"path": str(normalizing(lab, {"type": "Lowercase"}))}))
 
 
 # ------------------------------------------------------------------------------------- scores from predictions
@@ -604,7 +604,7 @@ def test_answers_are_compared_as_the_tokenizer_writes_them(lab: Any, kind: dict[
         files[name] = str(lab.root / f"{name}.jsonl")
         Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in part))
     run = lab.run(
-        model={"path": str(normalising(lab, kind)), "dtype": "float32"},
+        model={"path": str(normalizing(lab, kind)), "dtype": "float32"},
         data={**files, "template": "{q} answer: {a}", "labels": None, "test": 0.0},
         adapter={"name": "none"},
         partition={"num_clients": 1},

@@ -1,6 +1,6 @@
 """Serial and pool give the same bits; a failure names its client; nothing is left running or lying about.
 
-Most of the pool's behaviour is tested with a trainer of a few lines, whose sums are known; it is made in the worker from
+Most of the pool's behavior is tested with a trainer of a few lines, whose sums are known; it is made in the worker from
 this module, as fedsim's own trainer is made from its bundle.
 """
 

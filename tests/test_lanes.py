@@ -294,7 +294,7 @@ class Bench:
     # ------------------------------------------------------------------------------------ the plain loop
 
     def plain(self, start: Params) -> Trained:
-        """The loop that everybody writes: one model, torch's optimiser over separate tensors, whole padded batches."""
+        """The loop that everybody writes: one model, torch's optimizer over separate tensors, whole padded batches."""
         model, own = self._plain_model(start)
         work, count = self.exp.local, len(self.sizes)
         out = Trained(start, [{} for _ in range(count)], [], [[] for _ in range(count)], [])

@@ -479,7 +479,7 @@ def test_a_scaling_that_transformers_has_no_rule_for_is_refused(tmp_path: Path, 
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "(fp8)"),
     ],
 )
-def test_a_base_saved_quantised_is_refused_by_its_name(tiny: Path, held: dict, words: str) -> None:
+def test_a_base_saved_quantized_is_refused_by_its_name(tiny: Path, held: dict, words: str) -> None:
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps({**config, "quantization_config": held}))
     message = refusal(lambda: check_task(find(str(tiny)), "causal_lm"))

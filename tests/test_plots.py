@@ -417,7 +417,7 @@ def test_more_settings_than_looks_are_thin_and_have_a_mean(tmp_path: Path) -> No
     inside(ax)
 
 
-def test_centralised_models_of_each_setting_are_a_curve_and_of_one_value_a_line(tmp_path: Path) -> None:
+def test_centralized_models_of_each_setting_are_a_curve_and_of_one_value_a_line(tmp_path: Path) -> None:
     runs = [skewed(alpha, 0, central=0.9 + 0.01 * alpha) for alpha in (0.5, 5.0)]
     ax = plots.scores(sweep_table(write_sweep(tmp_path / "s", runs)))
     (line,) = lines_of(ax, plots.CENTRAL)
@@ -457,7 +457,7 @@ def test_scores_against_measured_skew(tmp_path: Path) -> None:
     out = cells(table, ["partition.alpha"])
     out = out[out["scope"] == "local"].sort_values("js_mean")
     np.testing.assert_allclose(line.get_xydata(), out[["js_mean", "mean"]])
-    assert len(lines_of(ax, plots.CENTRAL)) == 1 and len(ax.patches) == 1, "the centralised runs stand at no skew"
+    assert len(lines_of(ax, plots.CENTRAL)) == 1 and len(ax.patches) == 1, "the centralized runs stand at no skew"
     assert ax.get_xscale() == "linear" and "bits" in ax.get_xlabel()
     inside(ax)
     inside(plots.scores(table, "size_gini", value="test"))

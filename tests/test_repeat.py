@@ -387,7 +387,7 @@ def test_other_methods_at_another_frequency_and_twice(keys: dict[str, Any], lab:
 # -------------------------------------------------------------------------------------------------------- the seed
 
 
-def test_the_seed_changes_cohort_batches_partition_and_initialisation(lab: Any, tmp_path: Path) -> None:
+def test_the_seed_changes_cohort_batches_partition_and_initialization(lab: Any, tmp_path: Path) -> None:
     """Looked at one by one: a result alone would change with any of them."""
     exps = [lab.exp(seed=seed, **UNEVEN) for seed in (0, 0, 1)]
     parts = [prepare(exp) for exp in exps]

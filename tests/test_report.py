@@ -475,10 +475,10 @@ def test_panels_of_chosen_scopes(members: list[Member], tmp_path: Path, monkeypa
         return real(groups, metric)
 
     monkeypatch.setattr(plots, "panels", spy)
-    left = {"run": "b", "scopes": ["federated", "central"], "title": "against centralised"}
+    left = {"run": "b", "scopes": ["federated", "central"], "title": "against centralized"}
     build({"figures": [left, {"run": "b", "scopes": ["federated", "local"]}, "a"]}, members, tmp_path / "out", {})
     assert seen == [
-        ("against centralised", {"federated", "central"}),
+        ("against centralized", {"federated", "central"}),
         ("p-tuning", {"federated", "local"}),
         ("LoRA, alpha = 1", {"local", "federated", "central"}),
     ]

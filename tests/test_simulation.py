@@ -89,7 +89,7 @@ def test_rounds_without_anybody_pass_and_leave_every_model_as_it_is(lab: Any) ->
         assert {r["round"] for r in rows(gap, "train", "loss") if r["scope"] == scope} == {1, 3}
 
 
-def test_centralised_training_is_matched_to_the_clients_that_are_there(lab: Any) -> None:
+def test_centralized_training_is_matched_to_the_clients_that_are_there(lab: Any) -> None:
     exp = lab.exp(
         rounds=2, simulation={"availability": {"site-1": [1, 0]}}, partition={"name": "iid", "num_clients": 4}
     )

@@ -111,7 +111,7 @@ def three_scopes(alpha: float, seed: int, up: float = 0.0, **more: Any) -> dict[
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Alpha 10 and 0.1, two seeds each, one of them failed, and a centralised run of each seed; alpha 10 is first."""
+    """Alpha 10 and 0.1, two seeds each, one of them failed, and a centralized run of each seed; alpha 10 is first."""
     runs = [three_scopes(10.0, 0, 0.1), three_scopes(10.0, 1, 0.14), three_scopes(0.1, 0)]
     runs += [three_scopes(0.1, 1, state="failed"), {"settings": {"partition.alpha": 0.1, "seed": 2}}]
     runs += [{"settings": {"modes": ["central"], "seed": n}, "central": 0.9 + 0.01 * n} for n in (0, 1)]
@@ -125,7 +125,7 @@ def test_every_number_of_the_table_by_hand(sweep: Path) -> None:
     assert table["scope"].tolist() == ["local", "local", "federated"] * 3 + ["central"] * 2
     assert table["client"].tolist() == ["a", "b", None] * 3 + [None] * 2
     assert table["partition.alpha"].tolist()[:9] == [10.0] * 6 + [0.1] * 3
-    assert table["partition.alpha"].iloc[9:].isna().all(), "the centralised model stands for every alpha"
+    assert table["partition.alpha"].iloc[9:].isna().all(), "the centralized model stands for every alpha"
     assert table["seed"].tolist() == [0] * 3 + [1] * 3 + [0] * 3 + [0, 1]
     assert set(table["experiment"]) == {"lab"} and set(table["metric"]) == {"accuracy"}
     assert table["rows"].tolist() == [30, 10, 40] * 3 + [40, 40] and set(table["num_clients"]) == {2}

@@ -365,7 +365,7 @@ def test_gap_shrinks_pairs_seeds(tmp_path: Path) -> None:
     assert found.observed == "held for 1 of 2 seeds; mean gap a +0.200, b +0.100"
 
 
-# ------------------------------------------------------------------------------------ federated and centralised
+# ------------------------------------------------------------------------------------ federated and centralized
 
 
 def losses(folder: Path, merged: float, central: float, scores: bool = True) -> Path:

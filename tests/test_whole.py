@@ -67,7 +67,7 @@ def loss_of(model: nn.Module, parts: Any, rows: np.ndarray) -> Tensor:
 def fine_tune(
     model: nn.Module, exp: Any, parts: Any, client: str, round: int, optimizer: Any = None, cast: bool = False
 ) -> Any:
-    """A client's round in a plain loop, with bfloat16 autocast if asked; the optimiser, to go on with."""
+    """A client's round in a plain loop, with bfloat16 autocast if asked; the optimizer, to go on with."""
     w = exp.local
     params = list(model.parameters())
     optimizer = optimizer or torch.optim.AdamW(
@@ -113,7 +113,7 @@ def test_fedavg_of_two_clients_is_the_mean_of_two_fine_tuned_models(lab: Any, di
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_two_rounds_with_and_without_kept_moments(lab: Any, distance: Any, kept: bool) -> None:
-    """Each client has a model and an optimiser of its own; only parameters are exchanged."""
+    """Each client has a model and an optimizer of its own; only parameters are exchanged."""
     exp = lab.exp(**TWO, rounds=2, local={"steps": 2, "keep_state": kept})
     folder, parts = lab.run(exp), prepare(exp)
     clients, optimizers = {"site-1": start(exp), "site-2": start(exp)}, {}

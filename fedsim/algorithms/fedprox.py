@@ -1,5 +1,5 @@
 """FedProx: T. Li, A. K. Sahu, M. Zaheer, M. Sanjabi, A. Talwalkar, V. Smith. Federated Optimization in Heterogeneous
-Networks. MLSys 2020 (arXiv:1812.06127), algorithm 2. A client minimises F_k(w) + mu / 2 |w - w_t|^2, so the gradient of each
+Networks. MLSys 2020 (arXiv:1812.06127), algorithm 2. A client minimizes F_k(w) + mu / 2 |w - w_t|^2, so the gradient of each
 step gains mu (w - w_t); the server averages as in FedAvg.
 
 Deviations: clients are sampled and weighted as the config says (the paper samples with probability p_k and takes the plain

@@ -10,7 +10,7 @@ Deviations:
 - K eta is the sum of the learning rates that were used, so schedules are allowed.
 - Clients may have weights: c is the weighted mean of all c_k, with the weights of the mean of updates, so
   c += sum_k w_k (c_k' - c_k) / (sum of the weights of all clients). Uniform weights give the paper's rule.
-- correction = after: the step is the optimiser's own, then y -= eta (c - c_k). For plain SGD it is the paper's step; under
+- correction = after: the step is the optimizer's own, then y -= eta (c - c_k). For plain SGD it is the paper's step; under
   AdamW the variates are in units of its steps, and its moments stay free of corrections (Li et al., NIID-Bench, ICDE 2022).
 - correction = before: the raw gradient is corrected before clipping and moments, and c_k' is the mean raw gradient of the
   round, which for plain SGD is option II. Never mixed with displacements, whose units are others.

@@ -222,7 +222,7 @@ def reproduce(
     """Reproduce a published experiment and compare the results with the published numbers.
 
     Writes report.md and report.html (self-contained) with figures, a table (published, ours, difference, standard error) and
-    pass/fail checks of the expected behaviour (a failed check does not make the command fail). Finished runs are reused.
+    pass/fail checks of the expected behavior (a failed check does not make the command fail). Finished runs are reused.
     """
     import shlex
 

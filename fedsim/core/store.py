@@ -1,6 +1,6 @@
 """Client state that outlives a round, in one file of equal records.
 
-A record is a flat vector: the algorithm's client state, then the optimiser's moments. Only clients that have been seen
+A record is a flat vector: the algorithm's client state, then the optimizer's moments. Only clients that have been seen
 have records, so a million clients cost nothing until they take part. Workers read the record they were told to read and
 write the one they were told to write, in place; parameters never travel through a pickle. A round writes into a record that
 no checkpoint refers to, so what a checkpoint refers to is never half-written.

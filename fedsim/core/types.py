@@ -12,13 +12,13 @@ class Task:
     """One client's work in one round.
 
     Attributes:
-        client: the client's number, or -1 for the centralised client that holds every row.
+        client: the client's number, or -1 for the centralized client that holds every row.
         name: its id as the user reads it.
         round: the round, from 1.
-        steps: optimiser steps to do, or None for `epochs` passes.
-        steps_done: optimiser steps the client has done before this round.
+        steps: optimizer steps to do, or None for `epochs` passes.
+        steps_done: optimizer steps the client has done before this round.
         schedule_from: place of its first step in a schedule over the run.
-        horizon: optimiser steps of that schedule where the config gives none.
+        horizon: optimizer steps of that schedule where the config gives none.
         weight: its weight in the mean.
         read: record of the client's stored state to start from, or -1 for a fresh start.
         write: record to leave its state in, or -1 to leave none.
@@ -160,7 +160,7 @@ class Report:
     Attributes:
         index: the pack's.
         rows: metrics rows.
-        steps: optimiser steps done, by client number.
+        steps: optimizer steps done, by client number.
         weight: sum of the weights in the partial sum.
         tokens: tokens trained on.
         computed: tokens that went through the base to train on those, pads and virtual tokens included.

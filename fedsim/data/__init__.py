@@ -1,1 +1,1 @@
-"""Data: sources, partitioners, tokenised arrays and batches."""
+"""Data: sources, partitioners, tokenized arrays and batches."""

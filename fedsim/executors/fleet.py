@@ -21,7 +21,7 @@ from fedsim.core.errors import OutOfMemory, is_out_of_memory
 from fedsim.core.heartbeat import at_work
 from fedsim.core.params import Layout, Params
 from fedsim.core.types import Engine, Measured, Memory, Pack, Report, Scores, Scoring, Share
-from fedsim.executors.serial import MakeTrainer, Trainer, buffers, client_failed
+from fedsim.executors.serial import MakeWorker, Trainer, buffers, client_failed
 
 
 class Host(Trainer, Protocol):
@@ -73,14 +73,14 @@ class Fleet:
         self.waiting: list[_Request] = []
         self._most: int | None = None  # lanes of a pass, once there was not memory for more
 
-    def executor(self, make_trainer: MakeTrainer, join: Callable[[Any], Any]) -> FleetExecutor:
+    def executor(self, make_worker: MakeWorker, join: Callable[[Any], Any]) -> FleetExecutor:
         """An executor for one of the runs.
 
         Args:
-            make_trainer: (device, engine) -> trainer, for the run that comes first.
+            make_worker: (device, engine) -> trainer, for the run that comes first.
             join: trainer of the first run -> a trainer of this one, on the same model.
         """
-        return FleetExecutor(self, make_trainer, join)
+        return FleetExecutor(self, make_worker, join)
 
     def run(self, runs: Sequence[Iterator[None]]) -> None:
         """Step runs to their ends. What one raises ends the others where they wait, and is raised here."""
@@ -169,8 +169,8 @@ def _step(run: Iterator[None]) -> bool:
 class FleetExecutor:
     """What one run of a fleet sees of the device; see `SerialExecutor`."""
 
-    def __init__(self, fleet: Fleet, make_trainer: MakeTrainer, join: Callable[[Any], Any]) -> None:
-        self._fleet, self._make, self._join = fleet, make_trainer, join
+    def __init__(self, fleet: Fleet, make_worker: MakeWorker, join: Callable[[Any], Any]) -> None:
+        self._fleet, self._make, self._join = fleet, make_worker, join
         self.device = torch.device(fleet.device)
         self.trainer: Any = None
         self.params: Tensor | None = None

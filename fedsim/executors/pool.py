@@ -31,7 +31,7 @@ from fedsim.core.errors import OutOfMemory, SumLost, WorkerDied, is_lost_context
 from fedsim.core.heartbeat import at_work, beat
 from fedsim.core.params import LARGE, Layout, Params
 from fedsim.core.types import Engine, Measured, Memory, Pack, Report, Scores, Scoring, Turn
-from fedsim.executors.serial import MakeTrainer, buffers, client_failed, clients
+from fedsim.executors.serial import MakeWorker, buffers, client_failed, clients
 from fedsim.executors.supervisor import Supervisor, Work, Worker, heard
 
 _SLOTS_BELOW = LARGE  # bytes of an update that goes into partial sums, of which each worker has two
@@ -81,7 +81,7 @@ class PoolExecutor:
     """Runs packs on worker processes.
 
     Args:
-        make_trainer: (device, engine) -> trainer; must pickle, at any time: a process that follows a dead one gets it too.
+        make_worker: (device, engine) -> trainer; must pickle, at any time: a process that follows a dead one gets it too.
             What it holds in shared memory is not copied.
         devices: one per worker; a device may occur several times.
         threads: CPU threads of a worker.
@@ -94,7 +94,7 @@ class PoolExecutor:
 
     def __init__(
         self,
-        make_trainer: MakeTrainer,
+        make_worker: MakeWorker,
         devices: Sequence[str],
         threads: int,
         home: str | None = None,
@@ -109,7 +109,7 @@ class PoolExecutor:
         self._deaths: dict[Any, list[str]] = {}  # by pack, while its round is under way
         self._unread = False  # whether handles were sent to a process that may have died before it took them
         self._pool = [_Worker(f"fedsim-worker-{i}", device) for i, device in enumerate(devices)]
-        self._supervisor = Supervisor(self._pool, _serve, (make_trainer,), threads)
+        self._supervisor = Supervisor(self._pool, _serve, (make_worker,), threads)
         try:
             for worker in self._pool:
                 self._supervisor.start(worker)
@@ -366,7 +366,7 @@ class _Turn(Turn):
         self._pipe.send(("added", None))
 
 
-def _serve(pipe: Connection, device_name: str, make_trainer: MakeTrainer) -> None:
+def _serve(pipe: Connection, device_name: str, make_worker: MakeWorker) -> None:
     """Load the model, then train and score what is asked for, until the pipe is closed."""
     device = torch.device(device_name)
     if device.type == "cuda":
@@ -377,7 +377,7 @@ def _serve(pipe: Connection, device_name: str, make_trainer: MakeTrainer) -> Non
             try:
                 if kind == "load":
                     layout, server_layout, weights, server, slots, sums, engine = rest
-                    trainer = make_trainer(device, engine)
+                    trainer = make_worker(device, engine)
                     assert trainer.layout.sums == layout, "the worker's parameters are not those of the run"
                     answer: Any = None
                 elif kind == "train":

@@ -46,7 +46,7 @@ class Trainer(Protocol):
         ...
 
 
-MakeTrainer = Callable[[torch.device, Engine], Trainer]
+MakeWorker = Callable[[torch.device, Engine], Trainer]
 
 
 def clients(tasks: Sequence[Task]) -> str:
@@ -73,15 +73,15 @@ class SerialExecutor:
     """Runs everything on one device in this process.
 
     Args:
-        make_trainer: (device, engine) -> trainer.
+        make_worker: (device, engine) -> trainer.
         device: where.
         threads: CPU threads while it runs; the process's own number is restored afterwards.
         home: where the global parameters and the running sum lie; None = on the device.
     """
 
-    def __init__(self, make_trainer: MakeTrainer, device: str, threads: int, home: str | None = None) -> None:
+    def __init__(self, make_worker: MakeWorker, device: str, threads: int, home: str | None = None) -> None:
         self.home = torch.device(home or device)
-        self.device, self._make, self._threads = torch.device(device), make_trainer, threads
+        self.device, self._make, self._threads = torch.device(device), make_worker, threads
         self.workers = [device]
         self._before: int | None = None
         self._trainer: Trainer | None = None

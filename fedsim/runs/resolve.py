@@ -28,7 +28,7 @@ def recipe_of(exp: Experiment) -> LocalTrainingConfig:
     work, ev = exp.local, exp.evaluate
     names = [f.name for f in dataclasses.fields(Optim)]
     keys = {n: getattr(work, n) for n in names}
-    # Alone and central nothing is merged: rounds are only places where they are scored, so the optimiser lives on.
+    # Alone and central nothing is merged: rounds are only places where they are scored, so the optimizer lives on.
     keep = {"federated": work.keep_state, "local": True, "central": True}
     return LocalTrainingConfig(
         Optim(**{**keys, "betas": tuple(work.betas)}),

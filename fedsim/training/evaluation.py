@@ -107,7 +107,7 @@ def score_rows(
     return out
 
 
-def summarise(scores: RowScores, tokens: Tokens, rows: np.ndarray | None = None) -> dict[str, tuple[float, float]]:
+def summarize(scores: RowScores, tokens: Tokens, rows: np.ndarray | None = None) -> dict[str, tuple[float, float]]:
     """Metric name -> (value, rows it rests on), over all scored rows or the given row numbers.
 
     Of a causal LM `perplexity` is the exponential of the loss, which is the mean over all answer tokens (not over
@@ -159,8 +159,8 @@ def to_scores(
     rows: RowScores, tokens: Tokens, sites: dict[int, np.ndarray] | None = None, by_row: bool = False
 ) -> Scores:
     """What travels: sums over the whole split, over each site's own rows where `sites` gives them, and rows if asked for."""
-    by_site = {c: summarise(rows, tokens, own) for c, own in (sites or {}).items() if len(own)}
-    return Scores(summarise(rows, tokens), by_site, rows.predicted, rows.nll if by_row else None, int(rows.count.sum()))
+    by_site = {c: summarize(rows, tokens, own) for c, own in (sites or {}).items() if len(own)}
+    return Scores(summarize(rows, tokens), by_site, rows.predicted, rows.nll if by_row else None, int(rows.count.sum()))
 
 
 def _chunks(lengths: np.ndarray, size: int, spread: float = np.inf) -> list[np.ndarray]:
@@ -234,7 +234,7 @@ def _matches(
 ) -> np.ndarray:
     """Whether the greedily generated text is the answer, apart from white space at the ends; bool `[n]`.
 
-    The answer is compared as the tokenizer decodes its own tokens, since one that normalises text (lower case, Unicode
+    The answer is compared as the tokenizer decodes its own tokens, since one that normalizes text (lower case, Unicode
     forms) writes no other, and as the data has it. Unknown tokens, which are not decoded, are counted.
     """
     exact = np.zeros(len(rows), dtype=bool)

@@ -95,7 +95,7 @@ class Packs:
         clients: most clients of a round.
         first: (lanes, rows) -> row numbers of the first pass of the largest pack, one array a client.
         last: the same of their last steps, which may be short; None where all steps are alike.
-        steps: optimiser steps of a client.
+        steps: optimizer steps of a client.
         largest: (lanes, rows) -> tokens of the largest pass of round 1.
         mean: tokens of a training row in the mean, virtual ones included.
     """

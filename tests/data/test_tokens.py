@@ -186,7 +186,7 @@ def test_prompt_and_answer_are_the_tokens_of_the_whole_text(gpt2: Any) -> None:
 
 
 def test_an_answer_continues_the_prompt_where_the_tokenizer_marks_word_starts(llama: Any) -> None:
-    """`{sentence}:{label}` without a space: tokenised alone the answer would get the mark of a new word."""
+    """`{sentence}:{label}` without a space: tokenized alone the answer would get the mark of a new word."""
     tokens = tokens_of(
         llama, [{"sentence": "it is", "label": "paper"}], template="{sentence}:{label}", label_words=None
     )
