@@ -202,7 +202,7 @@ def test_the_gradient_is_taken_elsewhere_on_a_second_batch(rounds: Any, lab: Any
         for k in cohort:
             rows = prepared.partition.rows(int(k.removeprefix("site-")) - 1)
             rng = stream(loop.exp.seed, "batches", k, t, 1)
-            second = fedsim.runs.build.draw_of(loop.exp).batches(rows, rng, loop.exp.local.steps)
+            second = fedsim.runs.checks.sampler_of(loop.exp).batches(rows, rng, loop.exp.local.steps)
 
             def ahead(y: Named, numbers: Any) -> Named:
                 g = loop.grads(y, numbers[0])
