@@ -294,7 +294,7 @@ def test_packing_is_refused_where_rows_cannot_lie_end_to_end(lab: Any) -> None:
     training = {"lanes": 2, "packing": True}
     with pytest.raises(UserError, match=r"^training.packing: true, but .*set it to false$"):
         lab.run(**NONE, training=training, model={"path": lab.base("bloom")})
-    with pytest.raises(UserError, match=r"^training.packing: True is for whole models"):
+    with pytest.raises(UserError, match=r"^training.packing: True is for full fine-tuning"):
         lab.exp(training=training)
 
 
