@@ -137,6 +137,8 @@ class Supervisor:
         while True:
             pipes = {worker.pipe: worker for worker in self.workers if worker.process is not None}
             for worker in pipes.values():
+                if not worker.work and not worker.process.is_alive():  # its pipe may be closed a moment later
+                    return worker, "died", *self._bury(worker)
                 self._end_if_hung(worker)
             for pipe in wait(list(pipes), timeout=LOOK_S):
                 worker = pipes[pipe]
