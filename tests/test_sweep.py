@@ -44,6 +44,52 @@ def write(lab: Any) -> Callable[..., Path]:
 # ------------------------------------------------------------------------------------------------ the file
 
 
+def test_a_sweep_takes_the_values_that_another_one_finds(write: Any, lab: Any) -> None:
+    """Each method gets its own rate: the best on validation, over the mean of the seeds, whatever else differs."""
+    methods = [{"name": "fedavg"}, {"name": "fedprox", "mu": 1.0}]
+    rates = {"algorithm": methods, "local.lr": [1e-6, 1e-2], "seed": [0, 1]}
+    (lab.root / "rates.yaml").write_text(yaml.safe_dump({"name": "rates", "experiment": "base.yaml", "grid": rates}))
+    keys = {
+        "tuned": {"file": "rates.yaml", "keys": ["local.lr"]},
+        "grid": {"algorithm": methods, "partition.num_clients": [2, 3], "seed": [0, 5]},
+    }
+    file = write(keys, modes=["federated"], rounds=1, best={"metric": "loss"})
+    plan = Sweep.load(file)
+    assert [e.local.lr for e in plan.experiments] == [1e-6] * 8  # not known yet
+    done = run_sweep(file, progress=False)
+    table = fedsim.sweep_table(lab.root / "results" / "rates", "loss")
+    means = table.groupby(["algorithm", "local.lr"])["best"].mean()
+    assert not done.failed and len(done.jobs) == 8
+    for job in done.jobs:
+        mine = means[next(a for a in means.index.levels[0] if a.split()[0] == job.exp.algorithm.name)]
+        assert job.exp.local.lr == mine.idxmin() == job.settings["local.lr"]
+    assert fedsim.run_sweep(file, progress=False).jobs[0].skipped
+
+
+@pytest.mark.parametrize(
+    ("tuned", "grid", "said"),
+    [
+        ({"file": "rates.yaml"}, {"seed": [0]}, r"tuned: \{.*\} is not \{file: SWEEP.yaml, keys:"),
+        ({"file": "rates.yaml", "keys": ["local.lr"]}, {"local.lr": [1.0]}, "local.lr is set here and by tuned"),
+        (
+            {"file": "rates.yaml", "keys": ["local.steps"]},
+            {"seed": [0]},
+            "not every run of rates.yaml sets 'local.steps'",
+        ),
+        (
+            {"file": "rates.yaml", "keys": ["local.lr"]},
+            {"rounds": [1], "adapter.r": [7]},
+            "has no run with these settings",
+        ),
+    ],
+)
+def test_wrong_tuning_is_one_line(write: Any, lab: Any, tuned: Any, grid: Any, said: str) -> None:
+    rates = {"local.lr": [1e-3, 1e-2], "adapter.r": [2]}
+    (lab.root / "rates.yaml").write_text(yaml.safe_dump({"name": "rates", "experiment": "base.yaml", "grid": rates}))
+    with pytest.raises(UserError, match=said):
+        Sweep.load(write({"tuned": tuned, "grid": grid}))
+
+
 def test_a_grid_is_every_combination_in_the_order_of_the_file(write: Any) -> None:
     plan = Sweep.load(write({"grid": {"seed": [0, 1], "local.lr": [0.1, 0.2, 0.3]}}))
     assert [(e.seed, e.local.lr) for e in plan.experiments] == [(s, lr) for s in (0, 1) for lr in (0.1, 0.2, 0.3)]
@@ -85,7 +131,7 @@ def test_the_experiment_can_stand_in_the_file(lab: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "said_in_error"),
     [
-        ({"gird": {}}, "sweep.yaml: unknown key gird (did you mean grid?). Valid keys: name, experiment, grid"),
+        ({"gird": {}}, "sweep.yaml: unknown key gird (did you mean grid?). Valid keys: name, experiment, tuned, grid"),
         ({}, "names no run"),
         ({"grid": {"seed": 3}}, "grid.seed: 3 is not a list of values"),
         ({"grid": {"seed": []}}, "grid.seed: [] is empty; give one value or more"),

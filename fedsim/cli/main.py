@@ -169,8 +169,8 @@ def sweep(
 ) -> None:
     """Run a grid or a list of settings; finished runs are skipped, stopped ones resumed, failed ones tried again.
 
-    The file holds `experiment` (a file, or its sections), `grid` (key: [values], every combination; or a list of grids) and
-    `list` (single settings). Overrides apply to all runs; keys that the sweep sets take precedence. Writes RESULTS/NAME/: a
+    The file holds `experiment` (a file, or its sections), `grid` (key: [values], every combination; or a list of grids),
+    `list` (single settings) and `tuned` (a sweep that runs first, and keys that take its best values). Overrides apply to all runs; keys that the sweep sets take precedence. Writes RESULTS/NAME/: a
     folder per run, sweep.json, table.csv and table.parquet (one row per model), cells.csv (mean and bootstrap interval over
     seeds) and figures/.
 

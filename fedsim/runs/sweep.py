@@ -33,6 +33,7 @@ from fedsim.runs.progress import Board, Progress, Relay
 from fedsim.runs.run import run_folder_of, run_steps
 from fedsim.runs.signals import ended_by_signals
 from fedsim.runs.sweep_plan import Job, Sweep, said
+from fedsim.runs.tuning import scores_of
 
 Outcome = tuple[str, str, str]  # finished | failed, what to say, a traceback
 
@@ -99,6 +100,8 @@ def run_sweep(
 
     if not isinstance(plan, Sweep):
         plan = Sweep.from_dict(plan) if isinstance(plan, dict) else Sweep.load(plan)
+    if plan.tuned is not None:
+        plan = _tune(plan, progress, workers, formats)
     jobs = [Job(settings, exp) for settings, exp in zip(plan.settings, plan.experiments, strict=True)]
     path = plan.path
     check_own(path, results_of(plan.experiments[0]), names=["sweep.json"])
@@ -129,6 +132,16 @@ def run_sweep(
         except UserError as error:
             problem = str(error)
     return Swept(path, jobs, problem)
+
+
+def _tune(plan: Sweep, progress: bool, workers: int | None, formats: Sequence[str]) -> Sweep:
+    """The sweep with the best values of the keys that another one finds, which runs first."""
+    assert plan.tuned is not None and plan.retuned is not None
+    first = run_sweep(plan.tuned, progress=progress, workers=workers, formats=formats)
+    if first.failed or first.problem:
+        why = first.problem or f"{len(first.failed)} of {len(first.jobs)} runs failed: {first.failed[0].reason}"
+        raise UserError(f"{first.path}: {why}; the values that it finds are needed first")
+    return plan.retuned(scores_of(first.jobs, first.table()))
 
 
 @settled()  # examples and bases are loaded here

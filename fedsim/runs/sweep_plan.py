@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from fedsim.config.experiment import Experiment, expand_path, read_yaml, results_of
 from fedsim.core.errors import UserError, shown
 from fedsim.core.section import near_key, plain
+from fedsim.runs.tuning import Candidates
 
 _NOT_SWEPT = {
     "name": "the runs of a sweep lie in one folder",
@@ -24,7 +25,7 @@ _NOT_SWEPT = {
     "aggregation": "no number depends on it; set it in the experiment",
 }
 _MOST = 20_000  # runs of a grid; more is a slip, and takes minutes to be read
-_KEYS = ("name", "experiment", "grid", "list", "devices", "workers", "threads", "together")
+_KEYS = ("name", "experiment", "tuned", "grid", "list", "devices", "workers", "threads", "together")
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Sweep:
         workers: processes; None = one per device, on the CPU one per core.
         threads: CPU threads of each worker; None = the cores divided among them.
         together: runs whose packs share the passes of a worker, where possible.
+        tuned: the sweep that runs first and gives this one the best values of some keys.
+        retuned: this sweep with these values, given the scores of that one's runs.
     """
 
     name: str
@@ -73,6 +76,8 @@ class Sweep:
     workers: int | None = None
     threads: int | None = None
     together: int = 1
+    tuned: Sweep | None = None
+    retuned: Callable[[Sequence[float]], Sweep] | None = None
 
     @property
     def path(self) -> Path:
@@ -98,14 +103,29 @@ class Sweep:
         return cls.from_dict(read_yaml(path), path, overrides)
 
     @classmethod
-    def from_dict(cls, tree: dict[str, Any], file: str | Path = "sweep", overrides: Sequence[str] = ()) -> Sweep:
-        """The sweep of what such a file holds; `file` is named in errors, paths are looked up from its folder."""
+    def from_dict(
+        cls,
+        tree: dict[str, Any],
+        file: str | Path = "sweep",
+        overrides: Sequence[str] = (),
+        known: Candidates | None = None,
+    ) -> Sweep:
+        """The sweep of what such a file holds.
+
+        Args:
+            tree: the file's keys.
+            file: named in errors; paths are looked up from its folder.
+            overrides: as in `load`.
+            known: the values that `tuned` has found; None = not yet, so that the first ones stand for them.
+        """
         path = Path(file)
         for key in tree:
             if key not in _KEYS:
                 raise UserError(f"{path}: {near_key(str(key), _KEYS)}")
         base, folder = _experiment(path, tree.get("experiment"))
-        asked = list(_settings(path, tree))
+        asked, first = list(_settings(path, tree)), None
+        if "tuned" in tree and known is None:
+            first, known = _tuned(path, tree["tuned"], overrides)
         if not asked:
             raise UserError(f"{path}: names no run; give grid: {{key: [values]}} or list: [{{key: value}}]")
         name = str(tree.get("name") or base.get("name") or path.stem)
@@ -113,6 +133,7 @@ class Sweep:
         experiments: list[Experiment] = []
         for one in asked:
             try:
+                one = {**one, **known.best(one)} if known else one
                 exp = Experiment.from_tree({**base, "name": name}, folder, overrides, one)
                 settings += [one] if exp.seeds is None else [{**one, "seed": seed} for seed in exp.seeds]
                 experiments += seed_by_seed(exp)
@@ -129,7 +150,11 @@ class Sweep:
             own = [one_device]
         workers, threads, together = (_count(path, tree, key) for key in ("workers", "threads", "together"))
         devices = _devices(path, tree.get("devices")) or own
-        return cls(name, keys, settings, experiments, devices, workers, threads or executor.threads, together or 1)
+        plan = cls(name, keys, settings, experiments, devices, workers, threads or executor.threads, together or 1)
+        if first is None or known is None:
+            return plan
+        again = lambda scores: cls.from_dict(tree, file, overrides, dataclasses.replace(known, scores=scores))  # noqa: E731
+        return dataclasses.replace(plan, tuned=first, retuned=again)
 
 
 def seed_by_seed(exp: Experiment) -> list[Experiment]:
@@ -146,6 +171,21 @@ def _experiment(path: Path, found: Any) -> tuple[dict[str, Any], Path]:
     beside = path.parent / found
     file = beside if beside.is_file() else Path(expand_path(found, f"{path}: experiment"))
     return read_yaml(file), file.resolve().parent
+
+
+def _tuned(path: Path, found: Any, overrides: Sequence[str]) -> tuple[Sweep, Candidates]:
+    """The sweep that a file's `tuned` names, and the values that it tries."""
+    where = f"{path}: tuned"
+    if not isinstance(found, dict) or found.keys() != {"file", "keys"}:
+        raise UserError(f"{where}: {shown(found)} is not {{file: SWEEP.yaml, keys: [local.lr]}}")
+    beside = path.parent / str(found["file"])
+    first = Sweep.load(beside if beside.is_file() else found["file"], overrides)
+    keys = found["keys"] if isinstance(found["keys"], list) else [found["keys"]]
+    if unknown := [key for key in keys if not all(key in one for one in first.settings)]:
+        raise UserError(f"{where}.keys: not every run of {found['file']} sets {shown(unknown[0])}; add it to each grid")
+    if first.tuned is not None:
+        raise UserError(f"{where}: {found['file']} is tuned itself; name a sweep that is not")
+    return first, Candidates(tuple(keys), first.settings)
 
 
 def _count(path: Path, tree: Mapping[str, Any], key: str) -> int | None:
