@@ -18,6 +18,7 @@ from tiers import fast_only
 
 import fedsim
 import fedsim.runs.sweep as sweeps
+from fedsim.analysis.method_plots import methods
 from fedsim.analysis.plots import save_figures
 from fedsim.cli.main import main
 from fedsim.core.errors import UserError
@@ -25,6 +26,7 @@ from fedsim.core.types import Row
 from fedsim.models import sharing
 from fedsim.runs.build import Shared, prepare
 from fedsim.runs.sweep import Job, Sweep, run_jobs, run_sweep, said
+from fedsim.runs.tuning import Candidates
 
 
 @pytest.fixture
@@ -64,6 +66,33 @@ def test_a_sweep_takes_the_values_that_another_one_finds(write: Any, lab: Any) -
         mine = means[next(a for a in means.index.levels[0] if a.split()[0] == job.exp.algorithm.name)]
         assert job.exp.local.lr == mine.idxmin() == job.settings["local.lr"]
     assert fedsim.run_sweep(file, progress=False).jobs[0].skipped
+
+
+def test_of_equal_scores_the_lower_loss_gives_the_value() -> None:
+    tried = [{"local.lr": lr, "seed": s} for lr in (0.1, 0.2, 0.3) for s in (0, 1)]
+    scores = [(0.5, -2.0), (0.7, -2.0), (0.7, -1.0), (0.5, -2.0), (0.6, -9.0), (float("-inf"), 0.0)]
+    assert Candidates(("local.lr",), tried, scores).best({"seed": 7}) == {"local.lr": 0.2}
+
+
+def test_methods_of_a_sweep_are_drawn_as_the_mean_of_their_seeds(write: Any, lab: Any) -> None:
+    methods_ = [{"name": "fedavg"}, {"name": "fedprox", "mu": 1.0}]
+    grid = {"algorithm": methods_, "partition.num_clients": [2, 3], "seed": [0, 1]}
+    done = run_sweep(write({"grid": grid}, modes=["federated"], rounds=2), progress=False, metric="loss")
+    assert {f"methods_by_{x}.png" for x in ("round", "bytes", "tokens")} <= {
+        f.name for f in done.path.glob("figures/*")
+    }
+    table, df = done.table("loss"), fedsim.load_runs(done.path)
+    panels = methods(df, table).axes
+    assert [ax.get_title() for ax in panels] == ["num_clients = 2", "num_clients = 3"]
+    of_global = df[
+        (df["scope"] == "federated") & df["client"].isna() & (df["split"] == "validation") & (df["round"] > 0)
+    ]
+    for ax, clients in zip(panels, (2, 3), strict=True):
+        assert len(ax.lines) == 2 and len(ax.collections) == 2  # a line and a band for each method
+        for line, name in zip(ax.lines, ("fedavg", "fedprox"), strict=True):
+            rows = of_global[(of_global["algorithm.name"] == name) & (of_global["partition.num_clients"] == clients)]
+            expected = rows[rows["name"] == "loss"].groupby("round")["value"].mean()
+            assert list(line.get_xdata()) == [1, 2] and line.get_ydata() == pytest.approx(expected.to_numpy())
 
 
 @pytest.mark.parametrize(

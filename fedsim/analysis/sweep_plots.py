@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from matplotlib.colors import to_hex
 
 from fedsim.analysis import style
 from fedsim.analysis.configs import say
-from fedsim.analysis.load import SCOPES, PathLike
+from fedsim.analysis.load import SCOPES, PathLike, load_runs
+from fedsim.analysis.method_plots import AXES, PANELS, compared, methods, panel_keys
 from fedsim.analysis.sweeps import cells, sweep_table, swept_keys
 from fedsim.analysis.ticks import is_wide, name_decades, name_places, score_axis, tick_values
 from fedsim.core.errors import UserError
@@ -291,7 +293,8 @@ def save_sweep(
     """Write a sweep's figures, those it has data for.
 
     `score_by_<key>.png` for each swept key (but seed) with two or more values, `score_by_skew.png` (against the mean JS
-    divergence, where the partition was swept), `gain_by_size.png` and `gain_by_skew.png`.
+    divergence, where the partition was swept), `gain_by_size.png` and `gain_by_skew.png`; where methods were swept, as whole
+    sections, `methods_by_round.png`, `..._bytes.png` and `..._tokens.png`.
 
     Args:
         path: the sweep's folder.
@@ -324,4 +327,18 @@ def save_sweep(
     for name, draw, how in wanted:
         with style.offscreen():
             written += style.save_figure(draw(table, **how).figure, target / name, formats)
+    return written + _save_methods(Path(path), scored, target, formats)
+
+
+def _save_methods(path: Path, table: pd.DataFrame, target: Path, formats: Sequence[str]) -> list[Path]:
+    """The figures that compare methods, where there are runs to draw."""
+    key = compared(table)
+    if key is None or len(table.groupby(panel_keys(table, key) or [key])) > PANELS:
+        return []
+    runs = table.loc[table["scope"] == "federated", "run"].unique()
+    df = load_runs([path / run for run in runs])
+    written = []
+    for x in AXES:
+        with contextlib.suppress(UserError):  # an axis that these runs have not recorded
+            written += style.save_figure(methods(df, table, key, x), target / f"methods_by_{x}", formats)
     return written

@@ -141,7 +141,7 @@ def _tune(plan: Sweep, progress: bool, workers: int | None, formats: Sequence[st
     if first.failed or first.problem:
         why = first.problem or f"{len(first.failed)} of {len(first.jobs)} runs failed: {first.failed[0].reason}"
         raise UserError(f"{first.path}: {why}; the values that it finds are needed first")
-    return plan.retuned(scores_of(first.jobs, first.table()))
+    return plan.retuned(scores_of(first.jobs, first.table(), first.table("loss")))
 
 
 @settled()  # examples and bases are loaded here

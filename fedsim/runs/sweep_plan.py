@@ -13,7 +13,7 @@ from typing import Any
 from fedsim.config.experiment import Experiment, expand_path, read_yaml, results_of
 from fedsim.core.errors import UserError, shown
 from fedsim.core.section import near_key, plain
-from fedsim.runs.tuning import Candidates
+from fedsim.runs.tuning import Candidates, Score
 
 _NOT_SWEPT = {
     "name": "the runs of a sweep lie in one folder",
@@ -77,7 +77,7 @@ class Sweep:
     threads: int | None = None
     together: int = 1
     tuned: Sweep | None = None
-    retuned: Callable[[Sequence[float]], Sweep] | None = None
+    retuned: Callable[[Sequence[Score]], Sweep] | None = None
 
     @property
     def path(self) -> Path:
