@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # editors and type checkers do not follow __getattr__
+    from fedsim import privacy
     from fedsim.analysis import plots
     from fedsim.analysis.diff import diff_runs
     from fedsim.analysis.listing import list_runs
@@ -41,6 +42,7 @@ __all__ = [
     "load_partition",
     "load_runs",
     "plots",
+    "privacy",
     "run",
     "run_sweep",
     "summary",
@@ -65,13 +67,14 @@ _WHERE = {
     "UserError": "core.errors",
     "ClientError": "core.errors",
 }
+_MODULES = {"plots": "fedsim.analysis.plots", "privacy": "fedsim.privacy"}
 
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        if name == "plots":
-            return import_module("fedsim.analysis.plots")
+        if name in _MODULES:
+            return import_module(_MODULES[name])
         if name not in _WHERE:
             raise AttributeError(f"module 'fedsim' has no attribute {name!r}")
         return getattr(import_module(f"fedsim.{_WHERE[name]}"), name)
