@@ -26,7 +26,16 @@ from fedsim.runs.setup import Setup, set_up
 from fedsim.runs.tracking import Tracking
 
 _PRODUCTS = (
-    *("config.yaml", "environment.json", "plan.json", "memory.json", "model.json", "partition.npz", "partition.json"),
+    *(
+        "config.yaml",
+        "environment.json",
+        "plan.json",
+        "memory.json",
+        "model.json",
+        "privacy.json",
+        "partition.npz",
+        "partition.json",
+    ),
     *(CLIENT_FOLDERS, "metrics", "scores.npz", "predictions.csv", "comparison.json", "figures/examples.md"),
 )
 
