@@ -124,10 +124,13 @@ class Worker:
 
     def _batches(self, task: Task, draw: int = 0) -> list[np.ndarray]:
         """Examples of each step, a function of (seed, client, round); `draw`: which of several batches of a step."""
-        examples = self.sites.everything() if task.client < 0 else self.sites.train(task.client)
         which = [draw] if draw else []
         rng = stream(self.seed, "batches", task.name, task.round, *which)
-        return self.config.draw.batches(examples, rng, task.steps)
+        return self.config.draw.batches(self.examples_of(task), rng, task.steps)
+
+    def examples_of(self, task: Task) -> np.ndarray:
+        """A client's training examples."""
+        return self.sites.everything() if task.client < 0 else self.sites.train(task.client)
 
     # ------------------------------------------------------------------------------- evaluation and the device
 
