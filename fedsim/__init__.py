@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # editors and type checkers do not follow __getattr__
     from fedsim.analysis import plots
+    from fedsim.analysis.cross_site import cross_site
     from fedsim.analysis.diff import diff_runs
     from fedsim.analysis.listing import list_runs
     from fedsim.analysis.load import confusion_matrix, load_partition, load_runs
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "batches",
     "confusion_matrix",
+    "cross_site",
     "diff_runs",
     "evaluate_zero_shot",
     "list_runs",
@@ -57,6 +59,7 @@ _WHERE = {
     "list_runs": "analysis.listing",
     "load_partition": "analysis.load",
     "confusion_matrix": "analysis.load",
+    "cross_site": "analysis.cross_site",
     "diff_runs": "analysis.diff",
     "summary": "analysis.scores",
     "sweep_table": "analysis.sweeps",
