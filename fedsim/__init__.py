@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # editors and type checkers do not follow __getattr__
     from fedsim.core.errors import ClientError, UserError
     from fedsim.models.export import load_adapter
     from fedsim.runs.build import batches
+    from fedsim.runs.predict import predict
     from fedsim.runs.run import Run, run
     from fedsim.runs.sweep import run_sweep
     from fedsim.runs.sweep_plan import Sweep
@@ -43,6 +44,7 @@ __all__ = [
     "load_partition",
     "load_runs",
     "plots",
+    "predict",
     "run",
     "run_sweep",
     "summary",
@@ -55,6 +57,7 @@ _WHERE = {
     "Sweep": "runs.sweep_plan",
     "run_sweep": "runs.sweep",
     "batches": "runs.build",
+    "predict": "runs.predict",
     "load_runs": "analysis.load",
     "list_runs": "analysis.listing",
     "load_partition": "analysis.load",
