@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # editors and type checkers do not follow __getattr__
+    from fedsim import privacy
     from fedsim.analysis import plots
     from fedsim.analysis.cross_site import cross_site
     from fedsim.analysis.diff import diff_runs
@@ -45,6 +46,7 @@ __all__ = [
     "load_runs",
     "plots",
     "predict",
+    "privacy",
     "run",
     "run_sweep",
     "summary",
@@ -71,13 +73,14 @@ _WHERE = {
     "UserError": "core.errors",
     "ClientError": "core.errors",
 }
+_MODULES = {"plots": "fedsim.analysis.plots", "privacy": "fedsim.privacy"}
 
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        if name == "plots":
-            return import_module("fedsim.analysis.plots")
+        if name in _MODULES:
+            return import_module(_MODULES[name])
         if name not in _WHERE:
             raise AttributeError(f"module 'fedsim' has no attribute {name!r}")
         return getattr(import_module(f"fedsim.{_WHERE[name]}"), name)

@@ -170,3 +170,56 @@ def test_the_heat_map_shows_the_matrix() -> None:
         assert sum(colors.to_rgb(best)) < sum(colors.to_rgb(worst)), "darker is better"
         assert [text.get_text() for text in ax.texts] == ["0.90", "0.20", "0.10", "0.80", "0.50", "nan"]
         assert sorted(tuple(np.round(p.get_xy(), 2)) for p in ax.patches) == [(-0.46, -0.46), (0.54, 0.54)]
+
+
+def test_the_spread_over_clients_is_that_of_the_metrics() -> None:
+    """Dots, quantiles, mean by examples and worst client of each kind of model, of the last round."""
+    rng, rows, told = np.random.default_rng(1), [], {}
+    names = {"local": "{}", "federated own": "own_{}", "federated": "merged_{}"}
+    for metric in ("accuracy", "loss"):
+        for scope, name in names.items():
+            for round in (1, 2):
+                values, sizes = rng.random(11), rng.integers(1, 9, 11)
+                about = {
+                    "round": round,
+                    "scope": scope.split()[0],
+                    "split": "site",
+                    "name": name.format(metric),
+                    "run": "a",
+                }
+                rows += [
+                    {**about, "client": f"site-{k:02}", "value": v, "weight": float(n)}
+                    for k, (v, n) in enumerate(zip(values, sizes, strict=True))
+                ]
+            told[metric, scope] = values, sizes
+    df = pd.DataFrame(rows)
+    for metric in ("accuracy", "loss"):
+        ax = plots.spread(df, metric=metric)
+        assert [t.get_text() for t in ax.get_yticklabels()] == ["local-only", "own model", "global model"]
+        lines = iter(ax.get_lines())
+        for row, scope in enumerate(names):
+            values, sizes = told[metric, scope]
+            dots, mean, worst = next(lines), next(lines), next(lines)
+            assert np.array_equal(dots.get_xdata(), values)
+            assert mean.get_xdata()[0] == pytest.approx((values * sizes).sum() / sizes.sum())
+            extreme = values.min() if metric == "accuracy" else values.max()
+            assert worst.get_xdata()[0] == extreme
+            assert ax.texts[row].get_text() == f"site-{values.tolist().index(extreme):02}"
+            tenth, quarter, median = (c.get_segments()[0][:, 0] for c in ax.collections[3 * row : 3 * row + 3])
+            assert tenth == pytest.approx(np.quantile(values, [0.1, 0.9]))
+            assert quarter == pytest.approx(np.quantile(values, [0.25, 0.75]))
+            assert median[0] == pytest.approx(np.quantile(values, 0.5))
+    with pytest.raises(UserError, match="no client has scores of 'macro_f1' on validation examples of its own"):
+        plots.spread(df, metric="macro_f1")
+
+
+def test_a_run_draws_its_clients_and_its_matrix(tmp_path: Path) -> None:
+    exp = {"name": "drawn", "results": str(tmp_path), "rounds": 1, "partition": {"name": "iid", "num_clients": 3}}
+    exp |= {"local": {"steps": 1, "batch_size": 4}, "evaluate": {"cross_site": True, "max_examples": 40}}
+    run = fedsim.run({**exp, "executor": {"name": "serial", "threads": 1}}, progress=False).path
+    assert {"clients.png", "cross_site.png"} <= {f.name for f in (run / "figures").iterdir()}
+    table, matrix = plots.spread_table(fedsim.load_runs(run)), fedsim.cross_site(run)
+    for site in matrix.columns:
+        assert table.loc[site, ("global", "value")] == pytest.approx(matrix.loc["global", site])
+        assert table.loc[site, ("central", "value")] == pytest.approx(matrix.loc["central", site])
+        assert table.loc[site, ("local", "value")] == pytest.approx(matrix.loc[f"local {site}", site])

@@ -31,6 +31,7 @@ ROOMS = {
     "executors": {"core", "aggregators"},
     "analysis": {"core"},
     "config": {"core", "algorithms"},
+    "privacy": {"core"},
     "runs": {
         *("core", "algorithms", "aggregators", "channel", "data", "models", "training", "simulate", "executors"),
         *("analysis", "config"),

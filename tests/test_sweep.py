@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import frail
+import numpy as np
+import pandas as pd
 import pytest
+import scipy.stats
 import torch
 import yaml
 from tiers import fast_only
 
 import fedsim
 import fedsim.runs.sweep as sweeps
+from fedsim.analysis.claims import Claim, judge
 from fedsim.analysis.method_plots import methods
 from fedsim.analysis.plots import save_figures
 from fedsim.cli.main import main
@@ -72,6 +76,53 @@ def test_of_equal_scores_the_lower_loss_gives_the_value() -> None:
     tried = [{"local.lr": lr, "seed": s} for lr in (0.1, 0.2, 0.3) for s in (0, 1)]
     scores = [(0.5, -2.0), (0.7, -2.0), (0.7, -1.0), (0.5, -2.0), (0.6, -9.0), (float("-inf"), 0.0)]
     assert Candidates(("local.lr",), tried, scores).best({"seed": 7}) == {"local.lr": 0.2}
+
+
+def test_a_claim_compares_pairs_of_runs() -> None:
+    """Two seeds at two alphas; fedprox is better by 0.1, 0.3, 0.1, 0.3 on accuracy, and worse where alpha is 9."""
+    labels, rows = iter("abcdefgh"), []
+    members: list[tuple[str, dict[str, Any]]] = []
+    for name, scores in (("fedavg", [0.5, 0.4, 0.5, 0.9]), ("fedprox", [0.6, 0.7, 0.6, 0.5])):
+        for score, (alpha, seed) in zip(scores, [(1, 0), (1, 1), (2, 0), (9, 0)], strict=True):
+            label = next(labels)
+            members.append((label, {"algorithm": {"name": name}, "alpha": alpha, "seed": seed, "lr": score}))
+            rows.append({"run": label, "scope": "federated", "last": score, "metric": "accuracy"})
+    table = pd.DataFrame(rows)
+
+    def found(better: str, worse: str, metric: str = "accuracy", **where: Any) -> Any:
+        claim = Claim(claim="c", better={"algorithm": better}, worse={"algorithm": worse}, where=where)
+        return judge(claim, members, table.assign(metric=metric), ["lr"])
+
+    gaps = np.array([0.1, 0.3])
+    half = scipy.stats.t.ppf(0.975, 1) * gaps.std(ddof=1) / 2**0.5
+    one = found("fedprox", "fedavg", alpha=1)
+    assert (one.pairs, one.mean) == (2, pytest.approx(0.2)) and one.holds is None
+    assert (one.low, one.high) == pytest.approx((0.2 - half, 0.2 + half))
+    assert found("fedprox", "fedavg").pairs == 4 and found("fedprox", "fedavg", alpha=3).pairs == 0
+    assert found("fedavg", "fedprox", alpha=9).mean == pytest.approx(0.4) and found("a", "b").holds is None
+    assert found("fedavg", "fedprox", "loss", alpha=1).mean == pytest.approx(0.2)
+    sure = table.assign(last=[0.1, 0.1, 0.1, 0.1, 0.5, 0.51, 0.52, 0.53])
+    claim = Claim(claim="c", better={"algorithm": "fedprox"}, worse={"algorithm": "fedavg"})
+    assert judge(claim, members, sure, ["lr"]).holds is True
+    assert judge(Claim(claim="c", better=claim.worse, worse=claim.better), members, sure, ["lr"]).holds is False
+    with pytest.raises(UserError, match="claims: beta was not swept; use some of algorithm, alpha, lr, seed"):
+        found("fedprox", "fedavg", beta=1)
+
+
+def test_a_sweeps_report_has_its_claims_and_figures(write: Any, capsys: pytest.CaptureFixture) -> None:
+    claim = {"claim": "more is better", "better": {"local.lr": 0.01}, "worse": {"local.lr": 1e-6}}
+    keys = {"grid": {"local.lr": [1e-6, 0.01], "seed": [0, 1]}, "claims": [claim], "title": "Rates", "notes": "A note."}
+    file = write(keys, modes=["federated"], rounds=1, best={"metric": "loss"})
+    assert main(["sweep", str(file), "--quiet"]) == 0
+    place = Path(capsys.readouterr().out.split("report.md")[0].split("\n")[-1]) / "report.md"
+    text = place.read_text()
+    assert text.startswith("# Rates\n") and "4 of 4 runs are finished" in text and "A note." in text
+    assert re.search(r"0 FAILED, [01] OPEN, [01] HOLDS\.", text) and "over 2 pairs" in text
+    assert "![figures/score_by_local.lr.png](figures/score_by_local.lr.png)" in text and f"fedsim sweep {file}" in text
+    place.unlink()
+    assert main(["plot", str(place.parent)]) == 0 and place.read_text() == text
+    assert main(["sweep", str(write({**keys, "claims": [{**claim, "better": {"rounds": 3}}]}))]) == 2
+    assert "claims: rounds is not swept; use some of local.lr, seed" in capsys.readouterr().err
 
 
 def test_methods_of_a_sweep_are_drawn_as_the_mean_of_their_seeds(write: Any, lab: Any) -> None:
@@ -160,7 +211,10 @@ def test_the_experiment_can_stand_in_the_file(lab: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "said_in_error"),
     [
-        ({"gird": {}}, "sweep.yaml: unknown key gird (did you mean grid?). Valid keys: name, experiment, tuned, grid"),
+        (
+            {"gird": {}},
+            "sweep.yaml: unknown key gird (did you mean grid?). Valid keys: name, title, experiment, tuned, grid",
+        ),
         ({}, "names no run"),
         ({"grid": {"seed": 3}}, "grid.seed: 3 is not a list of values"),
         ({"grid": {"seed": []}}, "grid.seed: [] is empty; give one value or more"),

@@ -88,7 +88,7 @@ def build(
         verdicts=sorted(verdicts, key=lambda one: [*WORDS].index(one.passed)),
         counts=", ".join(counts),
         words=WORDS,
-        setup={**about, **_environment(members)},
+        setup={**about, **environment_of([member.path for member in members])},
         figures=figures,
         missing=missing,
         published=published_part(report, runs) if report.published else None,
@@ -124,10 +124,11 @@ def _summary(metric: str, groups: Mapping[str, RunGroup]) -> Table:
     return Table(["setting", "metric", *names.values(), "centralized has", "runs"], rows, (2, 3, 4, 6))
 
 
-def _environment(members: Sequence[Member]) -> dict[str, str]:
-    """What the runs ran on; where they differ, each different value."""
-    found = [about for member in members if (about := read_json(member.path / "environment.json"))]
-    status = [read_json(member.path / "status.json") for member in members]
+def environment_of(runs: Iterable[Path]) -> dict[str, str]:
+    """What runs ran on; where they differ, each different value."""
+    runs = list(runs)
+    found = [about for run in runs if (about := read_json(run / "environment.json"))]
+    status = [read_json(run / "status.json") for run in runs]
     seconds = [float(one["seconds"]) for one in status if one.get("seconds") is not None]
 
     def commit(about: dict[str, Any]) -> str:

@@ -62,7 +62,7 @@ def sweep_table(path: PathLike | Iterable[PathLike], metric: str | None = None) 
         UserError: a missing path, no run or no finished run in it, a damaged file, runs with different `best.metric`
             while `metric` is None, or a run that did not record the metric.
     """
-    keys, members = _members(path)
+    keys, members = members_of(path)
     folders, given = [folder for folder, _ in members], [settings for _, settings in members]
     configs, labels = [load.read_config(folder) for folder in folders], load.run_labels(folders)
     metric = metric or _common_metric(configs, labels)
@@ -84,7 +84,7 @@ def sweep_table(path: PathLike | Iterable[PathLike], metric: str | None = None) 
     return out
 
 
-def _members(path: PathLike | Iterable[PathLike]) -> tuple[list[str] | None, list[tuple[Path, dict[str, Any]]]]:
+def members_of(path: PathLike | Iterable[PathLike]) -> tuple[list[str] | None, list[tuple[Path, dict[str, Any]]]]:
     """The swept keys, None without `sweep.json`, and of each finished run its folder and settings."""
     one = isinstance(path, (str, os.PathLike))
     if one and (Path(path) / "sweep.json").is_file():

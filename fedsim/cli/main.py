@@ -170,8 +170,8 @@ def sweep(
     """Run a grid or a list of settings; finished runs are skipped, stopped ones resumed, failed ones tried again.
 
     The file holds `experiment` (a file, or its sections), `grid` (key: [values], every combination; or a list of grids),
-    `list` (single settings) and `tuned` (a sweep that runs first, and keys that take its best values). Overrides apply to all runs; keys that the sweep sets take precedence. Writes RESULTS/NAME/: a
-    folder per run, sweep.json, table.csv and table.parquet (one row per model), cells.csv (mean and bootstrap interval over
+    `list` (single settings), `tuned` (a sweep that runs first, and keys that take its best values) and `claims`. Overrides apply to all runs; keys that the sweep sets take precedence. Writes RESULTS/NAME/: a
+    folder per run, report.md, sweep.json, table.csv and table.parquet (one row per model), cells.csv (mean and bootstrap interval over
     seeds) and figures/.
 
     Exits with code 1 if a run failed; all others are finished then, and the reasons are listed.
@@ -190,7 +190,7 @@ def sweep(
         budget = table.attrs.get("central_budget")
         about = f"{finished} of {len(done.jobs)} run(s) in {done.path}{f' (centralized: {budget})' if budget else ''}"
         show.table(cells(table), about, swept_keys(table))
-        show.lines(done.path / name for name in ("table.csv", "table.parquet", "cells.csv"))
+        show.lines(done.path / name for name in ("report.md", "table.csv", "table.parquet", "cells.csv"))
         show.lines(sorted(f for f in (done.path / "figures").glob("*") if f.suffix[1:] in formats))
     if done.failed:
         print(file=sys.stderr)
@@ -292,13 +292,16 @@ def plot(
     """Redraw a run's figures, compare several runs, or rebuild a sweep's tables and figures."""
     from fedsim.analysis.load import find_runs
     from fedsim.analysis.plots import plot_runs, save_sweep
+    from fedsim.analysis.sweep_report import write_report
     from fedsim.analysis.sweeps import write_tables
 
     if len(runs) == 1 and (runs[0] / "sweep.json").is_file():
         if x is not None:
             raise UserError(f"--x: {x!r} has no use for a sweep's folder, which has no curves; name some of its runs")
-        tables = write_tables(runs[0], metric) if out is None and metric is None else []
-        show.lines([*tables, *save_sweep(runs[0], out, metric, formats)])
+        own = out is None and metric is None  # else the sweep's tables and report stay as they are
+        tables = write_tables(runs[0]) if own else []
+        figures = save_sweep(runs[0], out, metric, formats)
+        show.lines([*tables, *figures, *(write_report(runs[0], figures) if own else ())])
         return
     found = find_runs(runs)
     place = out or (found[0] / "figures" if len(found) == 1 else Path("figures"))

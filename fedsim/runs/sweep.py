@@ -7,6 +7,7 @@ Beside them lie `sweep.json` (settings and state of each run), the tables and th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import time
@@ -96,6 +97,7 @@ def run_sweep(
         UserError: for an invalid sweep, or a device that is not there.
     """
     from fedsim.analysis.plots import save_sweep
+    from fedsim.analysis.sweep_report import write_report
     from fedsim.analysis.sweeps import write_tables
 
     if not isinstance(plan, Sweep):
@@ -111,7 +113,8 @@ def run_sweep(
             {"run": job.path and job.path.name, "settings": job.settings, "state": job.state, "reason": job.reason}
             for job in jobs
         ]
-        text = json.dumps({"name": plan.name, "keys": plan.keys, "runs": runs}, indent=1, ensure_ascii=False)
+        about = {"name": plan.name, "keys": plan.keys, **plan.about, "runs": runs}
+        text = json.dumps(about, indent=1, ensure_ascii=False)
         write_atomic(path / "sweep.json", (text + "\n").encode())
 
     run_jobs(
@@ -128,7 +131,7 @@ def run_sweep(
     if any(job.state == "finished" for job in jobs):
         try:
             write_tables(path, metric)
-            save_sweep(path, metric=metric, formats=formats)
+            write_report(path, save_sweep(path, metric=metric, formats=formats), metric)
         except UserError as error:
             problem = str(error)
     return Swept(path, jobs, problem)
@@ -141,7 +144,8 @@ def _tune(plan: Sweep, progress: bool, workers: int | None, formats: Sequence[st
     if first.failed or first.problem:
         why = first.problem or f"{len(first.failed)} of {len(first.jobs)} runs failed: {first.failed[0].reason}"
         raise UserError(f"{first.path}: {why}; the values that it finds are needed first")
-    return plan.retuned(scores_of(first.jobs, first.table(), first.table("loss")))
+    tuned = plan.retuned(scores_of(first.jobs, first.table(), first.table("loss")))
+    return dataclasses.replace(tuned, about={**plan.about, **tuned.about})
 
 
 @settled()  # examples and bases are loaded here

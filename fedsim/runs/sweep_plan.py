@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ _NOT_SWEPT = {
     "aggregation": "no number depends on it; set it in the experiment",
 }
 _MOST = 20_000  # runs of a grid; more is a slip, and takes minutes to be read
-_KEYS = ("name", "experiment", "tuned", "grid", "list", "devices", "workers", "threads", "together")
+_KEYS = ("name", "title", "experiment", "tuned", "grid", "list", "claims", "notes")
+_KEYS += ("devices", "workers", "threads", "together")
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Sweep:
         workers: processes; None = one per device, on the CPU one per core.
         threads: CPU threads of each worker; None = the cores divided among them.
         together: runs whose packs share the passes of a worker, where possible.
+        about: what the report shows: title, claims and notes, the file's, and the keys that were tuned.
         tuned: the sweep that runs first and gives this one the best values of some keys.
         retuned: this sweep with these values, given the scores of that one's runs.
     """
@@ -76,6 +79,7 @@ class Sweep:
     workers: int | None = None
     threads: int | None = None
     together: int = 1
+    about: dict[str, Any] = field(default_factory=dict)
     tuned: Sweep | None = None
     retuned: Callable[[Sequence[Score]], Sweep] | None = None
 
@@ -100,7 +104,9 @@ class Sweep:
             UserError: for anything invalid in it, with the settings of the run in question.
         """
         path = Path(expand_path(str(file), "FILE"))
-        return cls.from_dict(read_yaml(path), path, overrides)
+        plan = cls.from_dict(read_yaml(path), path, overrides)
+        command = " ".join(["fedsim sweep", str(file), *map(shlex.quote, overrides)])
+        return dataclasses.replace(plan, about={**plan.about, "command": command})
 
     @classmethod
     def from_dict(
@@ -150,7 +156,15 @@ class Sweep:
             own = [one_device]
         workers, threads, together = (_count(path, tree, key) for key in ("workers", "threads", "together"))
         devices = _devices(path, tree.get("devices")) or own
-        plan = cls(name, keys, settings, experiments, devices, workers, threads or executor.threads, together or 1)
+        about: dict[str, Any] = {key: str(tree[key]) for key in ("title", "notes") if key in tree}
+        if "claims" in tree:
+            from fedsim.analysis.claims import check_claims
+
+            about["claims"] = check_claims(tree["claims"], keys, str(path))
+        if known is not None:
+            about["tuned"] = list(known.keys)  # a pair of a claim may differ in these
+        threads = threads or executor.threads
+        plan = cls(name, keys, settings, experiments, devices, workers, threads, together or 1, about)
         if first is None or known is None:
             return plan
         again = lambda scores: cls.from_dict(tree, file, overrides, dataclasses.replace(known, scores=scores))  # noqa: E731
