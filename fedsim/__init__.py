@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # editors and type checkers do not follow __getattr__
     from fedsim import privacy
     from fedsim.analysis import plots
+    from fedsim.analysis.cross_site import cross_site
     from fedsim.analysis.diff import diff_runs
     from fedsim.analysis.listing import list_runs
     from fedsim.analysis.load import confusion_matrix, load_partition, load_runs
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # editors and type checkers do not follow __getattr__
     from fedsim.core.errors import ClientError, UserError
     from fedsim.models.export import load_adapter
     from fedsim.runs.build import batches
+    from fedsim.runs.predict import predict
     from fedsim.runs.run import Run, run
     from fedsim.runs.sweep import run_sweep
     from fedsim.runs.sweep_plan import Sweep
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "batches",
     "confusion_matrix",
+    "cross_site",
     "diff_runs",
     "evaluate_zero_shot",
     "list_runs",
@@ -42,6 +45,7 @@ __all__ = [
     "load_partition",
     "load_runs",
     "plots",
+    "predict",
     "privacy",
     "run",
     "run_sweep",
@@ -55,10 +59,12 @@ _WHERE = {
     "Sweep": "runs.sweep_plan",
     "run_sweep": "runs.sweep",
     "batches": "runs.build",
+    "predict": "runs.predict",
     "load_runs": "analysis.load",
     "list_runs": "analysis.listing",
     "load_partition": "analysis.load",
     "confusion_matrix": "analysis.load",
+    "cross_site": "analysis.cross_site",
     "diff_runs": "analysis.diff",
     "summary": "analysis.scores",
     "sweep_table": "analysis.sweeps",

@@ -221,7 +221,7 @@ def test_sites_last_values(run: Path) -> None:
 def test_save_figures_writes_what_there_is_and_leaves_matplotlib_alone(run: Path) -> None:
     before = dict(matplotlib.rcParams)
     written = plots.save_figures(run)
-    assert written == [run / "figures" / f"{name}.png" for name in ("accuracy", "loss", "partition")]
+    assert written == [run / "figures" / f"{name}.png" for name in ("accuracy", "loss", "partition", "clients")]
     for file in written:
         height, width = imread(file).shape[:2]
         assert width == plots.WIDTH * plots.DPI and height > 250
@@ -229,6 +229,7 @@ def test_save_figures_writes_what_there_is_and_leaves_matplotlib_alone(run: Path
     assert plots.save_figures(run, run.parent / "out", "loss") == [
         run.parent / "out" / "loss.png",
         run.parent / "out" / "partition.png",
+        run.parent / "out" / "clients.png",
     ]
     (run / "partition.json").unlink()
     (run / "metrics.jsonl").write_text("")
@@ -238,7 +239,7 @@ def test_save_figures_writes_what_there_is_and_leaves_matplotlib_alone(run: Path
 @pytest.mark.parametrize("modes", [("local",), ("federated",), ("central",), ("local", "central")])
 def test_runs_of_some_modes(tmp_path: Path, modes: tuple[str, ...]) -> None:
     run = write_run(tmp_path / "e" / "r", modes=modes)
-    assert len(plots.save_figures(run)) == 3
+    assert len(plots.save_figures(run)) == 3 + (modes != ("central",))
     texts = {text.get_text() for text in plots.curves(load_runs(run)).get_legend().get_texts()}
     assert any("central" in text for text in texts) == ("central" in modes)
     assert ("global model" in texts) == ("federated" in modes)
@@ -265,6 +266,7 @@ def test_plot_runs_one_run_and_beyond_four_settings(tmp_path: Path) -> None:
         "accuracy.png",
         "loss.png",
         "partition.png",
+        "clients.png",
     ]
     for n in range(1, 6):
         write_run(tmp_path / "e" / f"r{n}", **{"local.lr": 0.5 + n})
@@ -752,7 +754,9 @@ def test_titles_say_what_varies(tmp_path: Path) -> None:
 
 def test_figures_in_other_formats(run: Path) -> None:
     written = plots.save_figures(run, run.parent / "out", "loss", formats=["pdf", "svg"])
-    assert [file.name for file in written] == ["loss.pdf", "loss.svg", "partition.pdf", "partition.svg"]
+    assert [file.name for file in written] == [
+        f"{name}.{kind}" for name in ("loss", "partition", "clients") for kind in ("pdf", "svg")
+    ]
     assert written[0].read_bytes().startswith(b"%PDF") and b"<svg" in written[1].read_bytes()
     first = [file.read_bytes() for file in written]
     plots.save_figures(run, run.parent / "out", "loss", formats=["pdf", "svg"])

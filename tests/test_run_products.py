@@ -136,7 +136,9 @@ def test_tensorboard_gets_one_step_per_round_and_the_figures(tmp_path: Path) -> 
         assert log.Scalars(f"local/validation/accuracy_{name}")[-1].value == pytest.approx(value, rel=1e-6)
     sent = df[(df["name"] == "bytes_up") & (df["round"] == 1)]["value"].sum()
     assert log.Scalars("federated/train/bytes_up")[0].value == sent
-    assert set(log.Tags()["images"]) == {f"figures/{name}" for name in ("accuracy", "loss", "partition", "confusion")}
+    assert set(log.Tags()["images"]) == {
+        f"figures/{name}" for name in ("accuracy", "loss", "partition", "confusion", "clients")
+    }
     assert not any("site-1" in tag for tag in log.Tags()["scalars"]) and len(log.Tags()["scalars"]) < 150
 
 

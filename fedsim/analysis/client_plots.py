@@ -8,10 +8,25 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from fedsim.analysis.load import PathLike, load_partition, rows_of
-from fedsim.analysis.style import GLOBAL, GREY, LOCAL, REST, canvas, inches, legend_below, value_label
+from fedsim.analysis.configs import say
+from fedsim.analysis.load import PathLike, load_partition, metric_mode, rows_of
+from fedsim.analysis.style import (
+    CENTRAL,
+    FEDERATED,
+    GLOBAL,
+    GREY,
+    LOCAL,
+    REST,
+    canvas,
+    inches,
+    legend_below,
+    line_handle,
+    plain,
+    value_label,
+)
 from fedsim.analysis.ticks import name_ticks, score_axis
 from fedsim.core.errors import UserError
+from fedsim.core.files import CROSS
 
 NAMED = 30  # clients whose names and numbers still fit
 
@@ -93,6 +108,89 @@ def _write_counts(ax: Axes, counts: np.ndarray, shades: np.ndarray, visible: boo
         ax.text(column, row, str(value), ha="center", va="center", color=color, fontsize=8)
 
 
+def _by_client(df: pd.DataFrame, scope: str, split: str, name: str, value: str = "value") -> pd.Series:
+    """Each client's last value of a metric, averaged over runs."""
+    rows = df[(df["scope"] == scope) & (df["split"] == split) & (df["name"] == name)]
+    ends = rows[rows["client"].notna()].groupby(["run", "client"], sort=False, observed=True)[value].last()
+    return ends.groupby("client", sort=False).mean()
+
+
+def spread_table(df: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
+    """How models do on each client's own validation examples: what `spread` draws.
+
+    Returns:
+        float64 [clients, 2 per kind], columns (kind, "value" or "examples"); the kinds that there are, of `local` (the client's
+        local-only model), `own` (the one it keeps in the federated mode), `global` and, after cross-site evaluation,
+        `central`.
+    """
+    last, found = df[df["value"].notna()], {}
+    central = last[(last["scope"] == "central") & last["split"].astype(str).str.startswith(CROSS)]
+    central = central.assign(client=central["split"].astype(str).str.removeprefix(CROSS), split="site")
+    kinds = {
+        "local": ("local", metric),
+        "own": ("federated", f"own_{metric}"),
+        "global": ("federated", f"merged_{metric}"),
+    }
+    for kind, (scope, name) in {**kinds, "central": ("central", metric)}.items():
+        rows = central if kind == "central" else last
+        for what, column in (("value", "value"), ("examples", "weight")):
+            found[kind, what] = _by_client(rows, scope, "site", name, column)
+    return pd.DataFrame(found).dropna(axis="columns", how="all")
+
+
+_KINDS = {"local": (LOCAL, "local-only"), "own": (FEDERATED, "own model"), "global": (GLOBAL, "global model")}
+_KINDS |= {"central": (CENTRAL, "centralized")}
+
+
+def spread(df: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy") -> Axes:
+    """How models do over the clients, each on its own validation examples: a dot per client, quantiles, mean and the worst client.
+
+    Values are the last recorded, averaged over runs; the mean is weighted by the clients' examples.
+
+    Raises:
+        UserError: no client was evaluated with this metric on examples of its own.
+    """
+    table = spread_table(df, metric)
+    if table.empty:
+        raise UserError(f"no client has scores of {metric!r} on validation examples of its own")
+    kinds = list(dict.fromkeys(kind for kind, _ in table.columns))
+    better = metric_mode(metric)
+    with canvas(ax, 1.5 + 0.55 * len(kinds)) as ax:
+        ax.margins(x=0.1)
+        for row, kind in enumerate(kinds):
+            color, part = _KINDS[kind][0], table[kind].dropna()
+            values = part["value"].to_numpy()
+            worst = int(values.argmin() if better == "max" else values.argmax())
+            low, q25, median, q75, high = np.quantile(values, (0.1, 0.25, 0.5, 0.75, 0.9))
+            ax.hlines(row, low, high, color=color, linewidth=1.2)
+            ax.hlines(row, q25, q75, color=color, linewidth=6.0, alpha=0.35)
+            ax.vlines(median, row - 0.14, row + 0.14, color=color, linewidth=1.6)
+            at = row - 0.26 + 0.1 * (np.arange(len(values)) % 3 - 1) * (len(values) > NAMED)
+            ax.plot(
+                values, np.broadcast_to(at, values.shape), "o", color=color, markersize=3.0, alpha=0.6, clip_on=False
+            )
+            mean = np.average(values, weights=part["examples"])
+            ax.plot(mean, row, "D", color="white", markeredgecolor=color, markersize=5.0, zorder=4)
+            ax.plot(values[worst], row, "x", color="black", markersize=5.0, zorder=5)
+            name = say(plain(part.index[worst]), 18)
+            above = {"xytext": (0, -10), "textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 7}
+            ax.annotate(name, (values[worst], row), **above)
+        ax.set_yticks(range(len(kinds)), [_KINDS[kind][1] for kind in kinds])
+        ax.tick_params(axis="y", length=0)
+        ax.set(ylim=(len(kinds) - 0.4, -0.55), xlabel=value_label(metric, "site").replace("\n", " "))
+        score_axis(ax.xaxis, metric, grid="x")
+        marks = [
+            (line_handle(GREY, marker="o", markersize=3.0), "client"),
+            (line_handle("black", marker="x"), "worst client"),
+        ]
+        marks += [(line_handle(GREY, "-", "", linewidth=1.2), "10 % to 90 % of the clients")]
+        marks += [(line_handle(GREY, "-", "", linewidth=6.0, alpha=0.35), "25 % to 75 %")]
+        marks += [(line_handle(GREY, marker="|", markersize=8.0, markeredgewidth=1.6), "median")]
+        marks += [(line_handle("white", marker="D", markeredgecolor=GREY), "mean, by examples")]
+        legend_below(ax, marks)
+    return ax
+
+
 def sites(df: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy") -> Axes:
     """Per client: its local-only model against the global one, on the client's own validation examples and on the shared
     ones.
@@ -104,17 +202,11 @@ def sites(df: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy") ->
         UserError: no client was evaluated with this metric.
     """
     last = df[df["value"].notna()]
-
-    def by_client(scope: str, split: str, name: str) -> pd.Series:
-        rows = last[(last["scope"] == scope) & (last["split"] == split) & (last["name"] == name)]
-        ends = rows.groupby(["run", "client"], sort=False, observed=True)["value"].last()
-        return ends.groupby("client", sort=False).mean()
-
     table = pd.DataFrame(
         {
-            "local own": by_client("local", "site", metric),
-            "global own": by_client("federated", "site", f"merged_{metric}"),
-            "local shared": by_client("local", "validation", metric),
+            "local own": _by_client(last, "local", "site", metric),
+            "global own": _by_client(last, "federated", "site", f"merged_{metric}"),
+            "local shared": _by_client(last, "local", "validation", metric),
         }
     )
     if table.empty:

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fedsim.analysis import load, style
-from fedsim.analysis.client_plots import confusion, partition, sites
+from fedsim.analysis.client_plots import confusion, partition, sites, spread, spread_table
 from fedsim.analysis.configs import NO_SETTING, name_settings
+from fedsim.analysis.cross_site import cross_site, sites_matrix
 from fedsim.analysis.load import PathLike
 from fedsim.analysis.scores import central_budget
 from fedsim.analysis.style import CENTRAL, DPI, FEDERATED, FORMATS, GLOBAL, LOCAL, STYLE, WIDTH, X_LABELS, save_figure
@@ -28,11 +29,11 @@ from fedsim.analysis.sweep_plots import gains, save_sweep, scores
 from fedsim.analysis.ticks import label_ends, score_axis, settle
 from fedsim.analysis.traces import bundle, mean_curve, saw_tooth, scale_of, scales_of, stack, traces
 from fedsim.core.errors import Notice, UserError
-from fedsim.core.files import check_own
+from fedsim.core.files import CROSS, check_own
 
 __all__ = ["CENTRAL", "DPI", "FEDERATED", "FORMATS", "GLOBAL", "LOCAL", "STYLE", "WIDTH", "X_LABELS"]
 __all__ += ["compare", "confusion", "curves", "each_site", "gains", "panels", "partition", "plot_runs"]
-__all__ += ["save_figure", "save_figures", "save_sweep", "scores", "settings", "sites"]
+__all__ += ["save_figure", "save_figures", "save_sweep", "scores", "settings", "sites", "sites_matrix", "spread"]
 METRICS = ("accuracy", "loss", "exact_match")
 Entries = dict[str, tuple[Any, str]]  # kind of line -> its handle and its label in the legend
 
@@ -314,7 +315,8 @@ def save_figures(
     formats: Sequence[str] = ("png",),
 ) -> list[Path]:
     """Write one run's figures: `accuracy.png`, `loss.png`, `exact_match.png`, `partition.png`, those it has data for, and
-    `confusion.png` of the chosen global and centralized models on the test examples.
+    `confusion.png` of the chosen global and centralized models on the test examples, `cross_site.png` of every model on every
+    client's validation examples, `clients.png` of how the models do over the clients.
 
     Curves over an axis that is asked for, other than steps, are `accuracy_by_bytes.png` and so on.
 
@@ -345,6 +347,11 @@ def save_figures(
             axes = figures["confusion"].subplots(1, len(models), squeeze=False)[0]
             for ax, model in zip(axes, models, strict=True):
                 confusion(load.confusion_matrix(folder, model), ax, f"{model}, test")
+        best = metric or next(iter(df.get("best.metric", ())), "loss")
+        if len(spread_table(df, best)) > 1:
+            figures["clients"] = spread(df, None, best).figure
+        if best in set(df.loc[df["split"].astype(str).str.startswith(CROSS), "name"]):
+            figures["cross_site"] = sites_matrix(cross_site(folder, best), None, best).figure
     target = folder / "figures" if out is None else Path(out)
     if folder in target.parents:
         check_own(folder)

@@ -1,4 +1,4 @@
-"""The command line: `fedsim init | config | schema | run | sweep | reproduce | partition | plot | list | diff | eval | doctor`.
+"""The command line: `fedsim init | config | schema | run | sweep | reproduce | partition | plot | list | diff | eval | predict | doctor`.
 
 Commands only parse and print. A user's mistake is one line on standard error and exit code 2; a failing client shows its own
 traceback and exits with code 1.
@@ -460,6 +460,34 @@ def eval_(
     show.table(done.text(), f"examples evaluated: {about}")
     show.lines(filter(None, [done.note()]))
     show.lines(done.save(out))
+
+
+_MODEL = "global (default), best, central, or client:ID: the client's own model, else its local-only one."
+_INPUT = "CSV, TSV, JSON, JSONL or Parquet file with the columns of the run's data; the answer's may be missing."
+_SITE = "Column that names each example's client, whose model predicts it, in the place of --model."
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, path_argument("Folder of a finished run.", "RUN")],
+    input_: Annotated[Path, path_option(_INPUT, "--input")],
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help=_MODEL)] = None,
+    output: Annotated[Path | None, path_option("File to write (default: standard output).")] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="csv or jsonl (default: by the output's ending, else csv).")
+    ] = None,
+    site_column: Annotated[str | None, typer.Option(metavar="NAME", help=_SITE)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")] = "auto",
+) -> None:
+    """Predict new examples with a run's models: labels with probabilities, or generated text, in the order of the input."""
+    from fedsim.runs.predict import FORMATS, write_predictions
+    from fedsim.runs.predict import predict as predict_examples
+
+    if format_ not in (None, *FORMATS):
+        raise UserError(f"--format: {format_!r} is not known; give one of {', '.join(FORMATS)}")
+    found = predict_examples(run, input_, model, site_column=site_column, device=device)
+    text = write_predictions(found, output, format_)
+    print(output if text is None else text, end="\n" if text is None else "")
 
 
 @app.command()

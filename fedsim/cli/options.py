@@ -44,9 +44,9 @@ def path_argument(help: str, metavar: str | None = None) -> Any:
     return typer.Argument(help=help, metavar=metavar, callback=_expanded, show_default=False)
 
 
-def path_option(help: str) -> Any:
-    """An option that is a path."""
-    return typer.Option(help=help, callback=_expanded, show_default=False)
+def path_option(help: str, *names: str) -> Any:
+    """An option that is a path; `names` where that of the parameter is another."""
+    return typer.Option(*names, help=help, callback=_expanded, show_default=False)
 
 
 _FILE = typer.Argument(help="YAML file of an experiment; a run's own config.yaml works too.", show_default=False)

@@ -164,6 +164,8 @@ class Evaluate:
     """Also generate answers greedily and count exact matches (causal LM)."""
     max_new_tokens: int = Field(32, ge=1, le=1 << 16)
     """Maximum length of a generated answer, in tokens."""
+    cross_site: bool = False
+    """After training, evaluate every model (each client's own, global, centralized) on every client's own validation examples: `cross_site/METRIC.csv`. For at most 100 clients."""
     max_examples: Count | None = None
     """Evaluate on at most this many validation examples: a random subset, the same for every model, round and seed; null = all. Test scores are always of all test examples."""
 

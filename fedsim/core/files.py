@@ -259,6 +259,21 @@ def damage(run: Path, most: int | None = SMALL) -> list[str]:
     return differing(run, recorded(run), most)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (folder / "config.yaml").is_file() and bool(metrics_files(folder))
+
+
+def check_whole(model: Path, other: str) -> None:
+    """Refuse a model of a run that is not what the run wrote; `other` is another way out than to make it again."""
+    folder = model.resolve()
+    for run in filter(is_run, folder.parents):
+        own = {name: about for name, about in recorded(run).items() if (run / name).parent == folder}
+        if bad := differing(run, own):
+            way = f"make it again with fedsim run {run / 'config.yaml'} --resume {run}, or {other}"
+            raise UserError(f"{run / bad[0]} was changed or damaged after the run wrote it; {way}")
+
+
 def warn_of_damage(run: Path, *names: str) -> None:
     """A `Notice` for each of these files of a finished run that is not what the run wrote."""
     if (run / RUN_RECORD).is_file() and read_checked(run / RUN_RECORD) is None:  # nothing else tells what the run wrote
@@ -296,6 +311,8 @@ def _crc32(path: Path) -> int:
 
 # ------------------------------------------------------------------------------------------------ clients' folders
 
+OWN = "personal"  # the folder of the models that clients of the federated mode keep for themselves
+CROSS = "site:"  # in front of a client's id: the split of metrics of every model on that client's validation examples
 CLIENT_FOLDERS = "client_folders.json"  # folder -> client id, if they differ
 _LONGEST = 255 - len("..1234567")  # bytes of a name; temporary names have a dot in front and .PID at the end
 

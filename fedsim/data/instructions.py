@@ -93,7 +93,7 @@ def instructions(
             f"data.validation: {validation!r} of each data set, rounded down, is no row ({counts}); raise it"
         )
     for row in (r for rows in cut.values() for r in rows):
-        row["prompt"] = _prompt(row["instruction"], row["context"], order_seed)
+        row["prompt"] = prompt_of(row["instruction"], row["context"], order_seed)
         row["characters"] = len(row["prompt"]) + len(row["response"])
     _name_lengths([r for rows in cut.values() for r in rows], length_classes)
     for split, most in (("validation", validation_rows), ("test", test_rows)):
@@ -145,7 +145,7 @@ def _fewer(rows: list[Row], most: int) -> list[Row]:
     return out
 
 
-def _prompt(instruction: str, context: str, seed: int) -> str:
+def prompt_of(instruction: str, context: str, seed: int) -> str:
     if not context.strip():
         return instruction
     if not instruction.strip():

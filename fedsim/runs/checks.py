@@ -17,6 +17,7 @@ from fedsim.models.positions import ends_at, max_positions
 if TYPE_CHECKING:
     from fedsim.runs.build import Parts
 
+MOST_SITES = 100  # clients of cross-site evaluation, in which every model meets every client's examples
 MOST_STEPS = 10**9  # of a client in a run: weeks, even at a millisecond each
 
 
@@ -57,6 +58,7 @@ def check(parts: Parts) -> None:
                 f"local.drop_last: true leaves {name} ({rows} examples, {len(small)} such client(s)) without a step at local.batch_size={work.batch_size}; "
                 f"set drop_last=false, batch_size={int(sizes[clients].min())} or less, or local.steps"
             )
+    _check_sites(parts)
     _check_work(parts)
     _check_vocabulary(parts)
     positions = max_positions(base.load_config(parts.model))
@@ -78,6 +80,19 @@ def _check_algorithm(exp: Experiment) -> None:
         algorithm_of(exp.algorithm, exp.aggregator).suits(exp.local)
     except ValueError as error:
         raise UserError(f"algorithm.{error}") from None
+
+
+def _check_sites(parts: Parts) -> None:
+    """Whether cross-site evaluation is possible."""
+    if not parts.exp.evaluate.cross_site:
+        return
+    if parts.own is None or not parts.own.sizes.any():
+        why = "no client has validation examples of its own"
+        why += " (virtual clients never have)" if parts.own is None else ""
+        raise UserError(f"evaluate.cross_site: true, but {why}; set it to false, or use another partition")
+    if len(parts.clients) > MOST_SITES:
+        why = f"{len(parts.clients)} clients hold examples, and every model would be evaluated on all of theirs"
+        raise UserError(f"evaluate.cross_site: true, but {why}; set it to false, or use at most {MOST_SITES} clients")
 
 
 def _check_room(parts: Parts, positions: int | None, extra: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsim.core.files import OWN
 from fedsim.core.params import Layout
 from fedsim.models import export
 from fedsim.models.card import write_card
@@ -36,7 +37,7 @@ def save_model(
     place = folder.path / name
     beside = place.with_name(f".{place.name}.{os.getpid()}")
     # Clients can be many and their adapters small: a tokenizer in each would be most of what is written.
-    small = name.startswith(("local/", "personal/")) and not full
+    small = name.startswith(("local/", f"{OWN}/")) and not full
     try:
         export.save(
             model,

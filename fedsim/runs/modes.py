@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from fedsim.core.errors import CallbackError
-from fedsim.core.files import folder_names, record
+from fedsim.core.files import CROSS, OWN, folder_names, record
 from fedsim.core.params import clone
 from fedsim.core.store import Records
 from fedsim.core.types import RoundEnd, Row, Scores, Scoring
 from fedsim.runs.build import CENTRAL
+from fedsim.runs.checks import MOST_SITES
 from fedsim.runs.export import save_model, write_cards
 from fedsim.runs.folder import Metrics
 from fedsim.runs.plan import save_plan
@@ -29,7 +30,9 @@ from fedsim.simulate.state import GLOBAL, State
 from fedsim.training.packs import reducer_of
 from fedsim.training.records import RecordLayout
 
-BY_ROW_CLIENTS = 100  # local models that are evaluated example by example at the end; of more, only the best ones
+BY_ROW_CLIENTS = (
+    MOST_SITES  # local models that are evaluated example by example at the end; of more, only the best ones
+)
 
 
 def run_mode(
@@ -249,7 +252,7 @@ def _finish(
     """Export last and best models, and evaluate the best ones once on the test examples.
 
     Returns:
-        Scores by example by model; the test metrics; the folders that were written, with client and round of the model.
+        Scores by example by model; the test metrics, and those of cross-site evaluation; the folders that were written, with client and round of the model.
     """
     mode, executor, exported = world.schedule.mode, setup.executor, {}
 
@@ -260,12 +263,22 @@ def _finish(
 
     folders = folder_names(setup.parts.partition.names or ())
     owners: list[tuple[str | None, Any, str]] = []  # of best models: client, choice, label
+    crossed: list[Row] = []
+    request = Scoring("validation", by_row=True)
+    if cross := setup.exp.evaluate.cross_site:
+        request = dataclasses.replace(request, generate=setup.exp.evaluate.generate, sites=True)
     if world.algorithm.merges:
         export("global", None, state.round)
-        answers = yield from collect(executor.score([Scoring("validation", by_row=True)]))
+        answers = yield from collect(executor.score([request]))
         last = _by_row("validation", [mode], answers)
+        crossed += cross_site_rows(world.schedule, state.round, state.step, None, answers[0][0])
         for name in _personal(setup, world, state):
-            export(f"personal/{folders.get(name, name)}", name, state.round)
+            export(f"{OWN}/{folders.get(name, name)}", name, state.round)
+            if cross:
+                executor.broadcast(setup.memory.params, {})
+                ((scores,),) = yield from collect(executor.score([request]))
+                steps = state.steps.get(setup.parts.client(name), 0)
+                crossed += cross_site_rows(world.schedule, state.round, steps, name, scores)
         requests = []
         if state.best is not None:
             executor.broadcast(setup.read(world.best, state.best_records.read(GLOBAL)), {})
@@ -273,13 +286,14 @@ def _finish(
             requests.append(Scoring("test"))
             owners.append((None, state.best, mode))
     else:
-        labels, records, best_records = [], [], []
+        labels, trained, records, best_records = [], [], [], []
         for client, at in sorted(state.records.table.items()):
             name = None if client == CENTRAL_CLIENT else world.schedule.name(client)
             place, label = (CENTRAL, CENTRAL) if name is None else (f"local/{folders.get(name, name)}", f"local {name}")
             setup.read(world.store, at)
             export(place, name, state.round)
             labels.append(label)
+            trained.append((name, client))
             records.append(at)
             if client in state.client_best:
                 best = state.best_records.read(client)
@@ -288,13 +302,15 @@ def _finish(
                 best_records.append(best)
                 owners.append((name, state.client_best[client], label))
         few = slice(0, BY_ROW_CLIENTS)
-        answers = yield from collect(executor.score(_packed(setup, mode, mode, records[few])))
+        answers = yield from collect(executor.score(_packed(setup, mode, mode, records[few], request)))
         last = _by_row("validation", labels[few], answers)
-        requests = _packed(setup, mode, f"best-{mode}", best_records)
+        for (name, client), scores in zip(trained[few], (s for part in answers for s in part), strict=True):
+            crossed += cross_site_rows(world.schedule, state.round, state.steps.get(client, 0), name, scores)
+        requests = _packed(setup, mode, f"best-{mode}", best_records, request)
     if len(setup.parts.tokens["test"].kept()) == 0:
-        return last, [], exported
+        return last, crossed, exported
     generate = setup.exp.evaluate.generate
-    asked = [dataclasses.replace(r, split="test", generate=generate, by_row=True) for r in requests]
+    asked = [dataclasses.replace(r, split="test", generate=generate, sites=False, by_row=True) for r in requests]
     answers = yield from collect(executor.score(asked))
     tested = [
         Row(best.round, best.step, mode, client, "test", n, v, w)
@@ -303,7 +319,17 @@ def _finish(
     ]
     chosen = _by_row("test", [label for *_, label in owners], answers)
     found = {label: {**last.get(label, {}), **chosen.get(label, {})} for label in {**last, **chosen}}
-    return found, tested, exported
+    return found, crossed + tested, exported
+
+
+def cross_site_rows(schedule: Schedule, round: int, step: int, client: str | None, scores: Scores) -> list[Row]:
+    """Metrics of a model on each client's own validation examples, of split `site:CLIENT`; counts by class are left out."""
+    return [
+        Row(round, step, schedule.mode, client, f"{CROSS}{schedule.name(c)}", n, v, w)
+        for c, values in scores.sites.items()
+        for n, (v, w) in values.items()
+        if ":" not in n
+    ]
 
 
 def _personal(setup: Setup, world: World, state: State) -> Iterator[str]:
@@ -319,11 +345,11 @@ def _personal(setup: Setup, world: World, state: State) -> Iterator[str]:
         view.copy_(shared[name])
 
 
-def _packed(setup: Setup, mode: str, store: str, records: list[int]) -> list[Scoring]:
-    """Requests to evaluate these records on the validation examples, as many side by side as there are lanes."""
+def _packed(setup: Setup, mode: str, store: str, records: list[int], like: Scoring) -> list[Scoring]:
+    """A request like this one for these records, as many side by side as there are lanes."""
     lanes = setup.plan.lanes_at(mode, setup.exp.rounds)
     parts = [tuple(records[i : i + lanes]) for i in range(0, len(records), lanes)]
-    return [Scoring("validation", records=part, store=store, by_row=True) for part in parts]
+    return [dataclasses.replace(like, records=part, store=store) for part in parts]
 
 
 def _by_row(split: str, labels: list[str], answers: list[list[Scores]]) -> dict[str, ByRow]:

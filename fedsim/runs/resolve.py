@@ -152,6 +152,21 @@ def devices_of(exp: Experiment) -> tuple[str, list[str]]:
     return kind, devices
 
 
+def device_named(name: str) -> torch.device:
+    """The device of a command's --device: auto | cpu | cuda | cuda:N.
+
+    Raises:
+        UserError: for one that is not there.
+    """
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name == "auto":
+        return torch.device(cuda[0] if cuda else "cpu")
+    name = "cuda:0" if name == "cuda" else name
+    if name not in ("cpu", *cuda):
+        raise UserError(f"--device: {name!r} is not on this machine, which has: {', '.join(['cpu', *cuda])}")
+    return torch.device(name)
+
+
 def token_bytes(model: nn.Module) -> int:
     """Bytes of one token's activation in the widest frozen layer; vocabulary-sized ones see few positions and do not count."""
     seen = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]

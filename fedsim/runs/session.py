@@ -26,17 +26,9 @@ from fedsim.runs.setup import Setup, set_up
 from fedsim.runs.tracking import Tracking
 
 _PRODUCTS = (
-    *(
-        "config.yaml",
-        "environment.json",
-        "plan.json",
-        "memory.json",
-        "model.json",
-        "privacy.json",
-        "partition.npz",
-        "partition.json",
-    ),
-    *(CLIENT_FOLDERS, "metrics", "scores.npz", "predictions.csv", "comparison.json", "figures/examples.md"),
+    *("config.yaml", "environment.json", "plan.json", "memory.json", "model.json", "privacy.json"),
+    *("partition.npz", "partition.json", CLIENT_FOLDERS, "metrics", "scores.npz", "predictions.csv"),
+    *("comparison.json", "figures/examples.md", "cross_site"),
 )
 
 
@@ -163,6 +155,14 @@ def _modes(
         found |= yield from run_mode(setup, mode, status.seconds, tracking, callback)
         status.write("running")
     write_predictions(setup.folder, parts.source, parts.tokens, exp.data.columns, found)
+    if exp.evaluate.cross_site:
+        from fedsim.analysis.cross_site import write_cross_site  # brings pandas
+
+        held = write_cross_site(setup.folder.path)
+        if without := [name for name in map(parts.partition.name, parts.clients) if name not in held]:
+            names = f"{', '.join(without[:8])}{' ...' if len(without) > 8 else ''}"
+            of = f"{len(without)} of {len(parts.clients)} clients have no validation examples of their own"
+            setup.show.note(f"cross-site evaluation: {of}, and no column: {names}")
 
 
 def _compare_memory(setup: Setup) -> None:

@@ -8,7 +8,7 @@ greedily generated text instead. Sums are carried to the end and divided once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class RowScores:
         count: answer tokens (1 for a head), int64 `[n]`.
         predicted: predicted class, int64 `[n]`, or None without classes.
         exact: whether the generated text is the answer, bool `[n]`, or None.
+        scores: log p(label | prompt), or a head's log-probability of each class, float64 `[n, L]`, or None.
     """
 
     rows: np.ndarray
@@ -42,6 +43,7 @@ class RowScores:
     count: np.ndarray
     predicted: np.ndarray | None = None
     exact: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -99,7 +101,12 @@ def score_rows(
         _add_long_labels(net, tokens, rows, labels, count, scores, size)
     predicted = None if scores is None else scores.argmax(axis=2)
     wanted = range(lanes) if wanted is None else wanted
-    out = [RowScores(rows, nll[k], count, None if predicted is None else predicted[k]) for k in wanted]
+    out = [
+        RowScores(rows, nll[k], count)
+        if scores is None
+        else RowScores(rows, nll[k], count, predicted[k], scores=scores[k])
+        for k in wanted
+    ]
     if tokenizer is not None and not tokens.is_classes:
         for k, each in zip(wanted, out, strict=True):
             net.show(k)
@@ -242,9 +249,8 @@ def _matches(
     end, unknown = tokenizer.eos_token_id, tokenizer.unk_token_id
     if unknown in (end, tokens.pad_id):
         unknown = None
-    for chunk in _chunks(prompts, batch_size, spread=max_new_tokens):  # a longer prompt costs its batch a pass a token
+    for chunk, made in generate(net, tokens, rows, end, batch_size, max_new_tokens):
         sequences = [tokens.row(rows[c]) for c in chunk]
-        made = greedy(net, [s[: prompts[c]] for c, s in zip(chunk, sequences, strict=True)], max_new_tokens, end)
         gold = [s[prompts[c] :].tolist() for c, s in zip(chunk, sequences, strict=True)]
         whole = [end is None or g[-1] == end for g in gold]  # else it was truncated
         texts, answers = (
@@ -255,6 +261,15 @@ def _matches(
         for c, text, answer, all_there in zip(chunk, texts, answers, whole, strict=True):
             exact[c] = (all_there and text == answer) or text == (tokens.answers[rows[c]].strip(), 0)
     return exact
+
+
+def generate(
+    net: Net | StackedNet, tokens: Tokens, rows: np.ndarray, end: int | None, batch_size: int, limit: int
+) -> Iterator[tuple[np.ndarray, list[list[int]]]]:
+    """Generate answers to these rows, by prompts of like length: the places of a batch in `rows`, and its new tokens."""
+    prompts = tokens.prompts.numpy()[rows]
+    for chunk in _chunks(prompts, batch_size, spread=limit):  # a longer prompt costs its batch a pass a token
+        yield chunk, greedy(net, [tokens.row(rows[c])[: prompts[c]] for c in chunk], limit, end)
 
 
 @torch.no_grad()

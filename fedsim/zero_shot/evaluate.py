@@ -27,6 +27,7 @@ from fedsim.models import base as bases
 from fedsim.models import locate, sharing
 from fedsim.models.export import load_adapter
 from fedsim.runs.environment import versions
+from fedsim.runs.resolve import device_named
 from fedsim.zero_shot.models import Candidate, find_models, load, longest
 from fedsim.zero_shot.scores import Evaluation, Result, baselines, scores_of
 from fedsim.zero_shot.tasks import TASKS, find_local, load_tasks, origin, write_task_files
@@ -92,7 +93,7 @@ def evaluate_zero_shot(
         raise UserError(f"--limit: must be >= 1 (got {limit}); leave it out for all examples")
     if not re.fullmatch("auto|0*[1-9][0-9]*", str(batch_size)):
         raise UserError(f"--batch-size: {batch_size!r} is neither auto nor a number from 1 up")
-    size, place = "auto" if batch_size == "auto" else int(batch_size), _device(device)
+    size, place = "auto" if batch_size == "auto" else int(batch_size), device_named(device)
     if dtype not in _DTYPES:
         raise UserError(f"--dtype: {dtype!r} is not known; give one of {', '.join(_DTYPES)}")
     candidates = find_models(models, which=which, only=only, base=base, base_path=base_path)
@@ -236,16 +237,6 @@ def _harness() -> Iterator[None]:
         logger.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _device(name: str) -> torch.device:
-    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name == "auto":
-        return torch.device(cuda[0] if cuda else "cpu")
-    name = "cuda:0" if name == "cuda" else name
-    if name not in ("cpu", *cuda):
-        raise UserError(f"--device: {name!r} is not on this machine, which has: {', '.join(['cpu', *cuda])}")
-    return torch.device(name)
 
 
 def _free(device: torch.device) -> None:

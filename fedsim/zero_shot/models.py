@@ -16,7 +16,7 @@ from torch import nn
 from fedsim.analysis.load import experiment_name, find_runs, read_config, read_state
 from fedsim.config.tree import expand_path
 from fedsim.core.errors import UserError
-from fedsim.core.files import client_folders, differing, metrics_files, model_name, read_json, recorded
+from fedsim.core.files import check_whole, client_folders, is_run, model_name, read_json
 from fedsim.models import base as bases
 from fedsim.models import locate
 from fedsim.models.export import BOTTLENECK
@@ -97,17 +97,8 @@ def find_models(
         out += [*plain, *(one for one in group if one.folder is not None)]
     for one in out:
         if one.folder is not None:
-            _check_whole(one.folder.resolve())
+            check_whole(one.folder, "leave it out with --only")
     return out
-
-
-def _check_whole(folder: Path) -> None:
-    """Refuse a model that is not what its run wrote."""
-    for run in filter(_is_run, folder.parents):
-        own = {name: about for name, about in recorded(run).items() if (run / name).parent == folder}
-        if bad := differing(run, own):
-            way = f"make it again with fedsim run {run / 'config.yaml'} --resume {run}, or leave it out with --only"
-            raise UserError(f"{run / bad[0]} was changed or damaged after the run wrote it; {way}")
 
 
 def _candidates(path: str, which: str, only: Sequence[str] | None, base_path: str | None) -> list[Candidate]:
@@ -116,12 +107,12 @@ def _candidates(path: str, which: str, only: Sequence[str] | None, base_path: st
         raise UserError(f"no folder {path!r}; give a run folder, or a PEFT or transformers folder")
     if not folder.is_dir():  # tiny, package:, a GGUF file, a hub id; `locate.find` says if it is none
         return [Candidate("", path, path, None)]
-    if _is_run(folder):
+    if is_run(folder):
         return _of_run(folder, which, only, base_path)
     if _is_adapter(folder):
         return [Candidate("", path, base_path or _base_of_adapter(folder), folder)]
     if (folder / "config.json").is_file():
-        run = next((p for p in folder.resolve().parents if _is_run(p)), None)
+        run = next((p for p in folder.resolve().parents if is_run(p)), None)
         known = base_path or (_base_of_run(read_config(run), run) if run is not None else None)
         return [Candidate("", path, known, folder)]
     try:
@@ -130,10 +121,6 @@ def _candidates(path: str, which: str, only: Sequence[str] | None, base_path: st
         way = "give a run folder, or a PEFT or transformers folder"
         raise UserError(f"{path}: holds neither a run nor a model; {way}") from None
     return [one for run in runs for one in _of_run(run, which, only, base_path)]
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() and bool(metrics_files(folder))
 
 
 def _is_adapter(folder: Path) -> bool:
