@@ -6,13 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+ROOT = -3  # the server among clients' numbers, where it trains on examples of its own
+
 
 @dataclass(frozen=True)
 class Task:
     """One client's work in one round.
 
     Attributes:
-        client: the client's number, or -1 for the centralized client that holds every row.
+        client: the client's number; -1 for the centralized client that holds every row, `ROOT` for the server's own work.
         name: its id as the user reads it.
         round: the round, from 1.
         steps: optimizer steps to do, or None for `epochs` passes.

@@ -48,7 +48,7 @@ def check(parts: Parts) -> None:
         raise UserError(
             f"cohort.size: {exp.cohort.size}, but only {held} clients have examples; use at most {held}, or all"
         )
-    _check_algorithm(exp)
+    _check_algorithm(exp, held)
     work = exp.local
     if work.epochs is not None and work.drop_last:
         small = clients[sizes[clients] < work.batch_size]
@@ -72,14 +72,27 @@ def check(parts: Parts) -> None:
     _check_room(parts, positions, extra)
 
 
-def _check_algorithm(exp: Experiment) -> None:
-    """Whether the algorithm goes with the clients' optimizer."""
+def _check_algorithm(exp: Experiment, clients: int) -> None:
+    """Whether the algorithm goes with the clients' optimizer, and the aggregator with their number."""
     if "federated" not in exp.modes:
         return
     try:
-        algorithm_of(exp.algorithm, exp.aggregator).suits(exp.local)
+        algorithm = algorithm_of(exp.algorithm, exp.aggregator)
+        algorithm.suits(exp.local)
     except ValueError as error:
         raise UserError(f"algorithm.{error}") from None
+    least = getattr(algorithm.aggregates.get("update"), "least", 1)
+    size = clients if exp.cohort.size == "all" else exp.cohort.size
+    if size < least:
+        key, value = (
+            ("byzantine", found)
+            if (found := getattr(exp.aggregator, "byzantine", None))
+            else ("name", exp.aggregator.name)
+        )
+        raise UserError(
+            f"aggregator.{key}: {value} needs at least {least} clients in a round, and there are {size}; raise cohort.size, or take "
+            "another aggregator"
+        )
 
 
 def _check_sites(parts: Parts) -> None:

@@ -230,7 +230,9 @@ def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> WorkerSpec:
         train=shareable(parts.partition),
         own=None if parts.own is None else shareable(parts.own),
         algorithms={m: algorithm_of(exp.algorithm, exp.aggregator) if m == "federated" else Local() for m in exp.modes},
-        recipe=dataclasses.replace(recipe_of(exp), slots=schedule_of(parts, "federated").slots),
+        recipe=dataclasses.replace(
+            recipe_of(exp), slots=schedule_of(parts, "federated").slots, attack=parts.attack, root=parts.root
+        ),
         state=folder.path / "checkpoints",
         tokenizer=parts.tokenizer,
         masters=exp.training.master_weights,

@@ -13,7 +13,10 @@ from fedsim.simulate.state import State
 from fedsim.simulate.timeline import RoundWork
 
 # Simulated faults: the name of their metric -> in words.
-SIMULATED = {"dropped": "dropped out", "late": "too late", "deferred": "too late, taken in the next round"}
+SIMULATED = {
+    **{"dropped": "dropped out", "late": "too late", "deferred": "too late, taken in the next round"},
+    "too_few": "with too few clients for the aggregator, whose round left the global model as it was",
+}
 _WAYS = {"dropped": "lower simulation.drop or take another seed", "late": "raise simulation.deadline_s"}
 
 
@@ -81,7 +84,7 @@ def describe_faults(mode: str, metrics: Iterable[dict[str, Any]]) -> list[str]:
     by_kind: dict[str, list[str]] = {}
     for metric in metrics:
         action, _, of = metric["name"].partition("_")
-        kind = f"{action} for their {of}" if of else SIMULATED[action]
+        kind = SIMULATED.get(metric["name"]) or f"{action} for their {of}"
         by_kind.setdefault(kind, []).append(f"{metric['client'] or mode} in round {metric['round']}")
     parts = []
     for kind, whose in by_kind.items():

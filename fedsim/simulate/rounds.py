@@ -20,7 +20,7 @@ from fedsim.algorithms import Algorithm, Info, Server
 from fedsim.core.errors import OutOfMemory, SumLost
 from fedsim.core.params import Layout, Params
 from fedsim.core.store import Store
-from fedsim.core.types import Memory, Pack, Report, Row, Scores, Scoring
+from fedsim.core.types import ROOT, Memory, Pack, Report, Row, Scores, Scoring
 from fedsim.privacy.central import CentralPrivacy
 from fedsim.simulate.faults import check, fault_metrics
 from fedsim.simulate.schedule import CENTRAL, Schedule
@@ -127,7 +127,9 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
             acc = state.pending.pop(t)
             if world.privacy is not None:
                 metrics += _private_round(world.privacy, world.reducer, acc, state, t, sum(r.within for r in reports))
-            if acc.weight > 0:  # otherwise no client was available, or all are still at work
+            if 0 < acc.clients < world.reducer.least:
+                metrics.append(Row(t, state.step, schedule.mode, None, "fault", "too_few", float(acc.clients)))
+            elif acc.weight > 0:  # otherwise no client was available, or all are still at work
                 info = Info(t, acc.clients, acc.weight, len(schedule.clients), schedule.all_weight)
                 server_step(algorithm, world.reducer, world.layout, acc, state, info, world.chunk)
                 executor.broadcast(state.params, algorithm.sent(state.server))
@@ -168,7 +170,7 @@ def _train(
             for arrives in sorted({round, *work.arrivals}, reverse=True):  # this round last: it stays in the buffers
                 clients = [w.client for w in work.arriving(arrives)]
                 lanes = max(1, world.plan.lanes_at(schedule.mode, round) // len(world.algorithm.parts))
-                slot = schedule.size * (arrives - round)
+                slot = schedule.most * (arrives - round)
                 these = schedule.packs(round, state, lanes, clients, slot)
                 these = [dataclasses.replace(pack, clip=state.clip) for pack in these]
                 packs += these
@@ -182,7 +184,7 @@ def _train(
                     check(round, report)
                     reports.append(report)
                     if acc is not None:
-                        acc.clients += len(report.steps)
+                        acc.clients += len(report.steps.keys() - {ROOT})
                     yield PackDone(round, report)
                 if acc is not None and arrives == round:
                     pending[arrives] = acc
@@ -253,7 +255,10 @@ def _traffic(world: World, state: State, round: int, work: RoundWork, packs: Seq
     """Bytes by client; a client whose message is lost has received the global model and sends nothing."""
     names = ("bytes_up", "bytes_down")
     sent = [
-        (t.client, t.name, zip(names, world.bytes_of(round, t.client), strict=True)) for p in packs for t in p.tasks
+        (t.client, t.name, zip(names, world.bytes_of(round, t.client), strict=True))
+        for p in packs
+        for t in p.tasks
+        if t.client != ROOT
     ]
     lost = [w.client for w in work.arriving(None)]
     sent += [(c, world.schedule.name(c), [(names[1], world.bytes_of(round, c)[1])]) for c in lost]

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedsim.aggregators import GROUP
 from fedsim.core.seeding import stream
-from fedsim.core.types import Pack, Task
+from fedsim.core.types import ROOT, Pack, Task
 from fedsim.simulate.availability import ClientAvailability
 from fedsim.simulate.state import State
 from fedsim.simulate.timeline import Timeline
@@ -41,6 +41,7 @@ class Schedule:
         central_rows: examples of the centralized baseline; None = those of `clients` together. Virtual clients draw examples
             with repetition: there it holds each example once, and still does as much work as the cohort.
         behavior: availability, dropout and speeds of the clients; None = every client is available and in time.
+        root: examples that the server trains on beside the clients of each federated round; 0 = it does not.
         sampler: fixed, or poisson: each client with probability size / clients.
         max_weight: larger weights are lowered to it; None = no limit.
     """
@@ -63,6 +64,7 @@ class Schedule:
     scores_clients: bool = True
     central_rows: int | None = None
     behavior: ClientAvailability | None = None
+    root: int = 0
     sampler: str = "fixed"
     max_weight: float | None = None
 
@@ -95,7 +97,7 @@ class Schedule:
     @property
     def many_packs(self) -> bool:
         """Whether a round can have more packs than one group of the accumulator."""
-        return self.most > GROUP
+        return self.most + (self.root > 0) > GROUP
 
     @cached_property
     def all_weight(self) -> float:
@@ -169,16 +171,20 @@ class Schedule:
                 n = int(self.sizes[c])
                 each = self.count(n, self.steps)
                 given.append((c, self.name(c), self.steps, (round - 1) * each, self.rounds * each, self._weight(n)))
+            if self.root and self.mode == "federated" and slot == 0 and given:
+                each = self.count(self.root, self.steps)
+                given.append((ROOT, "root", self.steps, (round - 1) * each, self.rounds * each, 0.0))
         out = []
         for i, (client, name, steps, start, horizon, weight) in enumerate(given, slot):
             write = state.records.new() if state.keeps else -1
             done, read = state.steps.get(client, 0), state.records.read(client)
-            out.append(Task(client, name, round, steps, done, start, horizon, weight, read, write, slot=i))
+            place = self.slots if client == ROOT else i
+            out.append(Task(client, name, round, steps, done, start, horizon, weight, read, write, slot=place))
         return out
 
     def _work(self, client: int, steps: int | None = None) -> tuple[int, float]:
         """(optimizer steps, tokens) of a client's round; `steps` are those of the centralized baseline."""
-        total = self.central_total if client == CENTRAL else int(self.sizes[client])
+        total = {CENTRAL: self.central_total, ROOT: self.root}.get(client) or int(self.sizes[client])
         given = self.steps if client != CENTRAL else steps
         done = self.count(total, given)
         rows = done * self.batch_size if given is not None else total * self.epochs
@@ -195,7 +201,7 @@ class Schedule:
         work = []
         for task in self.tasks(round, state, clients, slot):
             steps, tokens = self._work(task.client, task.steps)
-            scored = self.evaluates(round) and (self.scores_clients or self.mode != "federated")
+            scored = self.evaluates(round) and (self.scores_clients or self.mode != "federated") and task.client != ROOT
             last = self.mode == "local" and self.last_rounds[task.client] == round
             length = self.length(task.client)
             work.append((-steps, -length, task.client, tokens, dataclasses.replace(task, evaluate=scored or last)))
