@@ -21,6 +21,8 @@ from torch import Tensor
 import fedsim
 from fedsim.algorithms import ALGORITHMS, Info, Server
 from fedsim.core.errors import UserError
+from fedsim.runs.build import prepare
+from fedsim.runs.resolve import schedule_of
 
 ROUNDS, CLIENTS, COHORT = 3, 4, 3
 SMALL: dict[str, Any] = {
@@ -205,8 +207,9 @@ METHODS: list[dict[str, Any]] = [
     {"name": "fedadagrad"},
     {"name": "feddyn"},
     {"name": "qfedavg"},
+    {"name": "fedbuff", "buffer": 3},
 ]
-KEYS_OF: dict[str, dict[str, Any]] = {}  # sections that an algorithm needs
+KEYS_OF = {"fedbuff": {"simulation": {"speeds": [30, 900]}}}  # sections that an algorithm needs
 POOL = {"name": "pool", "devices": ["cpu", "cpu"], "threads": 1}
 
 
@@ -247,6 +250,7 @@ def by_name(labels, rng, *, reverse: bool = False):
 """
 
 
+@fast_only(2, 4, 9)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_the_order_of_the_clients_only_rounds(lab: Any, distance: Any, method: dict[str, Any]) -> None:
     (lab.root / "order.py").write_text(PARTITION)
@@ -269,6 +273,7 @@ NEUTRAL: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
         {"partition": {"name": "iid", "num_clients": 1}, "cohort": {"size": "all"}, "rounds": 2},
         0.0,
     ),
+    "fedbuff": ({"weights": "uniform", "buffer": COHORT}, {}, 1e-12),  # of clients that take the same time
 }
 # Algorithms of which no setting is FedAvg, and why.
 NOT_NEUTRAL = {
@@ -288,7 +293,10 @@ def test_neutral_hyperparameters_are_fedavg(lab: Any, distance: Any, name: str) 
     method, keys, most = NEUTRAL[name]
     keys = {**SMALL, **keys, "algorithm": {"name": "fedavg", "weights": method.get("weights", "samples")}}
     fedavg = lab.run(**keys)
-    found = lab.run(**{**keys, **KEYS_OF.get(name, {}), "name": "neutral", "algorithm": {"name": name, **method}})
+    if name in KEYS_OF:
+        made = schedule_of(prepare(lab.exp(**keys)), "federated")
+        keys |= {"simulation": {"speeds": {made.name(c): made.tokens(c) for c in range(CLIENTS)}}}
+    found = lab.run(**{**keys, "name": "neutral", "algorithm": {"name": name, **method}})
     assert distance(adapter_of(found / "global"), adapter_of(fedavg / "global")) <= most
 
 

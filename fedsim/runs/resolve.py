@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import Simulation
 from fedsim.core.errors import UserError
@@ -77,6 +78,7 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
     clients = parts.clients
     size = len(clients) if exp.cohort.size == "all" else exp.cohort.size
     lengths = parts.tokens["train"].lengths
+    algorithm = algorithm_of(exp.algorithm, exp.aggregator)
 
     def mean_length(client: int) -> float:
         return float(lengths.mean() if client == CENTRAL_CLIENT else lengths[partition.rows(client)].mean())
@@ -100,6 +102,8 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
         scores_clients=exp.evaluate.clients,
         central_rows=len(partition.kept) if isinstance(partition, VirtualPartition) else None,
         behavior=behavior_of(parts),
+        buffered=algorithm.buffered(size) if mode == "federated" else None,
+        discount=algorithm.discount,
     )
 
 
