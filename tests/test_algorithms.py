@@ -19,7 +19,7 @@ from tiers import fast_only
 from torch import Tensor
 
 import fedsim
-from fedsim.algorithms import ALGORITHMS, Info, Server
+from fedsim.algorithms import ALGORITHMS, Info, Server, reference
 from fedsim.core.errors import UserError
 from fedsim.runs.build import prepare
 from fedsim.runs.resolve import schedule_of
@@ -298,6 +298,25 @@ def test_neutral_hyperparameters_are_fedavg(lab: Any, distance: Any, name: str) 
         keys |= {"simulation": {"speeds": {made.name(c): made.tokens(c) for c in range(CLIENTS)}}}
     found = lab.run(**{**keys, "name": "neutral", "algorithm": {"name": name, **method}})
     assert distance(adapter_of(found / "global"), adapter_of(fedavg / "global")) <= most
+
+
+def test_the_table_of_algorithms_is_current_and_complete() -> None:
+    committed = Path(__file__).resolve().parents[1] / "docs" / "algorithms.md"
+    how = "run: python -m fedsim.algorithms.reference > docs/algorithms.md"
+    assert committed.read_text(encoding="utf-8") == reference.page(), how
+    for name, kind in ALGORITHMS.items():
+        assert reference.paper(kind), (
+            f"{name}: its file does not begin with `NAME: authors. Title. Venue year (arXiv id).`"
+        )
+        assert all(reference.items(kind, part) for part in ("Deviations", "Peers")), name
+    cells = {name: reference.row(name, kind) for name, kind in ALGORITHMS.items()}
+    assert cells["scaffold"][2:6] == [
+        "`update`: A, B, head<br>`control`: A, B, head",
+        "A, B, head; server state, 1 x",
+        "2.00 / 2.00",
+        "1 x / 1 x",
+    ]
+    assert cells["fedavgm"][1].endswith("2019 (arXiv:1909.06335), section 4.4")
 
 
 def test_a_scaffold_message_counts_both_ways(lab: Any) -> None:
