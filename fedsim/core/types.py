@@ -26,6 +26,7 @@ class Task:
         write: record to leave its state in, or -1 to leave none.
         evaluate: whether it is scored at the end of the round.
         slot: its number among the clients whose messages are merged together.
+        repeat: how often the client has started in this round before.
     """
 
     client: int
@@ -40,6 +41,12 @@ class Task:
     write: int = -1
     evaluate: bool = False
     slot: int = 0
+    repeat: int = 0
+
+    @property
+    def stream(self) -> tuple[str | int, ...]:
+        """The names of its random streams, after their purpose."""
+        return (self.name, self.round, *([f"again {self.repeat}"] if self.repeat else []))
 
 
 @dataclass(frozen=True)

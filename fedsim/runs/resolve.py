@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import Simulation
 from fedsim.core.errors import UserError
@@ -81,6 +82,7 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
     lengths = parts.tokens["train"].lengths
     private = exp.privacy.name == "central"
     capped = private and exp.privacy.max_weight is not None
+    algorithm = algorithm_of(exp.algorithm, exp.aggregator)
 
     def mean_length(client: int) -> float:
         if client == ROOT:
@@ -109,6 +111,8 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
         root=0 if parts.root is None else len(parts.root),
         sampler=exp.cohort.sampler,
         max_weight=exp.privacy.max_weight if capped else None,
+        buffered=algorithm.buffered(size) if mode == "federated" else None,
+        discount=algorithm.discount,
     )
 
 

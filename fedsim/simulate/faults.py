@@ -45,9 +45,10 @@ def fault_metrics(
     for f in found:
         note(f.client, None if schedule.mode == "central" else f.name, f"{f.action}_{f.of}", f.value)
     for w in work.work:
-        if w.arrives != round:
+        if schedule.buffered is None and w.arrives != round:
             note(w.client, schedule.name(w.client), w.lost or "deferred", 1.0)
     skipped, lost = [f for f in found if f.action == "skipped"], [w.lost for w in work.arriving(None)]
+    lost = [] if schedule.buffered is not None else lost
     failed, trained = len(skipped) + len(lost), sum(len(p.tasks) for p in packs)
     if failed and trained == len(skipped) and not arriving:
         reasons = [f"{f.name}: {seen(f)}" for f in skipped[:3]] + [f"{n} {why}" for why, n in Counter(lost).items()]

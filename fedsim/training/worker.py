@@ -80,7 +80,7 @@ class Worker:
         packs = [RunPack(share) for share in shares]
         with torch.random.fork_rng(devices=[trainer.net.device] if trainer.net.device.type == "cuda" else []):
             # What draws from torch's own stream trains one client at a time: dropout of the base, or deep in a method.
-            torch.manual_seed(stream_seed(first.seed, "dropout", task.name, task.round))
+            torch.manual_seed(stream_seed(first.seed, "dropout", *task.stream))
             # A client's last part first: the first part closes the client's round.
             groups = [LaneGroup(p, part, trainer) for p in packs for part in reversed(p.algorithm.parts)]
             for side_by_side in [groups] if trainer.stacked else [[group] for group in groups]:
@@ -110,7 +110,7 @@ class Worker:
         return Lane(
             list(zip(*draws, strict=True)),
             [config.optim.lr_at(start + i, horizon) for i in range(steps)],
-            stream_seed(self.seed, "dropout", task.name, task.round, *([algorithm.parts[part]] if part else [])),
+            stream_seed(self.seed, "dropout", *task.stream, *([algorithm.parts[part]] if part else [])),
             done,
             kept,
             functools.partial(self.is_due, task),
@@ -125,7 +125,7 @@ class Worker:
     def _batches(self, task: Task, mode: str, draw: int) -> list[np.ndarray]:
         """Examples of each step, a function of (seed, client, round); `draw`: which of several batches of a step."""
         which = [draw] if draw else []
-        rng = stream(self.seed, "batches", task.name, task.round, *which)
+        rng = stream(self.seed, "batches", *task.stream, *which)
         return self.config.draw.batches(self.examples_of(task, mode), rng, task.steps)
 
     def examples_of(self, task: Task, mode: str) -> np.ndarray:
