@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from fedsim.analysis.load import PathLike, metric_mode, read_config, read_metrics
+from fedsim.analysis.load import metric_mode, read_config, read_metrics, run_path
 from fedsim.analysis.style import GLOBAL, REST, canvas, inches, value_label
 from fedsim.analysis.ticks import name_ticks
 from fedsim.core.errors import UserError
@@ -18,11 +19,11 @@ from fedsim.core.files import CROSS, write_atomic
 NAMED = 20  # models and clients whose names and values still fit
 
 
-def cross_site(run: PathLike, metric: str | None = None) -> pd.DataFrame:
+def cross_site(run: Any, metric: str | None = None) -> pd.DataFrame:
     """Every model of a finished run on every client's own validation examples.
 
     Args:
-        run: its folder; the run had `evaluate.cross_site: true`.
+        run: its folder, or what `fedsim.run` returned; the run had `evaluate.cross_site: true`.
         metric: "accuracy", "loss" ...; None: the run's `best.metric`.
 
     Returns:
@@ -33,7 +34,7 @@ def cross_site(run: PathLike, metric: str | None = None) -> pd.DataFrame:
     Raises:
         UserError: no such run or metric, or the run has no cross-site evaluation.
     """
-    folder = Path(run)
+    folder = run_path(run)
     config, metrics = read_config(folder), read_metrics(folder)
     rows = metrics[metrics["split"].str.startswith(CROSS)]
     if rows.empty:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsim.analysis.load import find_runs, read_config, read_state
+from fedsim.analysis.load import find_runs, read_config, read_state, run_path
 from fedsim.config.experiment import Experiment, expand_path
 from fedsim.core.errors import Notice, UserError, nearest_first
 from fedsim.core.files import OWN, check_own, check_whole, client_folders, write_atomic
@@ -42,13 +42,15 @@ from fedsim.training.evaluation import generate, score_rows
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedsim.runs.run import Run
+
 FORMATS = ("csv", "jsonl")
 _UNKNOWN = "x"  # in the place of the answer of an example that has none
 _PROBABILITY = "probability:"
 
 
 def predict(
-    run: str | os.PathLike[str],
+    run: str | os.PathLike[str] | Run,
     examples: Any,
     model: str | None = None,
     *,
@@ -58,7 +60,7 @@ def predict(
     """Predict new examples with the models of a finished run.
 
     Args:
-        run: its folder.
+        run: its folder, or what `fedsim.run` returned.
         examples: a CSV, TSV, JSON, JSONL or Parquet file with the columns of the run's data (the answer's may be missing), or
             examples as a DataFrame, a `datasets.Dataset`, a list of records or a mapping of columns.
         model: global (the default), best, central, or client:ID: the client's own model if the algorithm keeps one, else its
@@ -76,7 +78,7 @@ def predict(
         UserError: for a run that is not finished, an unknown model or client, a missing column, or examples that cannot be
             read.
     """
-    folders = find_runs(run)
+    folders = find_runs(run_path(run))
     if len(folders) > 1:
         raise UserError(f"run: {str(run)!r} holds {len(folders)} runs; give one of: {', '.join(map(str, folders[:5]))}")
     place = device_named(device)
