@@ -57,12 +57,19 @@ class Plain:
     def __init__(self, lab: Any, exp: Any, run: Path) -> None:
         self.exp, self.model = exp, peft_model(exp, run / "init")
         self.texts, self.params = texts_of(lab, exp), trained(self.model)
-        offsets = np.load(run / "partition.npz")["offsets"]
-        self.sizes = {f"site-{k + 1}": float(n) for k, n in enumerate(np.diff(offsets))}
+        held = np.load(run / "partition.npz")
+        self.offsets, self.indices = held["offsets"], held["indices"]
+        self.sizes = {f"site-{k + 1}": float(n) for k, n in enumerate(np.diff(self.offsets))}
         rows = [r for r in lab.metrics(run) if r["split"] == "train" and r["name"] == "loss"]
         self.cohorts = [sorted({r["client"] for r in rows if r["round"] == t}) for t in range(1, ROUNDS + 1)]
         assert len({tuple(c) for c in self.cohorts}) > 1 and len(set(self.sizes.values())) > 1
         self.x = [p.detach().clone() for p in self.params]
+        self.buffers: dict[str, list[Tensor]] = {}  # SGD's momentum, by client
+
+    def examples(self, name: str) -> np.ndarray:
+        """Numbers of a client's training examples."""
+        k = int(name.removeprefix("site-"))
+        return self.indices[self.offsets[k - 1] : self.offsets[k]]
 
     def client(
         self,
@@ -76,7 +83,10 @@ class Plain:
         for p, x in zip(self.params, self.x, strict=True):
             p.data.copy_(x)
         if work.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(self.params, lr=work.lr, weight_decay=work.weight_decay)
+            keys = {"momentum": work.momentum, "weight_decay": work.weight_decay}
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(self.params, lr=work.lr, **keys)
+            for p, buffer in zip(self.params, self.buffers.get(name, ()) if work.keep_state else (), strict=False):
+                optimizer.state[p]["momentum_buffer"] = buffer
         else:
             keys = {"betas": tuple(work.betas), "eps": work.eps, "weight_decay": work.weight_decay}
             optimizer = torch.optim.AdamW(self.params, lr=work.lr, **keys)
@@ -91,6 +101,8 @@ class Plain:
             optimizer.step()
             with torch.no_grad():
                 after(rates[-1])
+        if work.momentum:
+            self.buffers[name] = [optimizer.state[p]["momentum_buffer"] for p in self.params]
         return [p.detach() - x for p, x in zip(self.params, self.x, strict=True)], rates
 
     def mean(self, found: dict[str, list[Tensor]]) -> list[Tensor]:
@@ -182,8 +194,19 @@ def test_an_algorithm_is_its_papers_loop(lab: Any, distance: Any, case: str) -> 
 
 # ------------------------------------------------------------------------------------------- what all have in common
 
-METHODS = [{"name": "fedprox", "mu": 0.5}, {"name": "fedadam"}, {"name": "scaffold"}]
-METHODS.append({"name": "scaffold", "correction": "before"})
+METHODS: list[dict[str, Any]] = [
+    {"name": "fedprox", "mu": 0.5},
+    {"name": "fedadam"},
+    {"name": "scaffold"},
+    {"name": "scaffold", "correction": "before"},
+    {"name": "fednova", "normalise": "steps"},
+    {"name": "fedavgm"},
+    {"name": "fedyogi"},
+    {"name": "fedadagrad"},
+    {"name": "feddyn"},
+    {"name": "qfedavg"},
+]
+KEYS_OF: dict[str, dict[str, Any]] = {}  # sections that an algorithm needs
 POOL = {"name": "pool", "devices": ["cpu", "cpu"], "threads": 1}
 
 
@@ -194,7 +217,7 @@ def test_every_algorithm_of_the_table_is_tested() -> None:
 @fast_only(2)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_workers_and_a_stop_change_no_bit_and_lanes_only_round(lab: Any, distance: Any, method: dict[str, Any]) -> None:
-    keys = {**SMALL, "algorithm": method}
+    keys = {**SMALL, "algorithm": method, **KEYS_OF.get(method["name"], {})}
     whole = lab.run(**keys)
     lab.same_bits(lab.run(**keys, name="pool", executor=POOL), whole)
     stopped = lab.run(**{**keys, "name": "stopped", "rounds": 2})
@@ -210,31 +233,63 @@ def test_a_whole_model_in_chunks_is_the_same_in_one_piece(
     lab: Any, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
 ) -> None:
     keys = {**SMALL, "rounds": 2, "adapter": {"name": "none"}, "algorithm": method, "local": {"lr": 1e-3}}
+    keys |= KEYS_OF.get(method["name"], {})
     whole = lab.run(**keys)
     original = fedsim.runs.setup.recipe_of
     monkeypatch.setattr(fedsim.runs.setup, "recipe_of", lambda exp: dataclasses.replace(original(exp), chunk=4096))
     lab.same_bits(lab.run(**keys, name="chunks"), whole)
 
 
-@pytest.mark.parametrize(
-    ("method", "keys"),
-    [
-        ({"name": "fedprox", "mu": 0.0}, {}),
-        # beta1 = beta2 = 0 and a tau beside which |D| vanishes leave eta D / tau; powers of two divide without rounding.
-        ({"name": "fedadam", "server_lr": 2.0**60, "beta1": 0.0, "beta2": 0.0, "tau": 2.0**60}, {}),
-        # Of a single client c = c_k, so that it is never corrected; from round 3 on they differ by rounding.
-        (
-            {"name": "scaffold", "weights": "uniform"},
-            {"partition": {"name": "iid", "num_clients": 1}, "cohort": {"size": "all"}, "rounds": 2},
-        ),
-    ],
-    ids=["fedprox", "fedadam", "scaffold"],
-)
-def test_neutral_hyperparameters_are_fedavg_to_the_bit(lab: Any, method: dict[str, Any], keys: dict[str, Any]) -> None:
+PARTITION = """
+def by_name(labels, rng, *, reverse: bool = False):
+    held = {f"hospital-{k}": [i for i in range(len(labels)) if i * i % 7 % 3 == k] for k in range(3)}
+    return dict(reversed(held.items())) if reverse else held
+"""
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_the_order_of_the_clients_only_rounds(lab: Any, distance: Any, method: dict[str, Any]) -> None:
+    (lab.root / "order.py").write_text(PARTITION)
+    name = f"{lab.root}/order.py:by_name"
+    keys = {"rounds": 2, "algorithm": method, **KEYS_OF.get(method["name"], {})}
+    one, other = (lab.run(**keys, partition={"name": name, "reverse": r}, name=f"order-{r}") for r in (False, True))
+    assert distance(adapter_of(one / "global"), adapter_of(other / "global")) < 1e-9
+
+
+# Settings that are FedAvg: to the bit, or (1e-12) where sums are divided in another order.
+NEUTRAL: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "fedprox": ({"mu": 0.0}, {}, 0.0),
+    "fedavgm": ({"beta1": 0.0}, {}, 0.0),
+    "qfedavg": ({"q": 0.0, "weights": "uniform"}, {}, 1e-12),
+    # beta1 = beta2 = 0 and a tau beside which |D| vanishes leave eta D / tau; powers of two divide without rounding.
+    "fedadam": ({"server_lr": 2.0**60, "beta1": 0.0, "beta2": 0.0, "tau": 2.0**60}, {}, 0.0),
+    # Of a single client c = c_k, so that it is never corrected; from round 3 on they differ by rounding.
+    "scaffold": (
+        {"weights": "uniform"},
+        {"partition": {"name": "iid", "num_clients": 1}, "cohort": {"size": "all"}, "rounds": 2},
+        0.0,
+    ),
+}
+# Algorithms of which no setting is FedAvg, and why.
+NOT_NEUTRAL = {
+    "fednova": "divides by each client's work, which unequal steps make unequal",
+    "fedyogi": "divides by the root of the second moment",
+    "fedadagrad": "divides by the root of the second moment",
+    "feddyn": "alpha divides the server's state, so it is above 0",
+}
+
+
+def test_every_algorithm_has_a_neutral_setting_or_says_why_not() -> None:
+    assert sorted(["fedavg", *NEUTRAL, *NOT_NEUTRAL]) == sorted(ALGORITHMS)
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_hyperparameters_are_fedavg(lab: Any, distance: Any, name: str) -> None:
+    method, keys, most = NEUTRAL[name]
     keys = {**SMALL, **keys, "algorithm": {"name": "fedavg", "weights": method.get("weights", "samples")}}
-    fedavg, found = lab.run(**keys), lab.run(**{**keys, "name": "neutral", "algorithm": method})
-    one, other = adapter_of(fedavg / "global"), adapter_of(found / "global")
-    assert all(torch.equal(one[n], other[n]) for n in one)
+    fedavg = lab.run(**keys)
+    found = lab.run(**{**keys, **KEYS_OF.get(name, {}), "name": "neutral", "algorithm": {"name": name, **method}})
+    assert distance(adapter_of(found / "global"), adapter_of(fedavg / "global")) <= most
 
 
 def test_a_scaffold_message_counts_both_ways(lab: Any) -> None:
@@ -264,7 +319,7 @@ def test_the_servers_variate_stays_the_mean_of_all_clients() -> None:
         ({"name": "scaffold", "correction": "during"}, "algorithm.correction: 'during' is not one of after, before"),
         (
             {"name": "scaffold", "mu": 1.0},
-            r"unknown key algorithm.mu \(did you mean .*fedprox\?\). Valid keys: .*correction, server_lr",
+            r"unknown key algorithm.mu \(did you mean .*fedprox.*\?\). Valid keys: .*correction, server_lr",
         ),
         ({"name": "scafold"}, "algorithm.name: 'scafold' is not known; did you mean scaffold"),
     ],

@@ -584,7 +584,7 @@ UNKNOWN = [
         "device",
     ),
     ("adapter={name: loha, rr: 3}", "adapter.rr", "adapter.r", "r"),
-    ("algorithm.mu=0.1", "algorithm.mu", "algorithm.mu with algorithm.name=fedprox", "weights"),
+    ("algorithm.mu=0.1", "algorithm.mu", "algorithm.mu with algorithm.name=fedprox or fednova", "weights"),
     ("recovery.retries=2", "recovery", "", "seed"),
 ]
 
@@ -605,7 +605,7 @@ EXACT = [
     ("partition={name: dirichlet, alpha: 0}", "partition.alpha: must be > 0 (got 0)"),
     (
         "algorithm.name=fedagv",
-        "algorithm.name: 'fedagv' is not known; did you mean fedavg? one of fedavg, fedprox, fedadam, scaffold",
+        f"algorithm.name: 'fedagv' is not known; did you mean fedavg? one of {', '.join(components('algorithm'))}",
     ),
     (
         "executor={name: serial, thread: 2}",

@@ -213,7 +213,7 @@ def test_the_gradient_is_taken_elsewhere_on_a_second_batch(rounds: Any, lab: Any
     assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
 
 
-def test_the_loss_at_the_start_is_of_the_examples_of_the_round(rounds: Any, distance: Any) -> None:
+def test_the_loss_at_the_start_is_of_all_examples_of_the_client(rounds: Any, distance: Any) -> None:
     run, loop = rounds(toy("ByLoss"))
     for t, cohort in enumerate(loop.cohorts, 1):
         found = {}
@@ -221,7 +221,7 @@ def test_the_loss_at_the_start_is_of_the_examples_of_the_round(rounds: Any, dist
             batches = loop.batches(k, t)
             loop.put(loop.x)
             with torch.no_grad():
-                loss = loop.texts.loss(loop.model, np.unique(np.concatenate(batches)))
+                loss = loop.texts.loss(loop.model, loop.examples(k))
             found[k] = {n: loop.x[n] + loss * (y - loop.x[n]) for n, y in loop.fit(k, loop.x, batches).items()}
         loop.average(found)
     assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9

@@ -27,17 +27,17 @@ ROOMS = {
     "data": {"core"},
     "models": {"core", "data"},
     "training": {"core", "algorithms", "aggregators", "channel", "data", "models"},
-    "simulate": {"core", "algorithms", "aggregators"},
+    "simulate": {"core", "algorithms", "aggregators", "privacy"},
     "executors": {"core", "aggregators"},
     "analysis": {"core"},
     "config": {"core", "algorithms"},
     "privacy": {"core"},
     "runs": {
         *("core", "algorithms", "aggregators", "channel", "data", "models", "training", "simulate", "executors"),
-        *("analysis", "config"),
+        *("analysis", "config", "privacy"),
     },
     "zero_shot": {"core", "data", "models", "analysis", "config", "runs"},
-    "cli": {"core", "analysis", "config", "runs", "zero_shot"},
+    "cli": {"core", "analysis", "config", "privacy", "runs", "zero_shot"},
 }
 # Beyond the rooms below, and why.
 ALSO = {

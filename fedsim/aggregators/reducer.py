@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+import torch
 from torch import Size, Tensor
 
 from fedsim.aggregators import AGGREGATORS
@@ -127,6 +129,19 @@ class Reducer:
         into.total.add_(other.total.to(into.total.device))
         into.weight += other.weight
         into.clients += other.clients
+
+    def perturb(self, acc: Accumulator, noise: Callable[[str, str, tuple[int, ...]], np.ndarray]) -> None:
+        """Add noise to the sums of all tensors, in place: `noise(group, name, shape)`.
+
+        Raises:
+            ValueError: if an aggregator keeps more than one sum.
+        """
+        for name, group in self.groups.items():
+            views = group.views(acc.total, group.everything.span)
+            if views.keys() != {"sum"}:
+                raise ValueError(f"message group {name!r}: {type(group.aggregator).__name__} is no sum")
+            for tensor, view in group.everything.views(views["sum"][0]).items():
+                view.add_(torch.from_numpy(noise(name, tensor, tuple(view.shape))).to(view))
 
     def result(self, acc: Accumulator, chunk: Chunk | None = None, travels: Callable[[str], bool] = always) -> Message:
         """Group -> name -> tensor, of a chunk of the parameters or of all; those that were sent.

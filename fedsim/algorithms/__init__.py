@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from fedsim.algorithms.base import Algorithm, ClientView, Info, Local, Server, per_lane
+from fedsim.algorithms.base import Algorithm, Buffered, ClientOptimizer, ClientView, Info, Local, Server, per_lane
 from fedsim.algorithms.fedavg import FedAvg
-from fedsim.algorithms.fedopt import FedAdam
+from fedsim.algorithms.fedavgm import FedAvgM
+from fedsim.algorithms.feddyn import FedDyn
+from fedsim.algorithms.fednova import FedNova
+from fedsim.algorithms.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedsim.algorithms.fedprox import FedProx
+from fedsim.algorithms.qfedavg import QFedAvg
 from fedsim.algorithms.scaffold import Scaffold
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedavg": FedAvg,
     "fedprox": FedProx,
-    "fedadam": FedAdam,
     "scaffold": Scaffold,
+    "fednova": FedNova,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
+    "fedadagrad": FedAdagrad,
+    "feddyn": FedDyn,
+    "qfedavg": QFedAvg,
 }
 
-__all__ = ["ALGORITHMS", "Algorithm", "ClientView", "FedAvg", "Info", "Local", "Server", "per_lane"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "Buffered",
+    "ClientOptimizer",
+    "ClientView",
+    "FedAvg",
+    "Info",
+    "Local",
+    "Server",
+    "per_lane",
+]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:  # a config is read before torch is loaded
     from torch import Tensor
@@ -22,6 +22,25 @@ if TYPE_CHECKING:  # a config is read before torch is loaded
 
 # Rounds and steps at which it is looked up whether a name ever trains or travels.
 _SAMPLES = (*range(64), *(1 << i for i in range(6, 21)))
+
+
+class ClientOptimizer(Protocol):
+    """The clients' optimizer, of the keys of the same names under `local`: adamw | sgd, the peak learning rate, SGD's momentum."""
+
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Buffered:
+    """An asynchronous server: it steps once `size` messages are there, while `clients` are at work all the time."""
+
+    size: int
+    clients: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,7 @@ class ClientView:
         batch: which batch of the step, from 0.
         facts: what the algorithm `needs`, by name, `[K]`.
         rank: LoRA rank of each client, `[K]`, int64; None where the algorithm gives none.
+        optim: the clients' optimizer.
     """
 
     round: int
@@ -52,6 +72,7 @@ class ClientView:
     batch: int = 0
     facts: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     rank: Tensor | None = None
+    optim: ClientOptimizer | None = None
 
 
 @dataclass
@@ -95,8 +116,8 @@ class Algorithm:
             `PART/NAME` in `init`, and each part sees its own, by `NAME`. The first part is the one that metrics of
             steps count; the last one is the client's own model, which is evaluated.
         batches: batches drawn for each step; the optimizer steps by the gradient of the last one.
-        needs: facts that are measured for it: `start_loss`, the mean loss of the received model on the client's training
-            examples of the round.
+        needs: facts that are measured for it: `start_loss`, the mean loss of the received model on all training examples of the
+            client; `optimizer_steps`, the steps behind the optimizer state that the client starts from, 0 for a fresh one.
     """
 
     weights: Literal["samples", "steps", "uniform"] = "samples"
@@ -108,6 +129,17 @@ class Algorithm:
     parts: ClassVar[tuple[str, ...]] = ("shared",)
     batches: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
+
+    def suits(self, optim: ClientOptimizer) -> None:
+        """Raise a ValueError, `KEY: ...`, where the algorithm does not work with the clients' optimizer."""
+
+    def buffered(self, cohort: int) -> Buffered | None:
+        """How an asynchronous server works, for this `cohort.size`; None = in rounds of a cohort. A round is one server step."""
+        return None
+
+    def discount(self, staleness: int) -> float:
+        """What the weight of a message is multiplied by that is made from the model of so many server steps ago."""
+        return 1.0
 
     def trains(self, name: str, round: int, step: int) -> bool:
         """Whether a parameter trains at a step of the round, from 0; what does not keeps its value and its optimizer state."""

@@ -2,8 +2,13 @@
 Networks. MLSys 2020 (arXiv:1812.06127), algorithm 2. A client minimizes F_k(w) + mu / 2 |w - w_t|^2, so the gradient of each
 step gains mu (w - w_t); the server averages as in FedAvg.
 
-Deviations: clients are sampled and weighted as the config says (the paper samples with probability p_k and takes the plain
-mean). The local solver may be AdamW, whose moments then see the proximal term, and gradients are clipped with the term.
+Deviations:
+- Clients are sampled and weighted as the config says; the paper samples with probability p_k and takes the plain mean.
+- The local solver may be AdamW, whose moments then see the proximal term.
+- Gradients are clipped with the term.
+
+Peers:
+- NVFlare's patch for Lightning: the term is added after accumulation and before clipping, as here.
 """
 
 from __future__ import annotations

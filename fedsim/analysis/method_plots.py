@@ -17,7 +17,7 @@ from fedsim.analysis.traces import scale_of, stack, traces
 from fedsim.core.errors import UserError
 
 PANELS = 9  # as many as can be read on a page
-AXES = ("round", "bytes", "tokens")
+AXES = ("round", "bytes", "tokens", "epsilon")
 
 
 def compared(table: pd.DataFrame) -> str | None:

@@ -55,6 +55,7 @@ X_LABELS = {
     "seconds": "wall-clock time (s)",
     "bytes": "sent up and down, all clients (MiB)",
     "simulated": "simulated seconds",
+    "epsilon": "epsilon spent",
 }
 Y_LABELS = {
     "accuracy": "accuracy",

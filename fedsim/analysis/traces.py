@@ -12,6 +12,8 @@ from fedsim.analysis.load import SCOPES, rows_of
 from fedsim.analysis.style import X_LABELS
 from fedsim.core.errors import UserError
 
+_LOGGED = {"simulated": ("simulated", "seconds"), "epsilon": ("privacy", "epsilon")}  # axes whose totals a run logs
+
 Scale = tuple[np.ndarray, np.ndarray]  # rounds, and where their ends lie on another axis
 
 
@@ -146,6 +148,7 @@ def scales_of(df: pd.DataFrame, x: str | None) -> tuple[str, dict[str, Scale | N
     scales = {scope: scale_of(df, scope, x) for scope in SCOPES}
     if all(scale is None for scale in scales.values()):
         missing = {"tokens": "tokens rows", "bytes": "bytes_up or bytes_down rows", "simulated": "simulated seconds"}
+        missing["epsilon"] = "epsilon (privacy)"
         found = missing.get(x, f"{x} values")
         raise UserError(f"x={x!r}: these runs recorded no {found}; use x='step' or x='round'")
     return "own_step" if x == "step" and not alike else x, scales
@@ -184,9 +187,10 @@ def _progress(run: pd.DataFrame, scope: str, x: str) -> pd.Series:
     if x == "seconds":
         clock = rows[~rows["split"].isin(("test", "run"))].groupby("round")["seconds"].max().dropna()
         return clock - clock.get(0, rows["seconds"].min())
-    if x == "simulated":
-        clock = rows[(rows["split"] == "simulated") & (rows["name"] == "seconds") & rows["client"].isna()]
-        total = clock.set_index("round")["value"]
+    if x in _LOGGED:
+        split, name = _LOGGED[x]
+        logged = rows[(rows["split"] == split) & (rows["name"] == name) & rows["client"].isna()]
+        total = logged.set_index("round")["value"]
     else:
         spent = rows[
             rows["name"].isin(("bytes_up", "bytes_down") if x == "bytes" else ("tokens",)) & (rows["round"] > 0)

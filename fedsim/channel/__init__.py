@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from fedsim.channel.base import Channel, Senders, Sizes, Stage
-from fedsim.channel.clip import Clip
+from fedsim.channel.clip import Clip, ClipWhole
 from fedsim.channel.codecs import codec
 from fedsim.channel.feedback import ErrorFeedback
 
 
-def uplink(name: str | None, error_feedback: bool = False, most: float | None = None) -> Channel:
+def uplink(name: str | None, error_feedback: bool = False, most: float | None = None, private: bool = False) -> Channel:
     """What a client's messages pass on their way to the server.
 
     Args:
         name: codec, or None for messages as they are.
         error_feedback: what the codec lost is added to the client's next message.
         most: bound of the norm of an update, or None; it is the last thing before the codec.
+        private: all that a client sends is clipped as one vector, after everything else.
     """
     coded, clip = codec(name), Channel([] if most is None else [Clip(most)])
-    return Channel([ErrorFeedback(coded, clip)] if error_feedback else [clip, coded])
+    last = [ClipWhole()] if private else []
+    return Channel([*([ErrorFeedback(coded, clip)] if error_feedback else [clip, coded]), *last])
 
 
 def downlink(name: str | None) -> Channel:

@@ -34,11 +34,13 @@ class Senders:
     """What a stage is told of the K clients whose messages it is handed.
 
     Attributes:
-        norms: 2-norm of each client's whole group `update`, as the server would decode it if nothing bounded it; None in the
-            pass in which these norms are measured.
+        norms: 2-norm of each client's whole group `update`, as the server would decode it if nothing bounded it; with `clip`, of
+            all groups as one vector. None in the pass in which these norms are measured.
+        clip: norm to which all groups together are clipped; None = they are not.
     """
 
     norms: Sequence[float] | None = None
+    clip: float | None = None
 
 
 class Stage:

@@ -274,8 +274,26 @@ def partition(
     show.lines([place / "partition.json", place / "partition.png"])
 
 
+@app.command()
+def privacy(file: File, overrides: Overrides = None) -> None:
+    """Print what an experiment's privacy costs, round by round, without training."""
+    from fedsim.config.experiment import Experiment
+
+    exp = Experiment.load(file, overrides or [])  # before torch is imported
+    from fedsim.runs.build import prepare
+    from fedsim.runs.private import about, table
+
+    parts = prepare(exp)
+    if parts.privacy is None:
+        raise UserError(
+            f"{file}: privacy.name: none guarantees nothing; give privacy={{name: central, noise_multiplier: 1}}"
+        )
+    show.lines(about(parts.privacy, parts.exp))
+    show.table(table(parts.privacy, parts.exp.rounds), f"{parts.exp.rounds} of {exp.rounds} rounds")
+
+
 _METRICS = "accuracy, macro_f1, loss, perplexity, exact_match, ... (default: accuracy, loss and exact_match)."
-_X = "step, round, tokens, bytes, seconds or simulated (default: step if all models do as many steps, else tokens)."
+_X = "step, round, tokens, bytes, seconds, simulated or epsilon (default: step if all models do as many steps, else tokens)."
 
 
 @app.command()

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from fedsim.config import adapters as a
 from fedsim.config import components as c
 from fedsim.config import datasets as d
+from fedsim.config import privacy as p
 from fedsim.config import sections as s
 from fedsim.config import yaml_text
 from fedsim.config.keys import document
@@ -91,6 +92,8 @@ class Experiment:
     """Federated algorithm."""
     aggregator: c.Aggregator = Field(default_factory=c.Mean)
     """How the clients' updates become one."""
+    privacy: p.Privacy = Field(default_factory=p.NoPrivacy)
+    """Differential privacy of the clients."""
     best: s.Best = Field(default_factory=s.Best)
     """How the best model is selected."""
     checkpoint: s.Checkpoint = Field(default_factory=s.Checkpoint)
@@ -132,6 +135,7 @@ class Experiment:
             central: s.Central | Section = ...,
             algorithm: c.Algorithm | Section = ...,
             aggregator: c.Aggregator | Section = ...,
+            privacy: p.Privacy | Section = ...,
             best: s.Best | Section = ...,
             checkpoint: s.Checkpoint | Section = ...,
             evaluate: s.Evaluate | Section = ...,

@@ -43,7 +43,9 @@ class CohortKeys:
     """Client sampling."""
 
     size: Count | Literal["all"] = "all"
-    """Clients sampled per round, without replacement; or all."""
+    """Clients sampled per round, without replacement; or all. With `poisson` as many as are expected."""
+    sampler: Literal["fixed", "poisson"] = "fixed"
+    """fixed: so many clients in each round; poisson: each client with probability size / clients, independently, so that a cohort may also be empty."""
 
 
 @section

@@ -49,12 +49,14 @@ class Pack:
         mode: local | federated | central.
         tasks: one per lane.
         tokens: expected work in tokens, for scheduling and progress.
+        clip: norm to which all that a client sends is clipped; None = it is not.
     """
 
     index: int
     mode: str
     tasks: tuple[Task, ...]
     tokens: int
+    clip: float | None = None
 
 
 class Turn:
@@ -167,6 +169,7 @@ class Report:
         seconds: wall-clock of the pack.
         scoring: seconds of these that went into evaluation.
         faults: what went wrong with clients of the pack.
+        within: clients whose message was not longer than the pack's clip.
     """
 
     index: int
@@ -178,6 +181,7 @@ class Report:
     seconds: float = 0.0
     scoring: float = 0.0
     faults: list[Fault] = field(default_factory=list)
+    within: int = 0
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,10 @@ from fedsim.data.templates import CHAT_DATE, Template, tells_time
 from fedsim.data.tokens import Tokens, encode, encode_chats
 from fedsim.models import base, locate, sharing
 from fedsim.models.positions import max_positions
+from fedsim.privacy.central import CentralPrivacy
 from fedsim.runs.checks import check, sampler_of, virtual_tokens
 from fedsim.runs.divide import CENTRAL, divide
+from fedsim.runs.private import privacy_of
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Parts:
         partition: client -> training examples.
         own: client -> its own validation examples; None where no client has any (virtual).
         report: class counts, sizes and skew of the partition; goes into the run folder.
+        privacy: what federated training guarantees of each client; None = nothing.
     """
 
     exp: Experiment
@@ -72,6 +75,7 @@ class Parts:
     partition: Partition | VirtualPartition
     own: Partition | None
     report: dict[str, Any]
+    privacy: CentralPrivacy | None = None
 
     @property
     def source(self) -> Source:
@@ -374,6 +378,10 @@ def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
     report["truncated"] = {s: t.truncated for s, t in tokens.items() if t.truncated}
     parts = Parts(exp, made, partition, own, report)
     check(parts)
+    privacy = privacy_of(parts)
+    if privacy is not None:
+        last = privacy.last_round(exp.rounds, exp.privacy.max_epsilon)
+        parts = dataclasses.replace(parts, exp=dataclasses.replace(exp, rounds=last), privacy=privacy)
     return parts
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import MOST_EXAMPLES
 from fedsim.core.errors import UserError
@@ -47,6 +48,7 @@ def check(parts: Parts) -> None:
         raise UserError(
             f"cohort.size: {exp.cohort.size}, but only {held} clients have examples; use at most {held}, or all"
         )
+    _check_algorithm(exp)
     work = exp.local
     if work.epochs is not None and work.drop_last:
         small = clients[sizes[clients] < work.batch_size]
@@ -68,6 +70,16 @@ def check(parts: Parts) -> None:
             f"data.max_length: {exp.data.max_length} lets examples of {longest} tokens{virtual} through, the base takes {positions}; give {f'at most {positions - extra}' if positions - extra > 1 else 'fewer virtual tokens'}"
         )
     _check_room(parts, positions, extra)
+
+
+def _check_algorithm(exp: Experiment) -> None:
+    """Whether the algorithm goes with the clients' optimizer."""
+    if "federated" not in exp.modes:
+        return
+    try:
+        algorithm_of(exp.algorithm, exp.aggregator).suits(exp.local)
+    except ValueError as error:
+        raise UserError(f"algorithm.{error}") from None
 
 
 def _check_sites(parts: Parts) -> None:

@@ -16,6 +16,8 @@ from fedsim.core.store import Store
 from fedsim.models import adapters
 from fedsim.runs.build import Parts
 from fedsim.runs.folder import RunFolder
+from fedsim.runs.private import about as about_privacy
+from fedsim.runs.private import keep
 from fedsim.runs.progress import Progress
 from fedsim.runs.worker_spec import WorkerSpec
 from fedsim.training.planner import Plan
@@ -41,7 +43,8 @@ def describe(
     exp, messages, trained = parts.exp, parts.exp.messages, adapters.trained(model)
     about, dtype = adapters.describe(model, trained), next(iter(trained.values())).dtype
     algorithm = spec.algorithms.get("federated", Algorithm())
-    sizes = functools.cache(functools.partial(_sizes, algorithm, layout, messages, dtype))
+    scale = Sizes(0, 4 if parts.privacy is not None else 0)  # what a clipped message is multiplied by, a float32
+    sizes = functools.cache(functools.partial(_sizes, algorithm, layout, messages, dtype, scale))
     up, down = sizes(1, None)
     about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
     kept = {m: stores[m].nbytes for m in exp.modes}
@@ -53,6 +56,10 @@ def describe(
     )
     if "federated" not in exp.modes and any(how):
         show.note("messages: nothing is sent without the mode federated, so messages.up and down have no effect")
+    if parts.privacy is not None:
+        keep(folder, parts.privacy)
+        for line in about_privacy(parts.privacy, exp):
+            show.note(line)
     if any(kept.values()):
         most = exp.checkpoint.keep + 1 + (exp.checkpoint.every > 1)  # a round writes beside what checkpoints refer to
         total = sum(b * most * (1 if m == "central" else len(parts.clients)) for m, b in kept.items()) / 1e6
@@ -80,7 +87,13 @@ def describe(
 
 
 def _sizes(
-    algorithm: Algorithm, layout: Layout, messages: Messages, dtype: torch.dtype, round: int, rank: int | None
+    algorithm: Algorithm,
+    layout: Layout,
+    messages: Messages,
+    dtype: torch.dtype,
+    scale: Sizes,
+    round: int,
+    rank: int | None,
 ) -> tuple[Sizes, Sizes]:
     """Bytes of a client's message in a round, and of what it receives: all that ever travels, as it may have missed rounds."""
     layouts = algorithm.messages(layout).values()
@@ -89,4 +102,4 @@ def _sizes(
     received = [*layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items())]
     received = [(n, s) for n, s in received if n not in stays]
     sends, receives = ([shape_at(n, s, rank) for n, s in each] for each in (sent, received))
-    return uplink(messages.up).nbytes(sends, dtype), downlink(messages.down).nbytes(receives, dtype)
+    return uplink(messages.up).nbytes(sends, dtype) + scale, downlink(messages.down).nbytes(receives, dtype)

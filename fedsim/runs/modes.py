@@ -97,13 +97,15 @@ def _world(setup: Setup, mode: str) -> World:
         setup.exp.evaluate.generate,
         setup.spec.recipe.chunk,
         setup.bytes_of,
+        setup.parts.privacy if mode == "federated" else None,
     )
 
 
 def _fresh(setup: Setup, world: World) -> State:
     flat = setup.read(setup.first, 0)
     server = clone(world.algorithm.init(setup.layout.views(flat))[0])
-    return State(flat, server, Records(), keeps=world.store.width > 0)
+    clip = None if world.privacy is None else world.privacy.start
+    return State(flat, server, Records(), keeps=world.store.width > 0, clip=clip)
 
 
 def _resume(setup: Setup, world: World, mode: str) -> tuple[State, dict[str, Any] | None]:

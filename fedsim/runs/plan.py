@@ -110,7 +110,8 @@ def first_packs(parts: Parts, spec: WorkerSpec) -> Packs:
     """What round 1 trains, for the planner: its first passes are measured, its largest one is predicted."""
     exp = parts.exp
     mode = next(m for m in ("federated", "local", "central") if m in exp.modes)
-    schedule = dataclasses.replace(schedule_of(parts, mode), behavior=None)  # as if every client were available
+    # As if every client were available, and the cohort as large as is expected.
+    schedule = dataclasses.replace(schedule_of(parts, mode), behavior=None, sampler="fixed")
     sites = spec.sites()
     tokens, draw, most = parts.tokens["train"], spec.recipe.draw, spec.recipe.row_tokens
     front = spec.settings.get("num_virtual_tokens", 0) if spec.adapter in ("p_tuning", "prompt") else 0

@@ -48,6 +48,7 @@ def recipe_of(exp: Experiment) -> LocalTrainingConfig:
         row_tokens=exp.data.max_length if exp.training.packing else None,
         policy=exp.faults.policy,
         max_norm=exp.faults.max_norm,
+        private=exp.privacy.name == "central",
     )
 
 
@@ -77,6 +78,8 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
     clients = parts.clients
     size = len(clients) if exp.cohort.size == "all" else exp.cohort.size
     lengths = parts.tokens["train"].lengths
+    private = exp.privacy.name == "central"
+    capped = private and exp.privacy.max_weight is not None
 
     def mean_length(client: int) -> float:
         return float(lengths.mean() if client == CENTRAL_CLIENT else lengths[partition.rows(client)].mean())
@@ -94,12 +97,14 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
         epochs=exp.local.epochs or 1,
         batch_size=exp.local.batch_size,
         match=exp.central.match,
-        weights=exp.algorithm.weights,
+        weights=exp.algorithm.weights if capped or not private else "uniform",
         length=mean_length,
         every_rounds=exp.evaluate.every_rounds,
         scores_clients=exp.evaluate.clients,
         central_rows=len(partition.kept) if isinstance(partition, VirtualPartition) else None,
         behavior=behavior_of(parts),
+        sampler=exp.cohort.sampler,
+        max_weight=exp.privacy.max_weight if capped else None,
     )
 
 
@@ -108,7 +113,7 @@ def work_of(parts: Parts, mode: str) -> float:
 
     An estimate from round 1 with all clients available, for the time left.
     """
-    schedule = dataclasses.replace(schedule_of(parts, mode), behavior=None)
+    schedule = dataclasses.replace(schedule_of(parts, mode), behavior=None, sampler="fixed")
     packs = schedule.packs(1, State(torch.empty(0), {}, Records(), keeps=False), 1)
     models = len(packs) if mode != "federated" or schedule.scores_clients else 0
     models += mode == "federated"

@@ -26,16 +26,9 @@ from fedsim.runs.setup import Setup, set_up
 from fedsim.runs.tracking import Tracking
 
 _PRODUCTS = (
-    *("config.yaml", "environment.json", "plan.json", "memory.json", "model.json", "partition.npz", "partition.json"),
-    *(
-        CLIENT_FOLDERS,
-        "metrics",
-        "scores.npz",
-        "predictions.csv",
-        "comparison.json",
-        "figures/examples.md",
-        "cross_site",
-    ),
+    *("config.yaml", "environment.json", "plan.json", "memory.json", "model.json", "privacy.json"),
+    *("partition.npz", "partition.json", CLIENT_FOLDERS, "metrics", "scores.npz", "predictions.csv"),
+    *("comparison.json", "figures/examples.md", "cross_site"),
 )
 
 

@@ -6,6 +6,7 @@ curves differ in who trains and in whether aggregation follows, and in nothing e
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fedsim.core.errors import OutOfMemory, SumLost
 from fedsim.core.params import Layout, Params
 from fedsim.core.store import Store
 from fedsim.core.types import Memory, Pack, Report, Row, Scores, Scoring
+from fedsim.privacy.central import CentralPrivacy
 from fedsim.simulate.faults import check, fault_metrics
 from fedsim.simulate.schedule import CENTRAL, Schedule
 from fedsim.simulate.state import GLOBAL, Choice, State
@@ -59,6 +61,7 @@ class World:
         generate: whether the global model is also evaluated by generation.
         chunk: elements of the parameters that are aggregated at a time; None = all.
         bytes_of: (round, client) -> bytes of the client's message to the server, and of the server's to it.
+        privacy: what the mode guarantees of each client; None = nothing.
     """
 
     schedule: Schedule
@@ -73,6 +76,7 @@ class World:
     generate: bool
     chunk: int | None
     bytes_of: Callable[[int, int], tuple[int, int]]
+    privacy: CentralPrivacy | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,8 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
         began = time.monotonic()
         if algorithm.merges:
             acc = state.pending.pop(t)
+            if world.privacy is not None:
+                metrics += _private_round(world.privacy, world.reducer, acc, state, t, sum(r.within for r in reports))
             if acc.weight > 0:  # otherwise no client was available, or all are still at work
                 info = Info(t, acc.clients, acc.weight, len(schedule.clients), schedule.all_weight)
                 server_step(algorithm, world.reducer, world.layout, acc, state, info, world.chunk)
@@ -164,6 +170,7 @@ def _train(
                 lanes = max(1, world.plan.lanes_at(schedule.mode, round) // len(world.algorithm.parts))
                 slot = schedule.size * (arrives - round)
                 these = schedule.packs(round, state, lanes, clients, slot)
+                these = [dataclasses.replace(pack, clip=state.clip) for pack in these]
                 packs += these
                 acc = reducer.zero(world.memory.total, world.memory.spare) if merges else None
                 if acc is not None and arrives in pending:
@@ -190,6 +197,19 @@ def _train(
         acc = None
         if short:  # outside the handler, which keeps alive what the error refers to
             yield Halved(round, world.plan.halve(schedule.mode, round))
+
+
+def _private_round(
+    privacy: CentralPrivacy, reducer: Reducer, acc: Accumulator, state: State, round: int, within: int
+) -> list[Row]:
+    """Add noise to the sum of messages, in place, over a denominator that does not depend on who took part; metrics of it."""
+    assert state.clip is not None, "a private mode has a clip"
+    clip = state.clip
+    reducer.perturb(acc, lambda group, name, shape: privacy.noise(round, group, name, shape, clip))
+    acc.weight = privacy.expected_weight  # the noise stands for the clients of an empty cohort
+    state.clip = privacy.next_clip(round, clip, within)
+    found = {"epsilon": privacy.epsilon(round), "clip": clip, "noise_std": privacy.z_update * clip * privacy.max_weight}
+    return [Row(round, state.step, "federated", None, "privacy", n, v) for n, v in found.items()]
 
 
 def _commit(packs: Sequence[Pack], reports: Sequence[Report], state: State) -> None:

@@ -41,6 +41,8 @@ class Schedule:
         central_rows: examples of the centralized baseline; None = those of `clients` together. Virtual clients draw examples
             with repetition: there it holds each example once, and still does as much work as the cohort.
         behavior: availability, dropout and speeds of the clients; None = every client is available and in time.
+        sampler: fixed, or poisson: each client with probability size / clients.
+        max_weight: larger weights are lowered to it; None = no limit.
     """
 
     mode: str
@@ -61,13 +63,17 @@ class Schedule:
     scores_clients: bool = True
     central_rows: int | None = None
     behavior: ClientAvailability | None = None
+    sampler: str = "fixed"
+    max_weight: float | None = None
 
     def cohort(self, round: int) -> np.ndarray:
         """The clients of a round, ascending: a function of (seed, round). Empty if no client is available."""
         clients = self.clients if self.behavior is None else self.behavior.available(round, self.clients)
+        rng = stream(self.seed, "cohort", round)
+        if self.sampler == "poisson":
+            return clients[rng.random(len(clients)) < self.size / len(self.clients)]
         if self.size >= len(clients):
             return clients
-        rng = stream(self.seed, "cohort", round)
         return np.sort(clients[rng.choice(len(clients), self.size, replace=False, shuffle=False)])
 
     @cached_property
@@ -79,12 +85,17 @@ class Schedule:
     @property
     def slots(self) -> int:
         """How many clients can send messages that are aggregated together."""
-        return self.size * (1 + self.timeline.delay)
+        return self.most * (1 + self.timeline.delay)
+
+    @property
+    def most(self) -> int:
+        """How many clients a cohort can have."""
+        return self.size if self.sampler == "fixed" else len(self.clients)
 
     @property
     def many_packs(self) -> bool:
         """Whether a round can have more packs than one group of the accumulator."""
-        return self.size > GROUP
+        return self.most > GROUP
 
     @cached_property
     def all_weight(self) -> float:
@@ -92,8 +103,12 @@ class Schedule:
         if self.weights == "uniform":
             return float(len(self.clients))
         sizes, times = np.unique(self.sizes[self.clients], return_counts=True)
-        each = sizes if self.weights == "samples" else [self.count(int(n), self.steps) for n in sizes]
-        return float(np.dot(each, times))
+        return float(np.dot([self._weight(int(n)) for n in sizes], times))
+
+    def _weight(self, examples: int) -> float:
+        """The weight of a client with so many examples."""
+        each = {"samples": examples, "steps": self.count(examples, self.steps), "uniform": 1}[self.weights]
+        return float(each) if self.max_weight is None else min(float(each), self.max_weight)
 
     def evaluates(self, round: int) -> bool:
         """Whether models are evaluated at the end of a round."""
@@ -153,8 +168,7 @@ class Schedule:
             for c in map(int, self.cohort(round) if clients is None else clients):
                 n = int(self.sizes[c])
                 each = self.count(n, self.steps)
-                weight = {"samples": n, "steps": each, "uniform": 1}[self.weights]
-                given.append((c, self.name(c), self.steps, (round - 1) * each, self.rounds * each, float(weight)))
+                given.append((c, self.name(c), self.steps, (round - 1) * each, self.rounds * each, self._weight(n)))
         out = []
         for i, (client, name, steps, start, horizon, weight) in enumerate(given, slot):
             write = state.records.new() if state.keeps else -1

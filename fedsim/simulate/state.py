@@ -65,6 +65,7 @@ class State:
         client_best: the best local model so far, by client, where nothing is aggregated.
         best_records: which record holds the best model of which client; that of the global model under `GLOBAL`.
         pending: messages under way: the round in which they arrive -> their accumulator.
+        clip: norm to which the next round's messages are clipped for privacy; None = they are not.
     """
 
     params: Tensor
@@ -77,6 +78,7 @@ class State:
     client_best: dict[int, Chosen] = field(default_factory=dict)
     best_records: Records = field(default_factory=Records)
     pending: dict[int, Accumulator] = field(default_factory=dict)
+    clip: float | None = None
 
     @property
     def step(self) -> int:
@@ -102,6 +104,7 @@ class State:
             "best": None if self.best is None else vars(self.best),
             "client_best": {str(c): vars(b) for c, b in self.client_best.items()},
             "pending": {str(r): [acc.weight, acc.clients] for r, acc in self.pending.items()},
+            **({} if self.clip is None else {"clip": self.clip}),
         }
 
     def restore(
@@ -120,6 +123,7 @@ class State:
         self.records, self.best_records = Records(tables[-1], tables), Records(best_tables[-1], best_tables)
         self.steps = dict(zip(*info["steps"], strict=True))
         self.round = info["round"]
+        self.clip = info.get("clip")
         self.best = Chosen(**info["best"]) if info["best"] else None
         self.client_best = {int(c): Chosen(**b) for c, b in info["client_best"].items()}
         into = {f"params.{n}": t for n, t in layout.views(self.params).items()}

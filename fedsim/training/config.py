@@ -30,6 +30,7 @@ class LocalTrainingConfig:
             tokens; None = `micro_batch` examples.
         policy, max_norm: what becomes of updates that are not finite, or of a larger norm.
         slots: how many clients can send a message in one round.
+        private: whether all that a client sends is clipped as one vector, to the norm that its pack names.
     """
 
     optim: Optim
@@ -50,6 +51,7 @@ class LocalTrainingConfig:
     policy: str = "fail"
     max_norm: float | None = None
     slots: int = 1
+    private: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class LaneGroup:
         self.ranks: Tensor | None = None
         self.slots: Tensor | None = None
         self.scratch: list[Params] = []  # by chunk
-        self._norms: list[float] = []
+        self._norms: list[float] = []  # of whole messages where these are clipped, of updates, or of parameters
         self._pieces: tuple[int, list[_Piece]] = (0, [])  # of so many active lanes
         self._received: Received | None = None
 
@@ -189,7 +189,8 @@ class LaneGroup:
         """Note what went wrong with its clients."""
         config = self.run.worker.config
         most = config.max_norm if self.run.algorithm.merges else None
-        self._norms = self._norms_of_parameters() if most is None else self._norms_of_updates(fit)
+        bounded = most is not None or self.run.pack.clip is not None
+        self._norms = self._norms_of_messages(fit) if bounded else self._norms_of_parameters()
         _, found = judge(self.tasks, [fit.losses[j] for j in self.lanes], self._norms, config.policy, most)
         self.run.report.faults += [f for f in found if f.client not in self.run.failed]
 
@@ -200,7 +201,11 @@ class LaneGroup:
         """
         run, record = self.run, self.run.setup.record
         good = [i for i, t in enumerate(self.tasks) if t.client not in run.failed]
-        tasks, senders = [self.tasks[i] for i in good], Senders([self._norms[i] for i in good])
+        tasks, clip = [self.tasks[i] for i in good], run.pack.clip
+        norms = [self._norms[i] for i in good]
+        senders = Senders(norms, clip)
+        if clip is not None and self.number == 0:
+            run.report.within += sum(norm <= clip for norm in norms)
         if self.number == 0 and not run.may_add():
             return
         for i, chunk in enumerate(self.chunks if good else ()):
@@ -264,15 +269,16 @@ class LaneGroup:
         found = torch.stack([torch.linalg.vector_norm(flat[:, c.span][own], dim=1) for c in self.chunks])
         return found.square_().sum(dim=0).sqrt_().tolist()
 
-    def _norms_of_updates(self, fit: Fit) -> list[float]:
-        """2-norms of the clients' updates as the server would decode them."""
+    def _norms_of_messages(self, fit: Fit) -> list[float]:
+        """2-norms of the clients' updates as the server would decode them; of all that they send, where that is clipped."""
+        whole = self.run.pack.clip is not None
 
         def pieces() -> Iterator[Params]:
             for i in range(len(self.chunks)):
                 beat()
                 message, _ = self._made(i, list(range(len(self))), fit)
                 sent, _ = self.run.worker.uplink.up(message, Senders(), self._lost(i, self.tasks, message))
-                yield sent.get("update", {})
+                yield from sent.values() if whole else [sent.get("update", {})]
 
         return norms(pieces(), len(self))
 

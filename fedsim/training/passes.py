@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from fedsim.core.types import Row
 from fedsim.training.lanes import LaneGroup
@@ -39,8 +40,7 @@ class Pass:
     def run(self) -> None:
         """Start, fit, finish, evaluate, report."""
         self.trainer.reserve(len(self.lanes))
-        if any("start_loss" in group.run.algorithm.needs for group in self.groups):
-            self._measure_start()
+        self._measure()
         for group in self.groups:
             group.start()
         fit = self.trainer.fit(self.lanes, self.groups, self.evaluate)
@@ -54,14 +54,18 @@ class Pass:
         for j in sorted(range(len(self.lanes)), key=lambda j: self.order[j]):  # metrics in the packs' order
             self._report(j, fit, final.get(j, []))
 
-    def _measure_start(self) -> None:
-        """The mean loss of what each client received on the examples that its lane will see."""
+    def _measure(self) -> None:
+        """The facts that algorithms need."""
+        if any("start_loss" in group.run.algorithm.needs for group in self.groups):
+            for group in self.groups:
+                group.receive()
+            loss = self.trainer.losses([worker.examples_of(task) for worker, _, task in self.whose])
+            for group in self.groups:
+                group.facts["start_loss"] = loss[group.lanes]
         for group in self.groups:
-            group.receive()
-        seen = [np.unique(np.concatenate([b for step in lane.batches for b in step])) for lane in self.lanes]
-        loss = self.trainer.losses(seen)
-        for group in self.groups:
-            group.facts["start_loss"] = loss[group.lanes]
+            if "optimizer_steps" in group.run.algorithm.needs:
+                kept = [0 if lane.optimizer_state is None else np.max(lane.steps_done) for lane in self.lanes]
+                group.facts["optimizer_steps"] = torch.tensor([kept[j] for j in group.lanes], device=group.device)
 
     def evaluate(self, lanes: list[int], step: int) -> None:
         """Evaluate those of these lanes that are due, in the middle of the round."""

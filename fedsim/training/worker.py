@@ -53,7 +53,7 @@ class Worker:
         self.config, self.seed, self.layout = config, seed, trainer.layout
         self.downlink = downlink(config.down)
         clips = config.policy == "clip"
-        self.uplink = uplink(config.up, config.error_feedback, config.max_norm if clips else None)
+        self.uplink = uplink(config.up, config.error_feedback, config.max_norm if clips else None, config.private)
         self.stores = stores_of(state, algorithms, self.layout, config)
         self.setups = {m: Setup.of(m, a, self.layout, config, self.stores[m]) for m, a in algorithms.items()}
 
@@ -124,10 +124,13 @@ class Worker:
 
     def _batches(self, task: Task, draw: int = 0) -> list[np.ndarray]:
         """Examples of each step, a function of (seed, client, round); `draw`: which of several batches of a step."""
-        examples = self.sites.everything() if task.client < 0 else self.sites.train(task.client)
         which = [draw] if draw else []
         rng = stream(self.seed, "batches", task.name, task.round, *which)
-        return self.config.draw.batches(examples, rng, task.steps)
+        return self.config.draw.batches(self.examples_of(task), rng, task.steps)
+
+    def examples_of(self, task: Task) -> np.ndarray:
+        """A client's training examples."""
+        return self.sites.everything() if task.client < 0 else self.sites.train(task.client)
 
     # ------------------------------------------------------------------------------- evaluation and the device
 

@@ -1,0 +1,70 @@
+"""The section `privacy`: what a run guarantees of each client, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fedsim.core.section import OneOf, Positive, section, wrong
+
+Between = Annotated[float, Field(gt=0, lt=1)]
+
+
+@section
+class NoPrivacy:
+    """No guarantee."""
+
+    name: Literal["none"] = "none"
+
+
+@section
+class AdaptiveClip:
+    """A clip that follows a quantile of the updates' norms (Andrew et al., 2021)."""
+
+    quantile: Between = 0.5
+    """Share of clients whose update should be shorter than the clip."""
+    lr: Positive = 0.2
+    """How fast the clip follows: it is multiplied by exp(-lr (share - quantile))."""
+    start: Positive = 0.1
+    """The clip of round 1."""
+
+
+@section
+class Central:
+    """Client-level differential privacy with a trusted server: each client's update is clipped, noise is added to their sum."""
+
+    name: Literal["central"] = "central"
+    clip: Positive | dict[Literal["adaptive"], AdaptiveClip] = 0.1
+    """Maximum 2-norm of all that a client sends in a round, as one vector; or {adaptive: {quantile, lr, start}}."""
+    noise_multiplier: Annotated[float, Field(ge=0)] | None = None
+    """Standard deviation of the noise on the sum of updates / (clip x largest weight). Excludes target_epsilon."""
+    target_epsilon: Positive | None = None
+    """Epsilon of the whole run, for which the noise is solved before training. Excludes noise_multiplier."""
+    delta: Between = 1e-5
+    """Delta of the guarantee; well below 1 / clients."""
+    accountant: Literal["rdp", "pld"] = "rdp"
+    """How epsilon is counted: rdp, or pld (tighter; only with cohort.sampler: poisson)."""
+    neighbours: Literal["add_remove", "replace_one", "zero_out"] | None = None
+    """What may differ: null = add_remove with Poisson cohorts, replace_one with cohorts of fixed size; zero_out is the weaker relation that a client's update is zero."""
+    max_weight: Positive | None = None
+    """Largest weight of a client: larger ones are lowered to it, and the noise is for it; null = every client weighs 1."""
+    max_epsilon: Positive | None = None
+    """The run ends before the round that would pass it; null = it never does."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Central:
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            both = (
+                "and target_epsilon exclude each other"
+                if self.target_epsilon
+                else "needs noise_multiplier, or target_epsilon"
+            )
+            raise wrong("noise_multiplier", self.noise_multiplier, f"{both}; give one of the two")
+        if isinstance(self.clip, dict) and not self.clip:
+            raise wrong("clip", self.clip, "is empty; give a number, or {adaptive: {quantile: 0.5}}")
+        return self
+
+
+PRIVACY = {"none": NoPrivacy, "central": Central}
+Privacy = Annotated[NoPrivacy | Central, OneOf(PRIVACY, default="none")]
