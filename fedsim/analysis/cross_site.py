@@ -57,10 +57,11 @@ def cross_site(run: Any, metric: str | None = None) -> pd.DataFrame:
 def write_cross_site(run: Path) -> list[str]:
     """Write `cross_site/METRIC.csv` for each metric; returns the clients of these."""
     metrics = read_metrics(run)
-    for name in metrics.loc[metrics["split"].str.startswith(CROSS), "name"].unique():
-        table = cross_site(run, name)
-        write_atomic(run / "cross_site" / f"{name}.csv", table.to_csv(lineterminator="\n").encode())
-    return list(table.columns)
+    rows = metrics[metrics["split"].str.startswith(CROSS)]
+    for name in rows["name"].unique():
+        data = cross_site(run, name).to_csv(lineterminator="\n").encode()
+        write_atomic(run / "cross_site" / f"{name}.csv", data)
+    return list(rows["split"].str.removeprefix(CROSS).unique())
 
 
 def sites_matrix(table: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy") -> Axes:

@@ -119,7 +119,7 @@ def write_predictions(frame: pd.DataFrame, output: str | os.PathLike[str] | None
     return None
 
 
-def _record(row: dict[str, Any]) -> dict[str, Any]:
+def _record(row: dict[Any, Any]) -> dict[str, Any]:
     given = {k: None if missing(v) else v for k, v in row.items() if not k.startswith(_PROBABILITY)}
     shares = {k.removeprefix(_PROBABILITY): v for k, v in row.items() if k.startswith(_PROBABILITY)}
     if shares:
@@ -320,7 +320,8 @@ def _predict(
         )
     limit = _room(trained, source, tokens)
     found: list[str | None] = [None] * len(split)
-    shares = None if trained.words is None else np.full((len(split), len(trained.words)), np.nan)
+    words = trained.words
+    shares = np.full((len(split), len(words or ())), np.nan)
     by_model: dict[str, list[int]] = {}
     for row in kept.tolist():
         by_model.setdefault(chosen[row], []).append(row)
@@ -330,9 +331,10 @@ def _predict(
         check_whole(folder, "choose another model")
         if trained.exp.adapter.name != "none" and base is None:
             base = _load(trained, source, tokenizer, trained.exp.model.dtype)
+        net = None  # the memory of a whole model is free before the next one is loaded
         net = _net(trained, base, folder, tokenizer, device)
         size = trained.exp.evaluate.batch_size
-        if shares is None:
+        if words is None:
             for places, made in generate(net, tokens, np.array(rows), tokenizer.eos_token_id, size, limit):
                 texts = tokenizer.batch_decode(made, skip_special_tokens=True)
                 for at, text in zip(places, texts, strict=True):
@@ -340,13 +342,13 @@ def _predict(
             continue
         others = np.setdiff1d(np.arange(len(split)), rows).tolist()
         (scored,) = score_rows(net, replace(tokens, left_out={"others": others}), 1, batch_size=size)
+        assert scored.scores is not None
         logp = scored.scores - scored.scores.max(axis=1, keepdims=True)
         shares[rows] = np.exp(logp) / np.exp(logp).sum(axis=1, keepdims=True)
-        for row, label in zip(rows, scored.predicted, strict=True):
-            found[row] = trained.words[label]
-        del net
+        for row, label in zip(rows, logp.argmax(axis=1), strict=True):
+            found[row] = words[label]
     frame = pd.DataFrame({"row": range(len(split)), "model": chosen, "prediction": pd.Series(found, dtype=object)})
-    for i, word in enumerate(trained.words or ()):
+    for i, word in enumerate(words or ()):
         frame[f"{_PROBABILITY}{word}"] = shares[:, i]
     return frame, note
 
