@@ -20,7 +20,7 @@ from torch import nn
 from fedsim.analysis.load import find_runs, read_config, read_state, run_path
 from fedsim.config.experiment import Experiment, expand_path
 from fedsim.core.errors import Notice, UserError, nearest_first
-from fedsim.core.files import OWN, check_own, check_whole, client_folders, write_atomic
+from fedsim.core.files import check_own, check_whole, client_models, write_atomic
 from fedsim.core.numerics import settled
 from fedsim.data import instructions
 from fedsim.data.files import Form, header_hint, read_table
@@ -130,11 +130,7 @@ def _record(row: dict[Any, Any]) -> dict[str, Any]:
 def models_of(run: Path) -> dict[str, Path]:
     """The models of a run by the names that `predict` takes; a client's own one goes before its local-only one."""
     out = {name: run / name for name in ("global", "best", CENTRAL) if (run / name).is_dir()}
-    clients = client_folders(run)
-    for top in ("local", OWN):
-        for folder in sorted(p for p in (run / top).glob("*") if p.is_dir() and not p.name.startswith(".")):
-            out[f"client:{clients.get(folder.name, folder.name)}"] = folder
-    return out
+    return out | {f"client:{client}": run / place for place, client in client_models(run).items()}
 
 
 @dataclass(frozen=True)
