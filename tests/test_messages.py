@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.channel import codecs as messages
 from fedsim.channel.base import Sizes
-from fedsim.channel.codecs import ALIGN, Encoded, canonical, codec
+from fedsim.channel.codecs import ALIGN, canonical, codec
 from fedsim.core.errors import UserError
 
 BLOCKWISE = ["blockwise8", "nf4"]
@@ -67,25 +67,16 @@ def normal_float() -> list[float]:
 LEVELS = {"blockwise8": dynamic_tree(), "nf4": normal_float()}
 
 
-def slow(name: str, x: Tensor) -> tuple[list[int], list[float]]:
-    """Codes and arriving values of one lane, block by block, by comparing with every level in float64: obviously right."""
+def slow(name: str, x: Tensor) -> list[float]:
+    """What arrives of one lane, block by block, by comparing with every level in float64: obviously right."""
     levels = torch.tensor(messages._CODES[name].levels, dtype=torch.float64)
-    codes, values = [], []
+    values = []
     for block in x.double().split(BLOCK[name]):
         scale = block[block.abs().argmax()]
         if name == "nf4":
             scale = scale.abs()
-        code = (block[:, None] / scale - levels).abs().argmin(1)
-        codes += code.tolist()
-        values += (levels[code] * scale).tolist()
-    return codes, values
-
-
-def unpacked(message: Encoded) -> list[int]:
-    """The codes of one lane."""
-    if message.codec == "blockwise8":
-        return message.values.tolist()
-    return [c for byte in message.values.tolist() for c in (byte // 16, byte % 16)][: message.n]
+        values += (levels[(block[:, None] / scale - levels).abs().argmin(1)] * scale).tolist()
+    return values
 
 
 # --- names
@@ -147,7 +138,9 @@ def test_the_nearest_level_is_found_on_both_sides_of_every_halfway_point(name: s
     parts = torch.cat(near).split(block)
     for part in parts:
         x = torch.cat([torch.ones(1), part])  # its scale is 1, and division by it changes nothing
-        codes = torch.tensor(unpacked(codec(name).encode(x)))
+        arrived = codec(name).round_trip(x)
+        codes = torch.searchsorted(levels.float(), arrived)
+        assert torch.equal(levels.float()[codes], arrived), "each value is a level"
         assert torch.equal(codes, (x[:, None] > halfway).sum(1)), "the code is the number of halfway points below"
         distance = (x.double()[:, None] - levels).abs()
         chosen = distance.gather(1, codes[:, None])[:, 0]
@@ -157,24 +150,9 @@ def test_the_nearest_level_is_found_on_both_sides_of_every_halfway_point(name: s
 @fast_only(4, 8)
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("name", BLOCKWISE)
-def test_codes_and_values_are_those_of_the_slow_way(name: str, n: int) -> None:
+def test_values_are_those_of_the_slow_way(name: str, n: int) -> None:
     x = normal(n, seed=n) * 0.02
-    codes, values = slow(name, x)
-    message = codec(name).encode(x)
-    assert unpacked(message) == codes
-    torch.testing.assert_close(codec(name).decode(message, torch.float32), torch.tensor(values), rtol=1e-6, atol=0)
-    assert message.scales.shape == (math.ceil(n / BLOCK[name]),)
-    for block, scale in zip(x.split(BLOCK[name]), message.scales.abs(), strict=True):
-        assert scale == block.abs().max()
-
-
-def test_two_codes_lie_in_a_byte_the_first_one_higher() -> None:
-    levels = torch.tensor(messages._CODES["nf4"].levels)
-    message = codec("nf4").encode(8 * levels)
-    assert message.values.tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF]
-    assert message.scales.tolist() == [8.0]
-    assert codec("nf4").encode(levels[-3:]).values.tolist() == [0xDE, 0xF0]
-    torch.testing.assert_close(codec("nf4").decode(message, torch.float32), 8 * levels, rtol=0, atol=0)
+    torch.testing.assert_close(codec(name).round_trip(x), torch.tensor(slow(name, x)), rtol=1e-6, atol=0)
 
 
 # --- what arrives
@@ -207,12 +185,11 @@ def test_what_was_sent_once_is_sent_again_unchanged(name: str | None, dtype: tor
 @fast_only(0, 1)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", CODECS)
-def test_the_round_trip_is_decode_of_encode(name: str | None, dtype: torch.dtype) -> None:
+def test_the_result_lies_where_it_is_to(name: str | None, dtype: torch.dtype) -> None:
     x = normal(3, 4096 + 33).to(dtype)
     one = codec(name)
-    expected = one.decode(one.encode(x), dtype)
+    expected = one.round_trip(x).clone()
     assert expected.dtype == dtype and expected.shape == x.shape
-    assert torch.equal(bits(one.round_trip(x)), bits(expected))
     out = torch.empty_like(x)
     assert one.round_trip(x, out=out) is out
     assert torch.equal(bits(out), bits(expected))
@@ -237,7 +214,6 @@ def test_zeros_stay_zeros_and_none_becomes_minus_zero(name: str) -> None:
     x[4096] = -7.0
     y = codec(name).round_trip(x)
     assert torch.equal(bits(y), bits(x))
-    assert codec(name).encode(x).scales[0] == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -249,14 +225,10 @@ def test_a_block_that_is_not_finite_arrives_as_nan_and_no_other(name: str, bad: 
     for where, start, stop in ((block + 3, block, 2 * block), (4 * block + 9, 4 * block, 4 * block + 10)):
         sick = x.clone()
         sick[where] = bad
-        for y in (codec(name).round_trip(sick), codec(name).decode(codec(name).encode(sick), torch.float32)):
-            assert y[start:stop].isnan().all()
-            assert torch.equal(y[:start], clean[:start])
-            assert torch.equal(y[stop:], clean[stop:])
-        message = codec(name).encode(sick)
-        assert message.scales.isnan().nonzero().flatten().tolist() == [where // block]
-        zero = {"blockwise8": 127, "nf4": 7}[name]
-        assert set(unpacked(message)[start:stop]) == {zero}, "whatever the device makes of a NaN, the same bits travel"
+        y = codec(name).round_trip(sick)
+        assert y[start:stop].isnan().all()
+        assert torch.equal(y[:start], clean[:start])
+        assert torch.equal(y[stop:], clean[stop:])
     beyond = torch.full((4,), 1e39, dtype=torch.float64)  # not a float32, in which scales travel
     assert codec(name).round_trip(beyond).isnan().all()
 
@@ -281,7 +253,6 @@ def test_what_loses_nothing_comes_back_itself() -> None:
         assert (codec("fp32").round_trip(x) is x) == (dtype != torch.float64)
         assert (codec("fp16").round_trip(x) is x) == (dtype == torch.float16)
         assert (codec("bf16").round_trip(x) is x) == (dtype == torch.bfloat16)
-        assert codec(None).encode(x).values.dtype == dtype
 
 
 # --- lanes and pieces
@@ -294,14 +265,10 @@ def test_lanes_have_the_bits_of_one_by_one(name: str | None, n: int, monkeypatch
     monkeypatch.setattr(messages, "_AT_ONCE_CPU", 2 * ALIGN)
     one, wide = codec(name), normal(6, n + 9, seed=n)
     x = wide[:, 4 : 4 + n].view(2, 3, n)  # a piece of wider lanes, as in a [K, N] buffer
-    message, arrived = one.encode(x), one.round_trip(x)
-    assert arrived.shape == x.shape and message.values.shape[:2] == (2, 3)
+    arrived = one.round_trip(x)
+    assert arrived.shape == x.shape
     for i in range(2):
         for j in range(3):
-            alone = one.encode(x[i, j].clone())
-            assert torch.equal(bits(message.values[i, j]), bits(alone.values))
-            if name in BLOCKWISE:
-                assert torch.equal(bits(message.scales[i, j]), bits(alone.scales))
             assert torch.equal(bits(arrived[i, j]), bits(one.round_trip(x[i, j].clone())))
 
 
@@ -311,34 +278,23 @@ def test_lanes_have_the_bits_of_one_by_one(name: str | None, n: int, monkeypatch
 def test_pieces_cut_at_multiples_of_align_are_the_whole(name: str | None, cuts: list[int]) -> None:
     n = 3 * ALIGN + 1235
     one, x = codec(name), normal(2, n)
-    whole, arrived = one.encode(x), one.round_trip(x)
     edges = [0, *(c * ALIGN for c in cuts), n]
     pieces = [x[:, a:b] for a, b in itertools.pairwise(edges)]
-    sent = [one.encode(p) for p in pieces]
-    assert torch.equal(bits(torch.cat([m.values for m in sent], dim=1)), bits(whole.values))
-    if name in BLOCKWISE:
-        assert torch.equal(bits(torch.cat([m.scales for m in sent], dim=1)), bits(whole.scales))
-    assert torch.equal(bits(torch.cat([one.round_trip(p) for p in pieces], dim=1)), bits(arrived))
+    assert torch.equal(bits(torch.cat([one.round_trip(p) for p in pieces], dim=1)), bits(one.round_trip(x)))
 
 
 @pytest.mark.parametrize("name", ["fp16", *BLOCKWISE])
 def test_bits_do_not_depend_on_how_much_is_worked_on_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, one = normal(20 * ALIGN + 77), codec(name)
-    arrived, message = one.round_trip(x), one.encode(x)
+    arrived = one.round_trip(x)
     monkeypatch.setattr(messages, "_AT_ONCE_CPU", 3 * ALIGN)
     assert torch.equal(bits(one.round_trip(x)), bits(arrived))
-    assert torch.equal(bits(one.encode(x).values), bits(message.values))
-    assert torch.equal(bits(one.decode(message, torch.float32)), bits(arrived))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.parametrize("name", CODECS)
 def test_a_gpu_gives_the_bits_of_the_cpu(name: str | None) -> None:
     one, x = codec(name), normal(3, 5 * ALIGN + 77)
-    here, there = one.encode(x), one.encode(x.cuda())
-    assert torch.equal(bits(there.values.cpu()), bits(here.values))
-    if name in BLOCKWISE:
-        assert torch.equal(bits(there.scales.cpu()), bits(here.scales))
     assert torch.equal(bits(one.round_trip(x.cuda()).cpu()), bits(one.round_trip(x)))
 
 
@@ -388,34 +344,17 @@ def test_bytes_by_hand() -> None:
     assert both == Sizes(13, 24) and both.total == 37
 
 
-@fast_only(0, 8)
-@pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("name", CODECS)
-def test_a_message_has_the_bytes_that_were_counted(name: str | None, n: int) -> None:
-    x = normal(n)
-    message = codec(name).encode(x)
-    assert message.nbytes == codec(name).nbytes([(n,)], x.dtype)
-    held = message.values.numel() * message.values.element_size()
-    table = {"blockwise8": 1024, "nf4": 64}.get(message.codec, 0)
-    assert message.nbytes.values == held
-    assert message.nbytes.scales == (0 if message.scales is None else 4 * message.scales.numel()) + table
-    lanes = codec(name).encode(normal(3, n))
-    assert lanes.nbytes == codec(name).nbytes([n, n, n], x.dtype)
-
-
 # --- edges
 
 
 @pytest.mark.parametrize("name", CODECS)
 def test_parameters_that_ask_for_gradients_and_empty_tensors_are_fine(name: str | None) -> None:
     one, x = codec(name), torch.nn.Parameter(normal(100))
-    assert not one.encode(x).values.requires_grad
     if name not in (None, "fp32"):  # those give back x itself
         assert not one.round_trip(x).requires_grad
     for shape in ((0,), (3, 0)):
         empty = torch.empty(shape)
         assert one.round_trip(empty).shape == shape
-        assert one.decode(one.encode(empty), torch.float32).shape == shape
 
 
 def test_tables_made_in_inference_mode_serve_outside_of_it() -> None:
@@ -431,12 +370,6 @@ def test_what_cannot_be_a_message_is_refused() -> None:
     for name in CODECS:
         for x in (torch.arange(5), torch.tensor(1.0)):
             with pytest.raises(TypeError, match="floating-point"):
-                codec(name).encode(x)
-            with pytest.raises(TypeError, match="floating-point"):
                 codec(name).round_trip(x)
-    with pytest.raises(ValueError, match="blockwise8 cannot be read by nf4"):
-        codec("nf4").decode(codec("8bit").encode(normal(8)), torch.float32)
-    with pytest.raises(ValueError, match="cannot be read by fp16"):
-        codec("fp16").decode(codec("nf4").encode(normal(8)), torch.float32)
     with pytest.raises(ValueError, match="shape"):
         codec("nf4").round_trip(normal(8), out=normal(4))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-NAMES = ["quickstart", "local_vs_federated", "heterogeneity_sweep", "your_own_data"]
+NAMES = ["quickstart", "local_vs_federated", "heterogeneity_sweep", "your_own_data", "compare_algorithms"]
 
 
 def cells(notebook: dict[str, Any], kind: str) -> list[dict[str, Any]]:

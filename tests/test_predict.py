@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedsim.cli.main import main
 from fedsim.core.errors import Notice, UserError
 from fedsim.core.files import OWN
 from fedsim.runs.build import prepare
+from fedsim.zero_shot.models import find_models
 
 SITES = {"name": "iid", "num_clients": 3}
 
@@ -79,7 +81,11 @@ def test_predictions_are_those_of_the_run(lab: Any, kind: str, keys: dict[str, A
     without = fedsim.predict(run, pd.DataFrame(rows)[["sentence"]])
     assert without["prediction"].equals(found["global"]["prediction"])
     assert np.allclose(shares(without), shares(found["global"]), rtol=1e-9), "the label has no say"
-    assert fedsim.predict(run, rows, "best").drop(columns="model").equals(found["global"].drop(columns="model"))
+    assert (
+        fedsim.predict(fedsim.run(exp, progress=False), rows, "best")
+        .drop(columns="model")
+        .equals(found["global"].drop(columns="model"))
+    )
     if kind == "llama" and not keys:
         loaded, tok = in_double(exp, run / "global"), AutoTokenizer.from_pretrained(exp.model.path)
         for i in (0, 7, 23):
@@ -100,6 +106,17 @@ def test_each_client_s_examples_go_to_its_own_model(lab: Any) -> None:
     own, local = (in_double(exp, run / top / "site-2") for top in (OWN, "local"))
     assert shares(alone[2])[3] == pytest.approx(by_hand(own, tok, rows[3]["sentence"]), rel=1e-9)
     assert shares(alone[2])[3] != pytest.approx(by_hand(local, tok, rows[3]["sentence"]), rel=1e-3)
+
+
+def test_own_models_are_compared_and_evaluated_like_others(lab: Any, tmp_path: Path) -> None:
+    run = lab.run(modes=["local", "federated"], algorithm=toy("Ditto"), partition=SITES)
+    names = [one.name for one in find_models(run, base=False)]
+    assert names == ["global", *(f"{top}/site-{n}" for top in ("local", OWN) for n in (1, 2, 3))]
+    other = shutil.copytree(run, tmp_path / "other")
+    assert fedsim.diff_runs(run, other).agree
+    shutil.copy(run / "local/site-2/adapter_model.safetensors", other / OWN / "site-2/adapter_model.safetensors")
+    found = fedsim.diff_runs(run, other)
+    assert not found.agree and f"{OWN}/site-2" in str(found)
 
 
 def test_text_is_generated_where_answers_are_no_labels(lab: Any) -> None:

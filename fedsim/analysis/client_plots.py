@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def partition(report: dict[str, Any] | PathLike, ax: Axes | None = None) -> Axes
         letter = 0.6 * labels[0].get_size() / 72.0  # a letter's width in inches, roughly
         if letter * sum(len(label.get_text()) + 2 for label in labels) > 0.75 * inches(ax):
             ax.tick_params(axis="x", labelrotation=90)
-        _write_counts(ax, counts, counts / top, visible=clients <= NAMED and len(str(top)) * classes <= 30)
+        write_cells(ax, counts, counts / top, visible=clients <= NAMED and len(str(top)) * classes <= 30)
         side = ax.inset_axes((1.02, 0.0, 0.15, 1.0), sharey=ax)
         edges = np.repeat(np.arange(clients + 1) - 0.5, 2)[1:-1]
         side.fill_betweenx(edges, 0, np.repeat(sizes, 2), color=REST, linewidth=0)
@@ -95,17 +96,19 @@ def confusion(table: pd.DataFrame, ax: Axes | None = None, title: str | None = N
         name_ticks(ax.xaxis, table.columns, 12)
         name_ticks(ax.yaxis, table.index, 12)
         ax.tick_params(axis="x", labelrotation=90)
-        _write_counts(ax, counts, shares, visible=len(counts) <= 12)
+        write_cells(ax, counts, shares, visible=len(counts) <= 12)
         ax.set(xlabel="predicted", ylabel="label", title=title or "")
     return ax
 
 
-def _write_counts(ax: Axes, counts: np.ndarray, shades: np.ndarray, visible: bool) -> None:
+def write_cells(
+    ax: Axes, values: np.ndarray, shades: np.ndarray, visible: bool, form: Callable[[Any], str] = str, size: float = 8
+) -> None:
     """A frame around the cells; each cell's number, if visible, readable on its shade (0 to 1)."""
     ax.spines[:].set(visible=True, color=REST)
-    for (row, column), value in np.ndenumerate(counts) if visible else ():
+    for (row, column), value in np.ndenumerate(values) if visible else ():
         color = "white" if shades[row, column] > 0.55 else "black"
-        ax.text(column, row, str(value), ha="center", va="center", color=color, fontsize=8)
+        ax.text(column, row, form(value), ha="center", va="center", color=color, fontsize=size)
 
 
 def _by_client(df: pd.DataFrame, scope: str, split: str, name: str, value: str = "value") -> pd.Series:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from fedsim.analysis.load import PathLike, metric_mode, read_config, read_metrics
-from fedsim.analysis.style import GLOBAL, REST, canvas, inches, value_label
+from fedsim.analysis.client_plots import write_cells
+from fedsim.analysis.load import metric_mode, read_config, read_metrics, run_path
+from fedsim.analysis.style import GLOBAL, canvas, inches, value_label
 from fedsim.analysis.ticks import name_ticks
 from fedsim.core.errors import UserError
 from fedsim.core.files import CROSS, write_atomic
@@ -18,11 +20,11 @@ from fedsim.core.files import CROSS, write_atomic
 NAMED = 20  # models and clients whose names and values still fit
 
 
-def cross_site(run: PathLike, metric: str | None = None) -> pd.DataFrame:
+def cross_site(run: Any, metric: str | None = None) -> pd.DataFrame:
     """Every model of a finished run on every client's own validation examples.
 
     Args:
-        run: its folder; the run had `evaluate.cross_site: true`.
+        run: its folder, or what `fedsim.run` returned; the run had `evaluate.cross_site: true`.
         metric: "accuracy", "loss" ...; None: the run's `best.metric`.
 
     Returns:
@@ -33,7 +35,7 @@ def cross_site(run: PathLike, metric: str | None = None) -> pd.DataFrame:
     Raises:
         UserError: no such run or metric, or the run has no cross-site evaluation.
     """
-    folder = Path(run)
+    folder = run_path(run)
     config, metrics = read_config(folder), read_metrics(folder)
     rows = metrics[metrics["split"].str.startswith(CROSS)]
     if rows.empty:
@@ -56,10 +58,11 @@ def cross_site(run: PathLike, metric: str | None = None) -> pd.DataFrame:
 def write_cross_site(run: Path) -> list[str]:
     """Write `cross_site/METRIC.csv` for each metric; returns the clients of these."""
     metrics = read_metrics(run)
-    for name in metrics.loc[metrics["split"].str.startswith(CROSS), "name"].unique():
-        table = cross_site(run, name)
-        write_atomic(run / "cross_site" / f"{name}.csv", table.to_csv(lineterminator="\n").encode())
-    return list(table.columns)
+    rows = metrics[metrics["split"].str.startswith(CROSS)]
+    for name in rows["name"].unique():
+        data = cross_site(run, name).to_csv(lineterminator="\n").encode()
+        write_atomic(run / "cross_site" / f"{name}.csv", data)
+    return list(rows["split"].str.removeprefix(CROSS).unique())
 
 
 def sites_matrix(table: pd.DataFrame, ax: Axes | None = None, metric: str = "accuracy") -> Axes:
@@ -75,19 +78,15 @@ def sites_matrix(table: pd.DataFrame, ax: Axes | None = None, metric: str = "acc
     shown = np.where(np.isfinite(values), values, np.nan)
     low, high = (np.nanmin(shown), np.nanmax(shown)) if np.isfinite(shown).any() else (0.0, 1.0)
     better = metric_mode(metric) == "max"
-    shades = (shown - low) / (high - low or 1.0)
+    shades = (shown - low if better else high - shown) / (high - low or 1.0)
     with canvas(ax, min(1.6 + 0.24 * models, 7.0)) as ax:
         image = ax.imshow(shown, cmap="Blues" if better else "Blues_r", aspect="auto", vmin=low, vmax=high)
-        name_ticks(ax.xaxis, table.columns, NAMED)
-        name_ticks(ax.yaxis, table.index, 2 * NAMED)
+        name_ticks(ax.xaxis, list(table.columns), NAMED)
+        name_ticks(ax.yaxis, list(table.index), 2 * NAMED)
         ax.tick_params(axis="x", labelrotation=90)
-        ax.spines[:].set(visible=True, color=REST)
         fits = sites <= NAMED and models <= 2 * NAMED and inches(ax) / sites > 0.3
-        for (row, column), value in np.ndenumerate(values):
-            if fits:
-                color = "white" if (shades if better else 1 - shades)[row, column] > 0.55 else "black"
-                text = f"{value:.2f}" if value < 10 else f"{value:.3g}"
-                ax.text(column, row, text, ha="center", va="center", color=color, fontsize=7)
+        write_cells(ax, values, shades, fits, lambda v: f"{v:.2f}" if v < 10 else f"{v:.3g}", 7)
+        for row, column in np.ndindex(values.shape):
             if table.index[row] in (f"local {table.columns[column]}", f"own {table.columns[column]}"):
                 look = {"fill": False, "edgecolor": GLOBAL, "linewidth": 1.4 if fits else 0.6}
                 ax.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, **look))

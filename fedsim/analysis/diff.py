@@ -27,7 +27,7 @@ from fedsim.analysis.finished import read_arrays
 from fedsim.analysis.load import SCOPES, PathLike, find_runs, logged_metrics, read_config
 from fedsim.analysis.tensors import MODELS, stored_tensors, tensor_difference
 from fedsim.core.errors import Notice, UserError, visible
-from fedsim.core.files import read_json, recorded, warn_of_damage, warn_of_damaged_rows
+from fedsim.core.files import natural, read_json, recorded, warn_of_damage, warn_of_damaged_rows
 from fedsim.data.partition import Partition, VirtualPartition
 
 # Sections that no number depends on.
@@ -293,7 +293,7 @@ def _first_metric(differing: pd.DataFrame) -> dict[str, Any] | None:
         return (known.index(value), "") if value in known else (len(known), value)
 
     def order(row: Any) -> tuple[Any, ...]:
-        client = (pd.isna(row.client), _natural("" if pd.isna(row.client) else str(row.client)))
+        client = (pd.isna(row.client), natural("" if pd.isna(row.client) else str(row.client)))
         step = -1 if pd.isna(row.step) else int(row.step)
         return row.split == "test", row.round, rank(row.scope, SCOPES), client, step, rank(row.split, _SPLITS), row.name
 
@@ -327,7 +327,7 @@ def _models(a: Path, b: Path, common: _Common) -> _Part:
     if common.rounds is not None:
         return _Part("not compared: they are of other rounds")
     one, other = (stored_tensors(folder, chosen=not common.sparse) for folder in (a, b))
-    keys = sorted({*one, *other}, key=lambda key: (MODELS.index(key[0].split("/")[0]), *map(_natural, key)))
+    keys = sorted({*one, *other}, key=lambda key: (MODELS.index(key[0].split("/")[0]), *map(natural, key)))
     if not keys:
         return _Part("neither run has any")
     found = _match(one, other, keys, lambda x, y: tensor_difference(x, y, common.rtol, common.atol))
@@ -466,11 +466,6 @@ def _json(file: Path) -> dict[str, Any]:
         if file.name not in recorded(file.parent):  # else it has been named
             warnings.warn(str(error), Notice, stacklevel=2)
         return {}
-
-
-def _natural(text: str) -> tuple[Any, ...]:
-    """site-2 before site-10."""
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text)))
 
 
 def _short(value: Any) -> str:

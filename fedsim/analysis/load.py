@@ -35,6 +35,11 @@ SCOPES = ("local", "federated", "central")
 PathLike = str | os.PathLike[str]
 
 
+def run_path(run: Any) -> Path:
+    """A run's folder, from its path or from the `Run` that `fedsim.run` returned."""
+    return Path(getattr(run, "path", run))
+
+
 def paths_of(path: PathLike | Iterable[PathLike]) -> list[Path]:
     """One path or several, as a list."""
     return [Path(path)] if isinstance(path, (str, os.PathLike)) else list(map(Path, path))

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fedsim.core.errors import UserError
-from fedsim.core.files import client_folders, model_name
+from fedsim.core.files import OWN, client_folders, model_name
 
-MODELS = ("global", "best", "central", "local")
+MODELS = ("global", "best", "central", "local", OWN)
 _TYPES = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "C64": np.complex64, "BOOL": np.bool_},
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},

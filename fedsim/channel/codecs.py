@@ -85,32 +85,6 @@ class _Code:
 _CODES = {"blockwise8": _Code(4096, 8, True, _dynamic_tree()), "nf4": _Code(64, 4, False, _NF4)}
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A tensor as it travels.
-
-    Attributes:
-        codec: name of the codec that made it.
-        values: `[..., n]`; `nf4`: uint8 `[..., ceil(n / 2)]`, the first of two codes in the higher bits.
-        scales: float32 `[..., blocks]`, the last block may be a short one; None where there are none.
-        n: elements of the tensor along the last axis.
-    """
-
-    codec: str
-    values: Tensor
-    scales: Tensor | None
-    n: int
-
-    @property
-    def nbytes(self) -> Sizes:
-        """Bytes, with a table of levels for each tensor of the leading axes; as `Codec.nbytes` of the whole tensors."""
-        values = self.values.numel() * self.values.element_size()
-        if self.scales is None:
-            return Sizes(values)
-        tables = math.prod(self.values.shape[:-1]) * _CODES[self.codec].table
-        return Sizes(values, 4 * self.scales.numel() + tables)
-
-
 def canonical(name: str) -> str:
     """The codec's name: `fp32`, `fp16`, `bf16`, `blockwise8` or `nf4`, for itself and for other spellings.
 
@@ -137,7 +111,7 @@ def codec(name: str | None) -> Codec:
 
 
 class Codec(Stage):
-    """Tensors to messages and back, on any device; the base class casts. As a stage it codes each tensor by itself, in both directions.
+    """What tensors are once they have travelled, on any device; the base class casts. As a stage it codes each tensor by itself, in both directions.
 
     Tensors are `[..., n]` and floating-point. The leading axes are lanes: each is coded as if it were alone, to the same
     bits. Blocks run along the last axis and never cross tensors: the caller passes one tensor, or a piece of it that
@@ -161,24 +135,9 @@ class Codec(Stage):
         """Parameters as they arrive, coded tensor by tensor."""
         return {n: self.round_trip(t.reshape(-1)).view(t.shape) for n, t in params.items()}
 
-    def encode(self, x: Tensor) -> Encoded:
-        """The message of `x`; its values share memory with `x` where the type is the same."""
-        _check(x)
-        x = x.detach()
-        return Encoded(self.name, x if self._dtype is None else x.to(self._dtype), None, x.shape[-1])
-
-    def decode(self, message: Encoded, dtype: torch.dtype) -> Tensor:
-        """What arrives, `[..., n]` in `dtype`; shares memory with the message where the type is the same.
-
-        Raises:
-            ValueError: if another codec made the message.
-        """
-        self._check_mine(message)
-        return message.values.to(dtype)
-
     @torch.no_grad()
     def round_trip(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """`decode(encode(x))` in the type of `x`, without the message.
+        """What arrives of `x`, in its type.
 
         Beside the result it takes at most 22 bytes for each of 65,536 elements at a time on the CPU (1.4 MB), of 2,097,152
         elsewhere (46 MB); with more lanes than 16, or 512, for each of 4,096 a lane.
@@ -204,10 +163,6 @@ class Codec(Stage):
         width = (dtype if self._dtype is None else self._dtype).itemsize
         return Sizes(width * sum(_numels(shapes)))
 
-    def _check_mine(self, message: Encoded) -> None:
-        if message.codec != self.name:
-            raise ValueError(f"a message by {message.codec} cannot be read by {self.name}")
-
 
 class _Blockwise(Codec):
     """`blockwise8` and `nf4`: a code a value, a scale a block."""
@@ -215,48 +170,6 @@ class _Blockwise(Codec):
     def __init__(self, name: str) -> None:
         super().__init__(name, None)
         self._code = _CODES[name]
-
-    @torch.no_grad()
-    def encode(self, x: Tensor) -> Encoded:
-        """The message of `x`, computed in float32."""
-        _check(x)
-        lead, n, bits = x.shape[:-1], x.shape[-1], self._code.bits
-        lanes = x.reshape(math.prod(lead), n)
-        blocks, width = -(-n // self._code.block), -(-n * bits // 8)
-        values = torch.empty(len(lanes), width, dtype=torch.uint8, device=x.device)
-        scales = torch.empty(len(lanes), blocks, dtype=torch.float32, device=x.device)
-        for start, stop, block in _parts(lanes, self._code.block):
-            codes, scale, _ = self._quantize(_blocks(lanes[:, start:stop], block))
-            codes, first = codes.view(len(lanes), -1), start // self._code.block
-            scales[:, first : first + scale.shape[1]] = scale
-            if bits == 4:
-                if codes.shape[1] % 2:
-                    codes = torch.nn.functional.pad(codes, (0, 1))
-                codes = (codes[:, 0::2] << 4) | codes[:, 1::2]
-            values[:, start * bits // 8 : -(-stop * bits // 8)] = codes
-        return Encoded(self.name, values.view(*lead, width), scales.view(*lead, blocks), n)
-
-    @torch.no_grad()
-    def decode(self, message: Encoded, dtype: torch.dtype) -> Tensor:
-        """What arrives, `[..., n]` in `dtype`: level x scale, multiplied in float32.
-
-        Raises:
-            ValueError: if another codec made the message.
-        """
-        self._check_mine(message)
-        lead, bits, size = message.values.shape[:-1], self._code.bits, self._code.block
-        out = torch.empty(*lead, message.n, dtype=dtype, device=message.values.device)
-        lanes = out.view(math.prod(lead), message.n)
-        assert message.scales is not None
-        values, scales = message.values.reshape(len(lanes), -1), message.scales.reshape(len(lanes), -1)
-        for start, stop, block in _parts(lanes, size):
-            codes = values[:, start * bits // 8 : -(-stop * bits // 8)].int()
-            if bits == 4:
-                codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1)[:, : stop - start]
-            scale = scales[:, start // size : -(-stop // size)]
-            part = self._dequantize(_blocks(codes, block), scale)
-            lanes[:, start:stop] = part.flatten(1)
-        return out
 
     @torch.no_grad()
     def round_trip(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -296,11 +209,10 @@ class _Blockwise(Codec):
         codes += ratio.view(-1) > bound
         return codes.view(ratio.shape), scale, ratio
 
-    def _dequantize(self, codes: Tensor, scale: Tensor, spare: Tensor | None = None) -> Tensor:
-        """Level x scale for codes `[K, blocks, block]` and scales `[K, blocks]`, in the memory of `spare` if given."""
+    def _dequantize(self, codes: Tensor, scale: Tensor, spare: Tensor) -> Tensor:
+        """Level x scale for codes `[K, blocks, block]` and scales `[K, blocks]`, in the memory of `spare`."""
         levels = _tables(self.name, codes.device)[0]
-        out = None if spare is None else spare.view(-1)
-        found = torch.index_select(levels, 0, codes.reshape(-1), out=out).view(codes.shape)
+        found = torch.index_select(levels, 0, codes.view(-1), out=spare.view(-1)).view(codes.shape)
         return found.mul_(scale.unsqueeze(-1)).add_(0.0)  # zero x a negative scale is -0, and + 0 makes it 0
 
 

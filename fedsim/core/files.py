@@ -337,8 +337,22 @@ def folder_names(clients: Iterable[str]) -> dict[str, str]:
     return out
 
 
+def natural(text: str) -> tuple[Any, ...]:
+    """For sorting: site-2 before site-10."""
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text)))
+
+
+def client_models(run: Path) -> dict[str, str]:
+    """Place in the run folder -> client id, of every model of a client's: the local-only ones first."""
+    clients, out = client_folders(run), {}
+    for top in ("local", OWN):
+        folders = [p.name for p in (run / top).glob("*") if p.is_dir() and not p.name.startswith(".")]
+        out |= {f"{top}/{name}": clients.get(name, name) for name in sorted(folders, key=natural)}
+    return out
+
+
 def client_folders(run: Path) -> dict[str, str]:
-    """Folder in `local/` -> client id, of clients whose folder has another name."""
+    """Folder of a client's model -> client id, of clients whose folder has another name."""
     try:
         return read_json(run / CLIENT_FOLDERS)
     except FileNotFoundError:
@@ -348,7 +362,7 @@ def client_folders(run: Path) -> dict[str, str]:
 def model_name(place: str, clients: dict[str, str]) -> str:
     """The name of a model by its folder in a run: with the client's id, by `client_folders`."""
     top, *rest = place.split("/")
-    if top == "local" and rest:
+    if top in ("local", OWN) and rest:
         rest[0] = clients.get(rest[0], rest[0])
     return "/".join([top, *rest])
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsim.analysis.load import find_runs, read_config, read_state
+from fedsim.analysis.load import find_runs, read_config, read_state, run_path
 from fedsim.config.experiment import Experiment, expand_path
 from fedsim.core.errors import Notice, UserError, nearest_first
-from fedsim.core.files import OWN, check_own, check_whole, client_folders, write_atomic
+from fedsim.core.files import check_own, check_whole, client_models, write_atomic
 from fedsim.core.numerics import settled
 from fedsim.data import instructions
 from fedsim.data.files import Form, header_hint, read_table
@@ -42,13 +42,15 @@ from fedsim.training.evaluation import generate, score_rows
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedsim.runs.run import Run
+
 FORMATS = ("csv", "jsonl")
 _UNKNOWN = "x"  # in the place of the answer of an example that has none
 _PROBABILITY = "probability:"
 
 
 def predict(
-    run: str | os.PathLike[str],
+    run: str | os.PathLike[str] | Run,
     examples: Any,
     model: str | None = None,
     *,
@@ -58,7 +60,7 @@ def predict(
     """Predict new examples with the models of a finished run.
 
     Args:
-        run: its folder.
+        run: its folder, or what `fedsim.run` returned.
         examples: a CSV, TSV, JSON, JSONL or Parquet file with the columns of the run's data (the answer's may be missing), or
             examples as a DataFrame, a `datasets.Dataset`, a list of records or a mapping of columns.
         model: global (the default), best, central, or client:ID: the client's own model if the algorithm keeps one, else its
@@ -76,7 +78,7 @@ def predict(
         UserError: for a run that is not finished, an unknown model or client, a missing column, or examples that cannot be
             read.
     """
-    folders = find_runs(run)
+    folders = find_runs(run_path(run))
     if len(folders) > 1:
         raise UserError(f"run: {str(run)!r} holds {len(folders)} runs; give one of: {', '.join(map(str, folders[:5]))}")
     place = device_named(device)
@@ -117,7 +119,7 @@ def write_predictions(frame: pd.DataFrame, output: str | os.PathLike[str] | None
     return None
 
 
-def _record(row: dict[str, Any]) -> dict[str, Any]:
+def _record(row: dict[Any, Any]) -> dict[str, Any]:
     given = {k: None if missing(v) else v for k, v in row.items() if not k.startswith(_PROBABILITY)}
     shares = {k.removeprefix(_PROBABILITY): v for k, v in row.items() if k.startswith(_PROBABILITY)}
     if shares:
@@ -128,11 +130,7 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
 def models_of(run: Path) -> dict[str, Path]:
     """The models of a run by the names that `predict` takes; a client's own one goes before its local-only one."""
     out = {name: run / name for name in ("global", "best", CENTRAL) if (run / name).is_dir()}
-    clients = client_folders(run)
-    for top in ("local", OWN):
-        for folder in sorted(p for p in (run / top).glob("*") if p.is_dir() and not p.name.startswith(".")):
-            out[f"client:{clients.get(folder.name, folder.name)}"] = folder
-    return out
+    return out | {f"client:{client}": run / place for place, client in client_models(run).items()}
 
 
 @dataclass(frozen=True)
@@ -318,7 +316,8 @@ def _predict(
         )
     limit = _room(trained, source, tokens)
     found: list[str | None] = [None] * len(split)
-    shares = None if trained.words is None else np.full((len(split), len(trained.words)), np.nan)
+    words = trained.words
+    shares = np.full((len(split), len(words or ())), np.nan)
     by_model: dict[str, list[int]] = {}
     for row in kept.tolist():
         by_model.setdefault(chosen[row], []).append(row)
@@ -328,9 +327,10 @@ def _predict(
         check_whole(folder, "choose another model")
         if trained.exp.adapter.name != "none" and base is None:
             base = _load(trained, source, tokenizer, trained.exp.model.dtype)
+        net = None  # the memory of a whole model is free before the next one is loaded
         net = _net(trained, base, folder, tokenizer, device)
         size = trained.exp.evaluate.batch_size
-        if shares is None:
+        if words is None:
             for places, made in generate(net, tokens, np.array(rows), tokenizer.eos_token_id, size, limit):
                 texts = tokenizer.batch_decode(made, skip_special_tokens=True)
                 for at, text in zip(places, texts, strict=True):
@@ -338,13 +338,13 @@ def _predict(
             continue
         others = np.setdiff1d(np.arange(len(split)), rows).tolist()
         (scored,) = score_rows(net, replace(tokens, left_out={"others": others}), 1, batch_size=size)
+        assert scored.scores is not None
         logp = scored.scores - scored.scores.max(axis=1, keepdims=True)
         shares[rows] = np.exp(logp) / np.exp(logp).sum(axis=1, keepdims=True)
-        for row, label in zip(rows, scored.predicted, strict=True):
-            found[row] = trained.words[label]
-        del net
+        for row, label in zip(rows, logp.argmax(axis=1), strict=True):
+            found[row] = words[label]
     frame = pd.DataFrame({"row": range(len(split)), "model": chosen, "prediction": pd.Series(found, dtype=object)})
-    for i, word in enumerate(trained.words or ()):
+    for i, word in enumerate(words or ()):
         frame[f"{_PROBABILITY}{word}"] = shares[:, i]
     return frame, note
 

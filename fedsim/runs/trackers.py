@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.core.errors import UserError
+from fedsim.core.files import CROSS
 
 _SUMS = ("tokens", "computed_tokens", "bytes_up", "bytes_down")
 _LATE = ("run", "test")  # known after their round: they go with what is logged next
@@ -100,6 +101,8 @@ class Trackers:
         logged = self.state["rounds"]
 
         def is_new(row: Mapping[str, Any]) -> bool:
+            if row["split"].startswith(CROSS):  # of a matrix: its figure is logged
+                return False
             before = logged.get(row["scope"], -1)
             return row["split"] == "test" or row["round"] > before - (row["split"] == "run")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from fedsim.analysis.load import experiment_name, find_runs, read_config, read_state
 from fedsim.config.tree import expand_path
 from fedsim.core.errors import UserError
-from fedsim.core.files import check_whole, client_folders, is_run, model_name, read_json
+from fedsim.core.files import check_whole, client_folders, client_models, is_run, model_name, read_json
 from fedsim.models import base as bases
 from fedsim.models import locate
 from fedsim.models.export import BOTTLENECK
@@ -132,8 +131,7 @@ def _of_run(run: Path, which: str, only: Sequence[str] | None, base_path: str | 
     task = (config.get("model") or {}).get("task", "causal_lm")
     if task != "causal_lm":
         raise UserError(f"{run}: model.task is {task}; zero-shot tasks need a causal_lm run")
-    sites = sorted((p for p in (run / "local").glob("*") if p.is_dir()), key=lambda p: _natural(p.name))
-    last = ["global", "central", *(f"local/{p.name}" for p in sites)]
+    last = ["global", "central", *client_models(run)]
     best = ["best", *(f"{name}/best" for name in last[1:])]
     wanted = {"last": last, "best": best, "both": [n for pair in zip(last, best, strict=True) for n in pair]}[which]
     there = [n for n in wanted if _is_adapter(run / n) or (run / n / "config.json").is_file()]
@@ -150,11 +148,6 @@ def _of_run(run: Path, which: str, only: Sequence[str] | None, base_path: str | 
     label = f"{experiment_name(config, run)}/{run.resolve().name}"
     known = base_path or _base_of_run(config, run)
     return [Candidate(label, names[place], known, run / place, run) for place in chosen]
-
-
-def _natural(name: str) -> list[Any]:
-    """site-2 before site-10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _base_of_run(config: dict[str, Any], run: Path) -> str:
