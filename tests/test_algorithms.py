@@ -208,6 +208,15 @@ METHODS: list[dict[str, Any]] = [
     {"name": "feddyn"},
     {"name": "qfedavg"},
     {"name": "fedbuff", "buffer": 3},
+    {"name": "ditto", "lam": 0.5},
+    {"name": "fedper"},
+    {"name": "fedrep", "head_steps": 2},
+    {"name": "ffa_lora"},
+    {"name": "rolora"},
+    {"name": "fedsa_lora"},
+    {"name": "hetlora"},
+    {"name": "fedsvd"},
+    {"name": "fedrot_lora"},
 ]
 KEYS_OF = {"fedbuff": {"simulation": {"speeds": [30, 900]}}}  # sections that an algorithm needs
 POOL = {"name": "pool", "devices": ["cpu", "cpu"], "threads": 1}
@@ -230,8 +239,16 @@ def test_workers_and_a_stop_change_no_bit_and_lanes_only_round(lab: Any, distanc
     assert distance(adapter_of(alone / "global"), adapter_of(whole / "global")) < 1e-9
 
 
+# A whole model has no factors; of one, a layer is private.
+WHOLE = [
+    {**m, "private": ["layers.1"]} if m["name"] in ("fedper", "fedrep") else m
+    for m in METHODS
+    if not ALGORITHMS[m["name"]].adapters
+]
+
+
 @fast_only(1, 2)
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", WHOLE, ids=str)
 def test_a_whole_model_in_chunks_is_the_same_in_one_piece(
     lab: Any, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
 ) -> None:
@@ -274,6 +291,9 @@ NEUTRAL: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
         0.0,
     ),
     "fedbuff": ({"weights": "uniform", "buffer": COHORT}, {}, 1e-12),  # of clients that take the same time
+    "ditto": ({}, {}, 0.0),  # the shared part
+    "hetlora": ({"mean": "zero_pad"}, {}, 1e-12),
+    "fedrot_lora": ({"lam": 0.0}, {"local": {"keep_state": False}}, 0.0),
 }
 # Algorithms of which no setting is FedAvg, and why.
 NOT_NEUTRAL = {
@@ -281,6 +301,12 @@ NOT_NEUTRAL = {
     "fedyogi": "divides by the root of the second moment",
     "fedadagrad": "divides by the root of the second moment",
     "feddyn": "alpha divides the server's state, so it is above 0",
+    "fedper": "private parameters are not averaged",
+    "fedrep": "private parameters are not averaged",
+    "ffa_lora": "A does not train",
+    "rolora": "one half trains at a time",
+    "fedsa_lora": "B is not averaged",
+    "fedsvd": "A does not train",
 }
 
 

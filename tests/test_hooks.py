@@ -149,7 +149,7 @@ def test_what_does_not_train_keeps_value_and_optimizer_state(rounds: Any, distan
 
 
 def test_bytes_are_of_what_travels(lab: Any) -> None:
-    """A's of rank 3 on 16 and more inputs; in a round of RoLoRA one half goes up, and both come down."""
+    """A's of rank 3 on 16 and more inputs; in a round of RoLoRA one half goes up, and what has changed comes down."""
     sent = {}
     for name in ("Neutral", "Personal", "Alternating"):
         run = lab.run(name=name, rounds=2, algorithm=toy(name))
@@ -160,7 +160,7 @@ def test_bytes_are_of_what_travels(lab: Any) -> None:
             for way in ("up", "down")
         ]
         a, b = (sum(8 * t.numel() for n, t in adapter_of(run / "init").items() if f"lora_{h}" in n) for h in "AB")
-    assert sent == {"Neutral": [a + b] * 4, "Personal": [a] * 4, "Alternating": [b, a + b, a, a + b]}
+    assert sent == {"Neutral": [a + b] * 4, "Personal": [a] * 4, "Alternating": [b, a + b, a, b]}
 
 
 def test_late_messages_do_not_meet_those_of_another_half(lab: Any) -> None:

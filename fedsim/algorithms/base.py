@@ -118,6 +118,10 @@ class Algorithm:
         batches: batches drawn for each step; the optimizer steps by the gradient of the last one.
         needs: facts that are measured for it: `start_loss`, the mean loss of the received model on all training examples of the
             client; `optimizer_steps`, the steps behind the optimizer state that the client starts from, 0 for a fresh one.
+        lives_on: parts whose optimizer state is kept from round to round whatever `local.keep_state` says.
+        adapters: names of the adapters that it is for; none = any, and full fine-tuning.
+        takes_late: whether a message may arrive in a later round than it is made for.
+        takes_ranks: whether clients may have LoRA ranks of their own, by `adapter.ranks`.
     """
 
     weights: Literal["samples", "steps", "uniform"] = "samples"
@@ -129,6 +133,23 @@ class Algorithm:
     parts: ClassVar[tuple[str, ...]] = ("shared",)
     batches: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
+    lives_on: ClassVar[frozenset[str]] = frozenset()
+    adapters: ClassVar[frozenset[str]] = frozenset()
+    takes_late: ClassVar[bool] = True
+    takes_ranks: ClassVar[bool] = False
+
+    @property
+    def weighing(self) -> str:
+        """The kind of weights of the messages: `weights`, where a method does not say otherwise."""
+        return self.weights
+
+    @property
+    def first_steps(self) -> int:
+        """Optimizer steps in front of the round's own, on batches of their own."""
+        return 0
+
+    def check_names(self, names: tuple[str, ...]) -> None:
+        """Raise a ValueError, `KEY: ...`, where the algorithm does not suit the parameters that are trained."""
 
     def suits(self, optim: ClientOptimizer) -> None:
         """Raise a ValueError, `KEY: ...`, where the algorithm does not work with the clients' optimizer."""
@@ -151,6 +172,10 @@ class Algorithm:
         A parameter that trains and never travels is personal: each client keeps its own.
         """
         return True
+
+    def changes(self, name: str, round: int) -> bool:
+        """Whether the server may change a parameter in a round; what it has changed goes to the clients."""
+        return self.travels(name, round)
 
     def rank(self, client: int) -> int | None:
         """LoRA rank of a client, by its number from 0, at most the adapter's; None = the adapter's.
@@ -202,10 +227,11 @@ class Algorithm:
         return any(getattr(type(self), hook) is not getattr(Algorithm, hook) for hook in hooks)
 
     def stays(self, names: Iterable[str]) -> frozenset[str]:
-        """The parameters that never travel."""
+        """The parameters that neither clients send nor the server ever changes."""
         if not self.overrides("travels"):
             return frozenset()
-        return frozenset(n for n in names if not any(self.travels(n, r) for r in _SAMPLES[1:]))
+        rounds = _SAMPLES[1:]
+        return frozenset(n for n in names if not any(self.travels(n, r) or self.changes(n, r) for r in rounds))
 
     def personal(self, names: Iterable[str]) -> frozenset[str]:
         """The parameters that each client keeps: those that never travel, and train at some step."""

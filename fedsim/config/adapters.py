@@ -40,6 +40,16 @@ class _OfPeft:
 
 
 @section
+class Ranks:
+    """Ranks that are drawn for each client, by the seed."""
+
+    choices: Annotated[list[Count], Field(min_length=1)]
+    """The ranks."""
+    weights: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """How often each is drawn, relative to the others; null = equally often."""
+
+
+@section
 class Lora(_OfPeft):
     """Low-rank adaptation (Hu et al., 2021), by PEFT."""
 
@@ -52,6 +62,8 @@ class Lora(_OfPeft):
     """Dropout on the input of A, in training only."""
     target_modules: Layers | Literal["auto", "all-linear"] = "auto"
     """Leaf names of the layers to adapt; auto = the input projections of attention: q, k and v, or the fused one."""
+    ranks: Count | Annotated[list[Count], Field(min_length=1)] | Ranks | None = None
+    """Ranks of the clients, for algorithms that take them: one for all, a list by client, or a distribution to draw from; `r` is the largest. null = r for all."""
     init: Literal["kaiming", "xavier", "gaussian"] = "kaiming"
     """Initialization of A (B starts at zero): kaiming is PEFT's default, xavier that of the published runs."""
 

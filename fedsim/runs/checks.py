@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedsim.algorithms import ALGORITHMS
 from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import MOST_EXAMPLES, Simulation
 from fedsim.core.errors import UserError, shown
+from fedsim.core.section import plain
 from fedsim.data.batches import BatchSampler
 from fedsim.models import base
 from fedsim.models.positions import ends_at, max_positions
@@ -82,6 +84,24 @@ def _check_algorithm(exp: Experiment, held: int) -> None:
         algorithm.suits(exp.local)
     except ValueError as error:
         raise UserError(f"algorithm.{error}") from None
+    name = getattr(exp.algorithm.name, "wanted", exp.algorithm.name)
+    if algorithm.adapters and exp.adapter.name not in algorithm.adapters:
+        needed = " or ".join(sorted(algorithm.adapters))
+        raise UserError(
+            f"algorithm.name: {name} works on the factors of adapter.name={needed}, and the adapter is {exp.adapter.name}; "
+            f"set adapter.name={needed}, or take another algorithm"
+        )
+    if sim.late == "next" and not algorithm.takes_late:
+        raise UserError(
+            f"simulation.late: 'next', but algorithm.name={name} changes what clients train from round to round, so that late updates do "
+            "not fit; set simulation.late=drop"
+        )
+    if getattr(exp.adapter, "ranks", None) is not None and not algorithm.takes_ranks:
+        taking = ", ".join(n for n, kind in ALGORITHMS.items() if kind.takes_ranks)
+        raise UserError(
+            f"adapter.ranks: {shown(plain(exp.adapter.ranks))}, but algorithm.name={name} needs one rank for all clients; take one of "
+            f"{taking}, or leave it out"
+        )
     size = held if exp.cohort.size == "all" else exp.cohort.size
     buffered = algorithm.buffered(size)
     size = size if buffered is None else buffered.size
@@ -94,7 +114,6 @@ def _check_algorithm(exp: Experiment, held: int) -> None:
         )
     if buffered is None:
         return
-    name = getattr(exp.algorithm.name, "wanted", exp.algorithm.name)
     if sim.speeds is None:
         raise UserError(
             f"simulation.speeds: null, but algorithm.name={name} is asynchronous, and the clients' speeds say who arrives when; set them"

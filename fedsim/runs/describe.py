@@ -34,18 +34,18 @@ def describe(
     stores: dict[str, Store],
     where: str,
     plan: Plan,
-) -> Callable[[int, int], tuple[int, int]]:
+) -> Callable[[int, int, int], tuple[int, int]]:
     """Show it, and write `model.json`.
 
     Returns:
-        (round, client) -> bytes that the client sends and receives.
+        (round, client, round in which it last began, or 0) -> bytes that it sends and receives.
     """
     exp, messages, trained = parts.exp, parts.exp.messages, adapters.trained(model)
     about, dtype = adapters.describe(model, trained), next(iter(trained.values())).dtype
     algorithm = spec.algorithms.get("federated", Algorithm())
     scale = Sizes(0, 4 if parts.privacy is not None else 0)  # what a clipped message is multiplied by, a float32
     sizes = functools.cache(functools.partial(_sizes, algorithm, layout, messages, dtype, scale))
-    up, down = sizes(1, None)
+    up, down = sizes(1, None, 0)
     about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
     kept = {m: stores[m].nbytes for m in exp.modes}
     attacked = {"attackers": sorted(map(parts.partition.name, parts.attack.clients))} if parts.attack else {}
@@ -85,7 +85,8 @@ def describe(
         if (over := tokens.over(exp.data.max_length)) is not None:
             share, text = over
             (show.warn if share > 0.05 else show.note)(f"{'warning: ' if share > 0.05 else ''}{split}: {text}")
-    return lambda round, client: tuple(size.total for size in sizes(round, algorithm.rank(client)))
+    rank_of = functools.partial(spec.recipe.rank_of, algorithm)
+    return lambda round, client, since: tuple(size.total for size in sizes(round, rank_of(client), since))
 
 
 def _tell_aggregator(parts: Parts, algorithm: Algorithm, show: Progress) -> None:
@@ -109,12 +110,18 @@ def _sizes(
     scale: Sizes,
     round: int,
     rank: int | None,
+    since: int,
 ) -> tuple[Sizes, Sizes]:
-    """Bytes of a client's message in a round, and of what it receives: all that ever travels, as it may have missed rounds."""
+    """Bytes of a client's message in a round, and of what it receives: what has changed since it last began, in round `since`."""
     layouts = algorithm.messages(layout).values()
     sent = [(n, s) for group in layouts for n, s in group.shapes.items() if algorithm.travels(n, round)]
     stays, state = algorithm.stays(layout.shapes), algorithm.sent(algorithm.init(meta(layout))[0])
     received = [*layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items())]
-    received = [(n, s) for n, s in received if n not in stays]
+    missed = range(since, round) if since else ()
+    received = [
+        (n, s)
+        for n, s in received
+        if n not in stays and (n in state or not missed or any(algorithm.changes(n, r) for r in missed))
+    ]
     sends, receives = ([shape_at(n, s, rank) for n, s in each] for each in (sent, received))
     return uplink(messages.up).nbytes(sends, dtype) + scale, downlink(messages.down).nbytes(receives, dtype)

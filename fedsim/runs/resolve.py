@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -12,6 +13,7 @@ from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import Simulation
 from fedsim.core.errors import UserError
+from fedsim.core.seeding import stream
 from fedsim.core.store import Records
 from fedsim.core.types import ROOT
 from fedsim.data.partition import VirtualPartition
@@ -52,6 +54,38 @@ def recipe_of(exp: Experiment) -> LocalTrainingConfig:
         max_norm=exp.faults.max_norm,
         private=exp.privacy.name == "central",
     )
+
+
+def ranks_of(parts: Parts) -> np.ndarray | None:
+    """LoRA rank by client number; None where the config names none.
+
+    Raises:
+        UserError: for a list that is not one for each client, or a largest rank other than the adapter's.
+    """
+    given, clients = getattr(parts.exp.adapter, "ranks", None), parts.partition.num_clients
+    if given is None:
+        return None
+    if isinstance(given, int):
+        found = np.full(clients, given)
+    elif isinstance(given, list):
+        if len(given) != clients:
+            raise UserError(
+                f"adapter.ranks: has {len(given)} ranks, and there are {clients} clients; give one for each"
+            )
+        found = np.array(given)
+    else:
+        weights = np.array(given.weights or [1.0] * len(given.choices))
+        if len(weights) != len(given.choices):
+            raise UserError(
+                f"adapter.ranks.weights: {given.weights} is not one for each of the {len(given.choices)} choices; give as many"
+            )
+        found = stream(parts.exp.seed, "ranks").choice(given.choices, clients, p=weights / weights.sum())
+    most = given if isinstance(given, int) else max(given if isinstance(given, list) else given.choices)
+    if most != parts.exp.adapter.r:
+        raise UserError(
+            f"adapter.r: {parts.exp.adapter.r}, but the largest of adapter.ranks is {most}; set adapter.r={most}"
+        )
+    return found.astype(np.int64)
 
 
 def behavior_of(parts: Parts) -> ClientAvailability | None:
@@ -102,7 +136,7 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
         epochs=exp.local.epochs or 1,
         batch_size=exp.local.batch_size,
         match=exp.central.match,
-        weights=exp.algorithm.weights if capped or not private else "uniform",
+        weights=algorithm.weighing if capped or not private else "uniform",
         length=mean_length,
         every_rounds=exp.evaluate.every_rounds,
         scores_clients=exp.evaluate.clients,

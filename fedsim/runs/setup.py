@@ -30,10 +30,11 @@ from fedsim.runs.export import save_model
 from fedsim.runs.folder import RunFolder
 from fedsim.runs.plan import MODES, choose, save_plan
 from fedsim.runs.progress import Progress
-from fedsim.runs.resolve import check_memory, recipe_of, schedule_of
+from fedsim.runs.resolve import check_memory, ranks_of, recipe_of, schedule_of
 from fedsim.runs.worker_spec import WorkerSpec, shareable
 from fedsim.simulate.rounds import collect
 from fedsim.simulate.state import Choice
+from fedsim.training.config import LocalTrainingConfig
 from fedsim.training.packs import reducer_of
 from fedsim.training.planner import Plan
 from fedsim.training.planner import describe as describe_plan
@@ -56,7 +57,7 @@ class Setup:
         executor, memory: where packs run, and what it allocated for this run.
         stores: by mode, records of client state, and `best-<mode>` of best models.
         first: the parameters that training starts from, as one record.
-        bytes_of: (round, client) -> bytes of the client's message to the server, and of the server's to it.
+        bytes_of: (round, client, round in which it last began, or 0) -> bytes that it sends and receives.
         initial: validation scores before training, once they are known.
         slow_evaluation: whether the user was told that evaluation takes most of a round.
     """
@@ -73,7 +74,7 @@ class Setup:
     memory: Memory
     stores: dict[str, Store]
     first: Store
-    bytes_of: Callable[[int, int], tuple[int, int]]
+    bytes_of: Callable[[int, int, int], tuple[int, int]]
     initial: Scores | None = None
     slow_evaluation: bool = False
 
@@ -172,7 +173,7 @@ def set_up(
             else:
                 executor = SerialExecutor(make, devices[0], plan.threads, home)
         if "federated" in spec.algorithms:
-            _check_algorithm(parts, spec.algorithms["federated"], layout)
+            _check_algorithm(parts, spec.recipe, spec.algorithms["federated"], layout)
         bytes_of = describe(parts, folder, show, spec, model, layout, stores, f"{kind} on {', '.join(devices)}", plan)
         first = _keep_start(parts, folder, spec, model, layout)
         memory = _start(executor, parts, spec, layout, plan.engine)
@@ -190,16 +191,20 @@ def set_up(
     return made
 
 
-def _check_algorithm(parts: Parts, algorithm: Algorithm, layout: Layout) -> None:
+def _check_algorithm(parts: Parts, config: LocalTrainingConfig, algorithm: Algorithm, layout: Layout) -> None:
     """Whether the algorithm's hooks suit the run.
 
     Raises:
         UserError: if late messages would be added to others that hold other parameters, or clients have ranks that the
             adapter does not have.
     """
-    if algorithm.overrides("rank"):
+    try:
+        algorithm.check_names(tuple(layout.shapes))
+    except ValueError as error:
+        raise UserError(f"algorithm.{error}") from None
+    if config.ranks is not None or algorithm.overrides("rank"):
         largest_rank(layout)
-        for rank in {algorithm.rank(int(client)) for client in parts.clients}:
+        for rank in {config.rank_of(algorithm, int(client)) for client in parts.clients}:
             for name, shape in layout.shapes.items():
                 shape_at(name, shape, rank)
     late = parts.exp.simulation.late == "next"
@@ -214,6 +219,7 @@ def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> WorkerSpec:
     sixteen = exp.model.dtype in ("bfloat16", "float16")
     settings = exp.to_dict()["adapter"]
     settings.pop("name")
+    settings.pop("ranks", None)  # of the clients, not of PEFT
     return WorkerSpec(
         model=model,
         adapter=exp.adapter.name,
@@ -229,7 +235,11 @@ def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> WorkerSpec:
         own=None if parts.own is None else shareable(parts.own),
         algorithms={m: algorithm_of(exp.algorithm, exp.aggregator) if m == "federated" else Local() for m in exp.modes},
         recipe=dataclasses.replace(
-            recipe_of(exp), slots=schedule_of(parts, "federated").slots, attack=parts.attack, root=parts.root
+            recipe_of(exp),
+            slots=schedule_of(parts, "federated").slots,
+            attack=parts.attack,
+            root=parts.root,
+            ranks=ranks_of(parts),
         ),
         state=folder.path / "checkpoints",
         tokenizer=parts.tokenizer,

@@ -60,7 +60,7 @@ class World:
         store, best: records of client state, and of best models.
         generate: whether the global model is also evaluated by generation.
         chunk: elements of the parameters that are aggregated at a time; None = all.
-        bytes_of: (round, client) -> bytes of the client's message to the server, and of the server's to it.
+        bytes_of: (round, client, round in which it last began, or 0) -> bytes that it sends and receives.
         privacy: what the mode guarantees of each client; None = nothing.
     """
 
@@ -75,7 +75,7 @@ class World:
     best: Store
     generate: bool
     chunk: int | None
-    bytes_of: Callable[[int, int], tuple[int, int]]
+    bytes_of: Callable[[int, int, int], tuple[int, int]]
     privacy: CentralPrivacy | None = None
 
 
@@ -245,7 +245,8 @@ def server_step(
         return algorithm.travels(name, info.round)
 
     for part in layout.chunks(chunk if apart else None):
-        here = {n: view for n, view in part.views(state.params[part.span]).items() if travels(n)}
+        views = part.views(state.params[part.span])
+        here = {n: view for n, view in views.items() if algorithm.changes(n, info.round)}
         after = algorithm.step(Server(here, state.server), reducer.result(acc, part, travels), info)
         for name, view in here.items():
             view.copy_(after.params[name])
@@ -255,13 +256,17 @@ def server_step(
 
 def _traffic(world: World, state: State, round: int, work: RoundWork, packs: Sequence[Pack]) -> list[Row]:
     """Bytes by client; a client whose message is lost has received the global model and sends nothing."""
-    names, sent = ("bytes_up", "bytes_down"), {}
-    for task in (t for p in packs for t in p.tasks):  # a client that starts twice sends twice
-        sizes = () if task.client == ROOT else zip(names, world.bytes_of(round, task.client), strict=True)
-        for what, n in sizes:
-            sent[task.client, task.name, what] = sent.get((task.client, task.name, what), 0) + n
-    for w in work.arriving(None):
-        sent[w.client, world.schedule.name(w.client), names[1]] = world.bytes_of(round, w.client)[1]
+    sent: dict[tuple[int, str, str], int] = {}
+    lost = [(w.client, world.schedule.name(w.client)) for w in work.arriving(None)]
+    trained = [
+        (t.client, t.name) for p in packs for t in p.tasks if t.client != ROOT
+    ]  # one that starts twice sends twice
+    for i, (client, name) in enumerate([*trained, *lost]):
+        up, down = world.bytes_of(round, client, state.seen.get(client, 0))
+        for what, n in (("bytes_up", up), ("bytes_down", down)) if i < len(trained) else (("bytes_down", down),):
+            sent[client, name, what] = sent.get((client, name, what), 0) + n
+    if world.algorithm.overrides("travels", "changes"):  # else all travels always
+        state.seen |= dict.fromkeys((client for client, _ in [*trained, *lost]), round)
     return [
         Row(round, state.steps.get(c, 0), "federated", of, "train", what, float(n)) for (c, of, what), n in sent.items()
     ]

@@ -64,6 +64,7 @@ class State:
         best: the best global model so far.
         client_best: the best local model so far, by client, where nothing is aggregated.
         best_records: which record holds the best model of which client; that of the global model under `GLOBAL`.
+        seen: the round in which each client last began, where that decides what it has to be sent.
         pending: messages under way: the round in which they arrive -> their accumulator.
         clip: norm to which the next round's messages are clipped for privacy; None = they are not.
     """
@@ -77,6 +78,7 @@ class State:
     best: Chosen | None = None
     client_best: dict[int, Chosen] = field(default_factory=dict)
     best_records: Records = field(default_factory=Records)
+    seen: dict[int, int] = field(default_factory=dict)
     pending: dict[int, Accumulator] = field(default_factory=dict)
     clip: float | None = None
 
@@ -101,6 +103,7 @@ class State:
             "table": _lists(self.records.table),
             "best_table": _lists(self.best_records.table),
             "steps": _lists(self.steps),
+            **({"seen": _lists(self.seen)} if self.seen else {}),
             "best": None if self.best is None else vars(self.best),
             "client_best": {str(c): vars(b) for c, b in self.client_best.items()},
             "pending": {str(r): [acc.weight, acc.clients] for r, acc in self.pending.items()},
@@ -122,6 +125,7 @@ class State:
         tables, best_tables = ([dict(zip(*i[key], strict=True)) for i in infos] for key in ("table", "best_table"))
         self.records, self.best_records = Records(tables[-1], tables), Records(best_tables[-1], best_tables)
         self.steps = dict(zip(*info["steps"], strict=True))
+        self.seen = dict(zip(*info.get("seen", ((), ())), strict=True))
         self.round = info["round"]
         self.clip = info.get("clip")
         self.best = Chosen(**info["best"]) if info["best"] else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedsim.algorithms import Algorithm
 from fedsim.data.batches import BatchSampler
 from fedsim.training.attack import Attack
 from fedsim.training.optim import Optim
@@ -33,6 +34,7 @@ class LocalTrainingConfig:
         slots: how many clients can send a message in one round.
         attack: what simulated attackers do in federated rounds; None = there are none.
         root: examples that the server trains on by itself.
+        ranks: LoRA rank by client number, int64; None = the algorithm's, or the adapter's.
         private: whether all that a client sends is clipped as one vector, to the norm that its pack names.
     """
 
@@ -56,7 +58,14 @@ class LocalTrainingConfig:
     slots: int = 1
     attack: Attack | None = None
     root: np.ndarray | None = None
+    ranks: np.ndarray | None = None
     private: bool = False
+
+    def rank_of(self, algorithm: Algorithm, client: int) -> int | None:
+        """A client's LoRA rank; None = the adapter's."""
+        if client < 0:
+            return None
+        return algorithm.rank(client) if self.ranks is None else int(self.ranks[client])
 
 
 @dataclass(frozen=True)

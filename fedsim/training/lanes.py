@@ -90,7 +90,7 @@ class LaneGroup:
         if self.run.setup.ranked:
             layout = self.trainer.layout
             most = largest_rank(layout)
-            given = [self.run.algorithm.rank(t.client) if t.client >= 0 else None for t in tasks]
+            given = [self.run.worker.config.rank_of(self.run.algorithm, t.client) for t in tasks]
             ranks = [most if rank is None else rank for rank in given]
             self.slots = torch.stack([slots(layout, rank) for rank in ranks]).to(self.device)
             self.ranks = torch.tensor(ranks, device=self.device)

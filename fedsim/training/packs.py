@@ -49,7 +49,8 @@ class Setup:
         noisy = config.attack is not None and config.attack.whole
         chunks = chunks_of(algorithm, layout, reducer, None if noisy else config.chunk)
         record = RecordLayout.of(mode, algorithm, layout, config)
-        stays, ranked = algorithm.stays(layout.shapes), algorithm.overrides("rank")
+        stays = algorithm.stays(layout.shapes)
+        ranked = mode == "federated" and (config.ranks is not None or algorithm.overrides("rank"))
         return cls(algorithm, reducer, chunks, record, store, stays, ranked)
 
 

@@ -44,7 +44,7 @@ class RecordLayout:
         """What a client keeps in this mode; each part may be of no elements."""
         state = algorithm.init(meta(layout))[1]
         states = tuple(sum(t.numel() for t in algorithm.part_state(state, p).values()) for p in algorithm.parts)
-        keeps = config.keep_state[mode] and config.optim.num_moments > 0
+        keeps = (config.keep_state[mode] or bool(algorithm.lives_on)) and config.optim.num_moments > 0
         counts = len(layout.shapes) if keeps and algorithm.overrides("trains", "resets") else 0
         optimizer = config.optim.num_moments * layout.numel + counts if keeps else 0
         keeps_lost = uplink(config.up, config.error_feedback).keeps

@@ -95,12 +95,14 @@ class Worker:
         """What one part of a task does in its lane."""
         config, setup = self.config, self.setups[mode]
         algorithm, record, store = setup.algorithm, setup.record, setup.store
-        draws = [self._batches(task, mode, i) for i in range(algorithm.batches)]
-        steps, over_run = len(draws[0]), config.schedule_over == "run"
+        front, over_run = algorithm.first_steps, config.schedule_over == "run"
+        draws = [self._batches(task, mode, i, front) for i in range(algorithm.batches)]
+        steps = len(draws[0]) - front
         start = task.schedule_from if over_run else 0
         horizon = config.horizon or (task.horizon if over_run else steps)
         kept, done, fresh = None, task.steps_done, None
-        if record.optimizer and task.read >= 0:
+        lives_on = config.keep_state[mode] or algorithm.parts[part] in algorithm.lives_on
+        if record.optimizer and task.read >= 0 and lives_on:
             at = record.optimizer_at(part)
             kept = lambda a, b: store.read(task.read, at + a, at + b)  # noqa: E731
             if record.counts:
@@ -109,8 +111,8 @@ class Worker:
             fresh = np.array([algorithm.resets(name, task.round) for name in self.layout.shapes])
         return Lane(
             list(zip(*draws, strict=True)),
-            [config.optim.lr_at(start + i, horizon) for i in range(steps)],
-            stream_seed(self.seed, "dropout", *task.stream, *([algorithm.parts[part]] if part else [])),
+            [config.optim.lr_at(start + max(0, i), horizon) for i in range(-front, steps)],
+            stream_seed(self.seed, "dropout", *task.stream),
             done,
             kept,
             functools.partial(self.is_due, task),
@@ -122,9 +124,19 @@ class Worker:
         every = self.config.every_steps
         return bool(every) and (task.steps_done + steps) % every == 0
 
-    def _batches(self, task: Task, mode: str, draw: int) -> list[np.ndarray]:
-        """Examples of each step, a function of (seed, client, round); `draw`: which of several batches of a step."""
+    def _batches(self, task: Task, mode: str, draw: int, front: int) -> list[np.ndarray]:
+        """Examples of each step, a function of (seed, client, round).
+
+        Args:
+            task, mode: the client's work.
+            draw: which of several batches of a step.
+            front: steps in front of the round's own.
+        """
         which = [draw] if draw else []
+        if front:
+            rng = stream(self.seed, "first batches", *task.stream, *which)
+            first = self.config.draw.batches(self.examples_of(task, mode), rng, front)
+            return [*first, *self._batches(task, mode, draw, 0)]
         rng = stream(self.seed, "batches", *task.stream, *which)
         return self.config.draw.batches(self.examples_of(task, mode), rng, task.steps)
 

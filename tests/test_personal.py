@@ -1,0 +1,99 @@
+"""Personalized methods: against plain loops written from their papers, and who sees what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_algorithms import SMALL
+from test_equivalence import adapter_of
+from test_hooks import Loop, Named
+
+import fedsim
+from fedsim.core.errors import UserError
+from fedsim.core.seeding import stream
+from fedsim.runs.build import prepare
+from fedsim.runs.checks import sampler_of
+
+WORK = {"steps": 3, "batch_size": 4, "lr": 5e-3, "weight_decay": 0.1, "clip": 0.5, "keep_state": False}
+
+
+def run_and_loop(lab: Any, algorithm: dict[str, Any], **more: Any) -> tuple[Any, Loop]:
+    exp = lab.exp(**{**SMALL, "algorithm": algorithm, "local": WORK, **more})
+    run = lab.run(exp)
+    return run, Loop(lab, exp, run)
+
+
+def test_ditto_is_its_papers_loop(lab: Any, distance: Any) -> None:
+    """Li et al., 2021: the own model's moments live on although clients start afresh; both see the same batches."""
+    run, loop = run_and_loop(lab, {"name": "ditto", "lam": 0.3})
+    own: dict[str, Named] = {}
+    start = dict(loop.x)
+    for t, cohort in enumerate(loop.cohorts, 1):
+        found, x = {}, loop.x
+        for k in cohort:
+            batches = loop.batches(k, t)
+
+            def near(y: Named, numbers: Any, x: Named = x) -> Named:
+                return {n: g + 0.3 * (y[n] - x[n]) for n, g in loop.grads(y, numbers).items()}
+
+            found[k] = loop.fit(("shared", k, t), x, batches)
+            own[k] = loop.fit(("own", k), own.get(k, start), batches, gradient=near, keep=True)
+        loop.average(found)
+    assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
+    for k, model in own.items():
+        assert distance(adapter_of(run / "personal" / k), loop.exported(model)) < 1e-9
+
+
+def test_dittos_shared_part_is_fedavg_and_its_free_own_part_is_local_training(lab: Any) -> None:
+    keys = {**SMALL, "cohort": {"size": "all"}, "local": WORK, "training": {"lanes": 1}}
+    plain = lab.run(**keys, modes=["local", "federated"])
+    found = lab.run(**keys, name="ditto", algorithm={"name": "ditto", "lam": 0.0}, modes=["federated"])
+    for place, other in [("global", "global"), *((f"local/site-{k}", f"personal/site-{k}") for k in range(1, 5))]:
+        one, same = adapter_of(plain / place), adapter_of(found / other)
+        assert all(torch.equal(one[n], same[n]) for n in one), place
+
+
+@pytest.mark.parametrize("method", ["fedper", "fedrep"])
+def test_private_parts_stay_with_their_clients(lab: Any, distance: Any, method: str) -> None:
+    """Arivazhagan et al., 2019; Collins et al., 2021: here every B of LoRA; FedRep trains it first, in steps of its own."""
+    head = 4 if method == "fedrep" else 0
+    run, loop = run_and_loop(lab, {"name": method, **({"head_steps": head} if head else {})})
+    parts, sampler = prepare(loop.exp), sampler_of(loop.exp)
+    heads: dict[str, Named] = {}
+    first = dict(loop.x)
+    for t, cohort in enumerate(loop.cohorts, 1):
+        found = {}
+        for k in cohort:
+            own = lambda n: "lora_B" in n  # noqa: E731
+            start = {n: heads.get(k, first)[n] if own(n) else x for n, x in loop.x.items()}
+            rows = parts.partition.rows(int(k.removeprefix("site-")) - 1)
+            more = sampler.batches(rows, stream(loop.exp.seed, "first batches", k, t), head) if head else []
+            trains = lambda n, i: not head or (i < head) == ("lora_B" in n)  # noqa: E731
+            found[k] = heads[k] = loop.fit((k, t), start, [*more, *loop.batches(k, t)], trains)
+        loop.average(found, lambda n: "lora_B" not in n)
+    assert (
+        distance(
+            adapter_of(run / "global"), loop.exported({n: first[n] if "lora_B" in n else x for n, x in loop.x.items()})
+        )
+        < 1e-9
+    )
+    for k, head_ in heads.items():
+        model = {n: head_[n] if "lora_B" in n else x for n, x in loop.x.items()}
+        assert distance(adapter_of(run / "personal" / k), loop.exported(model)) < 1e-9
+    steps = {r["step"] for r in lab.metrics(run) if r["client"] == "site-1" and r["name"] == "tokens"}
+    assert min(steps) == 3 + head
+
+
+def test_private_patterns_are_checked(lab: Any) -> None:
+    with pytest.raises(UserError, match=r"algorithm.private: \['nothing'\] matches none of the"):
+        lab.run(**SMALL, algorithm={"name": "fedper", "private": ["nothing"]})
+    with pytest.raises(UserError, match=r"algorithm.private: \['\*'\] matches each of the"):
+        lab.run(**SMALL, algorithm={"name": "fedper", "private": ["*"]})
+    run = lab.run(**SMALL, algorithm={"name": "fedper", "private": ["layers.1.*lora_A"]})
+    start, end = adapter_of(run / "init"), adapter_of(run / "global")
+    assert {n for n in start if torch.equal(start[n], end[n])} == {
+        n for n in start if "layers.1." in n and "lora_A" in n
+    }
+    assert fedsim.load_runs(run)["value"].notna().any()
