@@ -251,6 +251,16 @@ def test_wrong_keys_are_told_in_one_line(section: dict[str, Any], said: str) -> 
         fedsim.Experiment(algorithm=section)
 
 
+def test_what_the_server_divides_by_is_not_compressed(lab: Any, distance: Any) -> None:
+    """Numbers of 1e6 and above, which float16 does not hold; values of the update are far below."""
+    keys = {**SMALL, "algorithm": {"name": "qfedavg"}, "local": {"optimizer": "sgd", "lr": 1e-7, "clip": None}}
+    exact = lab.run(**keys)
+    half = lab.run(**keys, name="half", messages={"up": "fp16", "error_feedback": True})
+    first, *last = (adapter_of(f) for f in (exact / "init", exact / "global", half / "global"))
+    moved, other = ({n: t - first[n] for n, t in found.items()} for found in last)
+    assert distance(other, moved) < 0.01
+
+
 def test_one_number_more_is_sent(lab: Any) -> None:
     up = {}
     for name in ("fedavg", "qfedavg"):

@@ -111,6 +111,7 @@ class Algorithm:
             parameters.
         aggregates: message group -> how the clients' messages become one: a name (mean, sum) or an `Aggregator`. No group:
             nothing is sent or merged, and each client has a model of its own, in its state.
+        exact: message groups that travel as they are whatever `messages.up` says, e.g. a number that others are divided by.
         sends_state: the server's state goes to the clients together with the parameters.
         parts: trainings that a client takes in a round, each in a lane of its own. With several, client state is named
             `PART/NAME` in `init`, and each part sees its own, by `NAME`. The first part is the one that metrics of
@@ -125,6 +126,7 @@ class Algorithm:
 
     blockwise: ClassVar[bool] = True
     aggregates: ClassVar[Mapping[str, Any]] = {"update": "mean"}
+    exact: ClassVar[frozenset[str]] = frozenset()
     sends_state: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]] = ("shared",)
     batches: ClassVar[int] = 1

@@ -83,10 +83,14 @@ def _sizes(
     algorithm: Algorithm, layout: Layout, messages: Messages, dtype: torch.dtype, round: int, rank: int | None
 ) -> tuple[Sizes, Sizes]:
     """Bytes of a client's message in a round, and of what it receives: all that ever travels, as it may have missed rounds."""
-    layouts = algorithm.messages(layout).values()
-    sent = [(n, s) for group in layouts for n, s in group.shapes.items() if algorithm.travels(n, round)]
+    sent, exact = [], []
+    for group, tensors in algorithm.messages(layout).items():
+        names = [(n, s) for n, s in tensors.shapes.items() if algorithm.travels(n, round)]
+        (exact if group in algorithm.exact else sent).extend(names)
     stays, state = algorithm.stays(layout.shapes), algorithm.sent(algorithm.init(meta(layout))[0])
     received = [*layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items())]
     received = [(n, s) for n, s in received if n not in stays]
-    sends, receives = ([shape_at(n, s, rank) for n, s in each] for each in (sent, received))
-    return uplink(messages.up).nbytes(sends, dtype), downlink(messages.down).nbytes(receives, dtype)
+    sends, plain, receives = ([shape_at(n, s, rank) for n, s in each] for each in (sent, exact, received))
+    return uplink(messages.up).nbytes(sends, dtype) + uplink(None).nbytes(plain, dtype), downlink(messages.down).nbytes(
+        receives, dtype
+    )
