@@ -178,6 +178,8 @@ def test_defaults_are_those_of_the_papers_and_of_reddi() -> None:
     assert keys("fedadam") == {"name": "fedadam", **adam} and keys("fedyogi") == {"name": "fedyogi", **adam}
     del adam["beta2"]
     assert keys("fedadagrad") == {"name": "fedadagrad", **adam, "beta1": 0.0}
+    buffered = {"buffer": 10, "server_lr": 1.0, "staleness": "sqrt", "concurrency": None}
+    assert keys("fedbuff") == {"name": "fedbuff", "weights": "uniform", **buffered}
     assert keys("feddyn")["alpha"] == 0.1 and keys("qfedavg")["q"] == 1.0 and keys("scaffold")["correction"] is None
 
 
