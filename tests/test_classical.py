@@ -14,7 +14,7 @@ from test_equivalence import adapter_of
 from torch import Tensor
 
 import fedsim
-from fedsim.algorithms import ALGORITHMS, ClientView, Info, Server
+from fedsim.algorithms import ALGORITHMS, ClientOptimizer, ClientView, Info, Server
 from fedsim.core.errors import UserError
 from fedsim.runs.build import prepare
 
@@ -217,14 +217,12 @@ def test_a_scaffold_client_without_rates_keeps_its_variate(correction: str) -> N
 
 def test_a_fair_norm_is_over_all_parameters_whatever_their_shapes() -> None:
     """q = 2, L = 1 / 0.5, two scalars and a matrix: h = 2 F |2 u|^2 + 2 F^2."""
-
-    class Optim:
-        optimizer, lr, momentum = "sgd", 0.5, 0.0
-
     x = {"a": torch.zeros(2, 2, dtype=torch.float64), "b": torch.zeros(1, dtype=torch.float64)}
     y = {n: t.new_full((1, *t.shape), 1.0) for n, t in x.items()}
     lr = torch.ones(1, dtype=torch.float64)
-    view = ClientView(1, x, {}, {}, torch.tensor([1]), lr, facts={"start_loss": 3 * lr}, optim=Optim())
+    view = ClientView(
+        1, x, {}, {}, torch.tensor([1]), lr, facts={"start_loss": 3 * lr}, optim=ClientOptimizer("sgd", 0.5)
+    )
     message, _ = ALGORITHMS["qfedavg"](q=2.0).finish(y, {}, view)
     assert message["scale"]["scale"].item() == pytest.approx(2 * 3 * (4 * 5) + 2 * 9)
     assert message["update"]["a"][0, 0, 0].item() == pytest.approx(9 * 2.0)

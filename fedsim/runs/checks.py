@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedsim.algorithms import ClientOptimizer
 from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import MOST_EXAMPLES, Simulation
@@ -76,7 +77,7 @@ def _check_algorithm(exp: Experiment, held: int) -> None:
         return
     algorithm, sim = algorithm_of(exp.algorithm, exp.aggregator), exp.simulation
     try:
-        algorithm.suits(exp.local)
+        algorithm.suits(ClientOptimizer(exp.local.optimizer, exp.local.lr, exp.local.momentum))
     except ValueError as error:
         raise UserError(f"algorithm.{error}") from None
     buffered = algorithm.buffered(held if exp.cohort.size == "all" else exp.cohort.size)

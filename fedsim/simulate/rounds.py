@@ -256,8 +256,9 @@ def _clock(schedule: Schedule, state: State, round: int, work: RoundWork) -> lis
 
     took: dict[int, float] = {}  # a client may start, or arrive, more than once
     stale: dict[int, list[int]] = {}
-    for w in (w for w in work.work if w.seconds is not None):
-        took[w.client] = took.get(w.client, 0.0) + w.seconds
+    for w in work.work:
+        if w.seconds is not None:
+            took[w.client] = took.get(w.client, 0.0) + w.seconds
     for w in work.arrived:
         stale.setdefault(w.client, []).append(round - w.starts)
     for client, seconds in took.items():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.algorithms import ClientOptimizer
 from fedsim.channel import Senders
 from fedsim.core.heartbeat import beat
 from fedsim.core.params import Chunk, Message, Params
@@ -58,7 +59,8 @@ class LaneGroup:
         self.number = run.algorithm.parts.index(part)
         self.chunks, self.batches = run.setup.chunks, run.algorithm.batches
         self.moves, self.freezes = (run.algorithm.overrides(hook) for hook in ("at", "trains"))
-        self._trains = run.algorithm.trains
+        self._trains, optim = run.algorithm.trains, run.worker.config.optim
+        self.optim = ClientOptimizer(optim.optimizer, optim.lr, optim.momentum)
         self.lanes: list[int] = []
         self.tasks: list[Task] = []
         self.facts: dict[str, Tensor] = {}
