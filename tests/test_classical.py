@@ -14,7 +14,7 @@ from test_equivalence import adapter_of
 from torch import Tensor
 
 import fedsim
-from fedsim.algorithms import ALGORITHMS, ClientView, Info, Server
+from fedsim.algorithms import ALGORITHMS, ClientOptimizer, ClientView, Info, Server
 from fedsim.core.errors import UserError
 from fedsim.runs.build import prepare
 
@@ -178,6 +178,8 @@ def test_defaults_are_those_of_the_papers_and_of_reddi() -> None:
     assert keys("fedadam") == {"name": "fedadam", **adam} and keys("fedyogi") == {"name": "fedyogi", **adam}
     del adam["beta2"]
     assert keys("fedadagrad") == {"name": "fedadagrad", **adam, "beta1": 0.0}
+    buffered = {"buffer": 10, "server_lr": 1.0, "staleness": "sqrt", "concurrency": None}
+    assert keys("fedbuff") == {"name": "fedbuff", "weights": "uniform", **buffered}
     assert keys("feddyn")["alpha"] == 0.1 and keys("qfedavg")["q"] == 1.0 and keys("scaffold")["correction"] is None
 
 
@@ -215,14 +217,12 @@ def test_a_scaffold_client_without_rates_keeps_its_variate(correction: str) -> N
 
 def test_a_fair_norm_is_over_all_parameters_whatever_their_shapes() -> None:
     """q = 2, L = 1 / 0.5, two scalars and a matrix: h = 2 F |2 u|^2 + 2 F^2."""
-
-    class Optim:
-        optimizer, lr, momentum = "sgd", 0.5, 0.0
-
     x = {"a": torch.zeros(2, 2, dtype=torch.float64), "b": torch.zeros(1, dtype=torch.float64)}
     y = {n: t.new_full((1, *t.shape), 1.0) for n, t in x.items()}
     lr = torch.ones(1, dtype=torch.float64)
-    view = ClientView(1, x, {}, {}, torch.tensor([1]), lr, facts={"start_loss": 3 * lr}, optim=Optim())
+    view = ClientView(
+        1, x, {}, {}, torch.tensor([1]), lr, facts={"start_loss": 3 * lr}, optim=ClientOptimizer("sgd", 0.5)
+    )
     message, _ = ALGORITHMS["qfedavg"](q=2.0).finish(y, {}, view)
     assert message["scale"]["scale"].item() == pytest.approx(2 * 3 * (4 * 5) + 2 * 9)
     assert message["update"]["a"][0, 0, 0].item() == pytest.approx(9 * 2.0)
@@ -249,6 +249,16 @@ def test_feddyn_holds_the_mean_of_all_clients_gradients() -> None:
 def test_wrong_keys_are_told_in_one_line(section: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         fedsim.Experiment(algorithm=section)
+
+
+def test_what_the_server_divides_by_is_not_compressed(lab: Any, distance: Any) -> None:
+    """Numbers of 1e6 and above, which float16 does not hold; values of the update are far below."""
+    keys = {**SMALL, "algorithm": {"name": "qfedavg"}, "local": {"optimizer": "sgd", "lr": 1e-7, "clip": None}}
+    exact = lab.run(**keys)
+    half = lab.run(**keys, name="half", messages={"up": "fp16", "error_feedback": True})
+    first, *last = (adapter_of(f) for f in (exact / "init", exact / "global", half / "global"))
+    moved, other = ({n: t - first[n] for n, t in found.items()} for found in last)
+    assert distance(other, moved) < 0.01
 
 
 def test_one_number_more_is_sent(lab: Any) -> None:

@@ -66,6 +66,11 @@ SETTINGS = {
         {"local.keep_state": True, "seed": 5},
         {"algorithm.weights": "uniform"},
     ],
+    "algorithms": [
+        {"algorithm": {"name": "fedbuff", "buffer": 2}, "simulation.speeds": [20, 900]},
+        {"algorithm": {"name": "fednova", "normalise": "steps"}, "local.lr": 3e-3},
+        {"algorithm": {"name": "qfedavg"}, "local.lr": 2e-3},
+    ],
 }
 
 

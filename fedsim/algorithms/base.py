@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:  # a config is read before torch is loaded
     from torch import Tensor
@@ -24,15 +24,13 @@ if TYPE_CHECKING:  # a config is read before torch is loaded
 _SAMPLES = (*range(64), *(1 << i for i in range(6, 21)))
 
 
-class ClientOptimizer(Protocol):
-    """The clients' optimizer, of the keys of the same names under `local`: adamw | sgd, the peak learning rate, SGD's momentum."""
+@dataclass(frozen=True)
+class ClientOptimizer:
+    """The clients' optimizer, by the keys of the same names under `local`: adamw | sgd, the peak learning rate, SGD's momentum."""
 
-    @property
-    def optimizer(self) -> str: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def momentum(self) -> float: ...
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class ClientView:
     batch: int = 0
     facts: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     rank: Tensor | None = None
-    optim: ClientOptimizer | None = None
+    optim: ClientOptimizer = ClientOptimizer()
 
 
 @dataclass
@@ -111,6 +109,7 @@ class Algorithm:
             parameters.
         aggregates: message group -> how the clients' messages become one: a name (mean, sum) or an `Aggregator`. No group:
             nothing is sent or merged, and each client has a model of its own, in its state.
+        exact: message groups that travel as they are whatever `messages.up` says, e.g. a number that others are divided by.
         sends_state: the server's state goes to the clients together with the parameters.
         parts: trainings that a client takes in a round, each in a lane of its own. With several, client state is named
             `PART/NAME` in `init`, and each part sees its own, by `NAME`. The first part is the one that metrics of
@@ -129,6 +128,7 @@ class Algorithm:
 
     blockwise: ClassVar[bool] = True
     aggregates: ClassVar[Mapping[str, Any]] = {"update": "mean"}
+    exact: ClassVar[frozenset[str]] = frozenset()
     sends_state: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]] = ("shared",)
     batches: ClassVar[int] = 1

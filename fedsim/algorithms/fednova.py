@@ -41,6 +41,7 @@ class FedNova(Algorithm):
     """Updates normalized by the clients' local work (Wang et al., 2020)."""
 
     aggregates: ClassVar[Mapping[str, Any]] = {"update": "mean", "work": "mean"}
+    exact: ClassVar[frozenset[str]] = frozenset({"work"})
     needs: ClassVar[frozenset[str]] = frozenset({"optimizer_steps"})
 
     mu: float = 0.0

@@ -38,6 +38,7 @@ class HetLora(Algorithm):
     takes_ranks: ClassVar[bool] = True
     blockwise: ClassVar[bool] = False
     aggregates: ClassVar[Mapping[str, Any]] = {"update": "mean", SHARE: "mean"}
+    exact: ClassVar[frozenset[str]] = frozenset({SHARE})
 
     mean: Literal["zero_pad", "slot", "norm", "uniform"] = "norm"
     """Missing slots count as zeros (zero_pad) or not at all (slot); with weights by the norm of B A, zeros too (norm); uniform: zeros, equal weights."""

@@ -38,6 +38,7 @@ class QFedAvg(Algorithm):
 
     blockwise: ClassVar[bool] = False
     aggregates: ClassVar[Mapping[str, Any]] = {"update": "mean", "scale": "mean"}
+    exact: ClassVar[frozenset[str]] = frozenset({"scale"})
     needs: ClassVar[frozenset[str]] = frozenset({"start_loss"})
 
     weights: Literal["samples", "steps", "uniform"] = "uniform"

@@ -79,7 +79,8 @@ def row(name: str, kind: type[Algorithm]) -> list[str]:
     made, layout = kind(), example()
     params = meta(layout)
     server, client = made.init(params)
-    up, bytes_up = [], 0.0
+    up: list[str] = []
+    bytes_up = 0.0
     for group, sent in made.messages(layout).items():
         travelling = {r: [n for n in sent.shapes if made.travels(n, r)] for r in ROUNDS}
         bytes_up += sum(torch.Size(sent.shapes[n]).numel() for names in travelling.values() for n in names) / len(

@@ -83,7 +83,8 @@ class Scaffold(Algorithm):
     def finish(self, params: Params, scratch: Params, c: ClientView) -> tuple[Message, Params]:
         """(y - x, c_k' - c_k), c_k'; a client that took no step, or only steps of rate 0, keeps its c_k."""
         update = {n: p - c.params[n] for n, p in params.items()}
-        before, state = self.before(c), {}
+        before = self.before(c)
+        state: Params = {}
         for name, own in c.state.items():
             rates = per_lane(c.lr_sum, own)
             if before:

@@ -9,6 +9,11 @@ from typing import Any
 ROOT = -3  # the server among clients' numbers, where it trains on examples of its own
 
 
+def stream_of(name: str, round: int, repeat: int = 0) -> tuple[str | int, ...]:
+    """The names of a client's random streams in a round, after their purpose; `repeat`: how often it has started in it before."""
+    return (name, round, *([f"again {repeat}"] if repeat else []))
+
+
 @dataclass(frozen=True)
 class Task:
     """One client's work in one round.
@@ -46,7 +51,7 @@ class Task:
     @property
     def stream(self) -> tuple[str | int, ...]:
         """The names of its random streams, after their purpose."""
-        return (self.name, self.round, *([f"again {self.repeat}"] if self.repeat else []))
+        return stream_of(self.name, self.round, self.repeat)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fedsim.config.experiment import Experiment, expand_path
 from fedsim.core.errors import UserError
 from fedsim.core.section import plain
 from fedsim.core.seeding import stream
+from fedsim.core.types import stream_of
 from fedsim.core.user_code import UserCode, errors_of
 from fedsim.data import instructions, sources
 from fedsim.data.files import Form
@@ -406,13 +407,14 @@ def _resolve(exp: Experiment, source: Source, template: str | None, words: list[
     return dataclasses.replace(exp, best=best, data=dataclasses.replace(exp.data, template=template, labels=labels))
 
 
-def batches(exp: Experiment, client: str | int, round: int) -> list[np.ndarray]:
+def batches(exp: Experiment, client: str | int, round: int, repeat: int = 0) -> list[np.ndarray]:
     """Example numbers (in the training split) of each optimizer step of a client's round, for a plain loop to follow.
 
     Args:
         exp: the config.
         client: a client's id or number, or `central` for the centralized run.
         round: from 1.
+        repeat: how often the client has started in this round before; with an asynchronous server alone it is not 0.
 
     Returns:
         One int64 array per step, `[examples of the batch]`.
@@ -432,4 +434,5 @@ def batches(exp: Experiment, client: str | int, round: int) -> list[np.ndarray]:
         return [] if steps == 0 else sampler.batches(rows, stream(exp.seed, "batches", CENTRAL, round), steps)
     number = parts.client(client)
     name = parts.partition.name(number)
-    return sampler.batches(parts.partition.rows(number), stream(exp.seed, "batches", name, round), exp.local.steps)
+    rng = stream(exp.seed, "batches", *stream_of(name, round, repeat))
+    return sampler.batches(parts.partition.rows(number), rng, exp.local.steps)

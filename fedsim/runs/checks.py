@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedsim.algorithms import ALGORITHMS
+from fedsim.algorithms import ALGORITHMS, ClientOptimizer
 from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import MOST_EXAMPLES, Simulation
@@ -81,7 +81,7 @@ def _check_algorithm(exp: Experiment, held: int) -> None:
         return
     algorithm, sim = algorithm_of(exp.algorithm, exp.aggregator), exp.simulation
     try:
-        algorithm.suits(exp.local)
+        algorithm.suits(ClientOptimizer(exp.local.optimizer, exp.local.lr, exp.local.momentum))
     except ValueError as error:
         raise UserError(f"algorithm.{error}") from None
     name = getattr(exp.algorithm.name, "wanted", exp.algorithm.name)

@@ -113,8 +113,10 @@ def _sizes(
     since: int,
 ) -> tuple[Sizes, Sizes]:
     """Bytes of a client's message in a round, and of what it receives: what has changed since it last began, in round `since`."""
-    layouts = algorithm.messages(layout).values()
-    sent = [(n, s) for group in layouts for n, s in group.shapes.items() if algorithm.travels(n, round)]
+    sent, exact = [], []
+    for group, tensors in algorithm.messages(layout).items():
+        names = [(n, s) for n, s in tensors.shapes.items() if algorithm.travels(n, round)]
+        (exact if group in algorithm.exact else sent).extend(names)
     stays, state = algorithm.stays(layout.shapes), algorithm.sent(algorithm.init(meta(layout))[0])
     received = [*layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items())]
     missed = range(since, round) if since else ()
@@ -123,5 +125,6 @@ def _sizes(
         for n, s in received
         if n not in stays and (n in state or not missed or any(algorithm.changes(n, r) for r in missed))
     ]
-    sends, receives = ([shape_at(n, s, rank) for n, s in each] for each in (sent, received))
-    return uplink(messages.up).nbytes(sends, dtype) + scale, downlink(messages.down).nbytes(receives, dtype)
+    sends, plain, receives = ([shape_at(n, s, rank) for n, s in each] for each in (sent, exact, received))
+    up = uplink(messages.up).nbytes(sends, dtype) + uplink(None).nbytes(plain, dtype) + scale
+    return up, downlink(messages.down).nbytes(receives, dtype)

@@ -26,7 +26,8 @@ class Progress:
     def __init__(self, show: bool, rounds: int) -> None:
         self.show, self.rounds = show, rounds
         self._live: Any = None  # rich's progress bar, on a terminal
-        self._mode, self._clients, self._round = "", 0, 0
+        self._mode, self._round = "", 0
+        self._clients: set[int] = set()  # of the round
         self._tokens, self._training = 0, 0.0  # trained on in this mode, and seconds of it
         self._mark = self._last = 0.0  # when the last pack, and the last round, ended
         self._work: dict[str, tuple[float, int]] = {}
@@ -48,7 +49,8 @@ class Progress:
 
     def begin(self, mode: str, done: int) -> None:
         """A mode begins, `done` of its rounds behind it."""
-        self._mode, self._tokens, self._training, self._round, self._clients = mode, 0, 0.0, done, 0
+        self._mode, self._tokens, self._training, self._round = mode, 0, 0.0, done
+        self._clients.clear()
         now = time.monotonic()
         if self._ends is not None:  # what came between, final evaluation and export, is no part of the estimate
             self._ends += now - self._last
@@ -71,7 +73,7 @@ class Progress:
         self._training += (now - self._mark) * (1.0 - evaluated)
         self._mark = now
         self._tokens += report.tokens
-        self._clients = (self._clients if report.index else 0) + len(report.steps)  # a round may start again
+        self._clients |= report.steps.keys()  # a round may start again, and a client twice in a round
         self._update(text=f"round {round}/{self.rounds}, {self._counted()} done{self._pace()}")
 
     def round(self, round: int, text: str) -> None:
@@ -84,7 +86,7 @@ class Progress:
         self._update(completed=round, text=f"round {round}/{self.rounds} done{self._pace()}")
         if self.show:
             _print(f"{self._mode:9s} round {round}/{self.rounds}  {self._counted()}{self._pace()}  {text}", self._live)
-        self._clients = 0
+        self._clients.clear()
 
     def end(self) -> None:
         """The mode is over; may be called twice."""
@@ -97,7 +99,7 @@ class Progress:
             self._live.update(self._live.task_ids[0], **shown)
 
     def _counted(self) -> str:
-        return f"{self._clients} client{'s' * (self._clients != 1)}"
+        return f"{len(self._clients)} client{'s' * (len(self._clients) != 1)}"
 
     def _to_come(self) -> list[str]:
         """Modes that have rounds left, the present one first."""

@@ -278,14 +278,21 @@ def _clock(schedule: Schedule, state: State, round: int, work: RoundWork) -> lis
         return []
     out: list[Row] = []
 
-    def note(client: int, what: str, value: float) -> None:
+    def note(client: int, what: str, value: float, weight: float = 1.0) -> None:
         at = state.steps.get(client, 0)
-        out.append(Row(round, at, "federated", schedule.name(client), "simulated", what, value))
+        out.append(Row(round, at, "federated", schedule.name(client), "simulated", what, value, weight))
 
-    for w in (w for w in work.work if w.seconds is not None):
-        note(w.client, "seconds", w.seconds)
+    took: dict[int, float] = {}  # a client may start, or arrive, more than once
+    stale: dict[int, list[int]] = {}
+    for w in work.work:
+        if w.seconds is not None:
+            took[w.client] = took.get(w.client, 0.0) + w.seconds
     for w in work.arrived:
-        note(w.client, "staleness", float(round - w.starts))
+        stale.setdefault(w.client, []).append(round - w.starts)
+    for client, seconds in took.items():
+        note(client, "seconds", seconds)
+    for client, each in stale.items():
+        note(client, "staleness", sum(each) / len(each), float(len(each)))
     clock = {"round_seconds": work.seconds, "seconds": work.clock}
     if work.at_work is not None:
         clock["at_work"] = float(work.at_work)

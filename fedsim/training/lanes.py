@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.algorithms import ClientOptimizer
 from fedsim.channel import Senders
 from fedsim.core.heartbeat import beat
 from fedsim.core.params import Chunk, Message, Params
@@ -58,7 +59,8 @@ class LaneGroup:
         self.number = run.algorithm.parts.index(part)
         self.chunks, self.batches = run.setup.chunks, run.algorithm.batches
         self.moves, self.freezes = (run.algorithm.overrides(hook) for hook in ("at", "trains"))
-        self._trains = run.algorithm.trains
+        self._trains, optim = run.algorithm.trains, run.worker.config.optim
+        self.optim = ClientOptimizer(optim.optimizer, optim.lr, optim.momentum)
         self.lanes: list[int] = []
         self.tasks: list[Task] = []
         self.facts: dict[str, Tensor] = {}
@@ -215,11 +217,12 @@ class LaneGroup:
             if message and run.algorithm.merges:
                 if not run.may_add():
                     return
-                message, lost = run.worker.uplink.up(message, senders, self._lost(i, tasks, message))
-                run.add(message, tasks, chunk)
+                coded = {g: sent for g, sent in message.items() if g not in run.algorithm.exact}
+                coded, lost = run.worker.uplink.up(coded, senders, self._lost(i, tasks, coded))
+                run.add(message | coded, tasks, chunk)
                 self._keep_lost(i, tasks, lost)
             self._write(tasks, record.state_at(self.number) + chunk.start, state)
-            message = state = lost = None  # before those of the next chunk are made
+            message = coded = state = lost = None  # before those of the next chunk are made
         if self.number == 0:
             self._keep_personal(good)
             run.done(tasks, [fit.steps[self.lanes[i]] for i in good])
@@ -290,6 +293,8 @@ class LaneGroup:
         """Group, its chunk, and where a record has what this chunk of its messages has lost."""
         place = self.run.setup.record.lost_at
         for name, group in self.run.setup.reducer.groups.items():
+            if name in self.run.algorithm.exact:
+                continue
             here = self.run.setup.reducer.chunk_of(group, self.chunks[chunk])
             if name in groups:
                 yield name, here, place + here.start

@@ -97,7 +97,7 @@ class View(ClientView):
         facts = {n: t[own] for n, t in group.facts.items()}
         rank = None if group.ranks is None else group.ranks[own]
         about = {"round": group.tasks[0].round, "part": group.part, "batch": batch, "facts": facts, "rank": rank}
-        about |= {"optim": group.run.worker.config.optim}
+        about |= {"optim": group.optim}
         self.__dict__.update(about, lr_sum=lr_sum, _received=received, _own=own, _steps=steps)
 
     @functools.cached_property

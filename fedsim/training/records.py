@@ -48,7 +48,8 @@ class RecordLayout:
         counts = len(layout.shapes) if keeps and algorithm.overrides("trains", "resets") else 0
         optimizer = config.optim.num_moments * layout.numel + counts if keeps else 0
         keeps_lost = uplink(config.up, config.error_feedback).keeps
-        lost = sum(sent.numel for sent in algorithm.messages(layout).values()) if keeps_lost else 0
+        coded = [sent for group, sent in algorithm.messages(layout).items() if group not in algorithm.exact]
+        lost = sum(sent.numel for sent in coded) if keeps_lost else 0
         at, personal, places, chosen = 0, {}, {}, algorithm.personal(layout.shapes)
         begin = sum(states) + len(states) * optimizer + lost
         for name, tensor in meta(layout).items():
