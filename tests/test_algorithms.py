@@ -291,7 +291,7 @@ NEUTRAL: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
         0.0,
     ),
     "fedbuff": ({"weights": "uniform", "buffer": COHORT}, {}, 1e-12),  # of clients that take the same time
-    "ditto": ({}, {}, 0.0),  # the shared part
+    "ditto": ({}, {"training": {"lanes": 1}}, 0.0),  # the shared part
     "hetlora": ({"mean": "zero_pad"}, {}, 1e-12),
     "fedrot_lora": ({"lam": 0.0}, {"local": {"keep_state": False}}, 0.0),
 }

@@ -29,7 +29,6 @@ def test_ditto_is_its_papers_loop(lab: Any, distance: Any) -> None:
     """Li et al., 2021: the own model's moments live on although clients start afresh; both see the same batches."""
     run, loop = run_and_loop(lab, {"name": "ditto", "lam": 0.3})
     own: dict[str, Named] = {}
-    start = dict(loop.x)
     for t, cohort in enumerate(loop.cohorts, 1):
         found, x = {}, loop.x
         for k in cohort:
@@ -39,7 +38,7 @@ def test_ditto_is_its_papers_loop(lab: Any, distance: Any) -> None:
                 return {n: g + 0.3 * (y[n] - x[n]) for n, g in loop.grads(y, numbers).items()}
 
             found[k] = loop.fit(("shared", k, t), x, batches)
-            own[k] = loop.fit(("own", k), own.get(k, start), batches, gradient=near, keep=True)
+            own[k] = loop.fit(("own", k), own.get(k, x), batches, gradient=near, keep=True)
         loop.average(found)
     assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
     for k, model in own.items():

@@ -210,6 +210,13 @@ def test_poisson_cohorts_are_independent(lab: Any) -> None:
             "privacy.clip: adaptive with cohort.size=3 counts",
         ),
         ({"privacy": {"clip": 0.0}}, "privacy.clip"),
+        ({"algorithm": {"name": "qfedavg"}}, "algorithm.name: qfedavg weighs clients by their loss"),
+        (
+            {"algorithm": {"name": "fednova", "normalise": "steps"}},
+            "algorithm.name: fednova also sends numbers that are not clipped",
+        ),
+        ({"algorithm": {"name": "fedbuff"}, "simulation": {"speeds": 50}}, "algorithm.name: fedbuff is asynchronous"),
+        ({"aggregator": {"name": "median"}}, "aggregator.name: median is no sum"),
         ({"privacy": {"delta": 0.0}}, "privacy.delta"),
     ],
 )

@@ -7,7 +7,7 @@ where w_t is the global model that the client received in the round. v_k stays w
 
 Deviations:
 - Both models see the same batches in a round, each with optimizer state of its own; that of v_k lives on from round to round.
-- v_k begins as the initial model.
+- v_k begins as the global model that the client receives when it first takes part.
 
 Peers: PFLlib trains v_k by epochs of its own.
 """
@@ -39,7 +39,7 @@ class Ditto(Algorithm):
             raise ValueError(f"lam: {self.lam} is not a number of at least 0")
 
     def init(self, params: Params) -> tuple[Params, Params]:
-        """v_k = w_0."""
+        """v_k = w_t of the client's first round."""
         return {}, {f"own/{n}": p for n, p in params.items()}
 
     def start(self, c: ClientView) -> Params:

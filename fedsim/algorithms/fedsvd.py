@@ -29,7 +29,7 @@ def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     left, right = q_b @ u * s, vt @ q_a.T
     sign = torch.where(right.sum(dim=1) < 0, -1.0, 1.0).to(right)
     rest = b.shape[1] - len(right)  # of a rank above the matrix's

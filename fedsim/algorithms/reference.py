@@ -89,10 +89,11 @@ def row(name: str, kind: type[Algorithm]) -> list[str]:
         same = sent.shapes.keys() <= layout.shapes.keys()
         what = _by_round({r: kinds(n) for r, n in travelling.items()}) if same else _size(sent.numel, layout)
         up.append(f"`{group}`: {what}")
-    received = [n for n in layout.shapes if n not in made.stays(layout.shapes)]
+    changed = {r: [n for n in layout.shapes if made.changes(n, r)] for r in ROUNDS}
     state = sum(t.numel() for t in made.sent(server).values())
-    bytes_down = sum(params[n].numel() for n in received) + state
-    down = kinds(received) + (f"; server state, {_size(state, layout)}" if state else "")
+    bytes_down = sum(params[n].numel() for names in changed.values() for n in names) / len(ROUNDS) + state
+    down = _by_round({r: kinds(names) for r, names in changed.items()})
+    down += f"; server state, {_size(state, layout)}" if state else ""
     own = made.personal(layout.shapes)
     kept = [_size(sum(t.numel() for t in client.values()), layout)] * bool(client) + [kinds(own)] * bool(own)
     per = f"{bytes_up / layout.numel:.2f} / {bytes_down / layout.numel:.2f}"
@@ -112,7 +113,8 @@ def page() -> str:
         "each are in the [config reference](config.md#algorithm), the formulas in its file in `fedsim/algorithms/`.",
         "",
         "What travels, bytes and state are those of LoRA's factors A and B and a classification head, at the defaults of the algorithm.",
-        "Bytes are without compression, relative to FedAvg's, as a mean over the first eight rounds. State is in multiples of the trained",
+        "Bytes are without compression, relative to FedAvg's, as a mean over the first eight rounds of a client that is in all of them; one that",
+        "has missed rounds also receives what has changed in these. State is in multiples of the trained",
         "parameters, without the optimizer state of clients (`local.keep_state`) and what error feedback keeps.",
         "",
         f"| {' | '.join(head)} |",
