@@ -94,7 +94,8 @@ def row(name: str, kind: type[Algorithm]) -> list[str]:
     bytes_down = sum(params[n].numel() for names in changed.values() for n in names) / len(ROUNDS) + state
     down = _by_round({r: kinds(names) for r, names in changed.items()})
     down += f"; server state, {_size(state, layout)}" if state else ""
-    own = made.personal(layout.shapes)
+    personal = made.personal(layout.shapes)
+    own = [n for n in layout.shapes if n in personal]
     kept = [_size(sum(t.numel() for t in client.values()), layout)] * bool(client) + [kinds(own)] * bool(own)
     per = f"{bytes_up / layout.numel:.2f} / {bytes_down / layout.numel:.2f}"
     state_of = f"{', '.join(kept) or '-'} / {_size(sum(t.numel() for t in server.values()), layout)}"
