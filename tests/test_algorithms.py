@@ -19,8 +19,10 @@ from tiers import fast_only
 from torch import Tensor
 
 import fedsim
-from fedsim.algorithms import ALGORITHMS, Info, Server
+from fedsim.algorithms import ALGORITHMS, Info, Server, reference
 from fedsim.core.errors import UserError
+from fedsim.runs.build import prepare
+from fedsim.runs.resolve import schedule_of
 
 ROUNDS, CLIENTS, COHORT = 3, 4, 3
 SMALL: dict[str, Any] = {
@@ -205,8 +207,9 @@ METHODS: list[dict[str, Any]] = [
     {"name": "fedadagrad"},
     {"name": "feddyn"},
     {"name": "qfedavg"},
+    {"name": "fedbuff", "buffer": 3},
 ]
-KEYS_OF: dict[str, dict[str, Any]] = {}  # sections that an algorithm needs
+KEYS_OF = {"fedbuff": {"simulation": {"speeds": [30, 900]}}}  # sections that an algorithm needs
 POOL = {"name": "pool", "devices": ["cpu", "cpu"], "threads": 1}
 
 
@@ -247,6 +250,7 @@ def by_name(labels, rng, *, reverse: bool = False):
 """
 
 
+@fast_only(2, 4, 9)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_the_order_of_the_clients_only_rounds(lab: Any, distance: Any, method: dict[str, Any]) -> None:
     (lab.root / "order.py").write_text(PARTITION)
@@ -269,6 +273,7 @@ NEUTRAL: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
         {"partition": {"name": "iid", "num_clients": 1}, "cohort": {"size": "all"}, "rounds": 2},
         0.0,
     ),
+    "fedbuff": ({"weights": "uniform", "buffer": COHORT}, {}, 1e-12),  # of clients that take the same time
 }
 # Algorithms of which no setting is FedAvg, and why.
 NOT_NEUTRAL = {
@@ -288,8 +293,30 @@ def test_neutral_hyperparameters_are_fedavg(lab: Any, distance: Any, name: str) 
     method, keys, most = NEUTRAL[name]
     keys = {**SMALL, **keys, "algorithm": {"name": "fedavg", "weights": method.get("weights", "samples")}}
     fedavg = lab.run(**keys)
-    found = lab.run(**{**keys, **KEYS_OF.get(name, {}), "name": "neutral", "algorithm": {"name": name, **method}})
+    if name in KEYS_OF:
+        made = schedule_of(prepare(lab.exp(**keys)), "federated")
+        keys |= {"simulation": {"speeds": {made.name(c): made.tokens(c) for c in range(CLIENTS)}}}
+    found = lab.run(**{**keys, "name": "neutral", "algorithm": {"name": name, **method}})
     assert distance(adapter_of(found / "global"), adapter_of(fedavg / "global")) <= most
+
+
+def test_the_table_of_algorithms_is_current_and_complete() -> None:
+    committed = Path(__file__).resolve().parents[1] / "docs" / "algorithms.md"
+    how = "run: python -m fedsim.algorithms.reference > docs/algorithms.md"
+    assert committed.read_text(encoding="utf-8") == reference.page(), how
+    for name, kind in ALGORITHMS.items():
+        assert reference.paper(kind), (
+            f"{name}: its file does not begin with `NAME: authors. Title. Venue year (arXiv id).`"
+        )
+        assert all(reference.items(kind, part) for part in ("Deviations", "Peers")), name
+    cells = {name: reference.row(name, kind) for name, kind in ALGORITHMS.items()}
+    assert cells["scaffold"][2:6] == [
+        "`update`: A, B, head<br>`control`: A, B, head",
+        "A, B, head; server state, 1 x",
+        "2.00 / 2.00",
+        "1 x / 1 x",
+    ]
+    assert cells["fedavgm"][1].endswith("2019 (arXiv:1909.06335), section 4.4")
 
 
 def test_a_scaffold_message_counts_both_ways(lab: Any) -> None:

@@ -30,7 +30,7 @@ ROOMS = {
     "simulate": {"core", "algorithms", "aggregators", "privacy"},
     "executors": {"core", "aggregators"},
     "analysis": {"core"},
-    "config": {"core", "algorithms"},
+    "config": {"core", "aggregators", "algorithms"},
     "privacy": {"core"},
     "runs": {
         *("core", "algorithms", "aggregators", "channel", "data", "models", "training", "simulate", "executors"),

@@ -165,7 +165,12 @@ def test_who_is_late_and_how_long_a_round_takes_by_hand() -> None:
     assert (clients(found, 1), found.arriving(None)[0].lost, found.seconds) == ([0, 1], "late", 10.0)
     made = timeline(deadline_s=12.0, late="next")
     found = made.work(1)
-    assert (clients(found, 1), clients(found, 2), found.arrivals, found.seconds) == ([0, 1], [2], [2, 1], 12.0)
+    assert (clients(found, 1), clients(found, 2), [r for r, _ in found.batches(1)], found.seconds) == (
+        [0, 1],
+        [2],
+        [2, 1],
+        12.0,
+    )
     found = made.work(2)  # client 2 needs 18 of its 30 seconds more: it sits the round out, which lasts to the deadline
     assert (clients(found, 2), found.seconds, found.clock) == ([0, 1], 12.0, 24.0)
     assert clients(made.work(3), 4) == [2], "and is sampled again once its message has arrived"

@@ -22,7 +22,7 @@ from test_readme import blocks
 from tiers import fast_only
 
 import fedsim
-from fedsim.aggregators import AGGREGATORS
+from fedsim.aggregators import AGGREGATORS, RULES
 from fedsim.config import yaml_text
 from fedsim.config.components import algorithm_of, component_of
 from fedsim.config.experiment import components
@@ -247,7 +247,7 @@ def test_an_aggregator_is_of_the_updates_of_an_algorithm_that_takes_their_mean(
 
 
 def test_the_aggregators_of_the_config_are_those_there_are() -> None:
-    assert list(AGGREGATORS) == list(components("aggregator"))
+    assert [*AGGREGATORS, *RULES] == list(components("aggregator"))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # a config is read before torch is loaded
+    from torch import Tensor
 
 GROUP = 16  # packs that are summed before their sum is added to the others'
 

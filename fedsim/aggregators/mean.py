@@ -7,13 +7,12 @@ Divided once, at the end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from fedsim.aggregators.base import Buffer
-from fedsim.core.params import LARGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class WeightedSum:
@@ -27,6 +26,8 @@ class WeightedSum:
     blockwise: ClassVar[bool] = True
 
     def __init__(self, nbytes: int = 0) -> None:
+        from fedsim.core.params import LARGE
+
         self.large = nbytes >= LARGE
 
     def buffers(self, slots: int) -> dict[str, Buffer]:
@@ -35,6 +36,8 @@ class WeightedSum:
 
     def add(self, acc: dict[str, Tensor], values: Tensor, weights: Sequence[float], slots: Sequence[int]) -> None:
         """Add weight x value of each client."""
+        import torch
+
         total = acc["sum"][0]
         if len(weights) == 1 and self.large:
             total.add_(values[0], alpha=weights[0])

@@ -50,6 +50,7 @@ class Reducer:
 
     Attributes:
         numel: elements of an accumulator's buffer.
+        least: how many clients the aggregators need at least.
         blockwise: whether messages may be added and read chunk by chunk of the parameters: each group is laid out like these.
     """
 
@@ -66,6 +67,7 @@ class Reducer:
                 how = AGGREGATORS[how](params.nbytes)
             self.groups[name] = Group(how, layouts[name], slots, self.numel)
             self.numel = self.groups[name].stop
+        self.least = max((int(getattr(g.aggregator, "least", 1)) for g in self.groups.values()), default=1)
         self.blockwise = all(g.layout.shapes == params.shapes and g.aggregator.blockwise for g in self.groups.values())
 
     def zero(self, total: Tensor, spare: Tensor | None = None) -> Accumulator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedsim.algorithms.base import Algorithm, Buffered, ClientOptimizer, ClientView, Info, Local, Server, per_lane
 from fedsim.algorithms.fedavg import FedAvg
 from fedsim.algorithms.fedavgm import FedAvgM
+from fedsim.algorithms.fedbuff import FedBuff
 from fedsim.algorithms.feddyn import FedDyn
 from fedsim.algorithms.fednova import FedNova
 from fedsim.algorithms.fedopt import FedAdagrad, FedAdam, FedYogi
@@ -23,6 +24,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedadagrad": FedAdagrad,
     "feddyn": FedDyn,
     "qfedavg": QFedAvg,
+    "fedbuff": FedBuff,
 }
 
 __all__ = [

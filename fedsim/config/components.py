@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import WrapValidator
 
-from fedsim import algorithms
+from fedsim import aggregators, algorithms
 from fedsim.core.section import OneOf, as_given, made_of, plain, section
 from fedsim.core.user_code import errors_of, is_user_code, load, read
 from fedsim.data.partitioners import PARTITIONERS
@@ -103,6 +103,10 @@ def _built_in(keys: Mapping[str, Any]) -> Any:
     return ALGORITHMS[keys["name"]](**keys)
 
 
+def _rule(keys: Mapping[str, Any]) -> Any:
+    return AGGREGATORS[keys["name"]](**keys)
+
+
 def callable_in_file(key: str, *more: type) -> InFile:
     """For a partitioner or a data source."""
     return InFile(key, "function, or class with __call__,", _is_callable, more)
@@ -110,7 +114,8 @@ def callable_in_file(key: str, *more: type) -> InFile:
 
 ALGORITHMS = {name: section_of(name, kind, _built_in) for name, kind in algorithms.ALGORITHMS.items()}
 FedAvg: Any = ALGORITHMS["fedavg"]
-AGGREGATORS = {"mean": Mean, "sum": Sum}
+AGGREGATORS: dict[str, Any] = {"mean": Mean, "sum": Sum}
+AGGREGATORS |= {name: section_of(name, kind, _rule) for name, kind in aggregators.RULES.items()}
 OWN_ALGORITHM = InFile("algorithm", "class derived from fedsim.algorithms.Algorithm", _is_algorithm)
 OWN_AGGREGATOR = InFile("aggregator", "class with blockwise, buffers, add and result", _is_aggregator)
 Algorithm = Annotated[Any, OneOf(ALGORITHMS, default="fedavg", find=OWN_ALGORITHM)]

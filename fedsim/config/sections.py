@@ -229,6 +229,20 @@ class Faults:
 
 
 @section
+class Attackers:
+    """Clients that attack federated training; they are drawn by the seed."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    """Share of the clients that attack."""
+    kind: Literal["sign_flip", "gaussian", "label_flip", "scaled"]
+    """What they do: send minus their update, noise, or their update times `factor`; or train on the class C - 1 - c instead of c."""
+    factor: float = 10.0
+    """For `scaled`: what they multiply their update by."""
+    std: Positive = 1.0
+    """For `gaussian`: standard deviation of what they send."""
+
+
+@section
 class Simulation:
     """Client availability, dropout and stragglers, drawn by the seed; see docs/simulation.md."""
 
@@ -240,6 +254,8 @@ class Simulation:
     """Compute speed in tokens per second: one number, a range [min, max] from which each client's speed is drawn log-uniformly, or {client: number}; null = no simulated clock."""
     deadline_s: Positive | None = None
     """Simulated seconds that the server waits in a round; null = until all clients have finished."""
+    attackers: Attackers | None = None
+    """Clients that attack; null = none."""
     late: Literal["drop", "next"] = "drop"
     """Updates after the deadline: `drop` discards them, `next` adds them in the next round, in which the client is not sampled."""
 

@@ -6,13 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+ROOT = -3  # the server among clients' numbers, where it trains on examples of its own
+
 
 @dataclass(frozen=True)
 class Task:
     """One client's work in one round.
 
     Attributes:
-        client: the client's number, or -1 for the centralized client that holds every row.
+        client: the client's number; -1 for the centralized client that holds every row, `ROOT` for the server's own work.
         name: its id as the user reads it.
         round: the round, from 1.
         steps: optimizer steps to do, or None for `epochs` passes.
@@ -24,6 +26,7 @@ class Task:
         write: record to leave its state in, or -1 to leave none.
         evaluate: whether it is scored at the end of the round.
         slot: its number among the clients whose messages are merged together.
+        repeat: how often the client has started in this round before.
     """
 
     client: int
@@ -38,6 +41,12 @@ class Task:
     write: int = -1
     evaluate: bool = False
     slot: int = 0
+    repeat: int = 0
+
+    @property
+    def stream(self) -> tuple[str | int, ...]:
+        """The names of its random streams, after their purpose."""
+        return (self.name, self.round, *([f"again {self.repeat}"] if self.repeat else []))
 
 
 @dataclass(frozen=True)

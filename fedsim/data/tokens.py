@@ -5,6 +5,7 @@ In front of each answer stands its prompt; see `templates.py` for what the two a
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,30 @@ class Tokens:
         done = "left out, longer than" if dropped else "cut to"
         counts = f"{self.truncated + dropped:,} of {total:,} examples ({share:.1%})"
         return share, f"{counts} {done} data.max_length={max_length}; 95 % of them have at most {self.fits} tokens"
+
+    def relabeled(self, rows: np.ndarray, labels: np.ndarray) -> Tokens:
+        """These examples once more behind all others, with other classes: `rows[i]` again as number `len(self) + i`.
+
+        Args:
+            rows: examples, int64 `[k]`.
+            labels: their new classes, int64 `[k]`.
+        """
+        again = []
+        for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
+            ids = self.row(row)
+            if self.candidates is not None and not self.is_classes:
+                prompt = int(self.prompts[row])
+                own = len(self.candidates[int(self.labels[row])])
+                ids = np.concatenate([ids[:prompt], self.candidates[label], ids[prompt + own :]])
+            again.append(ids)
+        ends = self.offsets[-1] + torch.from_numpy(np.cumsum([len(ids) for ids in again]))
+        return dataclasses.replace(
+            self,
+            ids=torch.cat([self.ids, torch.from_numpy(np.concatenate(again).astype(np.int32))]),
+            offsets=torch.cat([self.offsets, ends]),
+            prompts=torch.cat([self.prompts, self.prompts[torch.from_numpy(rows)]]),
+            labels=torch.cat([self.labels, torch.from_numpy(labels)]),
+        )
 
     def share(self) -> None:
         """Move the arrays into shared memory, in place."""

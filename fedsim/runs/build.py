@@ -26,9 +26,11 @@ from fedsim.data.tokens import Tokens, encode, encode_chats
 from fedsim.models import base, locate, sharing
 from fedsim.models.positions import max_positions
 from fedsim.privacy.central import CentralPrivacy
+from fedsim.runs.attacks import with_attack, with_root
 from fedsim.runs.checks import check, sampler_of, virtual_tokens
 from fedsim.runs.divide import CENTRAL, divide
 from fedsim.runs.private import privacy_of
+from fedsim.training.attack import Attack
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Parts:
         own: client -> its own validation examples; None where no client has any (virtual).
         report: class counts, sizes and skew of the partition; goes into the run folder.
         privacy: what federated training guarantees of each client; None = nothing.
+        attack: what simulated attackers do; None = there are none.
+        root: training examples, ascending, that the server trains on by itself; None = it does not.
     """
 
     exp: Experiment
@@ -76,6 +80,8 @@ class Parts:
     own: Partition | None
     report: dict[str, Any]
     privacy: CentralPrivacy | None = None
+    attack: Attack | None = None
+    root: np.ndarray | None = None
 
     @property
     def source(self) -> Source:
@@ -378,6 +384,7 @@ def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
     report["truncated"] = {s: t.truncated for s, t in tokens.items() if t.truncated}
     parts = Parts(exp, made, partition, own, report)
     check(parts)
+    parts = with_root(with_attack(parts))
     privacy = privacy_of(parts)
     if privacy is not None:
         last = privacy.last_round(exp.rounds, exp.privacy.max_epsilon)

@@ -8,8 +8,8 @@ import numpy as np
 
 from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
-from fedsim.config.sections import MOST_EXAMPLES
-from fedsim.core.errors import UserError
+from fedsim.config.sections import MOST_EXAMPLES, Simulation
+from fedsim.core.errors import UserError, shown
 from fedsim.data.batches import BatchSampler
 from fedsim.models import base
 from fedsim.models.positions import ends_at, max_positions
@@ -48,7 +48,7 @@ def check(parts: Parts) -> None:
         raise UserError(
             f"cohort.size: {exp.cohort.size}, but only {held} clients have examples; use at most {held}, or all"
         )
-    _check_algorithm(exp)
+    _check_algorithm(exp, held)
     work = exp.local
     if work.epochs is not None and work.drop_last:
         small = clients[sizes[clients] < work.batch_size]
@@ -72,14 +72,48 @@ def check(parts: Parts) -> None:
     _check_room(parts, positions, extra)
 
 
-def _check_algorithm(exp: Experiment) -> None:
-    """Whether the algorithm goes with the clients' optimizer."""
+def _check_algorithm(exp: Experiment, held: int) -> None:
+    """Whether the algorithm goes with the clients' optimizer, their number `held` and their simulated behavior, and the
+    aggregator with how many there are in a round."""
     if "federated" not in exp.modes:
         return
+    algorithm, sim = algorithm_of(exp.algorithm, exp.aggregator), exp.simulation
     try:
-        algorithm_of(exp.algorithm, exp.aggregator).suits(exp.local)
+        algorithm.suits(exp.local)
     except ValueError as error:
         raise UserError(f"algorithm.{error}") from None
+    size = held if exp.cohort.size == "all" else exp.cohort.size
+    buffered = algorithm.buffered(size)
+    size = size if buffered is None else buffered.size
+    if size < (least := getattr(algorithm.aggregates.get("update"), "least", 1)):
+        byzantine = getattr(exp.aggregator, "byzantine", None)
+        key, value = ("byzantine", byzantine) if byzantine else ("name", exp.aggregator.name)
+        raise UserError(
+            f"aggregator.{key}: {value} needs at least {least} clients in a round, and there are {size}; raise cohort.size, or take "
+            "another aggregator"
+        )
+    if buffered is None:
+        return
+    name = getattr(exp.algorithm.name, "wanted", exp.algorithm.name)
+    if sim.speeds is None:
+        raise UserError(
+            f"simulation.speeds: null, but algorithm.name={name} is asynchronous, and the clients' speeds say who arrives when; set them"
+        )
+    whys = {
+        "deadline_s": "its server waits for a number of messages, not for a time",
+        "drop": "a client that fails would leave the server waiting",
+        "availability": "its clients start at any time, not in common rounds",
+    }
+    for key, why in whys.items():
+        value = getattr(sim, key)
+        if value != getattr(Simulation(), key):
+            raise UserError(
+                f"simulation.{key}: {shown(value)}, but algorithm.name={name} is asynchronous: {why}; leave it out"
+            )
+    if buffered.clients > held:
+        raise UserError(
+            f"algorithm.concurrency: {buffered.clients}, but only {held} clients have examples, and none is at work twice; use at most {held}"
+        )
 
 
 def _check_sites(parts: Parts) -> None:

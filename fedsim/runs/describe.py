@@ -48,7 +48,8 @@ def describe(
     up, down = sizes(1, None)
     about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
     kept = {m: stores[m].nbytes for m in exp.modes}
-    folder.write_json("model.json", {**about, "adapter": exp.adapter.name, "kept_bytes_per_client": kept})
+    attacked = {"attackers": sorted(map(parts.partition.name, parts.attack.clients))} if parts.attack else {}
+    folder.write_json("model.json", {**about, "adapter": exp.adapter.name, **attacked, "kept_bytes_per_client": kept})
     how = [f" as {name}" if name else "" for name in (messages.up, messages.down)]
     show.note(
         f"{exp.adapter.name} on {exp.model.path}: {about['trained']:,} of {about['parameters']:,} parameters are trained "
@@ -56,6 +57,7 @@ def describe(
     )
     if "federated" not in exp.modes and any(how):
         show.note("messages: nothing is sent without the mode federated, so messages.up and down have no effect")
+    _tell_aggregator(parts, algorithm, show)
     if parts.privacy is not None:
         keep(folder, parts.privacy)
         for line in about_privacy(parts.privacy, exp):
@@ -84,6 +86,19 @@ def describe(
             share, text = over
             (show.warn if share > 0.05 else show.note)(f"{'warning: ' if share > 0.05 else ''}{split}: {text}")
     return lambda round, client: tuple(size.total for size in sizes(round, algorithm.rank(client)))
+
+
+def _tell_aggregator(parts: Parts, algorithm: Algorithm, show: Progress) -> None:
+    """Who attacks, and what an aggregator makes of weights."""
+    exp, attack = parts.exp, parts.attack
+    if attack is not None:
+        names = [parts.partition.name(client) for client in sorted(attack.clients)]
+        show.note(
+            f"attackers ({attack.kind}): {', '.join(names[:20])}{f' and {len(names) - 20} more' * (len(names) > 20)}"
+        )
+    rule = algorithm.aggregates.get("update")
+    if "federated" in exp.modes and not getattr(rule, "weighs", True) and exp.algorithm.weights != "uniform":
+        show.note(f"aggregator.name={exp.aggregator.name} does not use algorithm.weights={exp.algorithm.weights}")
 
 
 def _sizes(

@@ -67,6 +67,10 @@ def run_mode(
         yield from _rounds(setup, world, state, info, metrics, seconds, tracking, callback)
         for line in describe_faults(mode, faults := list(metrics.of_split("fault"))):
             (show.note if all(m["name"] in SIMULATED for m in faults) else show.warn)(line)
+        if left := [m["value"] for m in metrics.of_split("simulated") if m["name"] == "at_work"]:
+            show.note(
+                f"{mode}: {left[-1]:.0f} client(s) were still at work after the last round; their updates are dropped"
+            )
         found, tested, exported = yield from _finish(setup, world, state)
         save_by_row(folder, mode, found)
         metrics.log(tested, seconds())

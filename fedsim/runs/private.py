@@ -74,6 +74,10 @@ def check(exp: Experiment) -> None:
             f"{named} weighs clients by their loss, which no clip bounds; use one that does not, such as fedavg",
         ),
         (
+            algorithm.buffered(1) is not None,
+            f"{named} is asynchronous, and its steps are not of a sampled cohort; use one with rounds, such as fedavg",
+        ),
+        (
             simulation.late == "next",
             "simulation.late: next lets a client count in two rounds; set simulation.late=drop",
         ),

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import Simulation
 from fedsim.core.errors import UserError
 from fedsim.core.store import Records
+from fedsim.core.types import ROOT
 from fedsim.data.partition import VirtualPartition
 from fedsim.runs.build import Parts
 from fedsim.runs.checks import sampler_of
@@ -59,7 +61,7 @@ def behavior_of(parts: Parts) -> ClientAvailability | None:
         UserError: for a client that is not there, or is not named where all have to be.
     """
     exp, partition = parts.exp, parts.partition
-    if exp.simulation == Simulation():
+    if dataclasses.replace(exp.simulation, attackers=None) == Simulation():
         return None
     keys = {"availability": exp.simulation.availability, "speeds": exp.simulation.speeds}
     for key, needed in (("availability", ()), ("speeds", parts.clients.tolist())):
@@ -80,8 +82,11 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
     lengths = parts.tokens["train"].lengths
     private = exp.privacy.name == "central"
     capped = private and exp.privacy.max_weight is not None
+    algorithm = algorithm_of(exp.algorithm, exp.aggregator)
 
     def mean_length(client: int) -> float:
+        if client == ROOT:
+            return float(lengths[parts.root].mean())
         return float(lengths.mean() if client == CENTRAL_CLIENT else lengths[partition.rows(client)].mean())
 
     return Schedule(
@@ -103,8 +108,11 @@ def schedule_of(parts: Parts, mode: str) -> Schedule:
         scores_clients=exp.evaluate.clients,
         central_rows=len(partition.kept) if isinstance(partition, VirtualPartition) else None,
         behavior=behavior_of(parts),
+        root=0 if parts.root is None else len(parts.root),
         sampler=exp.cohort.sampler,
         max_weight=exp.privacy.max_weight if capped else None,
+        buffered=algorithm.buffered(size) if mode == "federated" else None,
+        discount=algorithm.discount,
     )
 
 

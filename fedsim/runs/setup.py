@@ -202,13 +202,11 @@ def _check_algorithm(parts: Parts, algorithm: Algorithm, layout: Layout) -> None
         for rank in {algorithm.rank(int(client)) for client in parts.clients}:
             for name, shape in layout.shapes.items():
                 shape_at(name, shape, rank)
-    late = parts.exp.simulation.late == "next" and algorithm.overrides("travels")
-    for name in layout.shapes if late else ():
+    late = parts.exp.simulation.late == "next"
+    for name in layout.shapes if (late or algorithm.buffered(1)) and algorithm.overrides("travels") else ():
         if len({algorithm.travels(name, round) for round in range(1, parts.exp.rounds + 1)}) > 1:
-            raise UserError(
-                "simulation.late: 'next', but this algorithm does not send the same parameters in every round; "
-                "set simulation.late=drop"
-            )
+            key, way = ("simulation.late: 'next'", "; set simulation.late=drop") if late else ("algorithm.buffered", "")
+            raise UserError(f"{key}, but this algorithm does not send the same parameters in every round{way}")
 
 
 def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> WorkerSpec:
@@ -230,7 +228,9 @@ def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> WorkerSpec:
         train=shareable(parts.partition),
         own=None if parts.own is None else shareable(parts.own),
         algorithms={m: algorithm_of(exp.algorithm, exp.aggregator) if m == "federated" else Local() for m in exp.modes},
-        recipe=dataclasses.replace(recipe_of(exp), slots=schedule_of(parts, "federated").slots),
+        recipe=dataclasses.replace(
+            recipe_of(exp), slots=schedule_of(parts, "federated").slots, attack=parts.attack, root=parts.root
+        ),
         state=folder.path / "checkpoints",
         tokenizer=parts.tokenizer,
         masters=exp.training.master_weights,

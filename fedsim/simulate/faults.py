@@ -13,7 +13,10 @@ from fedsim.simulate.state import State
 from fedsim.simulate.timeline import RoundWork
 
 # Simulated faults: the name of their metric -> in words.
-SIMULATED = {"dropped": "dropped out", "late": "too late", "deferred": "too late, taken in the next round"}
+SIMULATED = {
+    **{"dropped": "dropped out", "late": "too late", "deferred": "too late, taken in the next round"},
+    "too_few": "with too few clients for the aggregator, whose round left the global model as it was",
+}
 _WAYS = {"dropped": "lower simulation.drop or take another seed", "late": "raise simulation.deadline_s"}
 
 
@@ -42,9 +45,10 @@ def fault_metrics(
     for f in found:
         note(f.client, None if schedule.mode == "central" else f.name, f"{f.action}_{f.of}", f.value)
     for w in work.work:
-        if w.arrives != round:
+        if schedule.buffered is None and w.arrives != round:
             note(w.client, schedule.name(w.client), w.lost or "deferred", 1.0)
     skipped, lost = [f for f in found if f.action == "skipped"], [w.lost for w in work.arriving(None)]
+    lost = [] if schedule.buffered is not None else lost
     failed, trained = len(skipped) + len(lost), sum(len(p.tasks) for p in packs)
     if failed and trained == len(skipped) and not arriving:
         reasons = [f"{f.name}: {seen(f)}" for f in skipped[:3]] + [f"{n} {why}" for why, n in Counter(lost).items()]
@@ -81,7 +85,7 @@ def describe_faults(mode: str, metrics: Iterable[dict[str, Any]]) -> list[str]:
     by_kind: dict[str, list[str]] = {}
     for metric in metrics:
         action, _, of = metric["name"].partition("_")
-        kind = f"{action} for their {of}" if of else SIMULATED[action]
+        kind = SIMULATED.get(metric["name"]) or f"{action} for their {of}"
         by_kind.setdefault(kind, []).append(f"{metric['client'] or mode} in round {metric['round']}")
     parts = []
     for kind, whose in by_kind.items():

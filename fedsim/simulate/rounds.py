@@ -20,7 +20,7 @@ from fedsim.algorithms import Algorithm, Info, Server
 from fedsim.core.errors import OutOfMemory, SumLost
 from fedsim.core.params import Layout, Params
 from fedsim.core.store import Store
-from fedsim.core.types import Memory, Pack, Report, Row, Scores, Scoring
+from fedsim.core.types import ROOT, Memory, Pack, Report, Row, Scores, Scoring
 from fedsim.privacy.central import CentralPrivacy
 from fedsim.simulate.faults import check, fault_metrics
 from fedsim.simulate.schedule import CENTRAL, Schedule
@@ -127,7 +127,9 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
             acc = state.pending.pop(t)
             if world.privacy is not None:
                 metrics += _private_round(world.privacy, world.reducer, acc, state, t, sum(r.within for r in reports))
-            if acc.weight > 0:  # otherwise no client was available, or all are still at work
+            if 0 < acc.clients < world.reducer.least:
+                metrics.append(Row(t, state.step, schedule.mode, None, "fault", "too_few", float(acc.clients)))
+            elif acc.weight > 0:  # otherwise no client was available, or all are still at work
                 info = Info(t, acc.clients, acc.weight, len(schedule.clients), schedule.all_weight)
                 server_step(algorithm, world.reducer, world.layout, acc, state, info, world.chunk)
                 executor.broadcast(state.params, algorithm.sent(state.server))
@@ -164,12 +166,12 @@ def _train(
         packs: list[Pack] = []
         reports: list[Report] = []
         pending = dict(state.pending)
+        latest: dict[int, tuple[int, int]] = {}
+        batches = work.batches(round)
         try:
-            for arrives in sorted({round, *work.arrivals}, reverse=True):  # this round last: it stays in the buffers
-                clients = [w.client for w in work.arriving(arrives)]
+            for i, (arrives, starting) in enumerate(batches, 1):
                 lanes = max(1, world.plan.lanes_at(schedule.mode, round) // len(world.algorithm.parts))
-                slot = schedule.size * (arrives - round)
-                these = schedule.packs(round, state, lanes, clients, slot)
+                these = schedule.packs(round, state, lanes, starting, latest, root=i == len(batches))
                 these = [dataclasses.replace(pack, clip=state.clip) for pack in these]
                 packs += these
                 acc = reducer.zero(world.memory.total, world.memory.spare) if merges else None
@@ -181,10 +183,12 @@ def _train(
                         continue
                     check(round, report)
                     reports.append(report)
+                    tasks = {t.client: t for t in packs[len(reports) - 1].tasks}
+                    latest |= {c: (tasks[c].write, tasks[c].steps_done + n) for c, n in report.steps.items()}
                     if acc is not None:
-                        acc.clients += len(report.steps)
+                        acc.clients += len(report.steps.keys() - {ROOT})
                     yield PackDone(round, report)
-                if acc is not None and arrives == round:
+                if acc is not None and i == len(batches):  # of this round: it stays in the buffers
                     pending[arrives] = acc
                 elif acc is not None and acc.weight > 0:
                     pending[arrives] = Accumulator(acc.total.clone(), weight=acc.weight, clients=acc.clients)
@@ -214,15 +218,15 @@ def _private_round(
 
 def _commit(packs: Sequence[Pack], reports: Sequence[Report], state: State) -> None:
     """Note what clients have done; a client whose update was skipped keeps the state that it had."""
-    for report in reports:
+    for pack, report in zip(packs, reports, strict=True):
         for client, steps in report.steps.items():
             state.steps[client] = state.steps.get(client, 0) + steps
-    skipped = {f.client for r in reports for f in r.faults if f.action == "skipped"}
-    for task in (t for p in packs for t in p.tasks if t.write >= 0):
-        if task.client in skipped:
-            state.records.give_back(task.write)
-        else:
-            state.records.wrote(task.client, task.write)
+        skipped = {f.client for f in report.faults if f.action == "skipped"}
+        for task in (t for t in pack.tasks if t.write >= 0):
+            if task.client in skipped:
+                state.records.give_back(task.write)
+            else:
+                state.records.wrote(task.client, task.write)
 
 
 def server_step(
@@ -251,16 +255,15 @@ def server_step(
 
 def _traffic(world: World, state: State, round: int, work: RoundWork, packs: Sequence[Pack]) -> list[Row]:
     """Bytes by client; a client whose message is lost has received the global model and sends nothing."""
-    names = ("bytes_up", "bytes_down")
-    sent = [
-        (t.client, t.name, zip(names, world.bytes_of(round, t.client), strict=True)) for p in packs for t in p.tasks
-    ]
-    lost = [w.client for w in work.arriving(None)]
-    sent += [(c, world.schedule.name(c), [(names[1], world.bytes_of(round, c)[1])]) for c in lost]
+    names, sent = ("bytes_up", "bytes_down"), {}
+    for task in (t for p in packs for t in p.tasks):  # a client that starts twice sends twice
+        sizes = () if task.client == ROOT else zip(names, world.bytes_of(round, task.client), strict=True)
+        for what, n in sizes:
+            sent[task.client, task.name, what] = sent.get((task.client, task.name, what), 0) + n
+    for w in work.arriving(None):
+        sent[w.client, world.schedule.name(w.client), names[1]] = world.bytes_of(round, w.client)[1]
     return [
-        Row(round, state.steps.get(c, 0), "federated", of, "train", what, float(n))
-        for c, of, each in sent
-        for what, n in each
+        Row(round, state.steps.get(c, 0), "federated", of, "train", what, float(n)) for (c, of, what), n in sent.items()
     ]
 
 
@@ -268,14 +271,19 @@ def _clock(schedule: Schedule, state: State, round: int, work: RoundWork) -> lis
     """Simulated seconds by client, of the round and since the start, if clients have speeds."""
     if schedule.behavior is None or schedule.behavior.speeds is None:
         return []
-    out = [
-        Row(
-            round, state.steps.get(w.client, 0), "federated", schedule.name(w.client), "simulated", "seconds", w.seconds
-        )
-        for w in work.work
-        if w.seconds is not None
-    ]
+    out: list[Row] = []
+
+    def note(client: int, what: str, value: float) -> None:
+        at = state.steps.get(client, 0)
+        out.append(Row(round, at, "federated", schedule.name(client), "simulated", what, value))
+
+    for w in (w for w in work.work if w.seconds is not None):
+        note(w.client, "seconds", w.seconds)
+    for w in work.arrived:
+        note(w.client, "staleness", float(round - w.starts))
     clock = {"round_seconds": work.seconds, "seconds": work.clock}
+    if work.at_work is not None:
+        clock["at_work"] = float(work.at_work)
     return out + [Row(round, state.step, "federated", None, "simulated", n, v) for n, v in clock.items()]
 
 

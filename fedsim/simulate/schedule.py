@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from fedsim.aggregators import GROUP
+from fedsim.algorithms import Buffered
 from fedsim.core.seeding import stream
-from fedsim.core.types import Pack, Task
+from fedsim.core.types import ROOT, Pack, Task
 from fedsim.simulate.availability import ClientAvailability
+from fedsim.simulate.buffered import BufferedTimeline
 from fedsim.simulate.state import State
-from fedsim.simulate.timeline import Timeline
+from fedsim.simulate.timeline import Timeline, Work
 
 CENTRAL = -1
 
@@ -41,8 +43,11 @@ class Schedule:
         central_rows: examples of the centralized baseline; None = those of `clients` together. Virtual clients draw examples
             with repetition: there it holds each example once, and still does as much work as the cohort.
         behavior: availability, dropout and speeds of the clients; None = every client is available and in time.
+        root: examples that the server trains on beside the clients of each federated round; 0 = it does not.
         sampler: fixed, or poisson: each client with probability size / clients.
         max_weight: larger weights are lowered to it; None = no limit.
+        buffered: how an asynchronous server works; None = in rounds of a cohort.
+        discount: server steps since the model that a message is made from -> what its weight is multiplied by.
     """
 
     mode: str
@@ -63,8 +68,11 @@ class Schedule:
     scores_clients: bool = True
     central_rows: int | None = None
     behavior: ClientAvailability | None = None
+    root: int = 0
     sampler: str = "fixed"
     max_weight: float | None = None
+    buffered: Buffered | None = None
+    discount: Callable[[int], float] = lambda staleness: 1.0
 
     def cohort(self, round: int) -> np.ndarray:
         """The clients of a round, ascending: a function of (seed, round). Empty if no client is available."""
@@ -77,15 +85,23 @@ class Schedule:
         return np.sort(clients[rng.choice(len(clients), self.size, replace=False, shuffle=False)])
 
     @cached_property
-    def timeline(self) -> Timeline:
+    def timeline(self) -> Timeline | BufferedTimeline:
         """When clients start and their messages arrive; dropout and deadlines are simulated in the mode federated alone."""
         behavior = self.behavior if self.mode == "federated" else None
-        return Timeline(self.cohort, lambda client: self._work(client)[1], behavior)
+        if self.buffered is not None and behavior is not None:
+            return BufferedTimeline(
+                self.clients,
+                self.buffered.size,
+                self.buffered.clients,
+                lambda client: self.tokens(client) / behavior.speed(client),
+                lambda round: stream(self.seed, "cohort", round),
+            )
+        return Timeline(self.cohort, self.tokens, behavior)
 
     @property
     def slots(self) -> int:
         """How many clients can send messages that are aggregated together."""
-        return self.most * (1 + self.timeline.delay)
+        return self.most * (1 + self.timeline.delay) if self.buffered is None else self.buffered.size
 
     @property
     def most(self) -> int:
@@ -95,7 +111,8 @@ class Schedule:
     @property
     def many_packs(self) -> bool:
         """Whether a round can have more packs than one group of the accumulator."""
-        return self.most > GROUP
+        most = self.most if self.buffered is None else self.buffered.size
+        return most + (self.root > 0) > GROUP
 
     @cached_property
     def all_weight(self) -> float:
@@ -158,53 +175,85 @@ class Schedule:
         steps = [self.central_steps(r) for r in range(1, self.rounds + 1)]
         return [0 if s == 0 else self.count(self.central_total, s) for s in steps]
 
-    def tasks(self, round: int, state: State, clients: Sequence[int] | None = None, slot: int = 0) -> list[Task]:
-        """The work of the cohort's clients, or of these `clients`, whose messages take the slots from `slot` on."""
+    def tasks(
+        self,
+        round: int,
+        state: State,
+        work: Sequence[Work] | None = None,
+        latest: Mapping[int, tuple[int, int]] | None = None,
+        root: bool = False,
+    ) -> list[Task]:
+        """The work of the cohort's clients, or this `work`, all of which arrives in the same round.
+
+        `latest`: client -> (record of its state, steps done) where these are newer than in the state; `root`: and the server's.
+        """
         if self.mode == "central":
             steps, counts = self.central_steps(round), self._central_counts
-            given = [(CENTRAL, "central", steps, sum(counts[: round - 1]), sum(counts), 1.0)] if steps != 0 else []
+            given = (
+                [(CENTRAL, "central", steps, sum(counts[: round - 1]), sum(counts), 1.0, 0, 0)] if steps != 0 else []
+            )
         else:
             given = []
-            for c in map(int, self.cohort(round) if clients is None else clients):
-                n = int(self.sizes[c])
+            work = [Work(int(c), round, round) for c in self.cohort(round)] if work is None else work
+            for i, w in enumerate(work):
+                n, stale = int(self.sizes[w.client]), (w.arrives or round) - round
                 each = self.count(n, self.steps)
-                given.append((c, self.name(c), self.steps, (round - 1) * each, self.rounds * each, self._weight(n)))
+                slot = self.most * stale + i if w.slot is None else w.slot
+                place = (self.steps, (round - 1) * each, self.rounds * each)
+                given.append(
+                    (w.client, self.name(w.client), *place, self._weight(n) * self.discount(stale), slot, w.repeat)
+                )
+            if root and self.root and given:
+                each = self.count(self.root, self.steps)
+                place = (self.steps, (round - 1) * each, self.rounds * each)
+                given.append((ROOT, "root", *place, 0.0, self.slots, 0))
         out = []
-        for i, (client, name, steps, start, horizon, weight) in enumerate(given, slot):
+        for client, name, steps, start, horizon, weight, slot, repeat in given:
             write = state.records.new() if state.keeps else -1
-            done, read = state.steps.get(client, 0), state.records.read(client)
-            out.append(Task(client, name, round, steps, done, start, horizon, weight, read, write, slot=i))
+            read, done = (latest or {}).get(client) or (state.records.read(client), state.steps.get(client, 0))
+            task = Task(client, name, round, steps, done, start, horizon, weight, read, write, slot=slot, repeat=repeat)
+            out.append(task)
         return out
+
+    def tokens(self, client: int) -> float:
+        """Tokens of a client's work in a round."""
+        return self._work(client)[1]
 
     def _work(self, client: int, steps: int | None = None) -> tuple[int, float]:
         """(optimizer steps, tokens) of a client's round; `steps` are those of the centralized baseline."""
-        total = self.central_total if client == CENTRAL else int(self.sizes[client])
+        total = {CENTRAL: self.central_total, ROOT: self.root}.get(client) or int(self.sizes[client])
         given = self.steps if client != CENTRAL else steps
         done = self.count(total, given)
         rows = done * self.batch_size if given is not None else total * self.epochs
         return done, rows * self.length(client)
 
     def packs(
-        self, round: int, state: State, lanes: int, clients: Sequence[int] | None = None, slot: int = 0
+        self,
+        round: int,
+        state: State,
+        lanes: int,
+        work: Sequence[Work] | None = None,
+        latest: Mapping[int, tuple[int, int]] | None = None,
+        root: bool = False,
     ) -> list[Pack]:
         """Clients of similar step count and length trained together, at most `lanes` of them; the longest pack first.
 
         A function of the cohort, the config and the lanes, not of the workers: messages are aggregated in this order. Packs
         are as even as possible: 20 clients in 8 lanes are 7, 7 and 6.
         """
-        work = []
-        for task in self.tasks(round, state, clients, slot):
+        found = []
+        for task in self.tasks(round, state, work, latest, root):
             steps, tokens = self._work(task.client, task.steps)
-            scored = self.evaluates(round) and (self.scores_clients or self.mode != "federated")
+            scored = self.evaluates(round) and (self.scores_clients or self.mode != "federated") and task.client != ROOT
             last = self.mode == "local" and self.last_rounds[task.client] == round
             length = self.length(task.client)
-            work.append((-steps, -length, task.client, tokens, dataclasses.replace(task, evaluate=scored or last)))
-        if not work:
+            found.append((-steps, -length, task.client, tokens, dataclasses.replace(task, evaluate=scored or last)))
+        if not found:
             return []
-        work.sort(key=lambda w: w[:3])
-        count = -(-len(work) // lanes)
-        cuts = [len(work) * i // count for i in range(count + 1)]
-        parts = [work[a:b] for a, b in itertools.pairwise(cuts)]
+        found.sort(key=lambda w: w[:3])
+        count = -(-len(found) // lanes)
+        cuts = [len(found) * i // count for i in range(count + 1)]
+        parts = [found[a:b] for a, b in itertools.pairwise(cuts)]
         packs = [Pack(0, self.mode, tuple(w[4] for w in part), int(sum(w[3] for w in part))) for part in parts]
         packs.sort(key=lambda p: (-p.tokens, p.tasks[0].client))
         return [dataclasses.replace(p, index=i) for i, p in enumerate(packs)]

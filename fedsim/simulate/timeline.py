@@ -25,6 +25,8 @@ class Work:
         arrives: the round in which its message is aggregated; None = it is lost.
         lost: why it is lost: dropped | late; empty if it arrives.
         seconds: simulated seconds until it answers, fails, or would have answered; None without speeds.
+        repeat: how often it has started in this round before.
+        slot: its number among the messages of the round in which it arrives; None = by its place among those that start.
     """
 
     client: int
@@ -32,6 +34,8 @@ class Work:
     arrives: int | None
     lost: str = ""
     seconds: float | None = None
+    repeat: int = 0
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,23 +43,34 @@ class RoundWork:
     """The work that starts in one round.
 
     Attributes:
-        work: by client, ascending.
+        work: in the order of their start.
         seconds: simulated seconds of the round; 0 without speeds.
         clock: simulated seconds from the start of the run to the end of the round.
+        arrived: at an asynchronous server, what arrives in this round, whenever it started; in order.
+        at_work: at an asynchronous server, clients at work at the end of the round, whose messages come later.
     """
 
     work: tuple[Work, ...]
     seconds: float = 0.0
     clock: float = 0.0
+    arrived: tuple[Work, ...] = ()
+    at_work: int | None = None
 
     def arriving(self, round: int | None) -> list[Work]:
         """The work whose message arrives in this round; None = the lost work."""
         return [w for w in self.work if w.arrives == round]
 
-    @property
-    def arrivals(self) -> list[int]:
-        """The rounds in which messages arrive, the latest first."""
-        return sorted({w.arrives for w in self.work if w.arrives is not None}, reverse=True)
+    def batches(self, round: int) -> list[tuple[int, list[Work]]]:
+        """(round of arrival, what arrives then), in the order in which it is trained; the last one is of this `round`.
+
+        Clients that start a second time come after all that start for the first time, and so on.
+        """
+        by: dict[tuple[int, int], list[Work]] = {}
+        for w in self.work:
+            if w.arrives is not None:
+                by.setdefault((w.repeat, -w.arrives), []).append(w)
+        out = [(-late, by[repeat, late]) for repeat, late in sorted(by)]
+        return out if out and out[-1][0] == round else [*out, (round, [])]
 
 
 @dataclass

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedsim.data.batches import BatchSampler
+from fedsim.training.attack import Attack
 from fedsim.training.optim import Optim
 
 
@@ -30,6 +31,8 @@ class LocalTrainingConfig:
             tokens; None = `micro_batch` examples.
         policy, max_norm: what becomes of updates that are not finite, or of a larger norm.
         slots: how many clients can send a message in one round.
+        attack: what simulated attackers do in federated rounds; None = there are none.
+        root: examples that the server trains on by itself.
         private: whether all that a client sends is clipped as one vector, to the norm that its pack names.
     """
 
@@ -51,6 +54,8 @@ class LocalTrainingConfig:
     policy: str = "fail"
     max_norm: float | None = None
     slots: int = 1
+    attack: Attack | None = None
+    root: np.ndarray | None = None
     private: bool = False
 
 

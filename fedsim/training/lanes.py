@@ -89,7 +89,8 @@ class LaneGroup:
         self.lanes, self.tasks = lanes, tasks
         if self.run.setup.ranked:
             layout = self.trainer.layout
-            given, most = [self.run.algorithm.rank(t.client) for t in tasks], largest_rank(layout)
+            most = largest_rank(layout)
+            given = [self.run.algorithm.rank(t.client) if t.client >= 0 else None for t in tasks]
             ranks = [most if rank is None else rank for rank in given]
             self.slots = torch.stack([slots(layout, rank) for rank in ranks]).to(self.device)
             self.ranks = torch.tensor(ranks, device=self.device)
@@ -261,7 +262,10 @@ class LaneGroup:
         params = here.views(self.trainer.flat[:, here.span][own].to(self.trainer.layout.sums.dtype))
         scratch = {n: t[chosen] for n, t in self.scratch[chunk].items()}
         message, state = algorithm.finish(params, scratch, view)
-        return {g: {n: t for n, t in sent.items() if self.run.travels(n)} for g, sent in message.items()}, state
+        message = {g: {n: t for n, t in sent.items() if self.run.travels(n)} for g, sent in message.items()}
+        if (attack := self.run.worker.config.attack) is not None and message:
+            message = attack.apply(message, [self.tasks[i] for i in clients])
+        return message, state
 
     def _norms_of_parameters(self) -> list[float]:
         """2-norms of the clients' parameters, which need no copy and tell as well as updates whether all are finite."""

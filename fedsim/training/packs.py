@@ -46,7 +46,8 @@ class Setup:
     def of(cls, mode: str, algorithm: Algorithm, layout: Layout, config: LocalTrainingConfig, store: Store) -> Setup:
         """Of a mode with this algorithm; `layout` is that of the parameters."""
         reducer = reducer_of(algorithm, layout.sums, config)
-        chunks = chunks_of(algorithm, layout, reducer, config.chunk)
+        noisy = config.attack is not None and config.attack.whole
+        chunks = chunks_of(algorithm, layout, reducer, None if noisy else config.chunk)
         record = RecordLayout.of(mode, algorithm, layout, config)
         stays, ranked = algorithm.stays(layout.shapes), algorithm.overrides("rank")
         return cls(algorithm, reducer, chunks, record, store, stays, ranked)

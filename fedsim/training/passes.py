@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fedsim.core.types import Row
+from fedsim.core.types import ROOT, Row
 from fedsim.training.lanes import LaneGroup
 from fedsim.training.scoring import Evaluator
 from fedsim.training.trainer import Fit, Trainer
@@ -59,7 +59,7 @@ class Pass:
         if any("start_loss" in group.run.algorithm.needs for group in self.groups):
             for group in self.groups:
                 group.receive()
-            loss = self.trainer.losses([worker.examples_of(task) for worker, _, task in self.whose])
+            loss = self.trainer.losses([worker.examples_of(task, mode) for worker, mode, task in self.whose])
             for group in self.groups:
                 group.facts["start_loss"] = loss[group.lanes]
         for group in self.groups:
@@ -93,7 +93,7 @@ class Pass:
         if not self._counts(j):
             return
         report.tokens += int(fit.tokens[j])
-        if not self._is_own(j):
+        if not self._is_own(j) or task.client == ROOT:
             return
         name, done = None if mode == "central" else task.name, task.steps_done + steps
         train = {"loss": (fit.losses[j] / max(1, steps), float(steps)), "tokens": (float(fit.tokens[j]), 1.0)}

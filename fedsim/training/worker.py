@@ -15,7 +15,7 @@ from fedsim.algorithms import Algorithm
 from fedsim.channel import downlink, uplink
 from fedsim.core.params import Params
 from fedsim.core.seeding import stream, stream_seed
-from fedsim.core.types import Engine, Measured, Pack, Report, Scores, Scoring, Share, Task, Turn
+from fedsim.core.types import ROOT, Engine, Measured, Pack, Report, Scores, Scoring, Share, Task, Turn
 from fedsim.training import memory
 from fedsim.training.config import LocalTrainingConfig, Sites
 from fedsim.training.lanes import LaneGroup
@@ -80,7 +80,7 @@ class Worker:
         packs = [RunPack(share) for share in shares]
         with torch.random.fork_rng(devices=[trainer.net.device] if trainer.net.device.type == "cuda" else []):
             # What draws from torch's own stream trains one client at a time: dropout of the base, or deep in a method.
-            torch.manual_seed(stream_seed(first.seed, "dropout", task.name, task.round))
+            torch.manual_seed(stream_seed(first.seed, "dropout", *task.stream))
             # A client's last part first: the first part closes the client's round.
             groups = [LaneGroup(p, part, trainer) for p in packs for part in reversed(p.algorithm.parts)]
             for side_by_side in [groups] if trainer.stacked else [[group] for group in groups]:
@@ -95,7 +95,7 @@ class Worker:
         """What one part of a task does in its lane."""
         config, setup = self.config, self.setups[mode]
         algorithm, record, store = setup.algorithm, setup.record, setup.store
-        draws = [self._batches(task), *(self._batches(task, i) for i in range(1, algorithm.batches))]
+        draws = [self._batches(task, mode, i) for i in range(algorithm.batches)]
         steps, over_run = len(draws[0]), config.schedule_over == "run"
         start = task.schedule_from if over_run else 0
         horizon = config.horizon or (task.horizon if over_run else steps)
@@ -110,7 +110,7 @@ class Worker:
         return Lane(
             list(zip(*draws, strict=True)),
             [config.optim.lr_at(start + i, horizon) for i in range(steps)],
-            stream_seed(self.seed, "dropout", task.name, task.round, *([algorithm.parts[part]] if part else [])),
+            stream_seed(self.seed, "dropout", *task.stream, *([algorithm.parts[part]] if part else [])),
             done,
             kept,
             functools.partial(self.is_due, task),
@@ -122,15 +122,21 @@ class Worker:
         every = self.config.every_steps
         return bool(every) and (task.steps_done + steps) % every == 0
 
-    def _batches(self, task: Task, draw: int = 0) -> list[np.ndarray]:
+    def _batches(self, task: Task, mode: str, draw: int) -> list[np.ndarray]:
         """Examples of each step, a function of (seed, client, round); `draw`: which of several batches of a step."""
         which = [draw] if draw else []
-        rng = stream(self.seed, "batches", task.name, task.round, *which)
-        return self.config.draw.batches(self.examples_of(task), rng, task.steps)
+        rng = stream(self.seed, "batches", *task.stream, *which)
+        return self.config.draw.batches(self.examples_of(task, mode), rng, task.steps)
 
-    def examples_of(self, task: Task) -> np.ndarray:
+    def examples_of(self, task: Task, mode: str) -> np.ndarray:
         """A client's training examples."""
-        return self.sites.everything() if task.client < 0 else self.sites.train(task.client)
+        if task.client == ROOT:
+            assert self.config.root is not None, "the server has examples of its own"
+            return self.config.root
+        if task.client < 0:
+            return self.sites.everything()
+        held, attack = self.sites.train(task.client), self.config.attack
+        return held if attack is None or mode != "federated" else attack.seen(task.client, held)
 
     # ------------------------------------------------------------------------------- evaluation and the device
 
