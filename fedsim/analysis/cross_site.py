@@ -88,11 +88,11 @@ def sites_matrix(table: pd.DataFrame, ax: Axes | None = None, metric: str = "acc
         write_cells(ax, values, shades, fits, lambda v: f"{v:.2f}" if v < 10 else f"{v:.3g}", 7)
         for row, column in np.ndindex(values.shape):
             if table.index[row] in (f"local {table.columns[column]}", f"own {table.columns[column]}"):
-                look = {"fill": False, "edgecolor": GLOBAL, "linewidth": 1.4 if fits else 0.6}
+                look = {"fill": False, "edgecolor": GLOBAL, "linewidth": 1.4 if fits else 0.6, "zorder": 3}
                 ax.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, **look))
         apart = sum(name not in ("global", "central") for name in table.index)
         if 0 < apart < models:
-            ax.axhline(apart - 0.5, color="white", linewidth=3.0)
+            ax.axhline(apart - 0.5, color="white", linewidth=3.0 if models <= 2 * NAMED else 1.0)
         bar = ax.figure.colorbar(image, ax=ax, label=value_label(metric, "site"), pad=0.03, fraction=0.06)
         bar.outline.set_visible(False)
         ax.set(xlabel="validation examples of", ylabel="model")
