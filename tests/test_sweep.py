@@ -76,6 +76,10 @@ def test_of_equal_scores_the_lower_loss_gives_the_value() -> None:
     tried = [{"local.lr": lr, "seed": s} for lr in (0.1, 0.2, 0.3) for s in (0, 1)]
     scores = [(0.5, -2.0), (0.7, -2.0), (0.7, -1.0), (0.5, -2.0), (0.6, -9.0), (float("-inf"), 0.0)]
     assert Candidates(("local.lr",), tried, scores).best({"seed": 7}) == {"local.lr": 0.2}
+    tried = [{"algorithm.name": "fedavg", "lr": 1}, {"algorithm.name": "fedadam", "lr": 2, "algorithm.server_lr": 3}]
+    known = Candidates(("lr", "algorithm.server_lr"), tried, [(0.0, 0.0)] * 2)
+    assert known.best({"algorithm.name": "fedavg"}) == {"lr": 1}
+    assert known.best({"algorithm.name": "fedadam"}) == {"lr": 2, "algorithm.server_lr": 3}
 
 
 def test_a_claim_compares_pairs_of_runs() -> None:
@@ -154,7 +158,7 @@ def test_methods_of_a_sweep_are_drawn_as_the_mean_of_their_seeds(write: Any, lab
         (
             {"file": "rates.yaml", "keys": ["local.steps"]},
             {"seed": [0]},
-            "not every run of rates.yaml sets 'local.steps'",
+            "no run of rates.yaml sets 'local.steps'",
         ),
         (
             {"file": "rates.yaml", "keys": ["local.lr"]},

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,9 @@ class Claim:
     """The same of the other side."""
     where: dict[str, Any] = field(default_factory=dict)
     """Swept key -> value that both sides have."""
+    value: Literal["last", "best", "own", "test"] = "last"
+    """Score that is compared, a column of `sweep_table`: on the shared validation examples at the end, of the best model there, on
+    the clients' own validation examples, or on the test examples."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,13 @@ class Judged:
     """A claim and how it came out.
 
     Attributes:
-        claim: as written.
+        claim: what was judged.
         mean, low, high: the mean difference over the pairs and its interval, positive where the claim is right; NaN where there
             is none.
         pairs: how many runs of each side were compared.
     """
 
-    claim: str
+    claim: Claim
     mean: float
     low: float
     high: float
@@ -71,7 +74,7 @@ class Judged:
 def judge(
     claim: Claim, members: Sequence[tuple[str, Mapping[str, Any]]], table: pd.DataFrame, ignore: Sequence[str] = ()
 ) -> Judged:
-    """Whether the runs of a sweep bear a claim out, by the last validation score of the global model.
+    """Whether the runs of a sweep bear a claim out, by a score of the global model.
 
     Args:
         claim: the claim.
@@ -87,7 +90,7 @@ def judge(
         if key not in swept:
             raise UserError(f"claims: {key} was not swept; use some of {', '.join(sorted(swept))}")
     federated = table[table["scope"] == "federated"]
-    scores = dict(zip(federated["run"], federated["last"], strict=True))
+    scores = dict(zip(federated["run"], federated[claim.value], strict=True))
     metric = str(table["metric"].iloc[0])
     mode = "max" if metric_mode(metric) == "max" else "min"
     sides: list[dict[str, float]] = []
@@ -103,11 +106,11 @@ def judge(
     gaps = np.array([sign * (better[key] - worse[key]) for key in better if key in worse])
     gaps = gaps[np.isfinite(gaps)]
     if len(gaps) < 2:
-        return Judged(claim.claim, float(gaps.mean()) if len(gaps) else math.nan, math.nan, math.nan, len(gaps))
+        return Judged(claim, float(gaps.mean()) if len(gaps) else math.nan, math.nan, math.nan, len(gaps))
     from scipy.stats import t
 
     mean, half = float(gaps.mean()), float(t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
-    return Judged(claim.claim, mean, mean - half, mean + half, len(gaps))
+    return Judged(claim, mean, mean - half, mean + half, len(gaps))
 
 
 def _fits(asked: Any, value: Any) -> bool:

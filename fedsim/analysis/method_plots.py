@@ -21,10 +21,11 @@ AXES = ("round", "bytes", "tokens", "epsilon")
 
 
 def compared(table: pd.DataFrame) -> str | None:
-    """The swept key whose values are methods: a whole section, the algorithm before others; None where there is none."""
+    """The swept key whose values are methods: a section or its name, the algorithm before others; None where there is none."""
     trained = table[table["scope"] == "federated"]
-    keys = [k for k in swept_keys(table) if "." not in k and trained[k].dtype == object and trained[k].nunique() > 1]
-    return min(keys, key=lambda key: key != "algorithm", default=None)
+    named = [k for k in swept_keys(table) if "." not in k.removesuffix(".name")]
+    keys = [k for k in named if trained[k].dtype == object and trained[k].nunique() > 1]
+    return min(keys, key=lambda key: key.removesuffix(".name") != "algorithm", default=None)
 
 
 def panel_keys(table: pd.DataFrame, key: str) -> list[str]:

@@ -195,8 +195,8 @@ def _tuned(path: Path, found: Any, overrides: Sequence[str]) -> tuple[Sweep, Can
     beside = path.parent / str(found["file"])
     first = Sweep.load(beside if beside.is_file() else found["file"], overrides)
     keys = found["keys"] if isinstance(found["keys"], list) else [found["keys"]]
-    if unknown := [key for key in keys if not all(key in one for one in first.settings)]:
-        raise UserError(f"{where}.keys: not every run of {found['file']} sets {shown(unknown[0])}; add it to each grid")
+    if unknown := [key for key in keys if not any(key in one for one in first.settings)]:
+        raise UserError(f"{where}.keys: no run of {found['file']} sets {shown(unknown[0])}; add it to its grid")
     if first.tuned is not None:
         raise UserError(f"{where}: {found['file']} is tuned itself; name a sweep that is not")
     return first, Candidates(tuple(keys), first.settings)

@@ -2,7 +2,8 @@
 
 `tuned: {file: rates.yaml, keys: [local.lr]}` in a sweep's file names a sweep that runs first. Of its runs with the settings that
 a run here has too, the best on validation gives the run its values of the keys; of equal scores the lower loss. Settings that only
-one of the two sweeps names, and the seed, do not count; runs that differ in their seed alone count by their mean.
+one of the two sweeps names, and the seed, do not count; runs that differ in their seed alone count by their mean. A key that a
+setting has not, as `algorithm.server_lr` of FedAvg, is not given to it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Candidates:
         for i, tried in enumerate(self.settings):
             shared = (tried.keys() & run.keys()) - {"seed", *self.keys}
             if all(tried[key] == run[key] for key in shared):
-                values = {key: tried[key] for key in self.keys}
+                values = {key: tried[key] for key in self.keys if key in tried}
                 scores = found.setdefault(repr(values), (values, []))[1]
                 scores.append(self.scores[i] if self.scores else (0.0, 0.0))
         if not found:
