@@ -96,3 +96,73 @@ def test_private_patterns_are_checked(lab: Any) -> None:
         n for n in start if "layers.1." in n and "lora_A" in n
     }
     assert fedsim.load_runs(run)["value"].notna().any()
+
+
+def test_per_fedavg_steps_by_a_second_batch(lab: Any, distance: Any) -> None:
+    """Fallah et al., 2020, first order: w -= step of grad f(w - alpha grad f(w; D); D')."""
+    run, loop = run_and_loop(lab, {"name": "perfedavg", "alpha": 0.05})
+    parts, sampler = prepare(loop.exp), sampler_of(loop.exp)
+    for t, cohort in enumerate(loop.cohorts, 1):
+        found = {}
+        for k in cohort:
+            rows = parts.partition.rows(int(k.removeprefix("site-")) - 1)
+            second = sampler.batches(rows, stream(loop.exp.seed, "batches", k, t, 1), loop.exp.local.steps)
+
+            def ahead(y: Named, numbers: Any) -> Named:
+                g = loop.grads(y, numbers[0])
+                return loop.grads({n: v - 0.05 * g[n] for n, v in y.items()}, numbers[1])
+
+            found[k] = loop.fit((k, t), loop.x, list(zip(loop.batches(k, t), second, strict=True)), gradient=ahead)
+        loop.average(found)
+    assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
+
+
+def test_pfedme_is_its_papers_loop(lab: Any, distance: Any) -> None:
+    """Dinh et al., 2020: inner steps on the same batch, then w by lam (w - theta); the server goes beta of the way."""
+    run, loop = run_and_loop(lab, {"name": "pfedme", "lam": 3.0, "inner_steps": 3, "beta": 0.7})
+    lr, own = loop.exp.local.lr, {}
+    for t, cohort in enumerate(loop.cohorts, 1):
+        found, before = {}, dict(loop.x)
+        for k in cohort:
+
+            def outer(w: Named, numbers: Any, k: str = k) -> Named:
+                theta = {n: v.clone() for n, v in w.items()}
+                for _ in range(3):
+                    g = loop.grads(theta, numbers)
+                    theta = {n: v - lr * (g[n] + 3.0 * (v - w[n])) for n, v in theta.items()}
+                own[k] = theta
+                return {n: 3.0 * (w[n] - theta[n]) for n in w}
+
+            found[k] = loop.fit((k, t), loop.x, loop.batches(k, t), gradient=outer)
+        loop.average(found)
+        loop.x = {n: x + 0.7 * (loop.x[n] - x) for n, x in before.items()}
+    assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
+    for k, theta in own.items():
+        assert distance(adapter_of(run / "personal" / k), loop.exported(theta)) < 1e-9
+
+
+def test_apfl_is_its_papers_loop(lab: Any, distance: Any) -> None:
+    """Deng et al., 2020: v by the gradient at the mix, alpha by its own, w by FedAvg; all from before the step."""
+    run, loop = run_and_loop(lab, {"name": "apfl", "alpha": 0.4})
+    lr, vs, alphas, own = loop.exp.local.lr, {}, {}, {}
+    for t, cohort in enumerate(loop.cohorts, 1):
+        found = {}
+        for k in cohort:
+            v, alpha = {n: x.clone() for n, x in vs.get(k, loop.x).items()}, alphas.get(k, 0.4)
+
+            def step(w: Named, numbers: Any) -> Named:
+                nonlocal v, alpha
+                g = loop.grads({n: alpha * v[n] + (1 - alpha) * w[n] for n in w}, numbers)
+                slope = sum(float(((v[n] - w[n]) * g[n]).sum()) for n in w)
+                v = {n: v[n] - lr * alpha * g[n] for n in w}
+                alpha = min(1.0, max(0.0, alpha - lr * slope))
+                return loop.grads(w, numbers)
+
+            found[k] = loop.fit((k, t), loop.x, loop.batches(k, t), gradient=step)
+            vs[k], alphas[k] = v, alpha
+            own[k] = {n: alpha * v[n] + (1 - alpha) * found[k][n] for n in v}
+        loop.average(found)
+    assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
+    assert len(set(alphas.values())) > 1
+    for k, model in own.items():
+        assert distance(adapter_of(run / "personal" / k), loop.exported(model)) < 1e-9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedsim.algorithms.apfl import APFL
 from fedsim.algorithms.base import Algorithm, Buffered, ClientOptimizer, ClientView, Info, Local, Server, per_lane
 from fedsim.algorithms.ditto import Ditto
 from fedsim.algorithms.fedavg import FedAvg
@@ -17,6 +18,8 @@ from fedsim.algorithms.fedsa_lora import FedSALora
 from fedsim.algorithms.fedsvd import FedSVD
 from fedsim.algorithms.ffa_lora import FFALora
 from fedsim.algorithms.hetlora import HetLora
+from fedsim.algorithms.perfedavg import PerFedAvg
+from fedsim.algorithms.pfedme import PFedMe
 from fedsim.algorithms.qfedavg import QFedAvg
 from fedsim.algorithms.rolora import RoLora
 from fedsim.algorithms.scaffold import Scaffold
@@ -36,6 +39,9 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "ditto": Ditto,
     "fedper": FedPer,
     "fedrep": FedRep,
+    "apfl": APFL,
+    "pfedme": PFedMe,
+    "perfedavg": PerFedAvg,
     "ffa_lora": FFALora,
     "rolora": RoLora,
     "fedsa_lora": FedSALora,

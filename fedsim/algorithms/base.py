@@ -10,6 +10,7 @@ received from the server has none. Written elementwise, the same lines serve K p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -114,7 +115,8 @@ class Algorithm:
         parts: trainings that a client takes in a round, each in a lane of its own. With several, client state is named
             `PART/NAME` in `init`, and each part sees its own, by `NAME`. The first part is the one that metrics of
             steps count; the last one is the client's own model, which is evaluated.
-        batches: batches drawn for each step; the optimizer steps by the gradient of the last one.
+        batches: batches of each step; the optimizer steps by the gradient of the last one. They are drawn one by one, or are
+            all the same one (`same_batch`).
         needs: facts that are measured for it: `start_loss`, the mean loss of the received model on all training examples of the
             client; `optimizer_steps`, the steps behind the optimizer state that the client starts from, 0 for a fresh one.
         lives_on: parts whose optimizer state is kept from round to round whatever `local.keep_state` says.
@@ -132,6 +134,7 @@ class Algorithm:
     sends_state: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]] = ("shared",)
     batches: ClassVar[int] = 1
+    same_batch: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     lives_on: ClassVar[frozenset[str]] = frozenset()
     adapters: ClassVar[frozenset[str]] = frozenset()
@@ -261,6 +264,13 @@ class Algorithm:
     def sent(self, state: Params) -> Params:
         """The part of the server's state that clients receive."""
         return state if self.sends_state else {}
+
+
+def above_zero(section: Any, *names: str) -> None:
+    """Raise a ValueError about the first of these fields that is no finite number above 0."""
+    for name in names:
+        if not 0 < getattr(section, name) < math.inf:
+            raise ValueError(f"{name}: {getattr(section, name)} is not a number above 0")
 
 
 def per_lane(values: Tensor, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class RecordLayout:
         lost: what its messages have lost so far.
         personal: where each personal parameter lies, by name.
         own: where each parameter of the client's own model lies that the global model does not have: the personal ones, or the
-            whole model of a part of its own.
+            whole model of a part of its own, or that of the state's `own/NAME`.
         width: elements in all.
         places: where each parameter lies in the flat vector of all.
     """
@@ -59,6 +60,11 @@ class RecordLayout:
         own, last = personal, algorithm.part_state(state, algorithm.parts[-1])
         if len(states) > 1 and last.keys() == layout.shapes.keys():
             own = {name: sum(states[:-1]) + place for name, place in places.items()}
+        elif len(states) == 1 and {f"own/{name}" for name in layout.shapes} <= state.keys():
+            begins = dict(
+                zip(state, itertools.accumulate((t.numel() for t in state.values()), initial=0), strict=False)
+            )
+            own = {name: begins[f"own/{name}"] for name in layout.shapes}
         return cls(states, optimizer, counts, lost, personal, own, begin, places)
 
     def state_at(self, part: int) -> int:

@@ -96,7 +96,7 @@ class Worker:
         config, setup = self.config, self.setups[mode]
         algorithm, record, store = setup.algorithm, setup.record, setup.store
         front, over_run = algorithm.first_steps, config.schedule_over == "run"
-        draws = [self._batches(task, mode, i, front) for i in range(algorithm.batches)]
+        draws = [self._batches(task, mode, 0 if algorithm.same_batch else i, front) for i in range(algorithm.batches)]
         steps = len(draws[0]) - front
         start = task.schedule_from if over_run else 0
         horizon = config.horizon or (task.horizon if over_run else steps)
