@@ -56,6 +56,9 @@ def test_each_model_meets_each_site(lab: Any) -> None:
             seen.add(round(loss, 9))
     assert len(own) > 2 and len(seen) == len(places) * len(own), "all of them differ"
     df = fedsim.load_runs(run)
+    spread = plots.spread_table(df)
+    for site in own:
+        assert spread.loc[site, ("own", "value")] == tables["accuracy"].loc[f"own {site}", site]
     rows = df[(df["split"] == f"site:{names[0]}") & (df["name"] == "loss")]
     assert len(rows) == len(places) and (rows["weight"] == len(own[names[0]])).all() and (rows["round"] == 1).all()
     before = df[(df["scope"] == "federated") & (df["split"] == "site") & (df["name"] == "merged_loss")]

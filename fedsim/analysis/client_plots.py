@@ -119,25 +119,30 @@ def _by_client(df: pd.DataFrame, scope: str, split: str, name: str, value: str =
 
 
 def spread_table(df: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
-    """How models do on each client's own validation examples: what `spread` draws.
+    """How models do on each client's own validation examples, as rounds and cross-site evaluation tell: what `spread` draws.
 
     Returns:
         float64 [clients, 2 per kind], columns (kind, "value" or "examples"); the kinds that there are, of `local` (the client's
-        local-only model), `own` (the one it keeps in the federated mode), `global` and, after cross-site evaluation,
-        `central`.
+        local-only model), `own` (the one it keeps in the federated mode), `global` and `central`.
     """
-    last, found = df[df["value"].notna()], {}
-    central = last[(last["scope"] == "central") & last["split"].astype(str).str.startswith(CROSS)]
-    central = central.assign(client=central["split"].astype(str).str.removeprefix(CROSS), split="site")
-    kinds = {
-        "local": ("local", metric),
-        "own": ("federated", f"own_{metric}"),
-        "global": ("federated", f"merged_{metric}"),
+    last = df[df["value"].notna()].astype({"scope": object, "split": object, "name": object})
+    site = last["split"].str.removeprefix(CROSS).where(last["split"].str.startswith(CROSS))
+    home = last[(last["scope"] == "federated") & (last["client"] == site)]
+    last = pd.concat(  # where a round recorded the same, that holds
+        [
+            home.assign(split="site", name="own_" + home["name"]),
+            last.assign(client=site, split="site")[(last["scope"] == "central") & site.notna()],
+            last,
+        ]
+    )
+    names = {"local": metric, "own": f"own_{metric}", "global": f"merged_{metric}", "central": metric}
+    found = {
+        (kind, what): _by_client(
+            last, {"own": "federated", "global": "federated"}.get(kind, kind), "site", name, column
+        )
+        for kind, name in names.items()
+        for what, column in (("value", "value"), ("examples", "weight"))
     }
-    for kind, (scope, name) in {**kinds, "central": ("central", metric)}.items():
-        rows = central if kind == "central" else last
-        for what, column in (("value", "value"), ("examples", "weight")):
-            found[kind, what] = _by_client(rows, scope, "site", name, column)
     return pd.DataFrame(found).dropna(axis="columns", how="all")
 
 
