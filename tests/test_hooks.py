@@ -126,8 +126,8 @@ def test_personal_parameters_stay_with_their_clients(
     assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
     for k, head in heads.items():
         model = {n: head[n] if own(n) else x for n, x in loop.x.items()}
-        assert distance(adapter_of(run / "personal" / k), loop.exported(model)) < 1e-9
-    assert sorted(p.name for p in (run / "personal").iterdir()) == sorted(heads)
+        assert distance(adapter_of(run / "clients" / k), loop.exported(model)) < 1e-9
+    assert sorted(p.name for p in (run / "clients").iterdir()) == sorted(heads)
     start, end = adapter_of(run / "init"), adapter_of(run / "global")
     assert all(torch.equal(start[n], end[n]) for n in start if own(n)), "the server never saw one"
 
@@ -186,11 +186,11 @@ def test_two_parts_are_two_models_of_a_client(rounds: Any, lab: Any, distance: A
         loop.average(found)
     assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
     for k, model in own.items():
-        assert distance(adapter_of(run / "personal" / k), loop.exported(model)) < 1e-9
+        assert distance(adapter_of(run / "clients" / k), loop.exported(model)) < 1e-9
     packs = lab.run(**{**SMALL, "algorithm": toy("Ditto"), "local": WORK, "name": "one", "training": {"lanes": 1}})
     wide = lab.run(**{**SMALL, "algorithm": toy("Ditto"), "local": WORK, "name": "four", "training": {"lanes": 4}})
     assert distance(adapter_of(packs / "global"), adapter_of(wide / "global")) < 1e-9
-    assert distance(adapter_of(packs / "personal/site-1"), adapter_of(wide / "personal/site-1")) < 1e-9
+    assert distance(adapter_of(packs / "clients/site-1"), adapter_of(wide / "clients/site-1")) < 1e-9
 
 
 def test_the_gradient_is_taken_elsewhere_on_a_second_batch(rounds: Any, lab: Any, distance: Any) -> None:

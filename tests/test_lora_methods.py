@@ -93,7 +93,7 @@ def test_fedsa_shares_a_alone(lab: Any, distance: Any, private_head: bool) -> No
         loop.average(found, lambda n: not own(n))
     for k, head in heads.items():
         model = {n: head[n] if own(n) else x for n, x in loop.x.items()}
-        assert distance(adapter_of(run / "personal" / k), loop.exported(model)) < 1e-9
+        assert distance(adapter_of(run / "clients" / k), loop.exported(model)) < 1e-9
     start, end = adapter_of(run / "init"), adapter_of(run / "global")
     assert all(torch.equal(start[n], end[n]) for n in start if "lora_B" in n)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from test_algorithms import SMALL
+from test_algorithms import POOL, SMALL
 from test_equivalence import adapter_of
 from test_hooks import Loop, Named
 
@@ -42,14 +43,14 @@ def test_ditto_is_its_papers_loop(lab: Any, distance: Any) -> None:
         loop.average(found)
     assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
     for k, model in own.items():
-        assert distance(adapter_of(run / "personal" / k), loop.exported(model)) < 1e-9
+        assert distance(adapter_of(run / "clients" / k), loop.exported(model)) < 1e-9
 
 
 def test_dittos_shared_part_is_fedavg_and_its_free_own_part_is_local_training(lab: Any) -> None:
     keys = {**SMALL, "cohort": {"size": "all"}, "local": WORK, "training": {"lanes": 1}}
     plain = lab.run(**keys, modes=["local", "federated"])
     found = lab.run(**keys, name="ditto", algorithm={"name": "ditto", "lam": 0.0}, modes=["federated"])
-    for place, other in [("global", "global"), *((f"local/site-{k}", f"personal/site-{k}") for k in range(1, 5))]:
+    for place, other in [("global", "global"), *((f"local/site-{k}", f"clients/site-{k}") for k in range(1, 5))]:
         one, same = adapter_of(plain / place), adapter_of(found / other)
         assert all(torch.equal(one[n], same[n]) for n in one), place
 
@@ -80,7 +81,7 @@ def test_private_parts_stay_with_their_clients(lab: Any, distance: Any, method: 
     )
     for k, head_ in heads.items():
         model = {n: head_[n] if "lora_B" in n else x for n, x in loop.x.items()}
-        assert distance(adapter_of(run / "personal" / k), loop.exported(model)) < 1e-9
+        assert distance(adapter_of(run / "clients" / k), loop.exported(model)) < 1e-9
     steps = {r["step"] for r in lab.metrics(run) if r["client"] == "site-1" and r["name"] == "tokens"}
     assert min(steps) == 3 + head
 
@@ -138,7 +139,7 @@ def test_pfedme_is_its_papers_loop(lab: Any, distance: Any) -> None:
         loop.x = {n: x + 0.7 * (loop.x[n] - x) for n, x in before.items()}
     assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
     for k, theta in own.items():
-        assert distance(adapter_of(run / "personal" / k), loop.exported(theta)) < 1e-9
+        assert distance(adapter_of(run / "clients" / k), loop.exported(theta)) < 1e-9
 
 
 def test_apfl_is_its_papers_loop(lab: Any, distance: Any) -> None:
@@ -165,4 +166,55 @@ def test_apfl_is_its_papers_loop(lab: Any, distance: Any) -> None:
     assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
     assert len(set(alphas.values())) > 1
     for k, model in own.items():
-        assert distance(adapter_of(run / "personal" / k), loop.exported(model)) < 1e-9
+        assert distance(adapter_of(run / "clients" / k), loop.exported(model)) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["ditto", "fedper", "apfl"])
+def test_clients_own_models_are_scored_after_each_round(lab: Any, distance: Any, method: str) -> None:
+    """As cross-site evaluation scores them at the end; the curve and the best model go by their weighted mean."""
+    keys = {
+        **SMALL,
+        "algorithm": {"name": method},
+        "local": WORK,
+        "modes": ["federated"],
+        "evaluate": {"cross_site": True},
+    }
+    run, parts = lab.run(**keys), prepare(lab.exp(**keys))
+    rows = lab.metrics(run)
+    sizes = {parts.partition.name(c): float(n) for c, n in enumerate(parts.partition.sizes)}
+
+    def last(split: str, name: str, client: str | None, round: int = 3) -> float | None:
+        found = [
+            r["value"]
+            for r in rows
+            if (r["split"], r["name"], r["client"], r["round"], r["scope"]) == (split, name, client, round, "federated")
+        ]
+        return found[-1] if found else None
+
+    compared = 0
+    for k in sizes:
+        crossed = last(f"site:{k}", "loss", k)
+        if crossed is not None:
+            assert last("site", "own_loss", k) == pytest.approx(crossed, abs=1e-9)
+            compared += 1
+    assert compared >= 3
+    for t in (1, 2, 3):
+        each = {k: last("validation", "own_loss", k, t) for k in sizes}
+        values = np.array([v for v in each.values() if v is not None])
+        assert len(values) == len(sizes)
+        mean = sum(sizes[k] * v for k, v in each.items() if v is not None) / sum(sizes.values())
+        assert last("validation", "loss", None, t) == pytest.approx(mean)
+        assert last("validation", "own_loss_mean", None, t) == pytest.approx(values.mean())
+        assert last("validation", "own_loss_worst", None, t) == values.max()
+        assert last("validation", "own_loss_q25", None, t) == pytest.approx(np.quantile(values, 0.25))
+        assert last("validation", "shared_loss", None, t) is not None
+    cohorts = [{r["client"] for r in rows if r["round"] == t and r["name"] == "tokens"} for t in (1, 2, 3)]
+    assert last("validation", "own_untrained", None, 1) == len(sizes) - len(cohorts[0])
+    assert last("validation", "own_untrained", None, 3) == len(sizes) - len(set.union(*cohorts))
+    best = max(
+        (1, 2, 3), key=lambda t: (last("validation", "accuracy", None, t), -last("validation", "loss", None, t), t)
+    )
+    table = fedsim.summary(fedsim.load_runs(run), which="best")
+    assert int(table.loc[table["model"] == "federated", "round"].iloc[0]) == best
+    again = lab.run(**keys, name="pool", executor=POOL)
+    lab.same_bits(again, run)

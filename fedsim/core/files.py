@@ -311,7 +311,7 @@ def _crc32(path: Path) -> int:
 
 # ------------------------------------------------------------------------------------------------ clients' folders
 
-OWN = "personal"  # the folder of the models that clients of the federated mode keep for themselves
+OWN = "clients"  # the folder of the models that clients of the federated mode keep for themselves
 CROSS = "site:"  # in front of a client's id: the split of metrics of every model on that client's validation examples
 CLIENT_FOLDERS = "client_folders.json"  # folder -> client id, if they differ
 _LONGEST = 255 - len("..1234567")  # bytes of a name; temporary names have a dot in front and .PID at the end

@@ -245,6 +245,7 @@ class Scoring:
         generate: also generate answers and compare them.
         sites: also score each site's own validation rows.
         by_row: also hand back each row's negative log-likelihood.
+        owned: the records hold what clients have of their own; the rest is in the shared buffer. A record of -1 holds nothing.
     """
 
     split: str
@@ -253,6 +254,7 @@ class Scoring:
     generate: bool = False
     sites: bool = False
     by_row: bool = False
+    owned: bool = False
 
 
 @dataclass

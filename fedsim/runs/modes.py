@@ -102,6 +102,7 @@ def _world(setup: Setup, mode: str) -> World:
         setup.spec.recipe.chunk,
         setup.bytes_of,
         setup.parts.privacy if mode == "federated" else None,
+        algorithm.merges and bool(RecordLayout.of(mode, algorithm, setup.layout, setup.spec.recipe).own),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from fedsim.core.errors import is_out_of_memory
 from fedsim.core.heartbeat import beat
@@ -35,7 +35,18 @@ class Model:
         """A stretch of its parameters, `[stop - start]`."""
         if self.record is None:
             return self.weights[start:stop]
-        return self.worker.stores[self.request.store].read(self.record, start, stop)
+        store = self.worker.stores[self.request.store]
+        if not self.request.owned:
+            return store.read(self.record, start, stop)
+        out = self.weights[start:stop].clone()
+        for name, shape in self.worker.layout.shapes.items() if self.record >= 0 else ():
+            held = self.worker.setups[self.request.store].record
+            at, size = held.places[name], Size(shape).numel()
+            begin, end = max(start, at), min(stop, at + size)
+            if name in held.own and begin < end:
+                place = held.own[name] - at
+                out[begin - start : end - start] = store.read(self.record, place + begin, place + end).to(out)
+        return out
 
     def own(self) -> dict[int, np.ndarray]:
         """Client -> its own validation examples, where they are asked for."""
