@@ -430,10 +430,10 @@ def test_a_failing_client_exits_with_1_its_round_and_id_first_then_its_traceback
 
     batches = Worker._batches
 
-    def fail(self: Worker, task: Any) -> Any:
+    def fail(self: Worker, task: Any, *more: Any) -> Any:
         if (task.round, task.name) == (2, "site-2"):
             raise ZeroDivisionError("deep inside a client")
-        return batches(self, task)
+        return batches(self, task, *more)
 
     monkeypatch.setattr(Worker, "_batches", fail)
     command = ["run", "small.yaml", "-q", "modes=[federated]", "data.too_long=drop", "training.lanes=1"]

@@ -283,10 +283,10 @@ class Failing(WorkerSpec):
         made = super().worker(*args)
         batches = made._batches
 
-        def failing(task: Task) -> Any:
+        def failing(task: Task, *more: Any) -> Any:
             if (task.round, task.name) == (2, "site-2"):
                 raise ArithmeticError("a fault of site-2")
-            return batches(task)
+            return batches(task, *more)
 
         made._batches = failing
         return made

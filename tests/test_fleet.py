@@ -172,10 +172,10 @@ def test_a_client_that_fails_costs_its_own_run_alone(
     alone = run_sweep(plan(SETTINGS["seeds"], 1, "alone"), progress=False).jobs
     batches = Worker._batches
 
-    def fail(self: Worker, task: Any) -> Any:
+    def fail(self: Worker, task: Any, *more: Any) -> Any:
         if self.seed == 1 and task.name == "site-2" and task.round == 2:
             raise ValueError("a bad row")
-        return batches(self, task)
+        return batches(self, task, *more)
 
     monkeypatch.setattr(Worker, "_batches", fail)
     jobs = run_sweep(plan(SETTINGS["seeds"], 3, "beside"), progress=False).jobs

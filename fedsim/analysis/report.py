@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from fedsim.analysis.report_spec import Report
 from fedsim.analysis.scores import central_budget, model_scores
 from fedsim.analysis.tables import Table
 from fedsim.analysis.verdicts import judge
-from fedsim.core.errors import UserError
+from fedsim.core.errors import Notice, UserError
 from fedsim.core.files import write_atomic
 
 WORDS = {False: "FAILED", None: "NOT JUDGED", True: "PASSED"}  # failed checks come first
@@ -127,8 +128,8 @@ def _summary(metric: str, groups: Mapping[str, RunGroup]) -> Table:
 def environment_of(runs: Iterable[Path]) -> dict[str, str]:
     """What runs ran on; where they differ, each different value."""
     runs = list(runs)
-    found = [about for run in runs if (about := read_json(run / "environment.json"))]
-    status = [read_json(run / "status.json") for run in runs]
+    found = [about for run in runs if (about := _readable(run / "environment.json"))]
+    status = [_readable(run / "status.json") for run in runs]
     seconds = [float(one["seconds"]) for one in status if one.get("seconds") is not None]
 
     def commit(about: dict[str, Any]) -> str:
@@ -152,6 +153,15 @@ def environment_of(runs: Iterable[Path]) -> dict[str, str]:
         each = f" for {len(seconds)} runs, {_duration(min(seconds))} to {_duration(max(seconds))} each"
         out["time"] = _duration(sum(seconds)) + (each if len(seconds) > 1 else "")
     return {key: value for key, value in out.items() if value}
+
+
+def _readable(file: Path) -> dict[str, Any]:
+    """What a file about a run holds; nothing, and a warning, where it is damaged."""
+    try:
+        return read_json(file)
+    except UserError as error:
+        warnings.warn(str(error), Notice, stacklevel=2)
+        return {}
 
 
 def _duration(seconds: float) -> str:
