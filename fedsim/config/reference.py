@@ -43,7 +43,7 @@ def suggestion(path: str, known: Sequence[str]) -> str:
     here = f"{section}." if section else ""
     same = [k for k in known if _bare(k) == _bare(name)]
     meant = synonyms().get(_bare(path)) or synonyms().get(_bare(name)) or ""
-    if not same and meant.rpartition(".")[0] != section:
+    if not same and not (meant and meant.rpartition(".")[0] == section):
         same = difflib.get_close_matches(name, known, n=2, cutoff=0.8)
     if same:
         return _meant([here + k for k in same])
