@@ -7,9 +7,12 @@ from fedsim.algorithms.fedavg import FedAvg
 from fedsim.algorithms.fedavgm import FedAvgM
 from fedsim.algorithms.fedbuff import FedBuff
 from fedsim.algorithms.feddyn import FedDyn
+from fedsim.algorithms.fedex_lora import FedExLora
 from fedsim.algorithms.fednova import FedNova
 from fedsim.algorithms.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedsim.algorithms.fedprox import FedProx
+from fedsim.algorithms.flexlora import FlexLora
+from fedsim.algorithms.flora import Flora
 from fedsim.algorithms.qfedavg import QFedAvg
 from fedsim.algorithms.scaffold import Scaffold
 
@@ -25,6 +28,9 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "feddyn": FedDyn,
     "qfedavg": QFedAvg,
     "fedbuff": FedBuff,
+    "flora": Flora,
+    "fedex_lora": FedExLora,
+    "flexlora": FlexLora,
 }
 
 __all__ = [

@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # a config is read before torch is loaded
 
     from fedsim.core.params import Layout, Message, Params
 
+Factors = dict[str, "tuple[Tensor, Tensor]"]
+"""Adapted layer -> B `[m, R]` and A `[R, n]`."""
+
 
 # Rounds and steps at which it is looked up whether a name ever trains or travels.
 _SAMPLES = (*range(64), *(1 << i for i in range(6, 21)))
@@ -77,10 +80,18 @@ class ClientView:
 
 @dataclass
 class Server:
-    """What the server carries from round to round: the global parameters, and the algorithm's state, by name."""
+    """What the server carries from round to round.
+
+    Attributes:
+        params: the global parameters, by name.
+        state: the algorithm's state, by name.
+        fold: adapted layer -> (B, A), whose product `step` adds to the frozen base; in units of the adapter, without its scale.
+            The sum of all products is server state `fold/LAYER`, which `init` makes.
+    """
 
     params: Params
     state: Params
+    fold: Factors | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,8 @@ class Info:
         clients: how many sent a message.
         weight: sum of their weights.
         all_clients, all_weight: the same of all clients of the experiment.
+        shares: each client's share of the weight, `[clients]`, in the order of a stack; None without one.
+        seed: of the experiment.
     """
 
     round: int
@@ -99,6 +112,8 @@ class Info:
     weight: float
     all_clients: int
     all_weight: float
+    shares: Tensor | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +131,7 @@ class Algorithm:
             `PART/NAME` in `init`, and each part sees its own, by `NAME`. The first part is the one that metrics of
             steps count; the last one is the client's own model, which is evaluated.
         batches: batches drawn for each step; the optimizer steps by the gradient of the last one.
+        lora: works on the factors of plain LoRA alone, which the server sees client by client.
         needs: facts that are measured for it: `start_loss`, the mean loss of the received model on all training examples of the
             client; `optimizer_steps`, the steps behind the optimizer state that the client starts from, 0 for a fresh one.
     """
@@ -129,6 +145,7 @@ class Algorithm:
     parts: ClassVar[tuple[str, ...]] = ("shared",)
     batches: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
+    lora: ClassVar[bool] = False
 
     def suits(self, optim: ClientOptimizer) -> None:
         """Raise a ValueError, `KEY: ...`, where the algorithm does not work with the clients' optimizer."""
@@ -234,7 +251,9 @@ class Algorithm:
 
     def sent(self, state: Params) -> Params:
         """The part of the server's state that clients receive."""
-        return state if self.sends_state else {}
+        from fedsim.core.params import FOLD
+
+        return state if self.sends_state else {n: t for n, t in state.items() if n.startswith(FOLD)}
 
 
 def per_lane(values: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from fedsim.algorithms import Algorithm
 from fedsim.channel import Sizes, downlink, uplink
 from fedsim.config.sections import Messages
-from fedsim.core.params import Layout, meta
+from fedsim.core.params import FOLD, Layout, meta
 from fedsim.core.store import Store
 from fedsim.models import adapters
 from fedsim.runs.build import Parts
@@ -114,7 +114,7 @@ def _sizes(
     layouts = algorithm.messages(layout).values()
     sent = [(n, s) for group in layouts for n, s in group.shapes.items() if algorithm.travels(n, round)]
     stays, state = algorithm.stays(layout.shapes), algorithm.sent(algorithm.init(meta(layout))[0])
-    received = [*layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items())]
+    received = [*layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items() if not n.startswith(FOLD))]
     received = [(n, s) for n, s in received if n not in stays]
     sends, receives = ([shape_at(n, s, rank) for n, s in each] for each in (sent, received))
     return uplink(messages.up).nbytes(sends, dtype) + scale, downlink(messages.down).nbytes(receives, dtype)

@@ -65,6 +65,7 @@ class State:
         client_best: the best local model so far, by client, where nothing is aggregated.
         best_records: which record holds the best model of which client; that of the global model under `GLOBAL`.
         pending: messages under way: the round in which they arrive -> their accumulator.
+        best_fold: what the best model has folded into the base.
         clip: norm to which the next round's messages are clipped for privacy; None = they are not.
     """
 
@@ -79,6 +80,7 @@ class State:
     best_records: Records = field(default_factory=Records)
     pending: dict[int, Accumulator] = field(default_factory=dict)
     clip: float | None = None
+    best_fold: Params = field(default_factory=dict[str, Tensor])
 
     @property
     def step(self) -> int:
@@ -88,7 +90,7 @@ class State:
     def tensors(self, layout: Layout, aggregates: bool) -> dict[str, Tensor]:
         """The tensors of a checkpoint: `params.NAME`, `server.NAME` and `pending.ROUND`. Without aggregation everything that
         changes is in the clients' records."""
-        out = {f"server.{n}": t for n, t in self.server.items()}
+        out = {f"server.{n}": t for n, t in self.server.items()} | {f"best.{n}": t for n, t in self.best_fold.items()}
         if aggregates:
             out |= {f"params.{n}": t for n, t in layout.views(self.params).items()}
         return out | {f"pending.{r}": acc.total for r, acc in self.pending.items()}
@@ -128,6 +130,7 @@ class State:
         self.client_best = {int(c): Chosen(**b) for c, b in info["client_best"].items()}
         into = {f"params.{n}": t for n, t in layout.views(self.params).items()}
         into |= {f"server.{n}": t for n, t in self.server.items()}
+        into |= {f"best.{n}": t for n, t in self.best_fold.items()}
         for round, (weight, clients) in info["pending"].items():
             self.pending[int(round)] = Accumulator(self.params.new_zeros(numel), weight=weight, clients=clients)
             into[f"pending.{round}"] = self.pending[int(round)].total
