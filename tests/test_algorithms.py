@@ -220,6 +220,9 @@ METHODS: list[dict[str, Any]] = [
     {"name": "hetlora"},
     {"name": "fedsvd"},
     {"name": "fedrot_lora"},
+    {"name": "fedex_lora"},
+    {"name": "flora"},
+    {"name": "flexlora"},
 ]
 KEYS_OF = {"fedbuff": {"simulation": {"speeds": [30, 900]}}}  # sections that an algorithm needs
 POOL = {"name": "pool", "devices": ["cpu", "cpu"], "threads": 1}
@@ -313,6 +316,9 @@ NOT_NEUTRAL = {
     "rolora": "one half trains at a time",
     "fedsa_lora": "B is not averaged",
     "fedsvd": "A does not train",
+    "fedex_lora": "folds the error of the means",
+    "flora": "folds the product",
+    "flexlora": "splits the product anew",
 }
 
 

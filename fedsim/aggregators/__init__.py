@@ -11,8 +11,13 @@ from fedsim.aggregators.geometric import GeometricMedian, NormClip
 from fedsim.aggregators.krum import Bulyan, Krum, MultiKrum
 from fedsim.aggregators.mean import WeightedMean, WeightedSum
 from fedsim.aggregators.slots import Slotted
+from fedsim.aggregators.stack import Stack
 
-AGGREGATORS: dict[str, Callable[[int], Aggregator]] = {"mean": WeightedMean, "sum": WeightedSum}
+AGGREGATORS: dict[str, Callable[[int], Aggregator]] = {
+    "mean": WeightedMean,
+    "sum": WeightedSum,
+    "stack": lambda nbytes: Stack(),
+}
 """Name -> bytes of the parameters -> aggregator."""
 
 RULES: dict[str, type[Slotted]] = {
@@ -35,6 +40,7 @@ __all__ = [
     "Aggregator",
     "Buffer",
     "Slotted",
+    "Stack",
     "WeightedMean",
     "WeightedSum",
 ]

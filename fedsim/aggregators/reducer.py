@@ -10,6 +10,7 @@ from torch import Size, Tensor
 
 from fedsim.aggregators import AGGREGATORS
 from fedsim.aggregators.base import Accumulator, Aggregator, Buffer
+from fedsim.aggregators.stack import Stack
 from fedsim.core.params import Chunk, Layout, Message
 
 
@@ -144,6 +145,15 @@ class Reducer:
                 raise ValueError(f"message group {name!r}: {type(group.aggregator).__name__} is no sum")
             for tensor, view in group.everything.views(views["sum"][0]).items():
                 view.add_(torch.from_numpy(noise(name, tensor, tuple(view.shape))).to(view))
+
+    def shares(self, acc: Accumulator) -> Tensor | None:
+        """Each client's share of the weight, in the order of a stack; None where no group is stacked."""
+        for group in self.groups.values():
+            if isinstance(group.aggregator, Stack):
+                views = group.views(acc.total, group.everything.span)
+                weights = views["weights"][views["sent"] > 0]
+                return weights / weights.sum()
+        return None
 
     def result(self, acc: Accumulator, chunk: Chunk | None = None, travels: Callable[[str], bool] = always) -> Message:
         """Group -> name -> tensor, of a chunk of the parameters or of all; those that were sent.

@@ -9,6 +9,7 @@ from fedsim.algorithms.fedavg import FedAvg
 from fedsim.algorithms.fedavgm import FedAvgM
 from fedsim.algorithms.fedbuff import FedBuff
 from fedsim.algorithms.feddyn import FedDyn
+from fedsim.algorithms.fedex_lora import FedExLora
 from fedsim.algorithms.fednova import FedNova
 from fedsim.algorithms.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedsim.algorithms.fedper import FedPer, FedRep
@@ -17,6 +18,8 @@ from fedsim.algorithms.fedrot_lora import FedRotLora
 from fedsim.algorithms.fedsa_lora import FedSALora
 from fedsim.algorithms.fedsvd import FedSVD
 from fedsim.algorithms.ffa_lora import FFALora
+from fedsim.algorithms.flexlora import FlexLora
+from fedsim.algorithms.flora import Flora
 from fedsim.algorithms.hetlora import HetLora
 from fedsim.algorithms.perfedavg import PerFedAvg
 from fedsim.algorithms.pfedme import PFedMe
@@ -48,6 +51,9 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "hetlora": HetLora,
     "fedsvd": FedSVD,
     "fedrot_lora": FedRotLora,
+    "flora": Flora,
+    "fedex_lora": FedExLora,
+    "flexlora": FlexLora,
 }
 
 __all__ = [

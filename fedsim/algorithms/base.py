@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # a config is read before torch is loaded
 
     from fedsim.core.params import Layout, Message, Params
 
+Factors = dict[str, "tuple[Tensor, Tensor]"]
+"""Adapted layer -> B `[m, R]` and A `[R, n]`."""
+
 
 # Rounds and steps at which it is looked up whether a name ever trains or travels.
 _SAMPLES = (*range(64), *(1 << i for i in range(6, 21)))
@@ -76,10 +79,18 @@ class ClientView:
 
 @dataclass
 class Server:
-    """What the server carries from round to round: the global parameters, and the algorithm's state, by name."""
+    """What the server carries from round to round.
+
+    Attributes:
+        params: the global parameters, by name.
+        state: the algorithm's state, by name.
+        fold: adapted layer -> (B, A), whose product `step` adds to the frozen base; in units of the adapter, without its scale.
+            The sum of all products is server state `fold/LAYER`, which `init` makes.
+    """
 
     params: Params
     state: Params
+    fold: Factors | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,8 @@ class Info:
         clients: how many sent a message.
         weight: sum of their weights.
         all_clients, all_weight: the same of all clients of the experiment.
+        shares: each client's share of the weight, `[clients]`, in the order of a stack; None without one.
+        seed: of the experiment.
     """
 
     round: int
@@ -98,6 +111,8 @@ class Info:
     weight: float
     all_clients: int
     all_weight: float
+    shares: Tensor | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +132,7 @@ class Algorithm:
             steps count; the last one is the client's own model, which is evaluated.
         batches: batches of each step; the optimizer steps by the gradient of the last one. They are drawn one by one, or are
             all the same one (`same_batch`).
+        lora: works on the factors of plain LoRA alone, which the server sees client by client.
         needs: facts that are measured for it: `start_loss`, the mean loss of the received model on all training examples of the
             client; `optimizer_steps`, the steps behind the optimizer state that the client starts from, 0 for a fresh one.
         lives_on: parts whose optimizer state is kept from round to round whatever `local.keep_state` says.
@@ -136,6 +152,7 @@ class Algorithm:
     batches: ClassVar[int] = 1
     same_batch: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
+    lora: ClassVar[bool] = False
     lives_on: ClassVar[frozenset[str]] = frozenset()
     adapters: ClassVar[frozenset[str]] = frozenset()
     takes_late: ClassVar[bool] = True
@@ -263,7 +280,9 @@ class Algorithm:
 
     def sent(self, state: Params) -> Params:
         """The part of the server's state that clients receive."""
-        return state if self.sends_state else {}
+        from fedsim.core.params import FOLD
+
+        return state if self.sends_state else {n: t for n, t in state.items() if n.startswith(FOLD)}
 
 
 def above_zero(section: Any, *names: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 Params = dict[str, Tensor]
 Message = dict[str, Params]
 """Message group -> tensors."""
+FOLD = "fold/"  # begins the names of a server's state that is added to the frozen base
 LARGE = 1 << 28  # bytes of parameters from which on no process keeps a partial sum of its own
 ALIGN = 4096  # tensors are cut at multiples of this many elements: a whole number of the blocks that codecs work on
 

@@ -108,7 +108,9 @@ class Fleet:
             chosen, lanes = [], 0
             for request in list(training):
                 more = len(request.asked.pack.tasks)
-                fits = self.host.takes_guests and (self._most is None or lanes + more <= self._most)
+                fits = all(r.run.trainer.takes_guests for r in [*chosen, request]) and (
+                    self._most is None or lanes + more <= self._most
+                )
                 if fits or not chosen:
                     chosen.append(request)
                     training.remove(request)
@@ -141,7 +143,10 @@ class Fleet:
         flat = [(r, scoring) for r in requests for scoring in r.asked]
         try:
             with at_work():
-                found = self.host.score_together([(r.run.trainer, s, r.run.params) for r, s in flat])
+                if all(r.run.trainer.takes_guests for r in requests):
+                    found = self.host.score_together([(r.run.trainer, s, r.run.params) for r, s in flat])
+                else:
+                    found = [r.run.trainer.score(s, r.run.params, r.run.server) for r, s in flat]
         except Exception as error:
             short, trace = is_out_of_memory(error), traceback.format_exc()
         else:
@@ -189,12 +194,19 @@ class FleetExecutor:
         self._slot = torch.zeros(summed, dtype=layout.dtype, device=self.device)
         return Memory(self.params, *buffers(layout, summed, many, self.device))
 
+    @property
+    def server(self) -> Params:
+        """The server's state as it was sent last."""
+        return self._server_layout.views(self._server)
+
     def broadcast(self, params: Tensor, server: Params) -> None:
         """Send the global parameters (flat `[N]`) and the server's state."""
         if params is not self.params:
             self.params.copy_(params)
         if server:
             self._server_layout.fill(self._server, server)
+        else:
+            self._server.zero_()
 
     def train(self, packs: Sequence[Pack], acc: Accumulator | None) -> Iterator[Report | None]:
         """Train packs beside those of other runs; None while they wait. Their messages are added to `acc`, if there is one.

@@ -151,8 +151,11 @@ class PoolExecutor:
         for own in {id(w.weights): w.weights for w in self._pool}.values():
             if own is not weights:
                 own.copy_(weights)
-        for own in {id(w.server): w.server for w in self._pool}.values() if server else ():
-            self._server_layout.fill(own, server)
+        for own in {id(w.server): w.server for w in self._pool}.values():
+            if server:
+                self._server_layout.fill(own, server)
+            else:
+                own.zero_()
         for device in {w.device for w in self._pool if w.device.startswith("cuda")}:
             torch.cuda.synchronize(device)  # the copies must have landed before another process reads them
 
@@ -393,6 +396,7 @@ def _serve(pipe: Connection, device_name: str, make_worker: MakeWorker) -> None:
                     answer = trainer.train(pack, weights, server_layout.views(server), out, turn)
                 else:
                     at = [weights] if kind in ("measure", "score") else []
+                    at += [server_layout.views(server)] if kind == "score" else []
                     answer = getattr(trainer, kind)(*rest, *at)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)  # what was written must be visible to the process that reads it next

@@ -25,7 +25,7 @@ class Trainer(Protocol):
         """Train a pack and add its clients' messages to `out`, in its turn."""
         ...
 
-    def score(self, request: Scoring, weights: Tensor) -> list[Scores]:
+    def score(self, request: Scoring, weights: Tensor, server: Params | None = None) -> list[Scores]:
         """Score the global parameters, or those of records."""
         ...
 
@@ -111,6 +111,8 @@ class SerialExecutor:
             self._params.copy_(params)
         if server:
             self._server_layout.fill(self._server, server)
+        else:
+            self._server.zero_()
 
     def train(self, packs: Sequence[Pack], acc: Accumulator | None) -> Iterator[Report]:
         """Train packs in order; their messages are added to `acc`, pack by pack, where there is one.
@@ -144,7 +146,7 @@ class SerialExecutor:
         for request in requests:
             try:
                 with at_work():
-                    found = self._trainer.score(request, self._params)
+                    found = self._trainer.score(request, self._params, self._server_layout.views(self._server))
             except Exception as error:
                 raise client_failed([], str(self.device), traceback.format_exc()) from error
             yield found

@@ -102,6 +102,8 @@ def _check_algorithm(exp: Experiment, held: int) -> None:
             f"adapter.ranks: {shown(plain(exp.adapter.ranks))}, but algorithm.name={name} needs one rank for all clients; take one of "
             f"{taking}, or leave it out"
         )
+    if algorithm.lora:
+        _check_lora(exp)
     size = held if exp.cohort.size == "all" else exp.cohort.size
     buffered = algorithm.buffered(size)
     size = size if buffered is None else buffered.size
@@ -132,6 +134,20 @@ def _check_algorithm(exp: Experiment, held: int) -> None:
     if buffered.clients > held:
         raise UserError(
             f"algorithm.concurrency: {buffered.clients}, but only {held} clients have examples, and none is at work twice; use at most {held}"
+        )
+
+
+def _check_lora(exp: Experiment) -> None:
+    """Whether an algorithm that works on the factors of plain LoRA can have them."""
+    name = getattr(exp.algorithm.name, "wanted", exp.algorithm.name)
+    odd = {"use_dora", "layer_replication", "lora_bias", "target_parameters", "init_lora_weights"}
+    if used := sorted(k for k in exp.adapter.peft if k in odd and exp.adapter.peft[k]):
+        raise UserError(
+            f"adapter.{used[0]}: set, but algorithm.name={name} is exact for plain LoRA alone; leave it out"
+        )
+    if exp.aggregator.name != "mean":
+        raise UserError(
+            f"aggregator.name: {exp.aggregator.name}, but algorithm.name={name} aggregates the clients' factors itself; use mean"
         )
 
 

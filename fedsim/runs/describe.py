@@ -11,7 +11,7 @@ from torch import nn
 from fedsim.algorithms import Algorithm
 from fedsim.channel import Sizes, downlink, uplink
 from fedsim.config.sections import Messages
-from fedsim.core.params import Layout, meta
+from fedsim.core.params import FOLD, Layout, meta
 from fedsim.core.store import Store
 from fedsim.models import adapters
 from fedsim.runs.build import Parts
@@ -118,7 +118,7 @@ def _sizes(
         names = [(n, s) for n, s in tensors.shapes.items() if algorithm.travels(n, round)]
         (exact if group in algorithm.exact else sent).extend(names)
     stays, state = algorithm.stays(layout.shapes), algorithm.sent(algorithm.init(meta(layout))[0])
-    received = [*layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items())]
+    received = [*layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items() if not n.startswith(FOLD))]
     missed = range(since, round) if since else ()
     received = [
         (n, s)

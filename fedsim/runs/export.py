@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedsim.core.files import OWN
 from fedsim.core.params import Layout
-from fedsim.models import export
+from fedsim.models import export, fold
 from fedsim.models.card import write_card
 from fedsim.runs.build import Parts
 from fedsim.runs.folder import RunFolder
@@ -20,7 +20,14 @@ from fedsim.runs.worker_spec import WorkerSpec
 
 
 def save_model(
-    parts: Parts, folder: RunFolder, spec: WorkerSpec, model: nn.Module, layout: Layout, flat: Tensor | None, name: str
+    parts: Parts,
+    folder: RunFolder,
+    spec: WorkerSpec,
+    model: nn.Module,
+    layout: Layout,
+    flat: Tensor | None,
+    name: str,
+    server: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the model with these parameters, `[N]`, into a folder of the run; None = with those it has."""
     exp = parts.exp
@@ -48,6 +55,7 @@ def save_model(
             tokenizer=None if small else parts.tokenizer,
             shard_mb=exp.checkpoint.shard_mb,
         )
+        fold.export(model, beside, server or {})
         folder.replace(name, beside)
     except BaseException:  # a full disk gets its space back
         shutil.rmtree(beside, ignore_errors=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsim.core.errors import CallbackError
 from fedsim.core.files import CROSS, OWN, folder_names, record
-from fedsim.core.params import clone
+from fedsim.core.params import FOLD, Params, clone
 from fedsim.core.store import Records
 from fedsim.core.types import RoundEnd, Row, Scores, Scoring
 from fedsim.runs.build import CENTRAL
@@ -110,7 +110,8 @@ def _fresh(setup: Setup, world: World) -> State:
     flat = setup.read(setup.first, 0)
     server = clone(world.algorithm.init(setup.layout.views(flat))[0])
     clip = None if world.privacy is None else world.privacy.start
-    return State(flat, server, Records(), keeps=world.store.width > 0, clip=clip)
+    best = clone({n: t for n, t in server.items() if n.startswith(FOLD)})
+    return State(flat, server, Records(), keeps=world.store.width > 0, clip=clip, best_fold=best)
 
 
 def _resume(setup: Setup, world: World, mode: str) -> tuple[State, dict[str, Any] | None]:
@@ -261,9 +262,9 @@ def _finish(
     """
     mode, executor, exported = world.schedule.mode, setup.executor, {}
 
-    def export(place: str, client: str | None, round: int) -> None:
+    def export(place: str, client: str | None, round: int, server: Params | None = None) -> None:
         """Write a folder of the model whose parameters were just read."""
-        save_model(setup.parts, setup.folder, setup.spec, setup.model, setup.layout, setup.memory.params, place)
+        save_model(setup.parts, setup.folder, setup.spec, setup.model, setup.layout, setup.memory.params, place, server)
         exported[place] = (client, round)
 
     folders = folder_names(setup.parts.partition.names or ())
@@ -273,7 +274,7 @@ def _finish(
     if cross := setup.exp.evaluate.cross_site:
         request = dataclasses.replace(request, generate=setup.exp.evaluate.generate, sites=True)
     if world.algorithm.merges:
-        export("global", None, state.round)
+        export("global", None, state.round, state.server)
         answers = yield from collect(executor.score([request]))
         last = _by_row("validation", [mode], answers)
         crossed += cross_site_rows(world.schedule, state.round, state.step, None, answers[0][0])
@@ -286,8 +287,8 @@ def _finish(
                 crossed += cross_site_rows(world.schedule, state.round, steps, name, scores)
         requests = []
         if state.best is not None:
-            executor.broadcast(setup.read(world.best, state.best_records.read(GLOBAL)), {})
-            export("best", None, state.best.round)
+            executor.broadcast(setup.read(world.best, state.best_records.read(GLOBAL)), state.best_fold)
+            export("best", None, state.best.round, state.best_fold)
             requests.append(Scoring("test"))
             owners.append((None, state.best, mode))
     else:

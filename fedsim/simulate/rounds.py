@@ -19,7 +19,7 @@ from fedsim.aggregators import Accumulator
 from fedsim.aggregators.reducer import Reducer
 from fedsim.algorithms import Algorithm, Info, Server
 from fedsim.core.errors import OutOfMemory, SumLost
-from fedsim.core.params import Layout, Params
+from fedsim.core.params import FOLD, Layout, Params
 from fedsim.core.store import Store
 from fedsim.core.types import ROOT, Memory, Pack, Report, Row, Scores, Scoring
 from fedsim.privacy.central import CentralPrivacy
@@ -133,7 +133,10 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
             if 0 < acc.clients < world.reducer.least:
                 metrics.append(Row(t, state.step, schedule.mode, None, "fault", "too_few", float(acc.clients)))
             elif acc.weight > 0:  # otherwise no client was available, or all are still at work
-                info = Info(t, acc.clients, acc.weight, len(schedule.clients), schedule.all_weight)
+                shares = world.reducer.shares(acc)
+                info = Info(
+                    t, acc.clients, acc.weight, len(schedule.clients), schedule.all_weight, shares, schedule.seed
+                )
                 server_step(algorithm, world.reducer, world.layout, acc, state, info, world.chunk)
                 executor.broadcast(state.params, algorithm.sent(state.server))
             metrics += _traffic(world, state, t, work, packs) + _clock(schedule, state, t, work)
@@ -254,6 +257,8 @@ def server_step(
         for name, view in here.items():
             view.copy_(after.params[name])
         state.server = state.server | after.state  # what the step does not return stays
+        for layer, (b, a) in (after.fold or {}).items():
+            state.server[FOLD + layer] = state.server[FOLD + layer] + b @ a
         del after  # before those of the next chunk are made
 
 
@@ -326,6 +331,7 @@ def _evaluate(world: World, state: State, executor: Executor, round: int) -> Gen
         state.best = chosen
         into = state.best_records.new()
         world.best.write(into, state.params)
+        state.best_fold = {n: t.clone() for n, t in state.server.items() if n.startswith(FOLD)}
         state.best_records.wrote(GLOBAL, into)
     return metrics
 

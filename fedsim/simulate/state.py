@@ -66,6 +66,7 @@ class State:
         best_records: which record holds the best model of which client; that of the global model under `GLOBAL`.
         seen: the round in which each client last began, where that decides what it has to be sent.
         pending: messages under way: the round in which they arrive -> their accumulator.
+        best_fold: what the best model has folded into the base.
         clip: norm to which the next round's messages are clipped for privacy; None = they are not.
     """
 
@@ -81,6 +82,7 @@ class State:
     seen: dict[int, int] = field(default_factory=dict)
     pending: dict[int, Accumulator] = field(default_factory=dict)
     clip: float | None = None
+    best_fold: Params = field(default_factory=dict[str, Tensor])
 
     @property
     def step(self) -> int:
@@ -90,7 +92,7 @@ class State:
     def tensors(self, layout: Layout, aggregates: bool) -> dict[str, Tensor]:
         """The tensors of a checkpoint: `params.NAME`, `server.NAME` and `pending.ROUND`. Without aggregation everything that
         changes is in the clients' records."""
-        out = {f"server.{n}": t for n, t in self.server.items()}
+        out = {f"server.{n}": t for n, t in self.server.items()} | {f"best.{n}": t for n, t in self.best_fold.items()}
         if aggregates:
             out |= {f"params.{n}": t for n, t in layout.views(self.params).items()}
         return out | {f"pending.{r}": acc.total for r, acc in self.pending.items()}
@@ -132,6 +134,7 @@ class State:
         self.client_best = {int(c): Chosen(**b) for c, b in info["client_best"].items()}
         into = {f"params.{n}": t for n, t in layout.views(self.params).items()}
         into |= {f"server.{n}": t for n, t in self.server.items()}
+        into |= {f"best.{n}": t for n, t in self.best_fold.items()}
         for round, (weight, clients) in info["pending"].items():
             self.pending[int(round)] = Accumulator(self.params.new_zeros(numel), weight=weight, clients=clients)
             into[f"pending.{round}"] = self.pending[int(round)].total

@@ -16,6 +16,7 @@ from fedsim.channel import downlink, uplink
 from fedsim.core.params import Params
 from fedsim.core.seeding import stream, stream_seed
 from fedsim.core.types import ROOT, Engine, Measured, Pack, Report, Scores, Scoring, Share, Task, Turn
+from fedsim.models import fold
 from fedsim.training import memory
 from fedsim.training.config import LocalTrainingConfig, Sites
 from fedsim.training.lanes import LaneGroup
@@ -83,8 +84,11 @@ class Worker:
             torch.manual_seed(stream_seed(first.seed, "dropout", *task.stream))
             # A client's last part first: the first part closes the client's round.
             groups = [LaneGroup(p, part, trainer) for p in packs for part in reversed(p.algorithm.parts)]
+            if len(shares) > 1 and any(fold.of_state(share.server) for share in shares):
+                raise ValueError("runs that fold into their base cannot go together")  # they are done again one by one
             for side_by_side in [groups] if trainer.stacked else [[group] for group in groups]:
-                Pass(side_by_side, trainer, evaluator).run()
+                with fold.folded(trainer.net.model, shares[0].server):
+                    Pass(side_by_side, trainer, evaluator).run()
         trainer.trim()
         for pack in packs:
             pack.report.seconds = time.monotonic() - began
@@ -152,9 +156,10 @@ class Worker:
 
     # ------------------------------------------------------------------------------- evaluation and the device
 
-    def score(self, request: Scoring, weights: Tensor) -> list[Scores]:
+    def score(self, request: Scoring, weights: Tensor, server: Params | None = None) -> list[Scores]:
         """Evaluate the global parameters `weights` (flat `[N]`), or the parameters that open each of the records."""
-        return self.score_together([(self, request, weights)])[0]
+        with fold.folded(self.trainer.net.model, {} if request.records else server or {}):
+            return self.score_together([(self, request, weights)])[0]
 
     @staticmethod
     def score_together(asked: Sequence[tuple[Worker, Scoring, Tensor]]) -> list[list[Scores]]:
@@ -164,7 +169,7 @@ class Worker:
     @property
     def takes_guests(self) -> bool:
         """Whether packs of several runs can go side by side."""
-        return self.trainer.stacked
+        return self.trainer.stacked and not any(a.lora for a in self.algorithms.values())
 
     def measure(self, examples: Sequence[np.ndarray], weights: Tensor) -> Measured:
         """What a pass over these training examples (one array per lane) takes."""

@@ -1,0 +1,77 @@
+"""LoRA methods that aggregate exactly: the server's product against the mean of the clients' products, and whole runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from fedsim.algorithms import ALGORITHMS, Info, Server
+from fedsim.algorithms.lowrank import pairs
+from fedsim.models.fold import factors
+
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("fedex_lora", {}),
+    ("flora", {}),
+    ("flexlora", {"energy": 1.0}),
+    ("flexlora", {"split": "sqrt"}),
+]
+
+
+@pytest.mark.parametrize(("name", "keys"), KINDS)
+@pytest.mark.parametrize(("m", "n", "ranked"), [(20, 20, False), (4, 3, False), (24, 16, True)])
+def test_server_product_is_the_mean_of_products(name, keys, m, n, ranked):
+    torch.manual_seed(3)
+    r, p = 4 if m > 4 else 2, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    names = ("q.lora_A.default.weight", "q.lora_B.default.weight", "score.weight")
+    shapes = ((r, n), (m, r), (3, n))
+    params = {k: torch.randn(s, dtype=torch.float64) for k, s in zip(names, shapes, strict=True)}
+    method = ALGORITHMS[name](**keys)
+    if name == "flora" or keys.get("energy"):
+        params[names[1]].zero_()
+    local = {k: torch.randn(3, *s, dtype=torch.float64) for k, s in zip(names, shapes, strict=True)}
+    if ranked and name != "fedex_lora":
+        for k, rank in enumerate((1, 4, 2)):
+            local[names[0]][k, rank:], local[names[1]][k, :, rank:] = 0, 0
+    update = {k: local[k] - params[k] for k in names}
+    if name == "flexlora":
+        update[names[1]] = local[names[1]]
+    after = method.step(Server(params, {}), {"update": update}, Info(1, 3, 1.0, 3, 1.0, p, 7))
+    (a, b), fold = next(iter(pairs(params).values())), (after.fold or {}).get("q")
+    found = after.params[b] @ after.params[a] + (fold[0] @ fold[1] if fold else 0)
+    wanted = sum(p[k] * local[names[1]][k] @ local[names[0]][k] for k in range(3))
+    if fold is None:  # the best approximation: its residual has the tail of the singular values
+        tail = torch.linalg.svdvals(wanted)[r:].square().sum().sqrt()
+        assert abs(torch.linalg.norm(wanted - found) - tail) < 1e-12
+    else:
+        assert (found - wanted).abs().max() < 1e-12
+    assert torch.allclose(after.params[names[2]], (p[:, None, None] * local[names[2]]).sum(0), atol=1e-13)
+
+
+def test_factors_of_a_fold():
+    delta = torch.randn(7, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64)
+    b, a = factors(delta)
+    assert b.shape == (7, 2) and (b @ a - delta).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["fedex_lora", "flora", "flexlora"])
+def test_workers_agree_and_the_fold_is_exported(lab, name):
+    keys: dict[str, Any] = {
+        "rounds": 2,
+        "algorithm": {"name": name},
+        "partition": {"name": "quantity", "num_clients": 3, "exponent": 0.7, "min_rows": 6},
+        "training": {"lanes": 1},
+    }
+    whole = lab.run(**keys, name="serial")
+    pool = {"name": "pool", "devices": ["cpu", "cpu"], "threads": 1}
+    lab.same_bits(lab.run(**keys, name="pool", executor=pool), whole)
+    rank = [json.loads((whole / f / "adapter_config.json").read_text())["r"] for f in ("init", "global")]
+    assert (rank[1] > rank[0]) == (name != "flexlora")
+
+
+def test_reinit_false_and_energy_are_checked():
+    for name, keys, key in (("flora", {"reinit": False}, "reinit"), ("flexlora", {"energy": 1.5}, "energy")):
+        with pytest.raises(ValueError, match=key):
+            ALGORITHMS[name](**keys)
