@@ -242,6 +242,11 @@ class Algorithm:
         """The server's next parameters and state, from the merged messages."""
         return Server({n: p + reduced["update"][n] for n, p in server.params.items()}, server.state)
 
+    @property
+    def warning(self) -> str | None:
+        """One line that a user should read before training."""
+        return None
+
     def overrides(self, *hooks: str) -> bool:
         """Whether any of these methods is other than FedAvg's."""
         return any(getattr(type(self), hook) is not getattr(Algorithm, hook) for hook in hooks)

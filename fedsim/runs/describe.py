@@ -58,6 +58,8 @@ def describe(
     if "federated" not in exp.modes and any(how):
         show.note("messages: nothing is sent without the mode federated, so messages.up and down have no effect")
     _tell_aggregator(parts, algorithm, show)
+    if algorithm.warning:
+        show.warn(f"algorithm: {algorithm.warning}")
     if parts.privacy is not None:
         keep(folder, parts.privacy)
         for line in about_privacy(parts.privacy, exp):
