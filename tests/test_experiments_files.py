@@ -212,6 +212,8 @@ def test_every_fedsim_command_shown_works_on_files_that_exist(monkeypatch: pytes
         "diff",
         "doctor",
         "eval",
+        "predict",
+        "privacy",
         "--help",
         "--install-completion",
     }

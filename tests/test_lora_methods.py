@@ -76,6 +76,20 @@ def test_rolora_sends_what_a_client_has_missed(lab: Any) -> None:
     assert len({r["value"] for r in rows}) > 1
 
 
+@pytest.mark.parametrize("name", ["flora", "fedex_lora"])
+def test_every_stack_that_a_client_has_missed_comes_down(lab: Any, name: str) -> None:
+    """The factors of all clients of each round since it last began, or since the start."""
+    run = lab.run(**{**SMALL, "rounds": 4}, algorithm={"name": name})
+    size = sum(8 * t.numel() for t in adapter_of(run / "init").values())
+    rows = [r for r in lab.metrics(run) if r["name"] == "bytes_down"]
+    seen: dict[str, int] = {}
+    for r in sorted(rows, key=lambda r: r["round"]):
+        since = max(1, seen.get(r["client"], 1))
+        assert r["value"] == size * (1 + 3 * (r["round"] - since))  # cohorts of three
+        seen[r["client"]] = r["round"]
+    assert len({r["value"] for r in rows}) > 2
+
+
 @pytest.mark.parametrize("private_head", [True, False])
 def test_fedsa_shares_a_alone(lab: Any, distance: Any, private_head: bool) -> None:
     """After a round a client's B is what it has trained, to the bit, and no other client's."""

@@ -144,9 +144,9 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
         manifest.write_bytes(manifest.read_bytes()[:30])
     resumed, batches = set(), Worker._batches
 
-    def note(self: Worker, task: Any) -> Any:
+    def note(self: Worker, task: Any, *more: Any) -> Any:
         resumed.add(task.round)
-        return batches(self, task)
+        return batches(self, task, *more)
 
     monkeypatch.setattr(Worker, "_batches", note)
     lab.run(**{**LONG, **fed, "name": "stopped"})

@@ -133,6 +133,7 @@ class Algorithm:
         batches: batches of each step; the optimizer steps by the gradient of the last one. They are drawn one by one, or are
             all the same one (`same_batch`).
         lora: works on the factors of plain LoRA alone, which the server sees client by client.
+        folds: the stack of a round's factors goes to the clients, who fold it into their base.
         needs: facts that are measured for it: `start_loss`, the mean loss of the received model on all training examples of the
             client; `optimizer_steps`, the steps behind the optimizer state that the client starts from, 0 for a fresh one.
         lives_on: parts whose optimizer state is kept from round to round whatever `local.keep_state` says.
@@ -153,6 +154,7 @@ class Algorithm:
     same_batch: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     lora: ClassVar[bool] = False
+    folds: ClassVar[bool] = False
     lives_on: ClassVar[frozenset[str]] = frozenset()
     adapters: ClassVar[frozenset[str]] = frozenset()
     takes_late: ClassVar[bool] = True

@@ -12,7 +12,8 @@ Deviations:
 - B travels whole, not as a difference: a client of a smaller rank has none of the rest. Codecs and clips see that.
 - Optimizer state of the factors starts anew in each round.
 - By QR of the stacks and the SVD of a matrix of K r rows, dense only where K r is not smaller than the layer.
-- A fresh A is drawn as in FLoRA. The ledger counts FLoRIST's downlink as the whole stack, an upper bound.
+- A fresh A is drawn as in FLoRA. The ledger counts FLoRIST's downlink as the whole
+  stack of the cohort, an upper bound.
 
 Peers:
 - FedLLM-Factory puts the square root of the singular values on B and nothing on A.

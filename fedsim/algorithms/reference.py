@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from fedsim.algorithms import ALGORITHMS, Algorithm
-from fedsim.core.params import Layout, meta
+from fedsim.algorithms.factors import is_a, is_b
+from fedsim.core.params import FOLD, Layout, meta
 
 ROUNDS = range(1, 9)
 """Rounds over which bytes are averaged."""
@@ -90,15 +91,21 @@ def row(name: str, kind: type[Algorithm]) -> list[str]:
         what = _by_round({r: kinds(n) for r, n in travelling.items()}) if same else _size(sent.numel, layout)
         up.append(f"`{group}`: {what}")
     changed = {r: [n for n in layout.shapes if made.changes(n, r)] for r in ROUNDS}
+    folded = {n: t for n, t in server.items() if n.startswith(FOLD)}
+    server = {n: t for n, t in server.items() if n not in folded}
     state = sum(t.numel() for t in made.sent(server).values())
     bytes_down = sum(params[n].numel() for names in changed.values() for n in names) / len(ROUNDS) + state
     down = _by_round({r: kinds(names) for r, names in changed.items()})
     down += f"; server state, {_size(state, layout)}" if state else ""
+    down += "; every client's A and B of the round" if folded else ""
     personal = made.personal(layout.shapes)
     own = [n for n in layout.shapes if n in personal]
     kept = [_size(sum(t.numel() for t in client.values()), layout)] * bool(client) + [kinds(own)] * bool(own)
     per = f"{bytes_up / layout.numel:.2f} / {bytes_down / layout.numel:.2f}"
+    factors = sum(params[n].numel() for n in layout.shapes if is_a(n) or is_b(n))
+    per += f" + {factors / layout.numel:.2f} for each client of the round" if folded else ""
     state_of = f"{', '.join(kept) or '-'} / {_size(sum(t.numel() for t in server.values()), layout)}"
+    state_of += ", and what is folded, as large as the adapted layers" if folded else ""
     lists = [_numbered(items(kind, part)) for part in ("Deviations", "Peers")]
     return [f"`{name}`", paper(kind), "<br>".join(up), down, per, state_of, *lists]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ from fedsim.runs.folder import RunFolder
 from fedsim.runs.private import about as about_privacy
 from fedsim.runs.private import keep
 from fedsim.runs.progress import Progress
+from fedsim.runs.resolve import schedule_of
 from fedsim.runs.worker_spec import WorkerSpec
 from fedsim.training.planner import Plan
 from fedsim.training.ranks import shape_at
@@ -88,7 +90,29 @@ def describe(
             share, text = over
             (show.warn if share > 0.05 else show.note)(f"{'warning: ' if share > 0.05 else ''}{split}: {text}")
     rank_of = functools.partial(spec.recipe.rank_of, algorithm)
-    return lambda round, client, since: tuple(size.total for size in sizes(round, rank_of(client), since))
+    stack = _stacks(parts, layout, messages, dtype, rank_of) if algorithm.folds else lambda round: 0
+
+    def bytes_of(round: int, client: int, since: int) -> tuple[int, int]:
+        up, down = sizes(round, rank_of(client), since)
+        return up.total, down.total + sum(map(stack, range(max(since, 1), round)))
+
+    return bytes_of
+
+
+def _stacks(
+    parts: Parts, layout: Layout, messages: Messages, dtype: torch.dtype, rank_of: Callable[[int], int | None]
+) -> Callable[[int], int]:
+    """Round -> bytes of the stack of its cohort's factors, which a client receives for each round since it last began."""
+    schedule = schedule_of(parts, "federated")
+    factors = [(n, s) for n, s in layout.shapes.items() if ".lora_A." in n or ".lora_B." in n]
+
+    @functools.cache
+    def stack(round: int) -> int:
+        ranks = Counter(rank_of(int(client)) for client in schedule.cohort(round))
+        each = {r: downlink(messages.down).nbytes([shape_at(n, s, r) for n, s in factors], dtype).total for r in ranks}
+        return sum(each[rank] * count for rank, count in ranks.items())
+
+    return stack
 
 
 def _tell_aggregator(parts: Parts, algorithm: Algorithm, show: Progress) -> None:

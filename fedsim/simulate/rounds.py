@@ -273,7 +273,7 @@ def _traffic(world: World, state: State, round: int, work: RoundWork, packs: Seq
         up, down = world.bytes_of(round, client, state.seen.get(client, 0))
         for what, n in (("bytes_up", up), ("bytes_down", down)) if i < len(trained) else (("bytes_down", down),):
             sent[client, name, what] = sent.get((client, name, what), 0) + n
-    if world.algorithm.overrides("travels", "changes"):  # else all travels always
+    if world.algorithm.folds or world.algorithm.overrides("travels", "changes"):  # else the same travels always
         state.seen |= dict.fromkeys((client for client, _ in [*trained, *lost]), round)
     return [
         Row(round, state.steps.get(c, 0), "federated", of, "train", what, float(n)) for (c, of, what), n in sent.items()
