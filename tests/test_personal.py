@@ -216,5 +216,14 @@ def test_clients_own_models_are_scored_after_each_round(lab: Any, distance: Any,
     )
     table = fedsim.summary(fedsim.load_runs(run), which="best")
     assert int(table.loc[table["model"] == "federated", "round"].iloc[0]) == best
+    card = (run / "global" / "README.md").read_text()
+    assert (
+        f"| validation | loss | {last('validation', 'shared_loss', None):.4f} |" in card
+        and "initial value here" in card
+    )
+    own = (run / "clients" / "site-1" / "README.md").read_text()
+    assert (
+        f"| validation | loss | {last('validation', 'own_loss', 'site-1'):.4f} |" in own and "initial value" not in own
+    )
     again = lab.run(**keys, name="pool", executor=POOL)
     lab.same_bits(again, run)

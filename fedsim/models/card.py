@@ -26,6 +26,7 @@ def write_card(
     title: str,
     scores: Iterable[tuple[str, str, float]],
     examples: int,
+    note: str = "",
 ) -> None:
     """Write `README.md`.
 
@@ -36,6 +37,7 @@ def write_card(
         title: which model of the run this is.
         scores: (split, metric, value).
         examples: in the training split.
+        note: a further sentence about the model.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -49,7 +51,7 @@ def write_card(
     )
     env.filters["settings"] = _settings
     text = env.get_template("model_card.md.j2").render(
-        **{"config": config, "source": source, "title": title, "scores": scores, "examples": examples},
+        **{"config": config, "source": source, "title": title, "scores": scores, "examples": examples, "note": note},
         **{"auto": auto, "tag": tag, "base": _base(source), "data": _data(config["data"])},
         whole=config["adapter"]["name"] == "none",
         ours=ours,

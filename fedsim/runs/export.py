@@ -68,6 +68,7 @@ def write_cards(
     mode: str,
     exported: Mapping[str, tuple[str | None, int]],
     metrics: Iterable[dict[str, Any]],
+    owns: bool = False,
 ) -> None:
     """Write a model card into each exported folder.
 
@@ -77,6 +78,7 @@ def write_cards(
         mode: whose models they are.
         exported: folder -> the client whose model it is (None: no client's) and the model's round.
         metrics: of the mode, on validation and test examples.
+        owns: clients of the mode have models of their own: the scores of the global model are `shared_NAME`, theirs `own_NAME`.
     """
     scores: dict[tuple[str | None, int], dict[tuple[str, str], float]] = {}
     for m in metrics:  # of two of a round the later is the global model's
@@ -85,6 +87,11 @@ def write_cards(
     for place, (client, last) in exported.items():
         round = max((r for c, r in scores if c == client and r <= last), default=last)  # a client may have sat some out
         title = f"{mode} model{f' of {client}' if client else ''} after round {round}"
-        found = [(*key, value) for key, value in scores.get((client, round), {}).items() if ":" not in key[1]]
-        about = {"title": title, "scores": found, "examples": examples}
+        scored = scores.get((client, round), {})
+        if owns:
+            mine = "shared_" if client is None else "own_"
+            scored = {(s, n.removeprefix(mine)): v for (s, n), v in scored.items() if s == "test" or n.startswith(mine)}
+        found = [(*key, value) for key, value in scored.items() if ":" not in key[1]]
+        note = "Parameters that stay with the clients have their initial value here." if owns and client is None else ""
+        about = {"title": title, "scores": found, "examples": examples, "note": note}
         write_card(folder.path / place, parts.exp.to_dict(), parts.model, **about)

@@ -75,7 +75,7 @@ def run_mode(
         save_by_row(folder, mode, found)
         metrics.log(tested, seconds())
         scored = [m for split in ("validation", "test") for m in metrics.of_split(split)]
-        write_cards(setup.parts, folder, mode, exported, scored)
+        write_cards(setup.parts, folder, mode, exported, scored, world.owns)
         mark = metrics.mark()
         files = record(folder.path, [*exported, f"checkpoints/{mode}/by_row.npz"])
         checkpoints.end(rounds=exp.rounds, models=len(found), metrics=mark, files=files)

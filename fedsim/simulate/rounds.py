@@ -354,7 +354,7 @@ def own_metrics(round: int, state: State, schedule: Schedule, found: Mapping[int
                 by_name.setdefault(name, []).append((value, float(schedule.sizes[client])))
         for name, each in by_name.items():
             values, sizes = np.array(each).T
-            worst = values.max() if name in ("loss", "perplexity") else values.min()
+            worst = values.max() if name.endswith(("loss", "perplexity")) else values.min()
             over = {f"own_{name}_mean": values.mean(), f"own_{name}_worst": worst}
             over |= {f"own_{name}_q{int(q * 100)}": float(np.quantile(values, q)) for q in QUANTILES}
             over = {
