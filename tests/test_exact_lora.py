@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from test_equivalence import adapter_of
 
 from fedsim.algorithms import ALGORITHMS, Info, Server
 from fedsim.algorithms.lowrank import pairs
@@ -75,3 +77,37 @@ def test_reinit_false_and_energy_are_checked():
     for name, keys, key in (("flora", {"reinit": False}, "reinit"), ("flexlora", {"energy": 1.5}, "energy")):
         with pytest.raises(ValueError, match=key):
             ALGORITHMS[name](**keys)
+
+
+def test_the_aggregation_error_is_logged_by_layer_and_in_all(lab: Any) -> None:
+    """Of FedAvg: |sum_k p_k B_k A_k - B A| / |sum_k p_k B_k A_k|, from clients trained alone; of exact methods nothing."""
+    keys: dict[str, Any] = {
+        "rounds": 1,
+        "modes": ["federated"],
+        "partition": {"name": "quantity", "num_clients": 3, "exponent": 0.7, "min_rows": 6},
+        "local": {"steps": 3, "lr": 5e-2, "keep_state": False},
+    }
+    run = lab.run(**keys)
+    rows = {r["name"]: r["value"] for r in lab.metrics(run) if r["split"] == "aggregation"}
+    sizes = np.diff(np.load(run / "partition.npz")["offsets"]).astype(float)
+    p, alone = sizes / sizes.sum(), []
+    for k in range(3):
+        trace = {f"site-{j + 1}": [int(j == k)] for j in range(3)}
+        alone.append(adapter_of(lab.run(**keys, name=f"one-{k}", simulation={"availability": trace}) / "global"))
+    end, above, below, layers = adapter_of(run / "global"), 0.0, 0.0, 0
+    for a in (n for n in end if "lora_A" in n):
+        b = a.replace("lora_A", "lora_B")
+        mean = sum(w * one[b] @ one[a] for w, one in zip(p, alone, strict=True))
+        gap, norm = float((mean - end[b] @ end[a]).norm()), float(mean.norm())
+        (found,) = [v for n, v in rows.items() if ":" in n and n.partition(":")[2] in a]
+        assert found == pytest.approx(gap / norm, rel=1e-6) and found > 0
+        above, below, layers = above + gap**2, below + norm**2, layers + 1
+    assert rows["lora_aggregation_error"] == pytest.approx((above / below) ** 0.5, rel=1e-6) and len(rows) == 1 + layers
+    for name in ("ffa_lora", "fedex_lora", "flora", "rolora", "fedsvd"):
+        exact = lab.run(**{**keys, "rounds": 3}, name=name, algorithm={"name": name})
+        found = [r["value"] for r in lab.metrics(exact) if r["name"] == "lora_aggregation_error"]
+        assert len(found) == 3 and max(found) < 1e-10, name
+    pool = {"name": "pool", "devices": ["cpu", "cpu"], "threads": 1}
+    lab.same_bits(lab.run(**keys, name="pool", executor=pool), run)
+    other = lab.run(**keys, name="personal", algorithm={"name": "fedsa_lora"})
+    assert not [r for r in lab.metrics(other) if r["split"] == "aggregation"]

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from fedsim.aggregators import AGGREGATORS
 from fedsim.aggregators.base import Accumulator, Aggregator, Buffer
 from fedsim.aggregators.stack import Stack
-from fedsim.core.params import Chunk, Layout, Message
+from fedsim.core.params import Chunk, Layout, Message, Params
 
 
 class Group:
@@ -52,13 +52,15 @@ class Reducer:
     Attributes:
         numel: elements of an accumulator's buffer.
         least: how many clients the aggregators need at least.
+        metered: where the clients' factors are kept for the aggregation error; None = nowhere.
         blockwise: whether messages may be added and read chunk by chunk of the parameters: each group is laid out like these.
     """
 
     def __init__(
         self, aggregates: Mapping[str, str | Aggregator], layouts: Mapping[str, Layout], params: Layout, slots: int
     ) -> None:
-        self.params, self.numel = params, 0
+        self.params, self.numel, self._slots = params, 0, slots
+        self.metered: Group | None = None
         self.groups: dict[str, Group] = {}
         (self.everything,) = params.chunks()
         for name, how in aggregates.items():
@@ -70,6 +72,27 @@ class Reducer:
             self.numel = self.groups[name].stop
         self.least = max((int(getattr(g.aggregator, "least", 1)) for g in self.groups.values()), default=1)
         self.blockwise = all(g.layout.shapes == params.shapes and g.aggregator.blockwise for g in self.groups.values())
+
+    def measure(self, factors: Layout) -> None:
+        """Also keep the clients' factors of this layout, for the aggregation error."""
+        self.metered = Group(Stack(), factors, self._slots, self.numel)
+        self.numel = self.metered.stop
+
+    def add_factors(self, into: Tensor, factors: Params, weights: Sequence[float], slots: Sequence[int]) -> None:
+        """Keep K clients' factors, name -> `[K, ...]`, beside their messages; in place."""
+        assert self.metered is not None, "factors are kept where they are measured"
+        acc = self.metered.views(into, self.metered.everything.span)
+        flat = torch.cat([factors[n].reshape(len(weights), -1) for n in self.metered.layout.shapes], dim=1)
+        self.metered.aggregator.add(acc, flat.to(into), weights, slots)
+
+    def factors(self, acc: Accumulator) -> tuple[Params, Tensor] | None:
+        """The clients' factors, name -> `[K, ...]`, and their shares of the weight; None where they are not kept."""
+        if self.metered is None:
+            return None
+        acc_of = self.metered.views(acc.total, self.metered.everything.span)
+        held = self.metered.everything.views(self.metered.aggregator.result(acc_of, acc.weight))
+        weights = acc_of["weights"][acc_of["sent"] > 0]
+        return held, weights / weights.sum()
 
     def zero(self, total: Tensor, spare: Tensor | None = None) -> Accumulator:
         """An empty accumulator in these buffers, `[numel]`, which are cleared."""

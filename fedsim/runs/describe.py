@@ -22,6 +22,7 @@ from fedsim.runs.private import keep
 from fedsim.runs.progress import Progress
 from fedsim.runs.resolve import schedule_of
 from fedsim.runs.worker_spec import WorkerSpec
+from fedsim.training.packs import factors, reducer_of
 from fedsim.training.planner import Plan
 from fedsim.training.ranks import shape_at
 
@@ -59,7 +60,7 @@ def describe(
     )
     if "federated" not in exp.modes and any(how):
         show.note("messages: nothing is sent without the mode federated, so messages.up and down have no effect")
-    _tell_aggregator(parts, algorithm, show)
+    _tell_aggregator(parts, algorithm, spec, layout, show)
     if algorithm.warning:
         show.warn(f"algorithm: {algorithm.warning}")
     if parts.privacy is not None:
@@ -115,14 +116,17 @@ def _stacks(
     return stack
 
 
-def _tell_aggregator(parts: Parts, algorithm: Algorithm, show: Progress) -> None:
-    """Who attacks, and what an aggregator makes of weights."""
+def _tell_aggregator(parts: Parts, algorithm: Algorithm, spec: WorkerSpec, layout: Layout, show: Progress) -> None:
+    """Who attacks, what an aggregator makes of weights, and what is not measured."""
     exp, attack = parts.exp, parts.attack
     if attack is not None:
         names = [parts.partition.name(client) for client in sorted(attack.clients)]
         show.note(
             f"attackers ({attack.kind}): {', '.join(names[:20])}{f' and {len(names) - 20} more' * (len(names) > 20)}"
         )
+    metered = "federated" in exp.modes and spec.recipe.meter and factors(algorithm, layout)
+    if metered and reducer_of(algorithm, layout, spec.recipe).metered is None:
+        show.note("the clients' factors are too many to keep, so lora_aggregation_error is not measured")
     rule = algorithm.aggregates.get("update")
     if "federated" in exp.modes and not getattr(rule, "weighs", True) and exp.algorithm.weights != "uniform":
         show.note(f"aggregator.name={exp.aggregator.name} does not use algorithm.weights={exp.algorithm.weights}")

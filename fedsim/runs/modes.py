@@ -27,7 +27,7 @@ from fedsim.simulate.rounds import Halved, PackDone, Round, World, collect, glob
 from fedsim.simulate.schedule import CENTRAL as CENTRAL_CLIENT
 from fedsim.simulate.schedule import Schedule
 from fedsim.simulate.state import GLOBAL, State
-from fedsim.training.packs import reducer_of
+from fedsim.training.packs import factors, reducer_of
 from fedsim.training.records import RecordLayout
 
 BY_ROW_CLIENTS = (
@@ -103,6 +103,7 @@ def _world(setup: Setup, mode: str) -> World:
         setup.bytes_of,
         setup.parts.privacy if mode == "federated" else None,
         algorithm.merges and bool(RecordLayout.of(mode, algorithm, setup.layout, setup.spec.recipe).own),
+        factors(algorithm, setup.layout),
     )
 
 

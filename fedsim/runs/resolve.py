@@ -52,6 +52,7 @@ def recipe_of(exp: Experiment) -> LocalTrainingConfig:
         row_tokens=exp.data.max_length if exp.training.packing else None,
         policy=exp.faults.policy,
         max_norm=exp.faults.max_norm,
+        meter=exp.adapter.name == "lora" and exp.privacy.name == "none",
         private=exp.privacy.name == "central",
     )
 

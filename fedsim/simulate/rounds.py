@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from fedsim.aggregators import Accumulator
+from fedsim.aggregators import Accumulator, meter
 from fedsim.aggregators.reducer import Reducer
 from fedsim.algorithms import Algorithm, Info, Server
 from fedsim.core.errors import OutOfMemory, SumLost
@@ -64,6 +64,7 @@ class World:
         bytes_of: (round, client, round in which it last began, or 0) -> bytes that it sends and receives.
         privacy: what the mode guarantees of each client; None = nothing.
         owns: whether clients have models of their own, or parts of one.
+        factors: adapted layer -> names of its A and B, where the aggregation error is measured.
     """
 
     schedule: Schedule
@@ -80,6 +81,7 @@ class World:
     bytes_of: Callable[[int, int, int], tuple[int, int]]
     privacy: CentralPrivacy | None = None
     owns: bool = False
+    factors: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
                 info = Info(
                     t, acc.clients, acc.weight, len(schedule.clients), schedule.all_weight, shares, schedule.seed
                 )
-                server_step(algorithm, world.reducer, world.layout, acc, state, info, world.chunk)
+                folded = server_step(algorithm, world.reducer, world.layout, acc, state, info, world.chunk)
+                metrics += _aggregation_error(world, state, t, acc, folded)
                 executor.broadcast(state.params, algorithm.sent(state.server))
             metrics += _traffic(world, state, t, work, packs) + _clock(schedule, state, t, work)
             began = time.monotonic()
@@ -243,8 +246,13 @@ def server_step(
     state: State,
     info: Info,
     chunk: int | None,
-) -> None:
-    """The next global parameters, in place: in chunks if the algorithm allows it and the server keeps no state."""
+) -> Params:
+    """The next global parameters, in place: in chunks if the algorithm allows it and the server keeps no state.
+
+    Returns:
+        What was folded into the base, by layer, `[m, n]`.
+    """
+    folded: Params = {}
     apart = algorithm.blockwise and reducer.blockwise and not state.server
 
     def travels(name: str) -> bool:
@@ -258,8 +266,24 @@ def server_step(
             view.copy_(after.params[name])
         state.server = state.server | after.state  # what the step does not return stays
         for layer, (b, a) in (after.fold or {}).items():
-            state.server[FOLD + layer] = state.server[FOLD + layer] + b @ a
+            folded[layer] = b @ a
+            state.server[FOLD + layer] = state.server[FOLD + layer] + folded[layer]
         del after  # before those of the next chunk are made
+    return folded
+
+
+def _aggregation_error(world: World, state: State, round: int, acc: Accumulator, folded: Params) -> list[Row]:
+    """How far the server's low-rank products are from the mean of the clients', by layer and in all, where it is measured."""
+    kept = world.reducer.factors(acc)
+    if kept is None:
+        return []
+    params = world.layout.views(state.params)
+    found = meter.errors(world.factors, *kept, params, folded)
+    name = "lora_aggregation_error"
+    by_layer = {f"{name}:{layer}": gap / norm for layer, (gap, norm) in found.items() if norm > 0}
+    gap, norm = (sum(each[i] ** 2 for each in found.values()) ** 0.5 for i in (0, 1))
+    over = {name: gap / norm, **by_layer} if norm > 0 else {}
+    return [Row(round, state.step, "federated", None, "aggregation", n, v) for n, v in over.items()]
 
 
 def _traffic(world: World, state: State, round: int, work: RoundWork, packs: Sequence[Pack]) -> list[Row]:

@@ -35,6 +35,7 @@ class LocalTrainingConfig:
         attack: what simulated attackers do in federated rounds; None = there are none.
         root: examples that the server trains on by itself.
         ranks: LoRA rank by client number, int64; None = the algorithm's, or the adapter's.
+        meter: whether the aggregation error of LoRA's factors is measured, where these fit.
         private: whether all that a client sends is clipped as one vector, to the norm that its pack names.
     """
 
@@ -59,6 +60,7 @@ class LocalTrainingConfig:
     attack: Attack | None = None
     root: np.ndarray | None = None
     ranks: np.ndarray | None = None
+    meter: bool = False
     private: bool = False
 
     def rank_of(self, algorithm: Algorithm, client: int) -> int | None:

@@ -14,9 +14,9 @@ from fedsim.algorithms import ClientOptimizer
 from fedsim.channel import Senders
 from fedsim.core.heartbeat import beat
 from fedsim.core.params import Chunk, Message, Params
-from fedsim.core.types import Task
+from fedsim.core.types import ROOT, Task
 from fedsim.training.faults import judge, norms
-from fedsim.training.packs import RunPack
+from fedsim.training.packs import RunPack, factors
 from fedsim.training.ranks import largest_rank, slots
 from fedsim.training.received import Received, View
 from fedsim.training.trainer import Fit, Trainer
@@ -224,11 +224,30 @@ class LaneGroup:
             self._write(tasks, record.state_at(self.number) + chunk.start, state)
             message = coded = state = lost = None  # before those of the next chunk are made
         if self.number == 0:
+            self._keep_factors(good)
             self._keep_personal(good)
             run.done(tasks, [fit.steps[self.lanes[i]] for i in good])
         for i, task in zip(good, tasks, strict=True):
             if task.write >= 0 and record.optimizer:
                 self._keep_optimizer(self.lanes[i], task.write)
+
+    def _keep_factors(self, clients: list[int]) -> None:
+        """Keep LoRA's factors beside the messages, where the aggregation error is measured."""
+        reducer, algorithm = self.run.setup.reducer, self.run.algorithm
+        clients = [i for i in clients if self.tasks[i].client != ROOT]
+        if reducer.metered is None or not clients:
+            return
+        layout = self.trainer.layout.sums
+        (whole,) = layout.chunks()
+        params = whole.views(self.trainer.flat[self.place(clients)].to(layout.dtype))
+        scale = None  # of methods whose clients have scales of their own
+        if self.ranks is not None and hasattr(algorithm, "carried"):
+            scale = largest_rank(layout) / self.ranks[clients].to(layout.dtype).view(-1, 1, 1)
+        named = {}
+        for layer, (a, b) in factors(algorithm, layout).items():
+            named |= {f"A of {layer}": params[a], f"B of {layer}": params[b] if scale is None else scale * params[b]}
+        tasks = [self.tasks[i] for i in clients]
+        self.run.add_factors(named, tasks)
 
     def _keep_optimizer(self, lane: int, into: int) -> None:
         record, optimizer = self.run.setup.record, self.trainer.optimizer

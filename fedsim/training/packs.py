@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fedsim.aggregators import meter
 from fedsim.aggregators.reducer import Reducer
 from fedsim.algorithms import Algorithm
-from fedsim.core.params import Chunk, Layout, Message, meta
+from fedsim.algorithms.factors import pairs
+from fedsim.core.params import Chunk, Layout, Message, Params, meta
 from fedsim.core.store import Store
 from fedsim.core.types import Report, Share, Task
 from fedsim.training.config import LocalTrainingConfig
@@ -56,7 +58,20 @@ class Setup:
 
 def reducer_of(algorithm: Algorithm, layout: Layout, config: LocalTrainingConfig) -> Reducer:
     """How the messages of the algorithm's clients become one."""
-    return Reducer(algorithm.aggregates, algorithm.messages(layout), layout, config.slots)
+    made = Reducer(algorithm.aggregates, algorithm.messages(layout), layout, config.slots)
+    metered = meter.factors_of(layout, factors(algorithm, layout), config.slots) if config.meter else None
+    if metered is not None and algorithm.merges:
+        made.measure(metered)
+    return made
+
+
+def factors(algorithm: Algorithm, layout: Layout) -> dict[str, tuple[str, str]]:
+    """Adapted layer -> names of its A and B, where the server has both of all layers."""
+    found = dict(
+        zip(layers := [a.partition(".lora_A.")[0] for a, _ in pairs(layout.shapes)], pairs(layout.shapes), strict=True)
+    )
+    own = algorithm.personal(layout.shapes)
+    return {} if any(n in own for both in found.values() for n in both) or len(layers) != len(set(layers)) else found
 
 
 def chunks_of(algorithm: Algorithm, layout: Layout, reducer: Reducer, most: int | None) -> list[Chunk]:
@@ -116,6 +131,10 @@ class RunPack:
         partly = len(self.algorithm.parts) > 1
         weights, slots = [t.weight for t in tasks], [t.slot for t in tasks]
         self.setup.reducer.add(self._out, message, weights, slots, chunk, self.travels, partly)
+
+    def add_factors(self, factors: Params, tasks: Sequence[Task]) -> None:
+        """Keep these clients' factors beside their messages."""
+        self.setup.reducer.add_factors(self._out, factors, [t.weight for t in tasks], [t.slot for t in tasks])
 
     def done(self, tasks: Sequence[Task], steps: Sequence[int]) -> None:
         """These clients count, with so many optimizer steps, and all their messages are added."""
