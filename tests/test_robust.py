@@ -20,6 +20,7 @@ from fedsim.core.errors import UserError
 from fedsim.core.seeding import stream
 from fedsim.runs.build import prepare
 from fedsim.runs.checks import sampler_of
+from fedsim.runs.sweep import Sweep, run_sweep
 from fedsim.training.attack import attackers
 
 LOCAL = {"steps": 2, "batch_size": 4, "lr": 5e-3, "keep_state": False}
@@ -319,3 +320,29 @@ def test_what_cannot_be_is_one_line(lab: Any, keys: dict[str, Any], said: str) -
     with pytest.raises(UserError, match=said) as caught:
         lab.run(**MANY, **keys)
     assert "\n" not in str(caught.value)
+
+
+def test_runs_side_by_side_train_on_their_own_labels(lab: Any, distance: Any) -> None:
+    """Attackers of one run train on flipped labels, those of another seed and an honest run beside them do not."""
+    flip = {"simulation.attackers": {"fraction": 0.25, "kind": "label_flip"}}
+    settings = [{}, flip, {**flip, "seed": 4}]
+    ends = []
+    for together in (1, 3):
+        tree = lab.tree(**{**MANY, "rounds": 1, "results": str(lab.root / f"by-{together}")})
+        keys = {"experiment": tree, "list": settings, "workers": 1, "threads": 1, "together": together}
+        jobs = run_sweep(Sweep.from_dict({"name": "labels", **keys}), progress=False).jobs
+        assert [job.state for job in jobs] == ["finished"] * 3
+        ends.append([adapter_of(job.path / "global") for job in jobs])
+    assert max(distance(a, b) for a, b in zip(*ends, strict=True)) < 1e-9
+
+
+def test_the_plan_counts_the_slots(lab: Any) -> None:
+    """A mean holds one sum of the whole model, a median the message of each of 7 clients, weight and mark beside it."""
+    keys = {**MANY, "rounds": 1, "adapter": {"name": "none"}, "model": {"dtype": "float32"}}
+    mean, median = (
+        json.loads((lab.run(**keys, name=name, aggregator={"name": name}) / "plan.json").read_text())["memory"]
+        for name in ("mean", "median")
+    )
+    assert mean["sum"] == mean["global"] and "messages" not in mean
+    assert median["sum"] == median["messages"] == 7 * (mean["global"] + 2 * 4)
+    assert median["predicted"] > median["messages"]

@@ -6,7 +6,7 @@
 Deviations:
 - The root set is drawn from the training examples of all clients, as in the paper's first case, and stays with them; the server does
   the local work of a client on it, with the same optimizer.
-- Where no client is trusted the global model stays as it is.
+- Where no client is trusted the update is 0: the global model stays as it is, unless the algorithm's server has momentum.
 
 Peers: some copies divide by the number of clients instead of the sum of trust.
 """

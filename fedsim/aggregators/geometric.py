@@ -78,5 +78,5 @@ class NormClip(Slotted):
         import torch
 
         norms = torch.stack([u.double().norm() for u in values])
-        scales = (self.clip / norms.clamp(min=self.clip)).to(values.dtype)
-        return weighted(values * scales[:, None], weights)
+        scales = self.clip / norms.clamp(min=self.clip)
+        return (weights.double() * scales / weights.double().sum()).to(values.dtype) @ values

@@ -27,13 +27,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PIECE = 1 << 20  # coordinates that are worked on at a time
+
+
 def squared_distances(values: Tensor) -> Tensor:
     """Between all pairs of updates `[K, n]`; `[K, K]`, float64, summed difference by difference: products would cancel."""
     import torch
 
     out = torch.zeros(len(values), len(values), dtype=torch.float64, device=values.device)
-    for i in range(len(values) - 1):
-        out[i, i + 1 :] = (values[i + 1 :].double() - values[i].double()).square().sum(dim=1)
+    for part in values.split(PIECE, dim=1):
+        exact = part.double()
+        for i in range(len(values) - 1):
+            out[i, i + 1 :] += (exact[i + 1 :] - exact[i]).square().sum(dim=1)
     return out + out.T
 
 
@@ -42,6 +47,15 @@ def krum_scores(distances: Tensor, byzantine: int) -> Tensor:
     n = len(distances)
     near = distances.sort(dim=1).values[:, 1:]  # without the one to itself
     return near[:, : max(1, n - byzantine - 2)].sum(dim=1)
+
+
+def near_median(values: Tensor, count: int) -> Tensor:
+    """The mean of so many values of each coordinate, those nearest to the median; `values` are `[K, n]`."""
+    values = values.sort(dim=0).values
+    k = len(values)
+    median = values[(k - 1) // 2 : k // 2 + 1].mean(dim=0)
+    order = (values - median).abs().argsort(dim=0, stable=True)[:count]
+    return values.gather(0, order).mean(dim=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +115,5 @@ class Bulyan(Krum):
             among = torch.tensor(left, device=values.device)
             best = int(krum_scores(distances[among][:, among], f).argmin()) if len(left) > 1 else 0
             chosen.append(left.pop(best))
-        picked = values[torch.tensor(sorted(chosen), device=values.device)].sort(dim=0).values
-        k = len(picked)
-        median = picked[(k - 1) // 2 : k // 2 + 1].mean(dim=0)
-        order = (picked - median).abs().argsort(dim=0, stable=True)[: k - 2 * f]
-        return picked.gather(0, order).mean(dim=0)
+        who = torch.tensor(sorted(chosen), device=values.device)
+        return torch.cat([near_median(part[who], len(who) - 2 * f) for part in values.split(PIECE, dim=1)])

@@ -46,8 +46,10 @@ class Slotted:
     def result(self, acc: dict[str, Tensor], weight: float) -> Tensor:
         """The rule's value over the clients that sent something, `[n]`."""
         sent = acc["sent"] > 0
+        if bool(sent.all()):  # no copy of all messages
+            return self.reduce(acc["values"], acc["weights"])
         return self.reduce(acc["values"][sent], acc["weights"][sent])
 
     def reduce(self, values: Tensor, weights: Tensor) -> Tensor:
-        """One message, `[n]`, of those of K clients: `values` `[K, n]`, in the clients' order, and their weights `[K]`."""
+        """One message, `[n]`, of those of K clients: `values` `[K, n]`, in the clients' order, and their weights `[K]`; both are left as they are."""
         raise NotImplementedError

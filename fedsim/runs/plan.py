@@ -24,6 +24,7 @@ from fedsim.runs.resolve import free_memory, schedule_of, token_bytes
 from fedsim.runs.worker_spec import WorkerSpec
 from fedsim.simulate.schedule import CENTRAL
 from fedsim.simulate.state import State
+from fedsim.training.packs import reducer_of
 from fedsim.training.planner import Packs, Plan, choose_lanes
 from fedsim.training.trainer import filled
 
@@ -96,8 +97,12 @@ def choose(
         resident=executor.peaks()[0] - (layout.nbytes if full and not on_gpu else 0),
         on_gpu=on_gpu,
     )
+    sums = max(reducer_of(a, layout, spec.recipe).numel for a in spec.algorithms.values()) * layout.dtype.itemsize
+    if sums > 2 * layout.nbytes:  # an aggregator that has a slot for each client
+        plan.memory["messages"] = sums
+        plan.memory["predicted"] += 0 if on_gpu else sums  # zeros, of which a CPU holds nothing yet
     if full:
-        plan.memory |= dict.fromkeys(("global", "sum"), layout.nbytes)
+        plan.memory |= {"global": layout.nbytes, "sum": sums}
         plan.memory["chunk"] = min(layout.nbytes, 4 * (spec.recipe.chunk or 0))
     packs = -(-first.clients // plan.lanes)
     if packs < len(devices) and first.clients > packs:

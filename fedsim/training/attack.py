@@ -40,20 +40,25 @@ class Attack:
     total: int
 
     @property
+    def relabels(self) -> bool:
+        """Whether attackers train on other labels."""
+        return self.kind == "label_flip"
+
+    @property
     def whole(self) -> bool:
         """Whether messages have to be whole: noise is drawn tensor by tensor."""
         return self.kind == "gaussian"
 
     def seen(self, client: int, examples: np.ndarray) -> np.ndarray:
         """The examples that a client trains on in a federated round, where these are its own."""
-        if self.kind != "label_flip" or client not in self.clients:
+        if not self.relabels or client not in self.clients:
             return examples
         return self.total + np.searchsorted(self.examples, examples)
 
     def apply(self, message: Message, tasks: Sequence[Task]) -> Message:
         """The messages `[K, ...]` of these clients as the attackers among them send them: their group `update` is another."""
         attackers = [i for i, task in enumerate(tasks) if task.client in self.clients]
-        if not attackers or self.kind == "label_flip" or "update" not in message:
+        if not attackers or self.relabels or "update" not in message:
             return message
         update = {}
         for name, values in message["update"].items():

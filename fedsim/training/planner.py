@@ -306,8 +306,9 @@ def describe(plan: Plan, device: str) -> list[str]:
         return out
     out = [f"plan: {device}, {plan.lanes} lane{'s' if plan.lanes > 1 else ''}{more}"]
     if m:
+        messages = f"messages of all clients {m['messages']}; " if "messages" in m else ""
         out.append(
-            f"memory: base {m['base']} once; a lane {m['lane']} (parameters, gradient, moments); "
+            f"memory: base {m['base']} once; a lane {m['lane']} (parameters, gradient, moments); {messages}"
             f"activations {m['activations']}; predicted peak {m['predicted']}"
         )
     if plan.measured:
