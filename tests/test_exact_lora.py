@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_algorithms import SMALL
 from test_equivalence import adapter_of
+from test_hooks import Loop, Named
 
 from fedsim.algorithms import ALGORITHMS, Info, Server
 from fedsim.algorithms.lowrank import pairs
+from fedsim.core.seeding import stream
 from fedsim.models.fold import factors
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -111,3 +114,87 @@ def test_the_aggregation_error_is_logged_by_layer_and_in_all(lab: Any) -> None:
     lab.same_bits(lab.run(**keys, name="pool", executor=pool), run)
     other = lab.run(**keys, name="personal", algorithm={"name": "fedsa_lora"})
     assert not [r for r in lab.metrics(other) if r["split"] == "aggregation"]
+
+
+def cut(name: str, value: torch.Tensor, rank: int) -> torch.Tensor:
+    """1 where a client of this rank has an element."""
+    out = torch.zeros_like(value)
+    out[(slice(rank),) if "lora_A" in name else (slice(None), slice(rank))] = 1.0
+    return out
+
+
+class Folding(Loop):
+    """A plain loop whose base carries what was folded: W0 + s F."""
+
+    def __init__(self, lab: Any, exp: Any, run: Any) -> None:
+        super().__init__(lab, exp, run)
+        self.layers = {a.partition(".lora_A.")[0]: (a, a.replace("lora_A", "lora_B")) for a in self.x if "lora_A" in a}
+        self.base = {m: self.model.get_submodule(m).get_base_layer().weight for m in self.layers}
+        self.first = {m: w.detach().clone() for m, w in self.base.items()}
+        self.scale = exp.adapter.alpha / exp.adapter.r
+        self.folded = {m: torch.zeros(len(self.x[b]), self.x[a].shape[1]).double() for m, (a, b) in self.layers.items()}
+
+    def fold(self) -> None:
+        for m, weight in self.base.items():
+            turned = self.model.get_submodule(m).fan_in_fan_out
+            weight.data.copy_(self.first[m] + self.scale * (self.folded[m].T if turned else self.folded[m]))
+
+    def product(self) -> dict[str, torch.Tensor]:
+        return {m: self.scale * (self.folded[m] + self.x[b] @ self.x[a]) for m, (a, b) in self.layers.items()}
+
+
+@pytest.mark.parametrize("ranks", [None, [1, 3, 2, 3]], ids=["one rank", "ranks"])
+@pytest.mark.parametrize("name", ["fedex_lora", "flora", "flexlora"])
+def test_a_run_is_its_papers_loop(lab: Any, name: str, ranks: list[int] | None) -> None:
+    """Client k trains with alpha / r_k; the server makes new factors of the exact product, or folds it into the base."""
+    if name == "fedex_lora" and ranks:
+        pytest.skip("its factors are averaged, so they have one rank")
+    local = {
+        "steps": 3,
+        "batch_size": 4,
+        "lr": 2e-2,
+        "weight_decay": 0.1,
+        "clip": 0.5,
+        "keep_state": name == "fedex_lora",
+    }
+    adapter = {"name": "lora", "r": 3, "alpha": 6, **({"ranks": ranks} if ranks else {})}
+    exp = lab.exp(**{**SMALL, "algorithm": {"name": name}, "local": local, "adapter": adapter})
+    run = lab.run(exp)
+    loop = Folding(lab, exp, run)
+    for t, cohort in enumerate(loop.cohorts, 1):
+        loop.fold()
+        found = {}
+        for k in cohort:
+            rank = ranks[int(k.removeprefix("site-")) - 1] if ranks else 3
+            has = {n: cut(n, x, rank) for n, x in loop.x.items()}
+            own = {n: 3 / rank if "lora_B" in n else 1.0 for n in has}  # s_k / s stands on B
+
+            def scaled(y: Named, numbers: Any, has: Named = has, own: dict[str, float] = own) -> Named:
+                g = loop.grads({n: v * own[n] for n, v in y.items()}, numbers)
+                return {n: v * own[n] * has[n] for n, v in g.items()}
+
+            start = {n: x * has[n] / (own[n] if name == "flexlora" else 1.0) for n, x in loop.x.items()}
+            y = loop.fit((k, t) if name != "fedex_lora" else k, start, loop.batches(k, t), gradient=scaled)
+            found[k] = {n: v * own[n] for n, v in y.items()}
+        total = sum(loop.sizes[k] for k in cohort)
+        before = dict(loop.x)
+        for m, (a, b) in loop.layers.items():
+            exact = sum(loop.sizes[k] / total * y[b] @ y[a] for k, y in found.items())
+            mean = {n: sum(loop.sizes[k] / total * y[n] for k, y in found.items()) for n in (a, b)}
+            if name == "fedex_lora":
+                loop.x |= mean
+                loop.folded[m] += exact - mean[b] @ mean[a]
+            elif name == "flora":
+                loop.folded[m] += exact
+                bound = before[a].shape[1] ** -0.5
+                drawn = stream(exp.seed, "lora_A", t, a).uniform(-bound, bound, tuple(before[a].shape))
+                loop.x |= {a: torch.from_numpy(drawn), b: torch.zeros_like(before[b])}
+            else:
+                u, s, v = torch.linalg.svd(exact, full_matrices=False)
+                loop.x |= {a: v[:3], b: u[:, :3] * s[:3]}
+    end, config = adapter_of(run / "global"), json.loads((run / "global" / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    for m, wanted in loop.product().items():
+        (a,) = [n for n in end if "lora_A" in n and n.startswith(m)]
+        got = scale * end[a.replace("lora_A", "lora_B")] @ end[a]
+        assert float((got - wanted).norm() / wanted.norm()) < 1e-8, m
