@@ -132,7 +132,7 @@ class Frail:
         come_to(self.folder, f"added-{pack.index}")
         return Report(pack.index, steps={t.client: 1 for t in pack.tasks}, weight=float(len(pack.tasks)))
 
-    def score(self, request: Scoring, weights: Tensor) -> list[Scores]:
+    def score(self, request: Scoring, weights: Tensor, server: Any = None) -> list[Scores]:
         for record in request.records:
             come_to(self.folder, f"score-{record}")
         return [Scores({"loss": (float(weights.sum()) + r, 1.0)}) for r in request.records]

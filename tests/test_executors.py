@@ -73,7 +73,7 @@ class Stub:
             pack.index, steps={t.client: 1 for t in pack.tasks}, weight=float(len(pack.tasks)), tokens=os.getpid()
         )
 
-    def score(self, request: Scoring, weights: Tensor) -> list[Scores]:
+    def score(self, request: Scoring, weights: Tensor, server: Any = None) -> list[Scores]:
         time.sleep(0.2 if 0 in request.records else 0.0)
         return [Scores({"loss": (float(weights.sum()) + r, 1.0)}) for r in request.records]
 
