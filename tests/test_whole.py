@@ -347,7 +347,7 @@ def test_a_large_model_gives_the_same_bits_in_serial_and_in_a_pool(
         monkeypatch.setattr(place, 0)
     pieces(2 * ALIGN)
     # Workers are new processes: they learn of it as they start.
-    (lab.root / "sitecustomize.py").write_text("import fedsim.aggregators.mean\nfedsim.core.params.LARGE = 0\n")
+    (lab.root / "sitecustomize.py").write_text("import fedsim.core.params\nfedsim.core.params.LARGE = 0\n")
     root = str(Path(fedsim.__file__).parent.parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(lab.root), root]))
     keys = {**TWO, "partition": {"name": "iid", "num_clients": 3}, "rounds": 2}
