@@ -216,6 +216,8 @@ def test_clients_own_models_are_scored_after_each_round(lab: Any, distance: Any,
     )
     table = fedsim.summary(fedsim.load_runs(run), which="best")
     assert int(table.loc[table["model"] == "federated", "round"].iloc[0]) == best
+    each = [v for k in sizes if (v := last("site", "own_loss", k)) is not None]
+    assert float(fedsim.summary(fedsim.load_runs(run), "loss").iloc[-1]["site"]) == pytest.approx(np.mean(each))
     card = (run / "global" / "README.md").read_text()
     assert (
         f"| validation | loss | {last('validation', 'shared_loss', None):.4f} |" in card

@@ -37,8 +37,8 @@ def model_scores(df: pd.DataFrame, metric: str) -> pd.DataFrame:
 
     Returns:
         A row per model: `scope` and `client` (None for the global and the centralized one); of the last model `last_round`,
-        `last` (validation), `own` (a client's own validation examples; of the global model the mean over clients) and
-        `steps` (optimizer steps); of the chosen one `round`, `best` (validation), `best_own`, `test` and `best_steps`.
+        `last` (validation), `own` (a client's own validation examples; of the global model, or of the models that clients keep
+        in its place, the mean over clients) and `steps` (optimizer steps); of the chosen one `round`, `best` (validation), `best_own`, `test` and `best_steps`.
         Missing where nothing was recorded.
     """
     floats = {"scope": object, "name": object, "round": float, "step": float}
@@ -49,8 +49,10 @@ def model_scores(df: pd.DataFrame, metric: str) -> pd.DataFrame:
     at_end = rows[(rows["step"] == rows.groupby(keys)["step"].transform("max")) & (rows["round"] > 0)]
     at_end = at_end.dropna(subset="value")
     validation = at_end[at_end["split"] == "validation"].groupby([*keys, "name"])["value"].last().unstack()
-    # What the global model scores on a client's own examples is recorded per client.
-    merged = df[(df["scope"] == "federated") & (df["split"] == "site") & (df["name"] == f"merged_{metric}")]
+    # What the global model scores on a client's own examples is recorded per client; so are clients' own models.
+    merged = df[(df["scope"] == "federated") & (df["split"] == "site") & df["client"].notna()]
+    named = f"own_{metric}" if (merged["name"] == f"own_{metric}").any() else f"merged_{metric}"
+    merged = merged[merged["name"] == named]
     own = at_end[(at_end["split"] == "site") & (at_end["name"] == metric) & (at_end["scope"] != "federated")]
     merged = merged.assign(client="").astype(floats).groupby(keys)["value"].mean()
     own = pd.concat([own.groupby(keys)["value"].last(), merged])
