@@ -29,15 +29,11 @@ class Affine(Stage):
     def down(self, params: Any) -> Any:
         return {n: self.factor * t + self.shift for n, t in params.items()}
 
-    def server(self, reduced: Any, info: object, stream: Any) -> Any:
-        return {g: self.down(t) for g, t in reduced.items()}
 
-
-def test_stages_follow_each_other_and_the_server_goes_back() -> None:
+def test_stages_follow_each_other() -> None:
     chain, x = Channel([Affine(2.0, 0.0), Stage(), Affine(1.0, 3.0)]), {"w": torch.tensor([[1.0], [-1.0]])}
     assert chain.up({"update": x}, Senders(), {})[0]["update"]["w"].tolist() == [[5.0], [1.0]]
     assert chain.down(x)["w"].tolist() == [[5.0], [1.0]]
-    assert chain.server({"update": x}, None, stream(0))["update"]["w"].tolist() == [[8.0], [4.0]]
     assert chain.nbytes([4], torch.float32) is None
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from fedsim.core.params import Message, Params
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 
@@ -62,10 +61,6 @@ class Stage:
         """Parameters as clients receive them, `[...]`."""
         return params
 
-    def server(self, reduced: Message, info: object, stream: np.random.Generator) -> Message:
-        """The aggregated message, before the algorithm's server step; called in reverse order of the stages."""
-        return reduced
-
     def nbytes(self, shapes: Iterable[tuple[int, ...] | int], dtype: torch.dtype) -> Sizes | None:
         """Bytes of a message of tensors of these shapes and of this type; None where the stage does not change the bytes."""
         return None
@@ -93,12 +88,6 @@ class Channel(Stage):
         for stage in self.stages:
             params = stage.down(params)
         return params
-
-    def server(self, reduced: Message, info: object, stream: np.random.Generator) -> Message:
-        """Each stage's `server`, in reverse order."""
-        for stage in reversed(self.stages):
-            reduced = stage.server(reduced, info, stream)
-        return reduced
 
     def nbytes(self, shapes: Iterable[tuple[int, ...] | int], dtype: torch.dtype) -> Sizes | None:
         """As the last stage says that changes the bytes."""
