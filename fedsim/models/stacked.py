@@ -50,7 +50,8 @@ class StackedNet(Net):
         self._head_out: Tensor | None = None
         self._prompts: Callable[[], Tensor] | None = None
         self._in_stream, self._prefix = 0, 0  # virtual tokens in front of an example, or only in its attention
-        self._fast = False
+        self._fast, self._shown = False, 0
+        self._kinds = position_kinds(model, task)
         self._undo = ExitStack()
         if reason := cannot_pack(self.base, task):
             raise Unsuitable(reason)
@@ -86,9 +87,19 @@ class StackedNet(Net):
 
     def show(self, lane: int) -> None:
         """Put a lane's weights into the model itself, for what works on one model: generation."""
+        self._shown = lane
         with torch.no_grad():
             for name, parameter in self.params.items():
                 parameter.copy_(self.leaves[name][lane])
+
+    def multiply(self, layer: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """See `Net.multiply`; outside a pass, the lane that is shown."""
+        if not self.in_pass():
+            return x @ a[self._shown].T @ b[self._shown].T
+        span = self._lanes.span(self._kinds.get(id(layer), "tokens"))
+        a, b = a[: self.lanes], b[: self.lanes]
+        y = self._lanes.split(x, span) @ a.transpose(1, 2) @ b.transpose(1, 2)
+        return span.join(y).view(*x.shape[:-1], -1)
 
     def backward(self, tokens: Tokens, rows: Sequence[np.ndarray], answers: Tensor) -> tuple[Tensor, list[int]]:
         """Add the gradient of each lane's own mean loss; see `Net.backward`.
@@ -205,7 +216,7 @@ class StackedNet(Net):
             raise Unsuitable("it has an encoder and a decoder")
 
     def _stack_layers(self) -> None:
-        left, kinds = dict(self.params), position_kinds(self.model, self.task)
+        left, kinds = dict(self.params), self._kinds
         if self._prompts is not None:
             left.pop(self._names[id(self.model.prompt_encoder["default"].embedding.weight)])
         for module in self.model.modules():

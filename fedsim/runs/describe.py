@@ -91,7 +91,7 @@ def describe(
             share, text = over
             (show.warn if share > 0.05 else show.note)(f"{'warning: ' if share > 0.05 else ''}{split}: {text}")
     rank_of = functools.partial(spec.recipe.rank_of, algorithm)
-    stack = _stacks(parts, layout, messages, dtype, rank_of) if algorithm.folds else lambda round: 0
+    stack = _stacks(algorithm, parts, layout, messages, dtype, rank_of) if algorithm.folds else lambda round: 0
 
     def bytes_of(round: int, client: int, since: int) -> tuple[int, int]:
         up, down = sizes(round, rank_of(client), since)
@@ -101,16 +101,25 @@ def describe(
 
 
 def _stacks(
-    parts: Parts, layout: Layout, messages: Messages, dtype: torch.dtype, rank_of: Callable[[int], int | None]
+    algorithm: Algorithm,
+    parts: Parts,
+    layout: Layout,
+    messages: Messages,
+    dtype: torch.dtype,
+    rank_of: Callable[[int], int | None],
 ) -> Callable[[int], int]:
     """Round -> bytes of the stack of its cohort's factors, which a client receives for each round since it last began."""
     schedule = schedule_of(parts, "federated")
-    factors = [(n, s) for n, s in layout.shapes.items() if ".lora_A." in n or ".lora_B." in n]
+    sent = algorithm.messages(layout)["update"].shapes
+    factors = [(n, s, layout.shapes[n]) for n, s in sent.items() if ".lora_A." in n or ".lora_B." in n]
 
     @functools.cache
     def stack(round: int) -> int:
         ranks = Counter(rank_of(int(client)) for client in schedule.cohort(round))
-        each = {r: downlink(messages.down).nbytes([shape_at(n, s, r) for n, s in factors], dtype).total for r in ranks}
+        each = {
+            r: downlink(messages.down).nbytes([shape_at(n, s, r, own) for n, s, own in factors], dtype).total
+            for r in ranks
+        }
         return sum(each[rank] * count for rank, count in ranks.items())
 
     return stack
@@ -155,6 +164,8 @@ def _sizes(
         for n, s in received
         if n not in stays and (n in state or not missed or any(algorithm.changes(n, r) for r in missed))
     ]
-    sends, plain, receives = ([shape_at(n, s, rank) for n, s in each] for each in (sent, exact, received))
+    sends, plain, receives = (
+        [shape_at(n, s, rank, layout.shapes.get(n)) for n, s in each] for each in (sent, exact, received)
+    )
     up = uplink(messages.up).nbytes(sends, dtype) + uplink(None).nbytes(plain, dtype) + scale
     return up, downlink(messages.down).nbytes(receives, dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithms import ClientOptimizer
+from fedsim.algorithms.base import Factors
 from fedsim.channel import Senders
 from fedsim.core.heartbeat import beat
 from fedsim.core.params import Chunk, Message, Params
@@ -50,6 +51,7 @@ class LaneGroup:
 
     Attributes:
         lanes, tasks: its lanes, ascending, and the task of each.
+        beside: what the clients' models are without, by adapted layer.
         facts: what the algorithm needs, by name, `[K]`.
         ranks, slots: rank of each client, `[K]`, and which elements it has, bool `[K, N]`; None where the algorithm gives none.
     """
@@ -67,6 +69,7 @@ class LaneGroup:
         self.ranks: Tensor | None = None
         self.slots: Tensor | None = None
         self.scratch: list[Params] = []  # by chunk
+        self.beside: Factors = {}
         self._norms: list[float] = []  # of whole messages where these are clipped, of updates, or of parameters
         self._pieces: tuple[int, list[_Piece]] = (0, [])  # of so many active lanes
         self._received: Received | None = None
@@ -122,6 +125,7 @@ class LaneGroup:
             view = View(self.received(i), slice(None), [0] * k, none)
             self.fill(i, algorithm.start(view))
             self.scratch.append(algorithm.scratch(view))
+            self.beside |= algorithm.beside(view)
 
     def at(self, point: Tensor, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
         """Put where the algorithm takes the gradient into its lanes of `point`, `[K, N]`, which hold the parameters."""
@@ -224,14 +228,14 @@ class LaneGroup:
             self._write(tasks, record.state_at(self.number) + chunk.start, state)
             message = coded = state = lost = None  # before those of the next chunk are made
         if self.number == 0:
-            self._keep_factors(good)
+            self._keep_factors(good, fit)
             self._keep_personal(good)
             run.done(tasks, [fit.steps[self.lanes[i]] for i in good])
         for i, task in zip(good, tasks, strict=True):
             if task.write >= 0 and record.optimizer:
                 self._keep_optimizer(self.lanes[i], task.write)
 
-    def _keep_factors(self, clients: list[int]) -> None:
+    def _keep_factors(self, clients: list[int], fit: Fit) -> None:
         """Keep LoRA's factors beside the messages, where the aggregation error is measured."""
         reducer, algorithm = self.run.setup.reducer, self.run.algorithm
         clients = [i for i in clients if self.tasks[i].client != ROOT]
@@ -240,12 +244,13 @@ class LaneGroup:
         layout = self.trainer.layout.sums
         (whole,) = layout.chunks()
         params = whole.views(self.trainer.flat[self.place(clients)].to(layout.dtype))
-        scale = None  # of methods whose clients have scales of their own
-        if self.ranks is not None and hasattr(algorithm, "carried"):
-            scale = largest_rank(layout) / self.ranks[clients].to(layout.dtype).view(-1, 1, 1)
+        if algorithm.overrides("carried"):
+            own = self.place(clients)
+            view = View(self.received(0), clients, [fit.steps[self.lanes[i]] for i in clients], fit.lr_sums[own])
+            params = algorithm.carried(params, view)
         named = {}
         for layer, (a, b) in factors(algorithm, layout).items():
-            named |= {f"A of {layer}": params[a], f"B of {layer}": params[b] if scale is None else scale * params[b]}
+            named |= {f"A of {layer}": params[a], f"B of {layer}": params[b]}
         tasks = [self.tasks[i] for i in clients]
         self.run.add_factors(named, tasks)
 

@@ -59,7 +59,8 @@ class Setup:
 def reducer_of(algorithm: Algorithm, layout: Layout, config: LocalTrainingConfig) -> Reducer:
     """How the messages of the algorithm's clients become one."""
     made = Reducer(algorithm.aggregates, algorithm.messages(layout), layout, config.slots)
-    metered = meter.factors_of(layout, factors(algorithm, layout), config.slots) if config.meter else None
+    sent = algorithm.messages(layout).get("update", layout)
+    metered = meter.factors_of(sent, factors(algorithm, layout), config.slots) if config.meter else None
     if metered is not None and algorithm.merges:
         made.measure(metered)
     return made

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fedsim.core.types import ROOT, Row
+from fedsim.models import fold
 from fedsim.training.lanes import LaneGroup
 from fedsim.training.scoring import Evaluator
 from fedsim.training.trainer import Fit, Trainer
@@ -43,13 +44,14 @@ class Pass:
         self._measure()
         for group in self.groups:
             group.start()
-        fit = self.trainer.fit(self.lanes, self.groups, self.evaluate)
-        for group in self.groups:
-            group.judge(fit)
-        for group in self.groups:
-            group.finish(fit)
-        ends = [j for j in range(len(self.lanes)) if self._is_own(j) and self._counts(j) and self._ends_due(j, fit)]
-        found = self.evaluator.lanes(ends, self.whose, [fit.steps[j] for j in ends])
+        with fold.beside(self.trainer.net, self.groups[0].beside):  # of one run: those that use it take no guests
+            fit = self.trainer.fit(self.lanes, self.groups, self.evaluate)
+            for group in self.groups:
+                group.judge(fit)
+            for group in self.groups:
+                group.finish(fit)
+            ends = [j for j in range(len(self.lanes)) if self._is_own(j) and self._counts(j) and self._ends_due(j, fit)]
+            found = self.evaluator.lanes(ends, self.whose, [fit.steps[j] for j in ends])
         final = dict(zip(ends, found, strict=True))
         for j in sorted(range(len(self.lanes)), key=lambda j: self.order[j]):  # metrics in the packs' order
             self._report(j, fit, final.get(j, []))
