@@ -250,6 +250,11 @@ class Algorithm:
         """(what the clients send, by group; their new state), after their last step."""
         return {"update": {n: p - c.params[n] for n, p in params.items()}}, c.state
 
+    def adapted(self) -> Algorithm | None:
+        """What each client trains of the global model, in one optimizer step, before its own model is scored; None = clients' models
+        are not made so."""
+        return None
+
     def step(self, server: Server, reduced: Message, info: Info) -> Server:
         """The server's next parameters and state, from the merged messages."""
         return Server({n: p + reduced["update"][n] for n, p in server.params.items()}, server.state)

@@ -15,7 +15,7 @@ from fedsim.config.sections import Simulation
 from fedsim.core.errors import UserError
 from fedsim.core.seeding import stream
 from fedsim.core.store import Records
-from fedsim.core.types import ROOT
+from fedsim.core.types import ADAPTED, ROOT
 from fedsim.data.partition import VirtualPartition
 from fedsim.runs.build import Parts
 from fedsim.runs.checks import sampler_of
@@ -33,7 +33,7 @@ def recipe_of(exp: Experiment) -> LocalTrainingConfig:
     names = [f.name for f in dataclasses.fields(Optim)]
     keys = {n: getattr(work, n) for n in names}
     # Alone and central nothing is merged: rounds are only places where they are scored, so the optimizer lives on.
-    keep = {"federated": work.keep_state, "local": True, "central": True}
+    keep = {"federated": work.keep_state, "local": True, "central": True, ADAPTED: False}
     return LocalTrainingConfig(
         Optim(**{**keys, "betas": tuple(work.betas)}),
         sampler_of(exp),

@@ -16,6 +16,7 @@ from fedsim.core.heartbeat import beat
 from fedsim.core.types import Row, Scores, Scoring, Task
 from fedsim.data.tokens import Tokens
 from fedsim.training.evaluation import score_rows, to_scores
+from fedsim.training.records import START
 from fedsim.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -39,13 +40,18 @@ class Model:
         if not self.request.owned:
             return store.read(self.record, start, stop)
         out = self.weights[start:stop].clone()
-        for name, shape in self.worker.layout.shapes.items() if self.record >= 0 else ():
-            held = self.worker.setups[self.request.store].record
+        held = self.worker.setups[self.request.store].record
+        for name, shape in self.worker.layout.shapes.items():
             at, size = held.places[name], Size(shape).numel()
             begin, end = max(start, at), min(stop, at + size)
             if name in held.own and begin < end:
                 place = held.own[name] - at
-                out[begin - start : end - start] = store.read(self.record, place + begin, place + end).to(out)
+                found = (
+                    self.worker.stores[START].read(0, begin, end)
+                    if self.record < 0
+                    else store.read(self.record, place + begin, place + end)
+                )
+                out[begin - start : end - start] = found.to(out)
         return out
 
     def own(self) -> dict[int, np.ndarray]:
