@@ -54,17 +54,41 @@ class Central:
 
     @model_validator(mode="after")
     def _check(self) -> Central:
-        if (self.noise_multiplier is None) == (self.target_epsilon is None):
-            both = (
-                "and target_epsilon exclude each other"
-                if self.target_epsilon
-                else "needs noise_multiplier, or target_epsilon"
-            )
-            raise wrong("noise_multiplier", self.noise_multiplier, f"{both}; give one of the two")
+        _one_of_two(self)
         if isinstance(self.clip, dict) and not self.clip:
             raise wrong("clip", self.clip, "is empty; give a number, or {adaptive: {quantile: 0.5}}")
         return self
 
 
-PRIVACY = {"none": NoPrivacy, "central": Central}
-Privacy = Annotated[NoPrivacy | Central, OneOf(PRIVACY, default="none")]
+@section
+class LocalSgd:
+    """Example-level differential privacy at each client, by DP-SGD (Abadi et al., 2016): each example's gradient is clipped, noise is added to each batch's sum."""
+
+    name: Literal["local_sgd"] = "local_sgd"
+    clip: Positive = 1.0
+    """Maximum 2-norm of an example's gradient over all trained parameters."""
+    noise_multiplier: Annotated[float, Field(ge=0)] | None = None
+    """Standard deviation of the noise on the sum of a batch / clip, the same at all clients. Excludes target_epsilon."""
+    target_epsilon: Positive | None = None
+    """The largest epsilon of a client after the whole run, for which the noise is solved before training. Excludes noise_multiplier."""
+    delta: Between = 1e-5
+    """Delta of the guarantee; well below 1 / examples of a client."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LocalSgd:
+        _one_of_two(self)
+        return self
+
+
+def _one_of_two(of: Central | LocalSgd) -> None:
+    if (of.noise_multiplier is None) == (of.target_epsilon is None):
+        both = (
+            "and target_epsilon exclude each other"
+            if of.target_epsilon
+            else "needs noise_multiplier, or target_epsilon"
+        )
+        raise wrong("noise_multiplier", of.noise_multiplier, f"{both}; give one of the two")
+
+
+PRIVACY = {"none": NoPrivacy, "central": Central, "local_sgd": LocalSgd}
+Privacy = Annotated[NoPrivacy | Central | LocalSgd, OneOf(PRIVACY, default="none")]

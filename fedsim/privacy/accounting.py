@@ -16,6 +16,7 @@ together:
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -79,6 +80,31 @@ def epsilon(
     with _quiet():  # an order that does not converge is left out, which makes the bound no smaller
         found.compose(dp.SelfComposedDpEvent(event, int(rounds)))
         return float(found.get_epsilon(delta))
+
+
+class Curve:
+    """Epsilon of a Poisson-sampled Gaussian by its number of rounds: what `epsilon` gives, without counting the first ones again."""
+
+    def __init__(self, sampling: float, noise_multiplier: float) -> None:
+        self._z, dp = noise_multiplier, _library()
+        made = dp.rdp.RdpAccountant()
+        if noise_multiplier > 0:
+            with _quiet():
+                made.compose(_round(dp, sampling, noise_multiplier, "poisson", None, "add_remove"))
+        self._orders, self._rdp, self._library = made._orders, made._rdp, dp
+
+    @staticmethod
+    @functools.cache
+    def of(sampling: float, noise_multiplier: float) -> Curve:
+        """The curve, counted once."""
+        return Curve(sampling, noise_multiplier)
+
+    def __call__(self, rounds: int, delta: float) -> float:
+        """Epsilon after so many rounds; infinity without noise, 0 for no round."""
+        if rounds == 0 or self._z == 0:
+            return math.inf if rounds else 0.0
+        with _quiet():
+            return float(self._library.rdp.compute_epsilon(self._orders, rounds * self._rdp, delta)[0])
 
 
 def noise_multiplier(*, target_epsilon: float, most: float = 1e4, **how: Any) -> float:

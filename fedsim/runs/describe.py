@@ -17,6 +17,8 @@ from fedsim.core.store import Store
 from fedsim.models import adapters
 from fedsim.runs.build import Parts
 from fedsim.runs.folder import RunFolder
+from fedsim.runs.local_sgd import about as about_ledger
+from fedsim.runs.local_sgd import keep as keep_ledger
 from fedsim.runs.private import about as about_privacy
 from fedsim.runs.private import keep
 from fedsim.runs.progress import Progress
@@ -66,6 +68,10 @@ def describe(
     if parts.privacy is not None:
         keep(folder, parts.privacy)
         for line in about_privacy(parts.privacy, exp):
+            show.note(line)
+    if parts.ledger is not None:
+        keep_ledger(folder, parts.ledger)
+        for line in about_ledger(parts):
             show.note(line)
     if any(kept.values()):
         most = exp.checkpoint.keep + 1 + (exp.checkpoint.every > 1)  # a round writes beside what checkpoints refer to

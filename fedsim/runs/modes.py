@@ -104,6 +104,7 @@ def _world(setup: Setup, mode: str) -> World:
         setup.parts.privacy if mode == "federated" else None,
         algorithm.merges and bool(RecordLayout.of(mode, algorithm, setup.layout, setup.spec.recipe).own),
         factors(algorithm, setup.layout),
+        setup.parts.ledger if mode == "federated" else None,
     )
 
 

@@ -17,6 +17,7 @@ from fedsim.core.params import Chunk, Message, Params
 from fedsim.core.types import ROOT, Task
 from fedsim.training.faults import judge, norms
 from fedsim.training.packs import RunPack, factors
+from fedsim.training.private import PrivateLane
 from fedsim.training.ranks import largest_rank, slots
 from fedsim.training.received import Received, View
 from fedsim.training.trainer import Fit, Trainer
@@ -50,6 +51,7 @@ class LaneGroup:
 
     Attributes:
         lanes, tasks: its lanes, ascending, and the task of each.
+        private: what DP-SGD does in each; None where gradients are not private.
         facts: what the algorithm needs, by name, `[K]`.
         ranks, slots: rank of each client, `[K]`, and which elements it has, bool `[K, N]`; None where the algorithm gives none.
     """
@@ -63,6 +65,7 @@ class LaneGroup:
         self.optim = ClientOptimizer(optim.optimizer, optim.lr, optim.momentum)
         self.lanes: list[int] = []
         self.tasks: list[Task] = []
+        self.private: list[PrivateLane | None] = []
         self.facts: dict[str, Tensor] = {}
         self.ranks: Tensor | None = None
         self.slots: Tensor | None = None
@@ -86,9 +89,9 @@ class LaneGroup:
         lanes = [self.lanes[i] for i in clients]
         return slice(0, len(lanes)) if lanes == list(range(len(lanes))) else lanes
 
-    def take(self, lanes: list[int], tasks: list[Task]) -> None:
-        """These are its lanes, and their tasks."""
-        self.lanes, self.tasks = lanes, tasks
+    def take(self, lanes: list[int], tasks: list[Task], private: list[PrivateLane | None]) -> None:
+        """These are its lanes, their tasks, and what DP-SGD does in them."""
+        self.lanes, self.tasks, self.private = lanes, tasks, private
         if self.run.setup.ranked:
             layout = self.trainer.layout
             most = largest_rank(layout)
@@ -133,11 +136,19 @@ class LaneGroup:
                     view.copy_(found[name])
 
     def adjust(self, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
-        """The algorithm's `adjust`, chunk by chunk."""
+        """Noise on private gradients, then the algorithm's `adjust`, chunk by chunk."""
+        self._add_noise(active, step)
         for p in self._active(active) if self.run.algorithm.overrides("adjust") else ():
             view = self._view(p, step, lr_sums, batch)
             self.run.algorithm.adjust(self._training(p.grads, step), self._training(p.params, step), p.scratch, view)
             self._cut_to_rank(p, p.grads)
+
+    def _add_noise(self, active: int, step: int) -> None:
+        """Once for each batch, however many passes it took; nothing on what a client's rank leaves out."""
+        for i, (j, private) in enumerate(zip(self.lanes, self.private, strict=True)):
+            if j < active and private is not None and private.std > 0:
+                noise = private.noise(step, self.trainer.grad[j])
+                self.trainer.grad[j] += noise if self.slots is None else noise * self.slots[i]
 
     def after_step(self, active: int, step: int, lr_sums: Tensor, rates: Tensor) -> None:
         """The algorithm's `after_step`, chunk by chunk."""
@@ -194,7 +205,9 @@ class LaneGroup:
         most = config.max_norm if self.run.algorithm.merges else None
         bounded = most is not None or self.run.pack.clip is not None
         self._norms = self._norms_of_messages(fit) if bounded else self._norms_of_parameters()
-        _, found = judge(self.tasks, [fit.losses[j] for j in self.lanes], self._norms, config.policy, most)
+        # A private client is judged by what is private, its noisy parameters, and not by its loss.
+        losses = [fit.losses[j] if p is None else 0.0 for j, p in zip(self.lanes, self.private, strict=True)]
+        _, found = judge(self.tasks, losses, self._norms, config.policy, most)
         self.run.report.faults += [f for f in found if f.client not in self.run.failed]
 
     def finish(self, fit: Fit) -> None:
