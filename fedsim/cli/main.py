@@ -291,7 +291,7 @@ def privacy(file: File, overrides: Overrides = None) -> None:
         return
     if parts.privacy is None:
         raise UserError(
-            f"{file}: privacy.name: none guarantees nothing; give privacy={{name: central, noise_multiplier: 1}}"
+            f"{file}: privacy.name: {exp.privacy.name} guarantees nothing here; give privacy={{name: central, noise_multiplier: 1}}"
         )
     show.lines(about(parts.privacy, parts.exp))
     show.table(table(parts.privacy, parts.exp.rounds), f"{parts.exp.rounds} of {exp.rounds} rounds")

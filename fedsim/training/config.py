@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedsim.algorithms import Algorithm
+from fedsim.channel import Filters
 from fedsim.data.batches import BatchSampler
 from fedsim.training.attack import Attack
 from fedsim.training.optim import Optim
@@ -38,6 +39,7 @@ class LocalTrainingConfig:
         ranks: LoRA rank by client number, int64; None = the algorithm's, or the adapter's.
         meter: whether the aggregation error of LoRA's factors is measured, where these fit.
         examples: how DP-SGD clips gradients and adds noise in the mode federated; None = it does not.
+        filters: what changes updates before they are sent; None = nothing.
         private: whether all that a client sends is clipped as one vector, to the norm that its pack names.
     """
 
@@ -64,6 +66,7 @@ class LocalTrainingConfig:
     ranks: np.ndarray | None = None
     meter: bool = False
     examples: PrivateExamples | None = None
+    filters: Filters | None = None
     private: bool = False
 
     def rank_of(self, algorithm: Algorithm, client: int) -> int | None:

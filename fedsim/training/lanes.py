@@ -219,7 +219,7 @@ class LaneGroup:
         good = [i for i, t in enumerate(self.tasks) if t.client not in run.failed]
         tasks, clip = [self.tasks[i] for i in good], run.pack.clip
         norms = [self._norms[i] for i in good]
-        senders = Senders(norms, clip)
+        senders = Senders(norms, clip, *self._senders(good, fit))
         if clip is not None and self.number == 0:
             run.report.within += sum(norm <= clip for norm in norms)
         if self.number == 0 and not run.may_add():
@@ -302,6 +302,10 @@ class LaneGroup:
             message = attack.apply(message, [self.tasks[i] for i in clients])
         return message, state
 
+    def _senders(self, clients: Sequence[int], fit: Fit) -> tuple[list[int], list[tuple[str | int, ...]]]:
+        """Optimizer steps and random streams of these clients, by their places in `tasks`."""
+        return [fit.steps[self.lanes[i]] for i in clients], [self.tasks[i].stream for i in clients]
+
     def _norms_of_parameters(self) -> list[float]:
         """2-norms of the clients' parameters, which need no copy and tell as well as updates whether all are finite."""
         flat, own = self.trainer.flat, self.place(range(len(self)))
@@ -310,13 +314,14 @@ class LaneGroup:
 
     def _norms_of_messages(self, fit: Fit) -> list[float]:
         """2-norms of the clients' updates as the server would decode them; of all that they send, where that is clipped."""
-        whole = self.run.pack.clip is not None
+        whole, every = self.run.pack.clip is not None, list(range(len(self)))
+        senders = Senders(None, None, *self._senders(every, fit))
 
         def pieces() -> Iterator[Params]:
             for i in range(len(self.chunks)):
                 beat()
-                message, _ = self._made(i, list(range(len(self))), fit)
-                sent, _ = self.run.worker.uplink.up(message, Senders(), self._lost(i, self.tasks, message))
+                message, _ = self._made(i, every, fit)
+                sent, _ = self.run.worker.uplink.up(message, senders, self._lost(i, self.tasks, message))
                 yield from sent.values() if whole else [sent.get("update", {})]
 
         return norms(pieces(), len(self))

@@ -57,7 +57,8 @@ class Worker:
         self.config, self.seed, self.layout = config, seed, trainer.layout
         self.downlink = downlink(config.down)
         clips = config.policy == "clip"
-        self.uplink = uplink(config.up, config.error_feedback, config.max_norm if clips else None, config.private)
+        most = config.max_norm if clips else None
+        self.uplink = uplink(config.up, config.error_feedback, most, config.private, config.filters)
         self.stores = stores_of(state, algorithms, self.layout, config)
         self.setups = {m: Setup.of(m, a, self.layout, config, self.stores[m]) for m, a in algorithms.items()}
 
