@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedsim.privacy.accounting import Curve, noise_multiplier
+from fedsim.privacy.accounting import epsilon, noise_multiplier
 
 QUANTILES = (0.1, 0.5, 0.9)
 
@@ -40,7 +40,7 @@ class ExamplePrivacy:
 
     def epsilons(self, steps: Mapping[int, int]) -> dict[int, float]:
         """Epsilon of each client of the run that has done so many steps; 0 of those that have done none."""
-        found = {pair: _epsilon(self.z, self.delta, *pair) for pair in self._pairs(steps)}
+        found = {pair: self._epsilon(self.z, *pair) for pair in self._pairs(steps)}
         return {c: found[self._pair(c, steps)] for c in map(int, self.clients)}
 
     @staticmethod
@@ -64,7 +64,7 @@ class ExamplePrivacy:
         while True:  # the least noise for the costliest client so far, until no other costs more
             need = noise_multiplier(target_epsilon=target, sampling=worst[0], rounds=worst[1], delta=self.delta)
             z = max(z, need)
-            spent = {pair: _epsilon(z, self.delta, *pair) for pair in pairs}
+            spent = {pair: self._epsilon(z, *pair) for pair in pairs}
             worst = max(pairs, key=lambda p: spent[p])
             if spent[worst] <= target:
                 return z
@@ -73,12 +73,11 @@ class ExamplePrivacy:
         """The probability of each of a client's examples to be in a batch."""
         return min(1.0, self.batch_size / int(self.sizes[client]))
 
+    def _epsilon(self, z: float, sampling: float, steps: int) -> float:
+        return epsilon(sampling=sampling, noise_multiplier=z, rounds=steps, delta=self.delta)
+
     def _pair(self, client: int, steps: Mapping[int, int]) -> tuple[float, int]:
         return self.sampling(client), steps.get(client, 0)
 
     def _pairs(self, steps: Mapping[int, int]) -> set[tuple[float, int]]:
         return {self._pair(c, steps) for c in map(int, self.clients)}
-
-
-def _epsilon(z: float, delta: float, sampling: float, steps: int) -> float:
-    return Curve.of(sampling, z)(steps, delta)
