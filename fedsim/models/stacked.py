@@ -24,6 +24,7 @@ from fedsim.models.attention import ATTENTION
 from fedsim.models.dropout import position_kinds
 from fedsim.models.forward import Net, at_least_float32, autocast, head_dtype
 from fedsim.models.lanes import Lanes, stacked
+from fedsim.models.per_example import Examples, clipped_sums
 from fedsim.models.positions import position_offset
 from fedsim.models.projections import fast_frozen
 from fedsim.models.unsuitable import Unsuitable, cannot_pack
@@ -115,6 +116,41 @@ class StackedNet(Net):
         torch._foreach_add_(self._grads, found)
         return loss.detach(), list(made.tokens.sizes)
 
+    def clipped(
+        self, tokens: Tokens, rows: Sequence[np.ndarray], clip: float, trains: np.ndarray | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Add the sum of each lane's gradients by example, each scaled down to norm `clip`; see `per_example`.
+
+        The loss of an example is the mean over its own answer tokens.
+
+        Args:
+            tokens, rows: as in `backward`; some lane has an example.
+            clip: bound of the 2-norm over all that trains.
+            trains: which parameters do, bool `[K, P]`; None = all.
+
+        Returns:
+            Sum of the losses of its examples, and tokens computed, of each lane.
+        """
+        every, examples = np.concatenate(rows), Examples([len(r) for r in rows], self.device)
+        # Nothing is filled up: it would lengthen an example.
+        made = stream_of(tokens, every[:, None], **(self._keys() | {"round_up": False}))
+        which = np.ones((len(rows), len(self.leaves)), dtype=bool) if trains is None else trains
+        at = np.flatnonzero(which.any(axis=0)).tolist() or [0]
+        shared, names = self.leaves, list(self.leaves)
+        try:
+            self.leaves = {n: leaf.detach().index_select(0, examples.of) for n, leaf in shared.items()}  # [R, ...]
+            wanted = [self.leaves[names[i]].requires_grad_() for i in at]
+            with self._pass(made, examples):
+                nll = F.cross_entropy(self._stream_logits(made), made.targets, reduction="none")
+                answers = torch.from_numpy(tokens.answers_of(every)).to(nll)
+                loss = made.scored.split(nll[:, None]).sum(dim=(1, 2)) / answers  # [R]
+                found = torch.autograd.grad(loss.sum(), wanted)
+        finally:
+            self.leaves = shared
+        sums = clipped_sums(found, examples, clip, torch.from_numpy(which[:, at]).to(self.device))
+        torch._foreach_add_([self._grads[i] for i in at], sums)
+        return examples.sums(loss.detach()), examples.totals(made.tokens.sizes)
+
     def logits(
         self, sequences: Sequence[np.ndarray], prompts: np.ndarray | None, pad_id: int
     ) -> tuple[Tensor, np.ndarray, Tensor]:
@@ -139,16 +175,17 @@ class StackedNet(Net):
         return {"virtual": self._in_stream, "offset": offset, "device": self.device, "round_up": round_up}
 
     @contextmanager
-    def _pass(self, made: Stream) -> Iterator[None]:
+    def _pass(self, made: Stream, apart: Examples | None = None) -> Iterator[None]:
+        """A pass over a stream; `apart`: whose its examples are, where each is a lane of the stream."""
         config = self.base.config
         before = config._attn_implementation
         try:
             config._attn_implementation = ATTENTION
-            self._lanes.set(made)
+            self._lanes.set(made, apart is not None)
             if self.drops:
                 *front, last = made.tokens.sizes
                 sizes = {"tokens": [*front, last - made.filled], "scored": made.scored.sizes, "rows": made.rows.sizes}
-                self.draws.next(sizes)
+                self.draws.next(sizes if apart is None else {n: apart.totals(s) for n, s in sizes.items()})
             yield
         finally:
             self._lanes.set(None)

@@ -38,6 +38,7 @@ from fedsim.training.config import LocalTrainingConfig
 from fedsim.training.packs import reducer_of
 from fedsim.training.planner import Plan
 from fedsim.training.planner import describe as describe_plan
+from fedsim.training.private import PrivateExamples
 from fedsim.training.ranks import largest_rank, shape_at
 from fedsim.training.records import START, stores_of
 
@@ -154,9 +155,14 @@ def set_up(
         trained = adapters.trained(model)
         if not full:  # a head of the base that is trained; exports write into the trained parameters
             sharing.own_memory(trained.values(), lent)
-        if not known and exp.training.lanes != 1:
+        if not known and (exp.training.lanes != 1 or parts.ledger is not None):
             plan.why_not = spec.why_not_packed(model, own)
             plan.packed = plan.why_not is None
+        if parts.ledger is not None and not plan.packed:
+            raise UserError(
+                f"privacy.name: local_sgd needs the gradient of each example, which lanes give, but {plan.why_not}; take an adapter "
+                "and a base that train in lanes, such as adapter.name=lora on a Llama, or another privacy"
+            )
         if exp.training.packing:
             spec.check_packing(model, own)
         if exp.training.checkpointing is True:
@@ -240,6 +246,7 @@ def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> WorkerSpec:
             attack=parts.attack,
             root=parts.root,
             ranks=ranks_of(parts),
+            examples=parts.ledger and PrivateExamples(parts.ledger.clip, parts.ledger.z),
         ),
         state=folder.path / "checkpoints",
         tokenizer=parts.tokenizer,

@@ -22,6 +22,7 @@ from fedsim.core.params import FOLD, Layout, Params
 from fedsim.core.store import Store
 from fedsim.core.types import ROOT, Memory, Pack, Report, Row, Scores, Scoring
 from fedsim.privacy.central import CentralPrivacy
+from fedsim.privacy.examples import ExamplePrivacy
 from fedsim.simulate.faults import check, fault_metrics
 from fedsim.simulate.own import OwnModels, own_metrics
 from fedsim.simulate.schedule import CENTRAL, Schedule
@@ -65,6 +66,7 @@ class World:
         privacy: what the mode guarantees of each client; None = nothing.
         own: where clients' own models are; None = they have none.
         factors: adapted layer -> names of its A and B, where the aggregation error is measured.
+        ledger: what the mode guarantees of each example of a client; None = nothing.
     """
 
     schedule: Schedule
@@ -82,6 +84,7 @@ class World:
     privacy: CentralPrivacy | None = None
     own: OwnModels | None = None
     factors: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    ledger: ExamplePrivacy | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
         _commit(packs, reports, state)
         metrics = [row for report in reports for row in report.rows]
         metrics += fault_metrics(t, schedule, work, packs, reports, state, arriving)
+        if world.ledger is not None:
+            metrics += _spent(world.ledger, schedule, state, t, packs)
         began = time.monotonic()
         if algorithm.merges:
             acc = state.pending.pop(t)
@@ -223,6 +228,16 @@ def _private_round(
     state.clip = privacy.next_clip(round, clip, within)
     found = {"epsilon": privacy.epsilon(round), "clip": clip, "noise_std": privacy.z_update * clip * privacy.max_weight}
     return [Row(round, state.step, "federated", None, "privacy", n, v) for n, v in found.items()]
+
+
+def _spent(ledger: ExamplePrivacy, schedule: Schedule, state: State, round: int, packs: Sequence[Pack]) -> list[Row]:
+    """What examples of the clients have spent: of each that trained in the round, and the largest and the distribution over all."""
+    each = ledger.epsilons(state.steps)
+    trained = sorted({task.client for pack in packs for task in pack.tasks if task.client >= 0})
+    found = ledger.summary(each)
+    return [Row(round, state.step, "federated", None, "privacy", n, v) for n, v in found.items()] + [
+        Row(round, state.steps.get(c, 0), "federated", schedule.name(c), "privacy", "epsilon", each[c]) for c in trained
+    ]
 
 
 def _commit(packs: Sequence[Pack], reports: Sequence[Report], state: State) -> None:

@@ -18,6 +18,7 @@ from fedsim.core.params import Chunk, Message, Params
 from fedsim.core.types import ROOT, Task
 from fedsim.training.faults import judge, norms
 from fedsim.training.packs import RunPack, factors
+from fedsim.training.private import PrivateLane
 from fedsim.training.ranks import largest_rank, slots
 from fedsim.training.received import Received, View
 from fedsim.training.trainer import Fit, Trainer
@@ -51,7 +52,11 @@ class LaneGroup:
 
     Attributes:
         lanes, tasks: its lanes, ascending, and the task of each.
+<<<<<<< HEAD
         beside: what the clients' models are without, by adapted layer.
+=======
+        private: what DP-SGD does in each; None where gradients are not private.
+>>>>>>> local
         facts: what the algorithm needs, by name, `[K]`.
         ranks, slots: rank of each client, `[K]`, and which elements it has, bool `[K, N]`; None where the algorithm gives none.
     """
@@ -65,6 +70,7 @@ class LaneGroup:
         self.optim = ClientOptimizer(optim.optimizer, optim.lr, optim.momentum)
         self.lanes: list[int] = []
         self.tasks: list[Task] = []
+        self.private: list[PrivateLane | None] = []
         self.facts: dict[str, Tensor] = {}
         self.ranks: Tensor | None = None
         self.slots: Tensor | None = None
@@ -89,9 +95,9 @@ class LaneGroup:
         lanes = [self.lanes[i] for i in clients]
         return slice(0, len(lanes)) if lanes == list(range(len(lanes))) else lanes
 
-    def take(self, lanes: list[int], tasks: list[Task]) -> None:
-        """These are its lanes, and their tasks."""
-        self.lanes, self.tasks = lanes, tasks
+    def take(self, lanes: list[int], tasks: list[Task], private: list[PrivateLane | None]) -> None:
+        """These are its lanes, their tasks, and what DP-SGD does in them."""
+        self.lanes, self.tasks, self.private = lanes, tasks, private
         if self.run.setup.ranked:
             layout = self.trainer.layout
             most = largest_rank(layout)
@@ -137,11 +143,19 @@ class LaneGroup:
                     view.copy_(found[name])
 
     def adjust(self, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
-        """The algorithm's `adjust`, chunk by chunk."""
+        """Noise on private gradients, then the algorithm's `adjust`, chunk by chunk."""
+        self._add_noise(active, step)
         for p in self._active(active) if self.run.algorithm.overrides("adjust") else ():
             view = self._view(p, step, lr_sums, batch)
             self.run.algorithm.adjust(self._training(p.grads, step), self._training(p.params, step), p.scratch, view)
             self._cut_to_rank(p, p.grads)
+
+    def _add_noise(self, active: int, step: int) -> None:
+        """Once for each batch, however many passes it took; nothing on what a client's rank leaves out."""
+        for i, (j, private) in enumerate(zip(self.lanes, self.private, strict=True)):
+            if j < active and private is not None and private.std > 0:
+                noise = private.noise(step, self.trainer.grad[j])
+                self.trainer.grad[j] += noise if self.slots is None else noise * self.slots[i]
 
     def after_step(self, active: int, step: int, lr_sums: Tensor, rates: Tensor) -> None:
         """The algorithm's `after_step`, chunk by chunk."""
@@ -198,7 +212,9 @@ class LaneGroup:
         most = config.max_norm if self.run.algorithm.merges else None
         bounded = most is not None or self.run.pack.clip is not None
         self._norms = self._norms_of_messages(fit) if bounded else self._norms_of_parameters()
-        _, found = judge(self.tasks, [fit.losses[j] for j in self.lanes], self._norms, config.policy, most)
+        # A private client is judged by what is private, its noisy parameters, and not by its loss.
+        losses = [fit.losses[j] if p is None else 0.0 for j, p in zip(self.lanes, self.private, strict=True)]
+        _, found = judge(self.tasks, losses, self._norms, config.policy, most)
         self.run.report.faults += [f for f in found if f.client not in self.run.failed]
 
     def finish(self, fit: Fit) -> None:
@@ -210,7 +226,7 @@ class LaneGroup:
         good = [i for i, t in enumerate(self.tasks) if t.client not in run.failed]
         tasks, clip = [self.tasks[i] for i in good], run.pack.clip
         norms = [self._norms[i] for i in good]
-        senders = Senders(norms, clip)
+        senders = Senders(norms, clip, *self._senders(good, fit))
         if clip is not None and self.number == 0:
             run.report.within += sum(norm <= clip for norm in norms)
         if self.number == 0 and not run.may_add():
@@ -294,6 +310,10 @@ class LaneGroup:
             message = attack.apply(message, [self.tasks[i] for i in clients])
         return message, state
 
+    def _senders(self, clients: Sequence[int], fit: Fit) -> tuple[list[int], list[tuple[str | int, ...]]]:
+        """Optimizer steps and random streams of these clients, by their places in `tasks`."""
+        return [fit.steps[self.lanes[i]] for i in clients], [self.tasks[i].stream for i in clients]
+
     def _norms_of_parameters(self) -> list[float]:
         """2-norms of the clients' parameters, which need no copy and tell as well as updates whether all are finite."""
         flat, own = self.trainer.flat, self.place(range(len(self)))
@@ -302,13 +322,14 @@ class LaneGroup:
 
     def _norms_of_messages(self, fit: Fit) -> list[float]:
         """2-norms of the clients' updates as the server would decode them; of all that they send, where that is clipped."""
-        whole = self.run.pack.clip is not None
+        whole, every = self.run.pack.clip is not None, list(range(len(self)))
+        senders = Senders(None, None, *self._senders(every, fit))
 
         def pieces() -> Iterator[Params]:
             for i in range(len(self.chunks)):
                 beat()
-                message, _ = self._made(i, list(range(len(self))), fit)
-                sent, _ = self.run.worker.uplink.up(message, Senders(), self._lost(i, self.tasks, message))
+                message, _ = self._made(i, every, fit)
+                sent, _ = self.run.worker.uplink.up(message, senders, self._lost(i, self.tasks, message))
                 yield from sent.values() if whole else [sent.get("update", {})]
 
         return norms(pieces(), len(self))

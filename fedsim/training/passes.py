@@ -36,7 +36,7 @@ class Pass:
             raise ValueError("runs whose algorithms draw different numbers of batches for a step cannot go together")
         for group in groups:
             lanes = [j for j, owner in enumerate(self.owners) if owner is group]
-            group.take(lanes, [self.tasks[j] for j in lanes])
+            group.take(lanes, [self.tasks[j] for j in lanes], [self.lanes[j].private for j in lanes])
 
     def run(self) -> None:
         """Start, fit, finish, evaluate, report."""
