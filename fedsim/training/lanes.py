@@ -52,11 +52,8 @@ class LaneGroup:
 
     Attributes:
         lanes, tasks: its lanes, ascending, and the task of each.
-<<<<<<< HEAD
         beside: what the clients' models are without, by adapted layer.
-=======
         private: what DP-SGD does in each; None where gradients are not private.
->>>>>>> local
         facts: what the algorithm needs, by name, `[K]`.
         ranks, slots: rank of each client, `[K]`, and which elements it has, bool `[K, N]`; None where the algorithm gives none.
     """
