@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_algorithms import SMALL
-from test_equivalence import adapter_of
+from test_equivalence import Texts, adapter_of
 from test_hooks import Loop, Named
 
 from fedsim.algorithms import ALGORITHMS, Info, Server
@@ -175,6 +175,12 @@ def test_a_run_is_its_papers_loop(lab: Any, case: str, kind: str, ranks: list[in
     run = lab.run(exp)
     loop = Folding(lab, exp, run)
     kept: dict[str, Named] = {}
+    held = Texts(exp.model.path, lab.rows["validation"], exp.data.labels, False)
+    scored = {
+        (r["round"], r["client"]): r["value"]
+        for r in lab.metrics(run)
+        if (r["split"], r["name"]) == ("validation", "loss")
+    }
     for t, cohort in enumerate(loop.cohorts, 1):
         loop.fold()
         found, gained = {}, {}
@@ -194,6 +200,10 @@ def test_a_run_is_its_papers_loop(lab: Any, case: str, kind: str, ranks: list[in
             y = loop.fit(who, start, loop.batches(k, t), gradient=scaled, keep=keeps)
             found[k] = {n: v * own[n] for n, v in y.items()}
             gained[k] = {m: found[k][b] @ y[a] - own[b] * start[b] @ start[a] for m, (a, b) in loop.layers.items()}
+            loop.put(found[k])  # a client's own scores are of the model that it trains, with its scale
+            with torch.no_grad():
+                own_loss = held.loss(loop.model, range(len(held.rows)))
+            assert scored[t, k] == pytest.approx(float(own_loss), abs=1e-9)
             if keeps:
                 kept[k] = dict(y)
         total = sum(loop.sizes[k] for k in cohort)

@@ -51,7 +51,7 @@ class Pass:
             for group in self.groups:
                 group.finish(fit)
             ends = [j for j in range(len(self.lanes)) if self._is_own(j) and self._counts(j) and self._ends_due(j, fit)]
-            found = self.evaluator.lanes(ends, self.whose, [fit.steps[j] for j in ends])
+            found = self._score(ends, [fit.steps[j] for j in ends])
         final = dict(zip(ends, found, strict=True))
         for j in sorted(range(len(self.lanes)), key=lambda j: self.order[j]):  # metrics in the packs' order
             self._report(j, fit, final.get(j, []))
@@ -72,8 +72,18 @@ class Pass:
     def evaluate(self, lanes: list[int], step: int) -> None:
         """Evaluate those of these lanes that are due, in the middle of the round."""
         lanes = [j for j in lanes if self._is_own(j)]
-        for j, rows in zip(lanes, self.evaluator.lanes(lanes, self.whose, [step] * len(lanes)), strict=True):
+        for j, rows in zip(lanes, self._score(lanes, [step] * len(lanes)), strict=True):
             self.inside.setdefault(j, []).extend(rows)
+
+    def _score(self, lanes: Sequence[int], steps: Sequence[int]) -> list[list[Row]]:
+        """Metrics of these lanes; clients with scales alpha / r_k of their own are scored with these."""
+        weights = self.trainer.flat[: len(self.lanes)]
+        scaled = [group for group in self.groups if group.ranks is not None] if lanes else []
+        if scaled:
+            weights, none = weights.clone(), torch.zeros(len(self.lanes), device=weights.device)
+            for group in scaled:
+                group.at(weights, len(self.lanes), 0, none, 0)
+        return self.evaluator.lanes(weights, lanes, self.whose, steps)
 
     # ------------------------------------------------------------------------------------------------ metrics
 

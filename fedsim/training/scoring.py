@@ -104,7 +104,7 @@ class Evaluator:
         return [to_scores(r, tokens, o, by_row) for r, o in zip(found, own, strict=True)]
 
     def lanes(
-        self, lanes: Sequence[int], whose: Sequence[tuple[Worker, str, Task]], steps: Sequence[int]
+        self, weights: Tensor, lanes: Sequence[int], whose: Sequence[tuple[Worker, str, Task]], steps: Sequence[int]
     ) -> list[list[Row]]:
         """Metrics of the models in these lanes, on the shared validation examples and on each client's own.
 
@@ -112,6 +112,7 @@ class Evaluator:
         and with another evaluation frequency others are due.
 
         Args:
+            weights: the models of all lanes, `[K, N]`.
             lanes: those due.
             whose: run, mode and task of every lane.
             steps: optimizer steps of the round, of each lane that is due.
@@ -124,7 +125,7 @@ class Evaluator:
         began = time.monotonic()
         own = [{t.client: w.sites.own(t.client)} if t.client >= 0 else {} for w, _, t in (whose[j] for j in lanes)]
         generate = self.trainer.config.generate
-        found = self.score(self.trainer.flat[: len(whose)], "validation", generate, own, lanes=lanes)
+        found = self.score(weights, "validation", generate, own, lanes=lanes)
         out = []
         for j, n, scores in zip(lanes, steps, found, strict=True):
             _, mode, task = whose[j]
