@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # editors and type checkers do not follow __getattr__
     from fedsim.runs.build import batches
     from fedsim.runs.predict import predict
     from fedsim.runs.run import Run, run
+    from fedsim.runs.scripts import run_script
     from fedsim.runs.sweep import run_sweep
     from fedsim.runs.sweep_plan import Sweep
     from fedsim.zero_shot import evaluate_zero_shot
@@ -48,6 +49,7 @@ __all__ = [
     "predict",
     "privacy",
     "run",
+    "run_script",
     "run_sweep",
     "summary",
     "sweep_table",
@@ -57,6 +59,7 @@ _WHERE = {
     "run": "runs.run",
     "Run": "runs.run",
     "Sweep": "runs.sweep_plan",
+    "run_script": "runs.scripts",
     "run_sweep": "runs.sweep",
     "batches": "runs.build",
     "predict": "runs.predict",

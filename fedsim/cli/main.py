@@ -1,4 +1,4 @@
-"""The command line: `fedsim init | config | schema | run | sweep | reproduce | partition | plot | list | diff | eval | predict | doctor`.
+"""The command line: `fedsim init | config | schema | run | script | sweep | reproduce | partition | plot | list | diff | eval | predict | doctor`.
 
 Commands only parse and print. A user's mistake is one line on standard error and exit code 2; a failing client shows its own
 traceback and exits with code 1.
@@ -135,7 +135,35 @@ def run(
     exp = Experiment.load(file, overrides or [])  # before torch is imported: a mistake is reported at once
     from fedsim.runs.run import run as run_experiment
 
-    done = run_experiment(exp, progress=not quiet, resume=resume)
+    _show_run(run_experiment(exp, progress=not quiet, resume=resume))
+
+
+@app.command()
+def script(
+    file: Annotated[Path, path_argument("The training script, which uses fedsim.client.", metavar="SCRIPT.py")],
+    overrides: Overrides = None,
+    clients: Annotated[int, typer.Option(help="Number of clients.", min=1)] = 2,
+    rounds: Annotated[int, typer.Option(help="Number of federated rounds.", min=1)] = 5,
+    args: Annotated[str, typer.Option(help="Arguments of the script, in one string.")] = "",
+    init: Annotated[
+        str, typer.Option(help="Initial parameters: FILE.safetensors, FILE.npz, FILE.py:FUNCTION, or script.")
+    ] = "script",
+    compat: Annotated[bool, typer.Option("--compat", help="Let NVFlare's module names stand for fedsim's.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a training script as federated clients: short for an experiment with the section client (docs/client-api.md)."""
+    from fedsim.config.experiment import Experiment
+
+    own = {"script": str(file), "args": args, "init": init, "compat": compat}
+    tree = {"name": file.stem, "rounds": rounds, "clients": clients, "client": own}
+    exp = Experiment.from_tree(tree, Path.cwd(), overrides or [])
+    from fedsim.runs.run import run as run_experiment
+
+    _show_run(run_experiment(exp, progress=not quiet))
+
+
+def _show_run(done: Any) -> None:
+    """The tables and figures of a run, or of the runs of several seeds."""
     from fedsim.analysis.load import load_runs
     from fedsim.analysis.scores import central_budget, summary
     from fedsim.runs.seeds import SeedRuns
@@ -150,6 +178,12 @@ def run(
     central = metrics["scope"] == "central"
     budget = central_budget(metrics.loc[central, "central.match"].unique()) if "central.match" in metrics else ""
     by = f"models chosen by validation {metrics['best.metric'].iloc[0]}{f' (centralized: {budget})' if budget else ''}"
+    if "client.script" in metrics:  # its metrics have the names that the script gives them
+        rows = metrics[metrics["client"].isna() & (metrics["split"] == "validation")]
+        shown = rows.pivot_table(index="round", columns="name", values="value", aggfunc="last").reset_index()
+        show.table(shown, f"scores of the global model of {done.path}, as its clients send them")
+        show.lines([done.path])
+        return
     for metric in ("accuracy", "macro_f1", "exact_match", "loss", "perplexity"):
         if (metrics["name"] == metric).any():
             show.table(summary(metrics, metric=metric), f"{metric} of {done.path}; {by}")

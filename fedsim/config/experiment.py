@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from fedsim.config import adapters as a
 from fedsim.config import components as c
 from fedsim.config import datasets as d
 from fedsim.config import privacy as p
+from fedsim.config import scripts as u
 from fedsim.config import sections as s
 from fedsim.config import yaml_text
 from fedsim.config.keys import document
@@ -114,6 +116,10 @@ class Experiment:
     """Execution backend."""
     tracking: s.Tracking = Field(default_factory=s.Tracking)
     """Experiment trackers."""
+    client: u.ClientScript | None = None
+    """A script that trains each client; then model, data and partition are absent."""
+    clients: u.Clients = 2
+    """Clients of a script: their number, their names, or names with arguments of their own."""
 
     if TYPE_CHECKING:  # a section may also be a plain dict
 
@@ -146,6 +152,8 @@ class Experiment:
             simulation: s.Simulation | Section = ...,
             executor: s.Executor | Section = ...,
             tracking: s.Tracking | Section = ...,
+            client: u.ClientScript | Section | None = ...,
+            clients: int | Sequence[str] | Mapping[str, str] = ...,
         ) -> None: ...
 
     @field_validator("adapter", mode="before")
@@ -161,6 +169,22 @@ class Experiment:
     @classmethod
     def _in_memory(cls, value: Any) -> Any:
         return hold(value)
+
+    @model_validator(mode="after")
+    def _check_scripts(self) -> Experiment:
+        if self.client is None:
+            if self.clients != 2:
+                raise wrong("clients", self.clients, "needs client.script; with data set partition.num_clients")
+            return self
+        defaults = defaults_of(Experiment)
+        for key in u.ABSENT:
+            if plain(getattr(self, key)) != defaults[key]:
+                raise wrong(key, "...", "has no use where client.script trains; leave the section out")
+        if "central" in self.modes:
+            raise wrong("modes", self.modes, "holds central, for which a script has no data; use federated and local")
+        if not u.names_of(self.clients):
+            raise wrong("clients", self.clients, "names no client")
+        return self
 
     @model_validator(mode="after")
     def _check_together(self) -> Experiment:
@@ -233,12 +257,18 @@ class Experiment:
         if tree.get("seeds") is not None and tree.get("seed") is not None:
             both = f"and seed={shown(tree['seed'])} exclude each other; leave one out"
             raise UserError(f"seeds: {shown(tree['seeds'])} {both}")
+        if tree.get("client") is not None and "modes" not in tree:
+            tree = {**tree, "modes": ["federated"]}
         return cls(**tree)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, lists and scalars; `Experiment.from_dict` takes them back."""
         tree = plain(self)
         tree.pop("seeds" if self.seeds is None else "seed")
+        for key in ("client", "clients") if self.client is None else u.ABSENT:
+            tree.pop(key)
+        if self.client is not None:
+            tree["client"]["script"] = str(self.client.script).removesuffix(":")
         return tree
 
     def to_yaml(self) -> str:
@@ -255,11 +285,15 @@ class Experiment:
             held = getattr(self, key)
             value = plain(held)
             if isinstance(value, dict):
-                own = defaults_of(type(held))
+                own = defaults_of(type(held)) if dataclasses.is_dataclass(held) else {}
                 value = {k: v for k, v in value.items() if k == "name" or k not in own or v != own[k]}
-                default = {k: v for k, v in default.items() if k == "name"}
+                default = {k: v for k, v in default.items() if k == "name"} if isinstance(default, dict) else default
                 if isinstance(name := value.get("name"), UserCode):
                     value["name"] = name.identity
+            if self.client is not None and key == "client":
+                value = {k: v.identity if isinstance(v, UserCode) else v for k, v in value.items()}
+            if self.client is not None and key in u.ABSENT:
+                continue
             if key not in _NOT_IN_ID and (key in _FIRST or value != default):
                 tree[key] = value
         return tree

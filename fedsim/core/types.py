@@ -65,6 +65,7 @@ class Pack:
         tasks: one per lane.
         tokens: expected work in tokens, for scheduling and progress.
         clip: norm to which all that a client sends is clipped; None = it is not.
+        home: of a client that lives in one worker, its number: the pack goes to the worker of that number modulo all.
     """
 
     index: int
@@ -72,6 +73,7 @@ class Pack:
     tasks: tuple[Task, ...]
     tokens: int
     clip: float | None = None
+    home: int | None = None
 
 
 class Turn:

@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregators import Accumulator
-from fedsim.core.errors import OutOfMemory, SumLost, WorkerDied, is_lost_context, is_out_of_memory
+from fedsim.core.errors import (
+    ClientError,
+    OutOfMemory,
+    SumLost,
+    UserError,
+    WorkerDied,
+    is_lost_context,
+    is_out_of_memory,
+)
 from fedsim.core.heartbeat import at_work, beat
 from fedsim.core.params import LARGE, Layout, Params
 from fedsim.core.types import Engine, Measured, Memory, Pack, Report, Scores, Scoring, Turn
@@ -177,9 +185,11 @@ class PoolExecutor:
             torch.cuda.synchronize(total.total.device)
         for pack in packs:
             while pack.index not in ready:
-                for worker in self._pool:
-                    if waiting and worker.idle and (worker.free or not slotted):
-                        job = waiting.pop(0)
+                for number, worker in enumerate(self._pool):
+                    mine = (j for j in waiting if j.pack.home is None or j.pack.home % len(self._pool) == number)
+                    job = next(mine, None) if worker.idle and (worker.free or not slotted) else None
+                    if job is not None:
+                        waiting.remove(job)
                         place = None if total is None else worker.free[0] if slotted else self._place(job, total)
                         job.message = ("train", job.pack, place)
                         self._send(worker, job)
@@ -307,6 +317,8 @@ class PoolExecutor:
         if kind == "died":
             return self._replace(worker, found, *lost[0])
         (job,) = worker.work
+        if kind == "error" and isinstance(found, Exception):
+            raise found
         if kind == "error":
             raise client_failed(job.tasks, worker.place, found, job.what)
         if kind == "ready":
@@ -405,7 +417,8 @@ def _serve(pipe: Connection, device_name: str, make_worker: MakeWorker) -> None:
                 if not (is_out_of_memory(error) and kind in ("train", "measure")):
                     if is_lost_context(error):
                         raise
-                    pipe.send(("error", traceback.format_exc()))
+                    told = isinstance(error, (UserError, ClientError))
+                    pipe.send(("error", error if told else traceback.format_exc()))
                     continue
             else:
                 continue

@@ -59,14 +59,14 @@ def run_mode(
     if why is not None:
         show.warn(f"{mode}: {why}; its end is done again")
     world = _world(setup, mode)
-    state, info = _resume(setup, world, mode)
+    state, info = resume_mode(setup, world, mode)
     metrics = Metrics(folder.path, mode, info and info["metrics"])
     try:
         if metrics.torn:
             show.warn(f"metrics/{mode}.jsonl: its last line was torn, and is cut off")
         tracking.cut(mode, metrics.mark())
         yield from _begin(setup, world, state, info, metrics, seconds, tracking)
-        yield from _rounds(setup, world, state, info, metrics, seconds, tracking, callback)
+        yield from train_rounds(setup, world, state, info, metrics, seconds, tracking, callback)
         for line in describe_faults(mode, faults := list(metrics.of_split("fault"))):
             (show.note if all(m["name"] in SIMULATED for m in faults) else show.warn)(line)
         if left := [m["value"] for m in metrics.of_split("simulated") if m["name"] == "at_work"]:
@@ -127,7 +127,7 @@ def _fresh(setup: Setup, world: World) -> State:
     return State(flat, server, Records(), keeps=world.store.width > 0, clip=clip, best_fold=best)
 
 
-def _resume(setup: Setup, world: World, mode: str) -> tuple[State, dict[str, Any] | None]:
+def resume_mode(setup: Setup, world: World, mode: str) -> tuple[State, dict[str, Any] | None]:
     """The state of the newest valid checkpoint, and its manifest; a fresh state if there is none."""
     checkpoints, show = setup.checkpoints(mode), setup.show
     kept = checkpoints.kept()
@@ -187,7 +187,7 @@ def _initial(schedule: Schedule, scores: Scores, known: Collection[int]) -> list
     return [dataclasses.replace(m, client=name) for name in names for m in initial]
 
 
-def _rounds(
+def train_rounds(
     setup: Setup,
     world: World,
     state: State,

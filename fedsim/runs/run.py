@@ -6,7 +6,7 @@ the same call resumes a run folder that is already there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,8 @@ def run_steps(
 ) -> Generator[None, None, Run]:
     """`run` for one seed, as a generator that yields while it waits for the other runs of its fleet."""
     kind, devices = devices_of(exp)
+    if exp.client is not None:
+        return (yield from _run_script(exp, devices, progress, resume, callback))
     check_trackers(exp.tracking.with_)
     place = None if resume is None else find_run(resume, exp)
     parts = prepare(exp, shared)
@@ -129,6 +131,47 @@ def run_steps(
         parts = as_before(place, parts)
     exp = parts.exp
     run_id = parts.run_id() if place is None else place.resolve().name
+
+    def begin(folder: RunFolder, show: Progress, status: dict[str, Any]) -> Iterator[None]:
+        return session(parts, folder, show, kind, devices, status, shared or Shared(), fleet, callback)
+
+    return (yield from _in_folder(exp, run_id, place, progress, resume is not None, begin))
+
+
+def _run_script(
+    exp: Experiment,
+    devices: list[str],
+    progress: bool | Progress,
+    resume: str | Path | None,
+    callback: Callable[[RoundEnd], object] | None,
+) -> Generator[None, None, Run]:
+    """The same for clients that are a user's script."""
+    from fedsim.runs.scripts import script_parts, script_session
+
+    check_trackers(exp.tracking.with_)
+    place = None if resume is None else find_run(resume, exp)
+    parts = script_parts(exp)
+    run_id = parts.run_id()
+    if place is not None and place.resolve().name != run_id:
+        raise UserError(
+            f"--resume: {place} is not the run of this script and config, whose id is {run_id}; leave --resume out for a run of its own"
+        )
+
+    def begin(folder: RunFolder, show: Progress, status: dict[str, Any]) -> Iterator[None]:
+        return script_session(parts, folder, show, devices, status, callback)
+
+    return (yield from _in_folder(exp, run_id, place, progress, resume is not None, begin))
+
+
+def _in_folder(
+    exp: Experiment,
+    run_id: str,
+    place: Path | None,
+    progress: bool | Progress,
+    resumed: bool,
+    begin: Callable[[RunFolder, Progress, dict[str, Any]], Iterator[None]],
+) -> Generator[None, None, Run]:
+    """Lock the run's folder and, where the run is not finished, go on with it."""
     folder = RunFolder(place or run_folder_of(exp, run_id), results_of(exp))
     show = Progress(progress, exp.rounds) if isinstance(progress, bool) else progress
     try:
@@ -136,8 +179,8 @@ def run_steps(
         if unlocked is not None:
             show.warn(unlocked)
         status = read_status(folder, show)
-        if not is_finished(folder, status, exp, resume is not None, show):
-            yield from session(parts, folder, show, kind, devices, status, shared or Shared(), fleet, callback)
+        if not is_finished(folder, status, exp, resumed, show):
+            yield from begin(folder, show, status)
     except CallbackError as error:
         for note in getattr(error, "__notes__", []):  # where it stopped
             error.cause.add_note(note)

@@ -66,6 +66,8 @@ class World:
         privacy: what the mode guarantees of each client; None = nothing.
         own: where clients' own models are; None = they have none.
         factors: adapted layer -> names of its A and B, where the aggregation error is measured.
+        scripted: clients are users' scripts: each lives in one worker and scores the model that it receives.
+        incoming: keeps the global parameters that each round starts from, by round; None = nobody asks for them again.
         ledger: what the mode guarantees of each example of a client; None = nothing.
     """
 
@@ -84,6 +86,8 @@ class World:
     privacy: CentralPrivacy | None = None
     own: OwnModels | None = None
     factors: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    scripted: bool = False
+    incoming: Store | None = None
     ledger: ExamplePrivacy | None = None
 
 
@@ -125,6 +129,8 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
     schedule, algorithm = world.schedule, world.algorithm
     executor.broadcast(state.params, algorithm.sent(state.server))
     for t in range(state.round + 1, schedule.rounds + 1):
+        if world.incoming is not None:
+            world.incoming.write(t, state.params)
         work, arriving = schedule.timeline.work(t), t in state.pending
         packs, reports = yield from _train(world, state, executor, t, work)
         _commit(packs, reports, state)
@@ -132,6 +138,8 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
         metrics += fault_metrics(t, schedule, work, packs, reports, state, arriving)
         if world.ledger is not None:
             metrics += _spent(world.ledger, schedule, state, t, packs)
+        if world.scripted and algorithm.merges:
+            metrics += _received(world, state, t, metrics)
         began = time.monotonic()
         if algorithm.merges:
             acc = state.pending.pop(t)
@@ -149,7 +157,7 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
                 executor.broadcast(state.params, algorithm.sent(state.server))
             metrics += _traffic(world, state, t, work, packs) + _clock(schedule, state, t, work)
             began = time.monotonic()
-            if schedule.evaluates(t):
+            if schedule.evaluates(t) and not world.scripted:
                 metrics += yield from _evaluate(world, state, executor, t)
         else:
             _choose_local(world, state, packs, metrics)
@@ -186,7 +194,8 @@ def _train(
             for i, (arrives, starting) in enumerate(batches, 1):
                 lanes = max(1, world.plan.lanes_at(schedule.mode, round) // len(world.algorithm.parts))
                 these = schedule.packs(round, state, lanes, starting, latest, root=i == len(batches))
-                these = [dataclasses.replace(pack, clip=state.clip) for pack in these]
+                home = (lambda pack: pack.tasks[0].client) if world.scripted else lambda pack: None
+                these = [dataclasses.replace(pack, clip=state.clip, home=home(pack)) for pack in these]
                 packs += these
                 acc = reducer.zero(world.memory.total, world.memory.spare) if merges else None
                 if acc is not None and arrives in pending:
@@ -373,6 +382,34 @@ def _evaluate(world: World, state: State, executor: Executor, round: int) -> Gen
         if world.own is not None:
             world.own.keep(records, state, world.best)
     return metrics
+
+
+def _received(world: World, state: State, round: int, metrics: Sequence[Row]) -> list[Row]:
+    """The global model of the round before, as the clients that have received it score it; it is kept if it is the best so far."""
+    out = mean_of_received(metrics, round - 1)
+    values = {r.name: r.value for r in out}
+    metric = world.choice.metric or next((n for n in ("accuracy", "loss", *sorted(values)) if n in values), "")
+    mode = "min" if not world.choice.metric and metric.endswith(("loss", "perplexity")) else world.choice.mode
+    choice, step = dataclasses.replace(world.choice, metric=metric, mode=mode), max((r.step for r in out), default=0)
+    chosen = choice.better(values, round - 1, step, state.best)
+    if chosen is not None:
+        state.best = chosen
+        into = state.best_records.new()
+        world.best.write(into, state.params)
+        state.best_records.wrote(GLOBAL, into)
+    return out
+
+
+def mean_of_received(metrics: Sequence[Row], round: int) -> list[Row]:
+    """Means of the clients' scores of the global model of a round, by their weights."""
+    scored = [r for r in metrics if r.round == round and r.split == "site" and r.name.startswith("merged_")]
+    step = max((r.step for r in scored), default=0)
+    sums: dict[str, tuple[float, float]] = {}
+    for r in scored:
+        total, weight = sums.get(r.name, (0.0, 0.0))
+        sums[r.name] = total + r.weight * r.value, weight + r.weight
+    place = round, step, "federated", None, "validation"
+    return [Row(*place, n.removeprefix("merged_"), s / w, w) for n, (s, w) in sums.items()]
 
 
 def global_metrics(round: int, step: int, scores: Scores, scope: str, schedule: Schedule) -> list[Row]:
