@@ -24,6 +24,7 @@ ROOMS = {
     "algorithms": {"core"},
     "aggregators": {"core"},
     "channel": {"core"},
+    "client": {"core"},
     "data": {"core"},
     "models": {"core", "data"},
     "training": {"core", "algorithms", "aggregators", "channel", "data", "models"},
