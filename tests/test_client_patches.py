@@ -174,6 +174,17 @@ def test_each_round_may_have_its_own_process(server: Server, patch: Any, tmp_pat
                 again.train()
 
 
+def test_training_starts_from_the_received_model(server: Server, patch: Any, tmp_path: Path) -> None:
+    """Not from the checkpoint that it resumes from: without learning what comes back is what was sent."""
+    trainer = patch(hf(tmp_path, max_steps=1, learning_rate=0.0))
+    first = adapter(trainer)
+    for number, shift in enumerate((0.1, 0.2, 0.3)):
+        params = {n: t + shift for n, t in first.items()}
+        server.tasks = [(TRAIN, params, number)]
+        loop(trainer)
+        assert same(server.answers[-1].params, params)
+
+
 def test_without_restored_state_each_round_begins_afresh(server: Server, patch: Any, tmp_path: Path) -> None:
     server.tasks = rounds(count=2)
     trainer = patch(hf(tmp_path / "rounds", max_steps=3), restore_state=False)
@@ -236,6 +247,8 @@ def test_after_the_answer_the_trainer_is_the_users(server: Server, patch: Any, t
 
 def test_two_patched_trainers_in_one_process(monkeypatch: pytest.MonkeyPatch, patch: Any, tmp_path: Path) -> None:
     """By turns as alone, although accelerate keeps precision and accumulation for the whole process."""
+    from transformers import TrainingArguments
+
     settings: list[dict[str, Any]] = [
         {"max_steps": 4, "bf16": True},
         {"max_steps": 2, "gradient_accumulation_steps": 2, "learning_rate": 3e-3},
@@ -250,6 +263,9 @@ def test_two_patched_trainers_in_one_process(monkeypatch: pytest.MonkeyPatch, pa
             states[i] = torch.get_rng_state()
         for i in which:
             servers[i].use(monkeypatch)
+            TrainingArguments(
+                output_dir=str(tmp_path / "third"), use_cpu=True
+            )  # a third script begins: it clears that state
             torch.set_rng_state(states[i])
             assert client.is_running()
             trainers[i].evaluate()

@@ -154,7 +154,9 @@ class _Rounds:
             resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
         own = self.checkpoint(before=self.task.model.current_round)
         start = resume_from_checkpoint or (own if restore else None)
-        self.budget = self.budget or self._budget()
+        if self.budget is None:
+            with self._entered():
+                self.budget = self._budget()
         if not restore:
             self._forget()
         before = TrainerState() if start is None else TrainerState.load_from_json(str(Path(start) / _STATE))
@@ -174,7 +176,8 @@ class _Rounds:
         """Send the model as it was after its last round."""
         last = self.checkpoint()
         if last is not None:
-            self.trainer._load_from_checkpoint(str(last))
+            with self._entered():
+                self.trainer._load_from_checkpoint(str(last))
         self.task.answer(self.params(), {STEPS: 0})
 
     @property
