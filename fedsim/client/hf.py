@@ -76,7 +76,6 @@ def patch(
         raise UserError(f"the trainer is patched already, with other settings: {patched.options}")
     if patched is None:
         _refuse(trainer, options)
-        flare.init()
         trainer._fedsim = _Rounds(trainer, options)
     return trainer
 

@@ -55,7 +55,6 @@ def patch(
     if trainer.world_size > 1:
         raise UserError(f"patch takes trainers on one process, this one has {trainer.world_size}; give devices=1")
     if getattr(trainer, "_fedsim", None) is None:
-        flare.init()
         trainer._fedsim = _Rounds(trainer, restore_state, load_state_dict_strict, update_fit_loop)
         base = import_module(f"{package}.callbacks").Callback
         hooks = {
