@@ -6,6 +6,7 @@ The oracle is the unpatched trainer. `Server` stands for the simulator: it hands
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import fedsim
 from fedsim import client
 from fedsim.core.errors import UserError
 
@@ -357,7 +360,7 @@ def test_sft_trainer(server: Server, patch: Any, tmp_path: Path) -> None:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tiny = Path(importlib.import_module("fedsim").__file__).parent / "assets/tiny"
+    tiny = Path(fedsim.__file__).parent / "assets/tiny"
 
     def trainer(folder: str, steps: int) -> Any:
         torch.manual_seed(0)
@@ -529,3 +532,36 @@ def test_lightning_refusals(pl: Any, server: Server) -> None:
     server.tasks = rounds({"w": np.zeros(2)})
     with pytest.raises(UserError, match="not this model's"):
         lit_loop(lit_patch(trainer_of(pl, max_epochs=1)), lit(pl))
+
+
+# ------------------------------------------------------------------------------------------- whole runs
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "experiments" / "client_api"
+needs_runs = pytest.mark.skipif(not hasattr(fedsim, "run_script"), reason="fedsim.run_script is not there")
+
+
+@needs_runs
+def test_a_script_of_transformers_in_one_process_or_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started anew for each round, it goes on from the trainer's checkpoints: the same bits as in one process."""
+    monkeypatch.chdir(tmp_path)
+    ends = []
+    for launch in ("once", "each_round"):
+        run = fedsim.run_script(SCRIPTS / "hello_hf.py", rounds=2, launch=launch, results=str(tmp_path), progress=False)
+        ends.append(load_file(run.path / "global" / "model.safetensors"))
+    assert same(*ends) and all("lora_" in name for name in ends[0])
+
+
+@needs_runs
+def test_a_script_of_lightning_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning", reason="Lightning is not installed (extra `lightning`)")
+    monkeypatch.chdir(tmp_path)
+    ends = []
+    for name in ("one", "two"):
+        run = fedsim.run_script(
+            SCRIPTS / "hello_lightning.py", rounds=2, name=name, results=str(tmp_path), progress=False
+        )
+        ends.append(load_file(run.path / "global" / "model.safetensors"))
+        lines = map(json.loads, (run.path / "metrics" / "federated.jsonl").read_text().splitlines())
+        scores = [row for row in lines if row["name"] == "val_accuracy" and row["client"] is None]
+        assert [row["round"] for row in scores] == [0, 1]
+    assert same(*ends)
