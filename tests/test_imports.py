@@ -24,7 +24,6 @@ ROOMS = {
     "algorithms": {"core"},
     "aggregators": {"core"},
     "channel": {"core"},
-    "client": {"core"},
     "data": {"core"},
     "models": {"core", "data"},
     "training": {"core", "algorithms", "aggregators", "channel", "data", "models"},
