@@ -173,7 +173,7 @@ def test_each_round_may_have_its_own_process(server: Server, patch: Any, tmp_pat
             again.train()
             assert same(server.answers[-1].params, together[2].params)
         else:
-            with pytest.raises(UserError, match="checkpoint of round 0, which is gone"):
+            with pytest.raises(UserError, match="a checkpoint of the trainer's before it, which is gone"):
                 again.train()
 
 

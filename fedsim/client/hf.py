@@ -248,8 +248,8 @@ class _Rounds:
         rounds = {r[0]: (path, r) for path in self.home.glob("round-*") for r in [_rounds_of(path)]}
         found = [number for number in sorted(rounds) if before is None or number < before]
         later = [r for number, (_, r) in sorted(rounds.items()) if number not in found][:1]
-        if not found and later and len(later[0]) == 2 and later[0][1] < before:
-            gone = f"round {before} resumes from the trainer's checkpoint of round {later[0][1]}, which is gone"
+        if not found and later and later[0][-1] < before:
+            gone = f"round {before} resumes from a checkpoint of the trainer's before it, which is gone"
             raise UserError(f"{gone}; remove {self.home} and start the run anew")
         return rounds[found[-1]][0] if found else None
 
@@ -258,7 +258,7 @@ class _Rounds:
         trainer, args, number = self.trainer, self.trainer.args, self.task.model.current_round or 0
         kept = {name: getattr(args, name) for name in ("output_dir", "save_total_limit", "push_to_hub")}
         home = self.home
-        place = home / (f"round-{number}" if start is None else f"round-{number}-after-{_rounds_of(start)[0]}")
+        place = home / (f"round-{number}" if start is None else f"round-{number}-since-{_rounds_of(start)[-1]}")
         args.output_dir, args.save_total_limit, args.push_to_hub = str(home), None, False
         try:
             trainer._save_checkpoint(trainer.model, None)
@@ -285,7 +285,7 @@ class _Rounds:
 
 
 def _rounds_of(checkpoint: Path) -> list[int]:
-    """The round of a checkpoint, and the one that it began from, if any."""
+    """The round of a checkpoint, and the first one of the trainer if that was another."""
     return [int(number) for number in re.findall(r"\d+", checkpoint.name)]
 
 

@@ -55,7 +55,9 @@ class Task:
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers among metrics, without the epoch and what measures the machine: two runs would differ in that."""
     machine = ("_runtime", "_per_second", "_preparation_time", "_compilation_time")
-    values = {n: v.item() if hasattr(v, "item") else v for n, v in metrics.items() if n != "epoch" and not n.endswith(machine)}
+    values = {
+        n: v.item() if hasattr(v, "item") else v for n, v in metrics.items() if n != "epoch" and not n.endswith(machine)
+    }
     return {n: float(v) for n, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
