@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 HERE = Path(__file__).resolve().parent
 TOKEN = "FEDSIM_KILL_LOOP"
 EXECUTORS = {
@@ -112,16 +114,15 @@ class Loop:
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @classmethod
-    def make(cls, root: Path) -> Loop:
+    def make(cls, root: Path, algorithm: dict[str, Any] | None = None) -> Loop:
         """Write base, data and experiment, and run it undisturbed."""
         sys.path.insert(0, str(HERE))
-        import yaml
         from conftest import Lab, make_rows
 
         (root / "shared").mkdir(parents=True)
         lab = Lab(root, root / "shared", make_rows(root / "shared"))
         file = root / "experiment.yaml"
-        tree = lab.tree(**EXPERIMENT)
+        tree = lab.tree(**EXPERIMENT, algorithm=algorithm or {"name": "fedavg"})
         tree.pop("results")
         file.write_text(yaml.safe_dump(tree))
         loop = cls(root, file, Path(), 0, 60.0)
@@ -315,6 +316,7 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=50, help="trials")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--workers", default="random", help="serial, 1, 2, 3, or random on every start")
+    parser.add_argument("--algorithm", default="{name: fedavg}", help="the config section, as YAML")
     parser.add_argument("--log", type=Path, help="file for the lines, besides standard output")
     asked = parser.parse_args()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it that starts this in the background
@@ -334,7 +336,7 @@ def main() -> int:
     from fedsim.runs.signals import ended_by_signals
 
     with ended_by_signals(), tempfile.TemporaryDirectory(prefix="kill-loop-") as folder, contextlib.ExitStack() as last:
-        loop = Loop.make(Path(folder))
+        loop = Loop.make(Path(folder), yaml.safe_load(asked.algorithm))
         last.callback(lambda: [process.kill() for process in loop.running])
         say(f"python tests/kill_loop.py --n {asked.n} --seed {asked.seed} --workers {asked.workers}")
         say(f"undisturbed: {len(_rows(loop.whole))} metrics rows, {loop.calls} system calls on files")

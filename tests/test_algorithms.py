@@ -222,6 +222,7 @@ METHODS: list[dict[str, Any]] = [
     {"name": "fedrot_lora"},
     {"name": "fedex_lora"},
     {"name": "flora"},
+    {"name": "flora", "reinit": False},
     {"name": "flexlora"},
 ]
 KEYS_OF = {"fedbuff": {"simulation": {"speeds": [30, 900]}}}  # sections that an algorithm needs

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_algorithms import SMALL
-from test_equivalence import adapter_of
+from test_equivalence import Texts, adapter_of
 from test_hooks import Loop, Named
 
 from fedsim.algorithms import ALGORITHMS, Info, Server
@@ -76,10 +76,9 @@ def test_workers_agree_and_the_fold_is_exported(lab, name):
     assert (rank[1] > rank[0]) == (name != "flexlora")
 
 
-def test_reinit_false_and_energy_are_checked():
-    for name, keys, key in (("flora", {"reinit": False}, "reinit"), ("flexlora", {"energy": 1.5}, "energy")):
-        with pytest.raises(ValueError, match=key):
-            ALGORITHMS[name](**keys)
+def test_energy_is_checked():
+    with pytest.raises(ValueError, match="energy"):
+        ALGORITHMS["flexlora"](energy=1.5)
 
 
 def test_the_aggregation_error_is_logged_by_layer_and_in_all(lab: Any) -> None:
@@ -106,8 +105,10 @@ def test_the_aggregation_error_is_logged_by_layer_and_in_all(lab: Any) -> None:
         assert found == pytest.approx(gap / norm, rel=1e-6) and found > 0
         above, below, layers = above + gap**2, below + norm**2, layers + 1
     assert rows["lora_aggregation_error"] == pytest.approx((above / below) ** 0.5, rel=1e-6) and len(rows) == 1 + layers
-    for name in ("ffa_lora", "fedex_lora", "flora", "rolora", "fedsvd"):
-        exact = lab.run(**{**keys, "rounds": 3}, name=name, algorithm={"name": name})
+    methods: list[dict[str, Any]] = [{"name": n} for n in ("ffa_lora", "fedex_lora", "flora", "rolora", "fedsvd")]
+    for i, method in enumerate([*methods, {"name": "flora", "reinit": False}]):
+        name = f"exact-{i}"
+        exact = lab.run(**{**keys, "rounds": 3}, name=name, algorithm=method)
         found = [r["value"] for r in lab.metrics(exact) if r["name"] == "lora_aggregation_error"]
         assert len(found) == 3 and max(found) < 1e-10, name
     pool = {"name": "pool", "devices": ["cpu", "cpu"], "threads": 1}
@@ -134,21 +135,31 @@ class Folding(Loop):
         self.scale = exp.adapter.alpha / exp.adapter.r
         self.folded = {m: torch.zeros(len(self.x[b]), self.x[a].shape[1]).double() for m, (a, b) in self.layers.items()}
 
-    def fold(self) -> None:
+    def fold(self, less: Named | None = None) -> None:
         for m, weight in self.base.items():
             turned = self.model.get_submodule(m).fan_in_fan_out
-            weight.data.copy_(self.first[m] + self.scale * (self.folded[m].T if turned else self.folded[m]))
+            folded = self.folded[m] - (less or {}).get(m, 0)
+            weight.data.copy_(self.first[m] + self.scale * (folded.T if turned else folded))
 
     def product(self) -> dict[str, torch.Tensor]:
         return {m: self.scale * (self.folded[m] + self.x[b] @ self.x[a]) for m, (a, b) in self.layers.items()}
 
 
-@pytest.mark.parametrize("ranks", [None, [1, 3, 2, 3]], ids=["one rank", "ranks"])
-@pytest.mark.parametrize("name", ["fedex_lora", "flora", "flexlora"])
-def test_a_run_is_its_papers_loop(lab: Any, name: str, ranks: list[int] | None) -> None:
-    """Client k trains with alpha / r_k; the server makes new factors of the exact product, or folds it into the base."""
-    if name == "fedex_lora" and ranks:
-        pytest.skip("its factors are averaged, so they have one rank")
+CASES = [
+    pytest.param(name, kind, ranks, marks=pytest.mark.thorough if thorough else [])
+    for name in ("fedex_lora", "flora", "flora kept", "flexlora")
+    for kind, ranks, thorough in (("llama", None, False), ("llama", [1, 3, 2, 3], False), ("gpt2", [1, 3, 2, 3], True))
+    if not (ranks and name == "fedex_lora")  # its factors are averaged, so they have one rank
+] + [pytest.param("fedex_lora", "gpt2", None), pytest.param("flora kept", "gpt2", None)]
+
+
+@pytest.mark.parametrize(("case", "kind", "ranks"), CASES)
+def test_a_run_is_its_papers_loop(lab: Any, case: str, kind: str, ranks: list[int] | None) -> None:
+    """Client k trains with alpha / r_k; the server makes new factors of the exact product, or folds it into the base.
+
+    Where clients keep their factors, each trains on a base without its own, and the fold grows by what its product has gained.
+    """
+    name, keeps = case.split()[0], case == "flora kept"
     local = {
         "steps": 3,
         "batch_size": 4,
@@ -158,12 +169,21 @@ def test_a_run_is_its_papers_loop(lab: Any, name: str, ranks: list[int] | None) 
         "keep_state": name == "fedex_lora",
     }
     adapter = {"name": "lora", "r": 3, "alpha": 6, **({"ranks": ranks} if ranks else {})}
-    exp = lab.exp(**{**SMALL, "algorithm": {"name": name}, "local": local, "adapter": adapter})
+    method = {"name": name, **({"reinit": False} if keeps else {})}
+    model = {} if kind == "llama" else {"model": {"path": lab.base(kind)}}
+    exp = lab.exp(**{**SMALL, "algorithm": method, "local": local, "adapter": adapter, **model})
     run = lab.run(exp)
     loop = Folding(lab, exp, run)
+    kept: dict[str, Named] = {}
+    held = Texts(exp.model.path, lab.rows["validation"], exp.data.labels, False)
+    scored = {
+        (r["round"], r["client"]): r["value"]
+        for r in lab.metrics(run)
+        if (r["split"], r["name"]) == ("validation", "loss")
+    }
     for t, cohort in enumerate(loop.cohorts, 1):
         loop.fold()
-        found = {}
+        found, gained = {}, {}
         for k in cohort:
             rank = ranks[int(k.removeprefix("site-")) - 1] if ranks else 3
             has = {n: cut(n, x, rank) for n, x in loop.x.items()}
@@ -174,8 +194,18 @@ def test_a_run_is_its_papers_loop(lab: Any, name: str, ranks: list[int] | None) 
                 return {n: v * own[n] * has[n] for n, v in g.items()}
 
             start = {n: x * has[n] / (own[n] if name == "flexlora" else 1.0) for n, x in loop.x.items()}
-            y = loop.fit((k, t) if name != "fedex_lora" else k, start, loop.batches(k, t), gradient=scaled)
+            start = kept.get(k, start)
+            loop.fold({m: own[b] * start[b] @ start[a] for m, (a, b) in loop.layers.items()} if keeps else {})
+            who = k if keeps or name == "fedex_lora" else (k, t)
+            y = loop.fit(who, start, loop.batches(k, t), gradient=scaled, keep=keeps)
             found[k] = {n: v * own[n] for n, v in y.items()}
+            gained[k] = {m: found[k][b] @ y[a] - own[b] * start[b] @ start[a] for m, (a, b) in loop.layers.items()}
+            loop.put(found[k])  # a client's own scores are of the model that it trains, with its scale
+            with torch.no_grad():
+                own_loss = held.loss(loop.model, range(len(held.rows)))
+            assert scored[t, k] == pytest.approx(float(own_loss), abs=1e-9)
+            if keeps:
+                kept[k] = dict(y)
         total = sum(loop.sizes[k] for k in cohort)
         before = dict(loop.x)
         for m, (a, b) in loop.layers.items():
@@ -184,6 +214,8 @@ def test_a_run_is_its_papers_loop(lab: Any, name: str, ranks: list[int] | None) 
             if name == "fedex_lora":
                 loop.x |= mean
                 loop.folded[m] += exact - mean[b] @ mean[a]
+            elif keeps:
+                loop.folded[m] += sum(loop.sizes[k] / total * gained[k][m] for k in cohort)
             elif name == "flora":
                 loop.folded[m] += exact
                 bound = before[a].shape[1] ** -0.5

@@ -90,6 +90,24 @@ def test_every_stack_that_a_client_has_missed_comes_down(lab: Any, name: str) ->
     assert len({r["value"] for r in rows}) > 2
 
 
+def test_clients_that_keep_their_factors_send_twice_the_rank_and_receive_stacks(lab: Any) -> None:
+    """Up B_k' A_k' - B_k A_k; down the stacks of these, and factors only at first: the server never changes them."""
+    ranks = [1, 3, 2, 3]
+    adapter = {"name": "lora", "r": 3, "alpha": 6, "ranks": ranks}
+    run = lab.run(**{**SMALL, "rounds": 4}, adapter=adapter, algorithm={"name": "flora", "reinit": False})
+    one = sum(8 * t.numel() for t in adapter_of(run / "init").values()) // 3  # bytes of a rank
+    rows = [r for r in lab.metrics(run) if r["name"] in ("bytes_up", "bytes_down")]
+    rank = {f"site-{k + 1}": r for k, r in enumerate(ranks)}
+    cohorts = {t: {r["client"] for r in rows if r["round"] == t} for t in range(1, 5)}
+    seen: dict[str, int] = {}
+    for r in sorted((r for r in rows if r["name"] == "bytes_down"), key=lambda r: r["round"]):
+        since = seen.get(r["client"], 0)
+        stacks = sum(2 * one * rank[c] for t in range(max(since, 1), r["round"]) for c in cohorts[t])
+        assert r["value"] == stacks + (0 if since else one * rank[r["client"]])
+        seen[r["client"]] = r["round"]
+    assert all(r["value"] == 2 * one * rank[r["client"]] for r in rows if r["name"] == "bytes_up")
+
+
 @pytest.mark.parametrize("private_head", [True, False])
 def test_fedsa_shares_a_alone(lab: Any, distance: Any, private_head: bool) -> None:
     """After a round a client's B is what it has trained, to the bit, and no other client's."""

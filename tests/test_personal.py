@@ -118,6 +118,22 @@ def test_per_fedavg_steps_by_a_second_batch(lab: Any, distance: Any) -> None:
     assert distance(adapter_of(run / "global"), loop.exported(loop.x)) < 1e-9
 
 
+def test_per_fedavgs_clients_are_scored_one_step_away(lab: Any, distance: Any) -> None:
+    """Fallah et al., 2020, the problem: F_k = f_k(w - alpha grad f_k(w)); here on a batch that no round has drawn."""
+    run, loop = run_and_loop(lab, {"name": "perfedavg", "alpha": 5.0}, modes=["federated"])
+    end = adapter_of(run / "global")
+    loop.x = {n: end[n.replace(".default", "")] for n in loop.x}
+    parts, sampler = prepare(loop.exp), sampler_of(loop.exp)
+    rows = {(r["split"], r["name"], r["client"], r["round"]): r["value"] for r in lab.metrics(run)}
+    for c, k in enumerate(loop.sizes):
+        (batch,) = sampler.batches(parts.partition.rows(c), stream(loop.exp.seed, "batches", k, 3, "again -1"), 1)
+        g = loop.grads(loop.x, batch)
+        own = {n: v - 5.0 * g[n] for n, v in loop.x.items()}
+        assert distance(adapter_of(run / "clients" / k), loop.exported(own)) < 1e-9
+        assert rows["validation", "own_loss", k, 3] != rows["validation", "shared_loss", None, 3]
+    assert rows["validation", "own_untrained", None, 3] == 0
+
+
 def test_pfedme_is_its_papers_loop(lab: Any, distance: Any) -> None:
     """Dinh et al., 2020: inner steps on the same batch, then w by lam (w - theta); the server goes beta of the way."""
     run, loop = run_and_loop(lab, {"name": "pfedme", "lam": 3.0, "inner_steps": 3, "beta": 0.7})
@@ -210,6 +226,8 @@ def test_clients_own_models_are_scored_after_each_round(lab: Any, distance: Any,
         assert last("validation", "shared_loss", None, t) is not None
     cohorts = [{r["client"] for r in rows if r["round"] == t and r["name"] == "tokens"} for t in (1, 2, 3)]
     assert last("validation", "own_untrained", None, 1) == len(sizes) - len(cohorts[0])
+    (idle,) = sizes.keys() - cohorts[0]  # it has the initial part: the whole model, or (fedper) every B, which is 0
+    assert last("validation", "own_loss", idle, 1) == pytest.approx(last("validation", "loss", None, 0), abs=1e-12)
     assert last("validation", "own_untrained", None, 3) == len(sizes) - len(set.union(*cohorts))
     best = max(
         (1, 2, 3), key=lambda t: (last("validation", "accuracy", None, t), -last("validation", "loss", None, t), t)
@@ -217,7 +235,19 @@ def test_clients_own_models_are_scored_after_each_round(lab: Any, distance: Any,
     table = fedsim.summary(fedsim.load_runs(run), which="best")
     assert int(table.loc[table["model"] == "federated", "round"].iloc[0]) == best
     each = [v for k in sizes if (v := last("site", "own_loss", k)) is not None]
-    assert float(fedsim.summary(fedsim.load_runs(run), "loss").iloc[-1]["site"]) == pytest.approx(np.mean(each))
+    last_row = fedsim.summary(fedsim.load_runs(run), "loss", "last").set_index("model").loc["federated"]
+    assert last_row["site"] == pytest.approx(np.mean(each))
+    table = fedsim.summary(fedsim.load_runs(run), "loss").set_index("model")
+    of_best = {n: last("validation", n, None, best) for n in ("own_loss_mean", "own_loss_worst", "own_loss_q10")}
+    rows_of = {n: table.loc[n[4:].replace("loss_", "own "), "validation"] for n in of_best}
+    assert (
+        rows_of == pytest.approx(of_best) and table.loc["own worst", "validation"] > table.loc["own q10", "validation"]
+    )
+    tested = {k: last("test", "own_loss", k, best) for k in sizes}
+    mean = sum(sizes[k] * v for k, v in tested.items() if v is not None) / sum(sizes.values())
+    assert table.loc["federated", "test"] == pytest.approx(mean) and None not in tested.values()
+    assert last("test", "shared_loss", None, best) not in (None, pytest.approx(mean))
+    assert all((run / "clients" / k / "best" / "adapter_model.safetensors").is_file() for k in set.union(*cohorts))
     card = (run / "global" / "README.md").read_text()
     assert (
         f"| validation | loss | {last('validation', 'shared_loss', None):.4f} |" in card

@@ -22,7 +22,7 @@ def factors_of(params: Layout, names: Mapping[str, tuple[str, str]], slots: int)
     """The layout of the factors, by layer and half; None where there are none, or all clients' are too many to keep.
 
     Args:
-        params: of the trained parameters.
+        params: of what a client sends of the trained parameters.
         names: adapted layer -> names of its A and B.
         slots: clients of a round.
     """

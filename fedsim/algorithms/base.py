@@ -136,7 +136,7 @@ class Algorithm:
         folds: the stack of a round's factors goes to the clients, who fold it into their base.
         needs: facts that are measured for it: `start_loss`, the mean loss of the received model on all training examples of the
             client; `optimizer_steps`, the steps behind the optimizer state that the client starts from, 0 for a fresh one.
-        lives_on: parts whose optimizer state is kept from round to round whatever `local.keep_state` says.
+        lives_on: parts whose optimizer state is kept from round to round whatever `local.keep_state` says; may be a property.
         adapters: names of the adapters that it is for; none = any, and full fine-tuning.
         takes_late: whether a message may arrive in a later round than it is made for.
         takes_ranks: whether clients may have LoRA ranks of their own, by `adapter.ranks`.
@@ -222,6 +222,11 @@ class Algorithm:
         """The parameters a client starts its round from; with or without a lane axis."""
         return c.params
 
+    def beside(self, c: ClientView) -> Factors:
+        """Adapted layer -> B `[K, m, R]` and A `[K, R, n]`, whose product the client's model is without while it trains; in units
+        of the adapter. No layer by default."""
+        return {}
+
     def scratch(self, c: ClientView) -> Params:
         """Variables of this round alone, `[K, ...]`, that the other methods may change in place."""
         return {}
@@ -236,9 +241,19 @@ class Algorithm:
     def after_step(self, params: Params, scratch: Params, c: ClientView, lr: Tensor) -> None:
         """Change the parameters that train at this step in place, after a step with these learning rates, `[K]`."""
 
+    def carried(self, params: Params, c: ClientView) -> Params:
+        """The factors whose products the server should make the mean of, after the last step; what `lora_aggregation_error` is
+        measured against."""
+        return params
+
     def finish(self, params: Params, scratch: Params, c: ClientView) -> tuple[Message, Params]:
         """(what the clients send, by group; their new state), after their last step."""
         return {"update": {n: p - c.params[n] for n, p in params.items()}}, c.state
+
+    def adapted(self) -> Algorithm | None:
+        """What each client trains of the global model, in one optimizer step, before its own model is scored; None = clients' models
+        are not made so."""
+        return None
 
     def step(self, server: Server, reduced: Message, info: Info) -> Server:
         """The server's next parameters and state, from the merged messages."""

@@ -1,5 +1,5 @@
-"""FedRot-LoRA: FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA. ICML 2026 (arXiv:2602.23638). B A is the same
-for B R and R^T A, so clients' factors can differ by a rotation alone, and their mean suffers. Before it sends, a client turns its
+"""FedRot-LoRA: H. Zhang, D. Kim, S. Cha, H. Vikalo. FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA. ICML 2026
+(arXiv:2602.23638). B A is the same for B R and R^T A, so clients' factors can differ by a rotation alone, and their mean suffers. Before it sends, a client turns its
 factors towards the global ones: R = U V^T from the SVD of A_k A^T in one round, and of B_k^T B in the next; it sends R^T A_k and B_k R, which
 are averaged as in FedAvg.
 

@@ -1,5 +1,5 @@
-"""FedSVD: S. Lee, et al. FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA. NeurIPS 2025
-(arXiv:2505.12805), algorithm 1. Clients train and send B alone, whose mean is exact for the A that all share; then the server makes
+"""FedSVD: S. Lee, S. Park, D. B. Lee, D. Wagner, H. Seong, T. Bocklet, J. Lee, S. J. Hwang. FedSVD: Adaptive Orthogonalization for
+Private Federated Learning with LoRA. NeurIPS 2025 (arXiv:2505.12805), algorithm 1. Clients train and send B alone, whose mean is exact for the A that all share; then the server makes
 new factors of the same product by its SVD, B A = U S V^T: B := U S and A := V^T, whose rows are orthonormal.
 
 Deviations:

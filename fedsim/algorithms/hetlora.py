@@ -2,8 +2,8 @@
 Models. EMNLP 2024 (arXiv:2401.06432), section 3. Clients have ranks r_k of their own: client k receives the first r_k slots of the
 global A and B, trains them, and the server averages what comes back, padded with zeros, with weights proportional to |B_k A_k|.
 
-RBLA: S. Chen, Y. Tong, et al. RBLA: Rank-Based-LoRA-Aggregation for Fine-tuning Heterogeneous Models. 2024 (arXiv:2408.08699): slot
-i is the mean over the clients with r_k > i alone (mean: slot).
+RBLA: S. Chen, O. Tavallaie, N. Nazemi, A. Y. Zomaya. RBLA: Rank-Based-LoRA-Aggregation for Fine-tuning Heterogeneous Models in FLaaS.
+2024 (arXiv:2408.08699): slot i is the mean over the clients with r_k > i alone (mean: slot).
 
 Deviations:
 - |B_k A_k| is the Frobenius norm over all adapted layers together, without alpha / r. mean = norm and uniform do not use `weights`.

@@ -8,7 +8,8 @@ and the server averages. The global model is the start from which a client's own
 Deviations:
 - First order alone: the Hessian's term is left out.
 - beta is local.lr, of local.optimizer; the loss that is logged is the mean of both batches'.
-- The global model is scored as it is: no client takes its one step before scoring.
+- A client's own model, which is scored and exported, is one step w - alpha grad f(w; D) from the global one, on a batch of its own that no
+  round has drawn.
 
 Peers: PFLlib is first order too.
 """
@@ -18,10 +19,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedsim.algorithms.base import Algorithm, ClientView, above_zero
+from fedsim.algorithms.base import Algorithm, ClientView, Local, above_zero
 
 if TYPE_CHECKING:
-    from fedsim.core.params import Params
+    from fedsim.core.params import Message, Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStep(Local):
+    """w - alpha grad f(w; D), whatever the optimizer."""
+
+    alpha: float
+
+    def start(self, c: ClientView) -> Params:
+        """The global model."""
+        return c.params
+
+    def scratch(self, c: ClientView) -> Params:
+        """The gradient."""
+        return {n: p.new_zeros(len(c.lr_sum), *p.shape) for n, p in c.params.items()}
+
+    def adjust(self, grads: Params, params: Params, scratch: Params, c: ClientView) -> None:
+        """Keep it."""
+        for name, grad in grads.items():
+            scratch[name].copy_(grad)
+
+    def finish(self, params: Params, scratch: Params, c: ClientView) -> tuple[Message, Params]:
+        """(nothing to send, the model one step away)."""
+        return {}, {n: p - self.alpha * scratch[n] for n, p in c.params.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +60,10 @@ class PerFedAvg(Algorithm):
 
     def __post_init__(self) -> None:
         above_zero(self, "alpha")
+
+    def adapted(self) -> Algorithm:
+        """One inner step."""
+        return OneStep(alpha=self.alpha)
 
     def scratch(self, c: ClientView) -> Params:
         """The gradient of the first batch."""

@@ -98,7 +98,9 @@ def summary(df: pd.DataFrame, metric: str = "accuracy", which: str = "both") -> 
     Returns:
         Columns `model`, `round` (after which the model was scored, Int64; NA in the mean over clients), `validation`, `site`
         (own validation examples; the mean over clients for the global model), `test` (scored for the chosen models alone),
-        `steps` (optimizer steps by then, Int64). NaN where nothing was recorded. The mean over clients is unweighted.
+        `steps` (optimizer steps by then, Int64). NaN where nothing was recorded. The mean over clients is unweighted. Where clients
+        have models of their own, the federated row is their mean weighted by training examples, and rows `own mean`, `own worst`,
+        `own q10`, ... follow.
 
     Raises:
         UserError: no run recorded the metric, or `which` is none of these.
@@ -126,7 +128,26 @@ def _summary(df: pd.DataFrame, metric: str, which: str) -> pd.DataFrame:
     if which == "both":
         other = last[~same]
         best = pd.concat([best, other.assign(model=other["model"] + " (last)")]).sort_index(kind="stable")
-    return (last if which == "last" else best).astype({"round": "Int64", "steps": "Int64"})
+    chosen = last if which == "last" else best
+    return pd.concat([chosen, _over_clients(df, metric, chosen)]).astype({"round": "Int64", "steps": "Int64"})
+
+
+def _over_clients(df: pd.DataFrame, metric: str, models: pd.DataFrame) -> pd.DataFrame:
+    """Rows of mean, weighted mean, worst and quantiles over the clients' own models, of the round of the federated row."""
+    federated = models[models["model"] == "federated"]
+    rows = df[(df["scope"] == "federated") & df["client"].isna() & df["value"].notna()]
+    if federated.empty or not (rows["name"] == f"own_{metric}_mean").any():
+        return models.iloc[:0]
+    of_round = rows[rows["round"] == federated["round"].iloc[0]].astype({"split": object, "name": object})
+    values = of_round.groupby(["split", "name"])["value"].last()
+    out = []
+    for what in ("mean", "weighted_mean", "worst", "q10", "q25", "q50", "q75", "q90"):
+        name = f"own_{metric}_{what}"
+        found = {s: values.get((s, name), np.nan) for s in ("validation", "site", "test")}
+        if what == "weighted_mean":
+            found |= {s: federated[s].iloc[0] for s in ("validation", "test")}
+        out.append({"model": f"own {what.replace('_', ' ')}", **federated[["round", "steps"]].iloc[0], **found})
+    return pd.DataFrame(out)[_SUMMARY]
 
 
 def _mean_of(clients: pd.DataFrame) -> pd.DataFrame:

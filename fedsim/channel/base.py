@@ -36,10 +36,14 @@ class Senders:
         norms: 2-norm of each client's whole group `update`, as the server would decode it if nothing bounded it; with `clip`, of
             all groups as one vector. None in the pass in which these norms are measured.
         clip: norm to which all groups together are clipped; None = they are not.
+        steps: optimizer steps of each client in the round.
+        streams: the names of each client's random streams in the round, after their purpose.
     """
 
     norms: Sequence[float] | None = None
     clip: float | None = None
+    steps: Sequence[int] = ()
+    streams: Sequence[tuple[str | int, ...]] = ()
 
 
 class Stage:

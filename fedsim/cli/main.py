@@ -280,13 +280,18 @@ def privacy(file: File, overrides: Overrides = None) -> None:
     from fedsim.config.experiment import Experiment
 
     exp = Experiment.load(file, overrides or [])  # before torch is imported
+    from fedsim.runs import local_sgd
     from fedsim.runs.build import prepare
     from fedsim.runs.private import about, table
 
     parts = prepare(exp)
+    if parts.ledger is not None:
+        show.lines(local_sgd.about(parts))
+        show.table(local_sgd.table(parts), f"epsilon of an example by client, {exp.rounds} rounds")
+        return
     if parts.privacy is None:
         raise UserError(
-            f"{file}: privacy.name: none guarantees nothing; give privacy={{name: central, noise_multiplier: 1}}"
+            f"{file}: privacy.name: {exp.privacy.name} guarantees nothing here; give privacy={{name: central, noise_multiplier: 1}}"
         )
     show.lines(about(parts.privacy, parts.exp))
     show.table(table(parts.privacy, parts.exp.rounds), f"{parts.exp.rounds} of {exp.rounds} rounds")

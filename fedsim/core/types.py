@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+ADAPTED = "adapted"  # the mode in which clients train their own models for an evaluation
 ROOT = -3  # the server among clients' numbers, where it trains on examples of its own
 
 
@@ -245,7 +246,8 @@ class Scoring:
         generate: also generate answers and compare them.
         sites: also score each site's own validation rows.
         by_row: also hand back each row's negative log-likelihood.
-        owned: the records hold what clients have of their own; the rest is in the shared buffer. A record of -1 holds nothing.
+        owned: the records hold what clients have of their own; the rest is in the shared buffer. In place of a record -1 are the
+            parameters that training started from.
     """
 
     split: str

@@ -20,6 +20,8 @@ class BatchSampler:
     epochs: int | None = None
     shuffle: bool = True
     drop_last: bool = False
+    poisson: bool = False
+    """Each example is in each batch with probability `rate`, independently of all else: batches differ in size, and may be empty."""
 
     def batches(self, rows: np.ndarray, rng: np.random.Generator, steps: int | None) -> list[np.ndarray]:
         """Example numbers of each optimizer step.
@@ -32,6 +34,8 @@ class BatchSampler:
         """
         if len(rows) == 0:
             return []
+        if self.poisson:
+            return [rows[rng.random(len(rows)) < self.rate(len(rows))] for _ in range(self.count(len(rows), steps))]
         size, passes = (
             self.batch_size,
             (self.epochs or 1) if steps is None else -(-steps * self.batch_size // len(rows)),
@@ -41,6 +45,10 @@ class BatchSampler:
             return np.array_split(np.concatenate(orders)[: steps * size], steps)
         cut = [order[i : i + size] for order in orders for i in range(0, len(order), size)]
         return [b for b in cut if len(b) == size] if self.drop_last else cut
+
+    def rate(self, num_rows: int) -> float:
+        """The probability of each of so many examples to be in a batch, where these are drawn so that `batch_size` are expected."""
+        return min(1.0, self.batch_size / num_rows)
 
     def count(self, num_rows: int, steps: int | None) -> int:
         """Optimizer steps that `batches` gives for a client of `num_rows` examples."""

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.core.params import FOLD
+
+if TYPE_CHECKING:
+    from fedsim.models.forward import Net
 
 
 def of_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,10 +48,27 @@ def folded(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
             base.weight = own
 
 
+@contextmanager
+def beside(net: Net, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Each lane without the product of its own factors B `[K, m, R]` and A `[K, R, n]`, by adapted layer, inside the block."""
+    with ExitStack() as hooks:
+        for name, (b, a) in factors.items():
+            layer = net.model.get_submodule(name)
+            base, scale = layer.get_base_layer(), layer.scaling["default"]
+
+            def less(
+                module: nn.Module, args: tuple[Tensor, ...], out: Tensor, a: Tensor = a, b: Tensor = b, s: float = scale
+            ) -> Tensor:
+                return out - (s * net.multiply(module, args[0].to(a.dtype), a, b)).to(out.dtype)
+
+            hooks.callback(base.register_forward_hook(less).remove)
+        yield
+
+
 def factors(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, A) with B A = delta `[m, n]` and as few columns of B as its rounding allows."""
+    """(B, A) with B A = delta `[m, n]` and as few columns of B as its rounding allows, by the rule of `numpy.linalg.matrix_rank`."""
     u, s, v = torch.linalg.svd(delta.double().cpu(), full_matrices=False)
-    kept = int((s > s.max() * torch.finfo(delta.dtype).eps).sum())
+    kept = int((s > s.max() * max(delta.shape) * torch.finfo(delta.dtype).eps).sum())
     root = s[:kept].sqrt()
     return u[:, :kept] * root, root[:, None] * v[:kept]
 

@@ -125,6 +125,10 @@ class Net:
         for name, parameter in self.params.items():
             parameter.data, parameter.grad = views[name], grads.get(name)
 
+    def multiply(self, layer: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """x A^T B^T of a layer's input `[..., n]`, by each lane's own A `[K, R, n]` and B `[K, m, R]`."""
+        return x @ a[0].T @ b[0].T
+
     def show(self, lane: int) -> None:
         """Put a lane's weights into the model itself, where they are already."""
 

@@ -24,6 +24,7 @@ class Lanes:
 
     Attributes:
         stream: the examples of the pass; None outside a pass, when every layer is PEFT's own again.
+        apart: whether each example is a lane of its own, with a copy of its client's weights.
         prefix: keys and values in front of each example, `[R, V, layers, 2, H, d]`; None but for prefix tuning.
         prompt: how the virtual tokens divide into lanes while a prompt is made.
     """
@@ -32,9 +33,9 @@ class Lanes:
         self.prompt: Span | None = None
         self.set(None)
 
-    def set(self, stream: Stream | None) -> None:
+    def set(self, stream: Stream | None, apart: bool = False) -> None:
         """A pass begins; None = it has ended, its backward pass too."""
-        self.stream, self.prefix = stream, None
+        self.stream, self.apart, self.prefix = stream, apart, None
         self._last: tuple[Tensor, Span, Tensor] | None = None
 
     def span(self, kind: str) -> Span:
@@ -84,7 +85,7 @@ def _linear(layer: nn.Linear, kind: str, lanes: Lanes, leaf: Leaf) -> Callable:
         if lanes.stream is None:
             return original(x)
         span, w, b = lanes.span(kind), weight(), bias()
-        if loops(x, w, span):
+        if not lanes.apart and loops(x, w, span):  # of single examples there are too many for a loop
             return one_by_one(x.reshape(-1, x.shape[-1]), w, b, span.sizes).view(*x.shape[:-1], -1)
         split, turned = lanes.split(x, span), w.transpose(1, 2)  # [K, L, I], [K, I, O]
         y = split @ turned if b is None else torch.baddbmm(b[:, None], split, turned)

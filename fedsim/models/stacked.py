@@ -24,6 +24,7 @@ from fedsim.models.attention import ATTENTION
 from fedsim.models.dropout import position_kinds
 from fedsim.models.forward import Net, at_least_float32, autocast, head_dtype
 from fedsim.models.lanes import Lanes, stacked
+from fedsim.models.per_example import Examples, clipped_sums
 from fedsim.models.positions import position_offset
 from fedsim.models.projections import fast_frozen
 from fedsim.models.unsuitable import Unsuitable, cannot_pack
@@ -50,7 +51,8 @@ class StackedNet(Net):
         self._head_out: Tensor | None = None
         self._prompts: Callable[[], Tensor] | None = None
         self._in_stream, self._prefix = 0, 0  # virtual tokens in front of an example, or only in its attention
-        self._fast = False
+        self._fast, self._shown = False, 0
+        self._kinds = position_kinds(model, task)
         self._undo = ExitStack()
         if reason := cannot_pack(self.base, task):
             raise Unsuitable(reason)
@@ -86,9 +88,19 @@ class StackedNet(Net):
 
     def show(self, lane: int) -> None:
         """Put a lane's weights into the model itself, for what works on one model: generation."""
+        self._shown = lane
         with torch.no_grad():
             for name, parameter in self.params.items():
                 parameter.copy_(self.leaves[name][lane])
+
+    def multiply(self, layer: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """See `Net.multiply`; outside a pass, the lane that is shown."""
+        if not self.in_pass():
+            return x @ a[self._shown].T @ b[self._shown].T
+        span = self._lanes.span(self._kinds.get(id(layer), "tokens"))
+        a, b = a[: self.lanes], b[: self.lanes]
+        y = self._lanes.split(x, span) @ a.transpose(1, 2) @ b.transpose(1, 2)
+        return span.join(y).view(*x.shape[:-1], -1)
 
     def backward(self, tokens: Tokens, rows: Sequence[np.ndarray], answers: Tensor) -> tuple[Tensor, list[int]]:
         """Add the gradient of each lane's own mean loss; see `Net.backward`.
@@ -103,6 +115,41 @@ class StackedNet(Net):
             found = torch.autograd.grad(loss.sum(), list(self.leaves.values()))
         torch._foreach_add_(self._grads, found)
         return loss.detach(), list(made.tokens.sizes)
+
+    def clipped(
+        self, tokens: Tokens, rows: Sequence[np.ndarray], clip: float, trains: np.ndarray | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Add the sum of each lane's gradients by example, each scaled down to norm `clip`; see `per_example`.
+
+        The loss of an example is the mean over its own answer tokens.
+
+        Args:
+            tokens, rows: as in `backward`; some lane has an example.
+            clip: bound of the 2-norm over all that trains.
+            trains: which parameters do, bool `[K, P]`; None = all.
+
+        Returns:
+            Sum of the losses of its examples, and tokens computed, of each lane.
+        """
+        every, examples = np.concatenate(rows), Examples([len(r) for r in rows], self.device)
+        # Nothing is filled up: it would lengthen an example.
+        made = stream_of(tokens, every[:, None], **(self._keys() | {"round_up": False}))
+        which = np.ones((len(rows), len(self.leaves)), dtype=bool) if trains is None else trains
+        at = np.flatnonzero(which.any(axis=0)).tolist() or [0]
+        shared, names = self.leaves, list(self.leaves)
+        try:
+            self.leaves = {n: leaf.detach().index_select(0, examples.of) for n, leaf in shared.items()}  # [R, ...]
+            wanted = [self.leaves[names[i]].requires_grad_() for i in at]
+            with self._pass(made, examples):
+                nll = F.cross_entropy(self._stream_logits(made), made.targets, reduction="none")
+                answers = torch.from_numpy(tokens.answers_of(every)).to(nll)
+                loss = made.scored.split(nll[:, None]).sum(dim=(1, 2)) / answers  # [R]
+                found = torch.autograd.grad(loss.sum(), wanted)
+        finally:
+            self.leaves = shared
+        sums = clipped_sums(found, examples, clip, torch.from_numpy(which[:, at]).to(self.device))
+        torch._foreach_add_([self._grads[i] for i in at], sums)
+        return examples.sums(loss.detach()), examples.totals(made.tokens.sizes)
 
     def logits(
         self, sequences: Sequence[np.ndarray], prompts: np.ndarray | None, pad_id: int
@@ -128,16 +175,17 @@ class StackedNet(Net):
         return {"virtual": self._in_stream, "offset": offset, "device": self.device, "round_up": round_up}
 
     @contextmanager
-    def _pass(self, made: Stream) -> Iterator[None]:
+    def _pass(self, made: Stream, apart: Examples | None = None) -> Iterator[None]:
+        """A pass over a stream; `apart`: whose its examples are, where each is a lane of the stream."""
         config = self.base.config
         before = config._attn_implementation
         try:
             config._attn_implementation = ATTENTION
-            self._lanes.set(made)
+            self._lanes.set(made, apart is not None)
             if self.drops:
                 *front, last = made.tokens.sizes
                 sizes = {"tokens": [*front, last - made.filled], "scored": made.scored.sizes, "rows": made.rows.sizes}
-                self.draws.next(sizes)
+                self.draws.next(sizes if apart is None else {n: apart.totals(s) for n, s in sizes.items()})
             yield
         finally:
             self._lanes.set(None)
@@ -205,7 +253,7 @@ class StackedNet(Net):
             raise Unsuitable("it has an encoder and a decoder")
 
     def _stack_layers(self) -> None:
-        left, kinds = dict(self.params), position_kinds(self.model, self.task)
+        left, kinds = dict(self.params), self._kinds
         if self._prompts is not None:
             left.pop(self._names[id(self.model.prompt_encoder["default"].embedding.weight)])
         for module in self.model.modules():

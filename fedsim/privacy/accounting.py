@@ -16,6 +16,7 @@ together:
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -71,13 +72,13 @@ def epsilon(
     if noise_multiplier == 0:
         return math.inf
     dp = _library()
-    event = _round(dp, sampling, noise_multiplier, sampler, population, relation)
-    made = dp.rdp.RdpAccountant if accountant == "rdp" else dp.pld.PLDAccountant
-    # For one accountant a fixed cohort is always a replacement; zero_out differs from it in the noise alone.
-    library_relation = dp.NeighboringRelation.REPLACE_ONE if sampler == "fixed" or relation == "replace_one" else None
-    found = made(neighboring_relation=library_relation or dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    how = (sampling, noise_multiplier, sampler, population, relation)
     with _quiet():  # an order that does not converge is left out, which makes the bound no smaller
-        found.compose(dp.SelfComposedDpEvent(event, int(rounds)))
+        if accountant == "rdp":  # of one round, times the rounds
+            orders, rdp = _rdp(*how)
+            return float(dp.rdp.compute_epsilon(orders, int(rounds) * rdp, delta)[0])
+        found = dp.pld.PLDAccountant(neighboring_relation=_relation(dp, sampler, relation))
+        found.compose(dp.SelfComposedDpEvent(_round(dp, *how), int(rounds)))
         return float(found.get_epsilon(delta))
 
 
@@ -166,6 +167,21 @@ def _library() -> Any:
     except ImportError:
         raise UserError("privacy needs the package dp-accounting: pip install 'fedsim[dp]'") from None
     return dp_accounting
+
+
+def _relation(dp: Any, sampler: str, relation: Neighbours) -> Any:
+    """For one accountant a fixed cohort is always a replacement; zero_out differs from it in the noise alone."""
+    replaces = sampler == "fixed" or relation == "replace_one"
+    return dp.NeighboringRelation.REPLACE_ONE if replaces else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _rdp(sampling: float, noise: float, sampler: str, population: int | None, relation: Neighbours) -> tuple[Any, Any]:
+    """Orders, and the Renyi divergence of one round at each of them."""
+    dp = _library()
+    made = dp.rdp.RdpAccountant(neighboring_relation=_relation(dp, sampler, relation))
+    made.compose(_round(dp, sampling, noise, sampler, population, relation))
+    return made._orders, made._rdp
 
 
 def _round(dp: Any, sampling: float, noise: float, sampler: str, population: int | None, relation: Neighbours) -> Any:

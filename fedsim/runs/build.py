@@ -27,9 +27,11 @@ from fedsim.data.tokens import Tokens, encode, encode_chats
 from fedsim.models import base, locate, sharing
 from fedsim.models.positions import max_positions
 from fedsim.privacy.central import CentralPrivacy
+from fedsim.privacy.examples import ExamplePrivacy
 from fedsim.runs.attacks import with_attack, with_root
 from fedsim.runs.checks import check, sampler_of, virtual_tokens
 from fedsim.runs.divide import CENTRAL, divide
+from fedsim.runs.local_sgd import ledger_of
 from fedsim.runs.private import privacy_of
 from fedsim.training.attack import Attack
 
@@ -71,6 +73,7 @@ class Parts:
         own: client -> its own validation examples; None where no client has any (virtual).
         report: class counts, sizes and skew of the partition; goes into the run folder.
         privacy: what federated training guarantees of each client; None = nothing.
+        ledger: what it guarantees of each example of a client; None = nothing.
         attack: what simulated attackers do; None = there are none.
         root: training examples, ascending, that the server trains on by itself; None = it does not.
     """
@@ -81,6 +84,7 @@ class Parts:
     own: Partition | None
     report: dict[str, Any]
     privacy: CentralPrivacy | None = None
+    ledger: ExamplePrivacy | None = None
     attack: Attack | None = None
     root: np.ndarray | None = None
 
@@ -386,6 +390,7 @@ def prepare(exp: Experiment, shared: Shared | None = None) -> Parts:
     parts = Parts(exp, made, partition, own, report)
     check(parts)
     parts = with_root(with_attack(parts))
+    parts = dataclasses.replace(parts, ledger=ledger_of(parts))
     privacy = privacy_of(parts)
     if privacy is not None:
         last = privacy.last_round(exp.rounds, exp.privacy.max_epsilon)
@@ -412,7 +417,7 @@ def batches(exp: Experiment, client: str | int, round: int, repeat: int = 0) -> 
 
     Args:
         exp: the config.
-        client: a client's id or number, or `central` for the centralized run.
+        client: a client's id or number, in federated training, or `central` for the centralized run.
         round: from 1.
         repeat: how often the client has started in this round before; with an asynchronous server alone it is not 0.
 
@@ -428,6 +433,8 @@ def batches(exp: Experiment, client: str | int, round: int, repeat: int = 0) -> 
         raise UserError(f"round: {round} is outside 1 to rounds={exp.rounds}")
     parts = prepare(exp)
     sampler = sampler_of(exp)
+    if parts.ledger is not None and client != CENTRAL:
+        sampler = dataclasses.replace(sampler, poisson=True)
     if client == CENTRAL:
         rows = parts.partition.all_rows()
         steps = schedule_of(parts, CENTRAL).central_steps(round)

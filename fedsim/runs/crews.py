@@ -24,11 +24,11 @@ def places_of(devices: list[str] | str, workers: int | None, threads: int | None
 def crews_of(group: list[tuple[int, Parts]], together: int) -> list[list[int]]:
     """Runs that go side by side, at most `together` of them: those that agree in all that a pass has in common.
 
-    A run whose attackers train on other labels has examples of its own.
+    A run whose attackers train on other labels has examples of its own, and one with private gradients has passes of its own.
     """
     alike: dict[str, list[int]] = {}
     for i, parts in group:
-        apart = together == 1 or (parts.attack is not None and parts.attack.relabels)
+        apart = together == 1 or (parts.attack is not None and parts.attack.relabels) or parts.ledger is not None
         alike.setdefault(repr(i) if apart else _pass_key(parts.exp), []).append(i)
     return [runs[a : a + together] for runs in alike.values() for a in range(0, len(runs), together)]
 

@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 from fedsim.algorithms import Algorithm
-from fedsim.channel import Sizes, downlink, uplink
+from fedsim.channel import Filters, Sizes, downlink, uplink
 from fedsim.config.sections import Messages
+from fedsim.core.errors import UserError, shown
 from fedsim.core.params import FOLD, Layout, meta
 from fedsim.core.store import Store
 from fedsim.models import adapters
 from fedsim.runs.build import Parts
 from fedsim.runs.folder import RunFolder
+from fedsim.runs.local_sgd import about as about_ledger
+from fedsim.runs.local_sgd import keep as keep_ledger
 from fedsim.runs.private import about as about_privacy
 from fedsim.runs.private import keep
 from fedsim.runs.progress import Progress
@@ -47,7 +50,8 @@ def describe(
     about, dtype = adapters.describe(model, trained), next(iter(trained.values())).dtype
     algorithm = spec.algorithms.get("federated", Algorithm())
     scale = Sizes(0, 4 if parts.privacy is not None else 0)  # what a clipped message is multiplied by, a float32
-    sizes = functools.cache(functools.partial(_sizes, algorithm, layout, messages, dtype, scale))
+    excludes = (lambda name: False) if spec.recipe.filters is None else spec.recipe.filters.excludes
+    sizes = functools.cache(functools.partial(_sizes, algorithm, layout, messages, dtype, scale, excludes))
     up, down = sizes(1, None, 0)
     about |= {"bytes_up": up.total, "bytes_down": down.total, "up": vars(up), "down": vars(down)}
     kept = {m: stores[m].nbytes for m in exp.modes}
@@ -66,6 +70,12 @@ def describe(
     if parts.privacy is not None:
         keep(folder, parts.privacy)
         for line in about_privacy(parts.privacy, exp):
+            show.note(line)
+    if spec.recipe.filters is not None and "federated" in exp.modes:
+        tell_filters(folder, spec.recipe.filters, layout, show)
+    if parts.ledger is not None:
+        keep_ledger(folder, parts.ledger)
+        for line in about_ledger(parts):
             show.note(line)
     if any(kept.values()):
         most = exp.checkpoint.keep + 1 + (exp.checkpoint.every > 1)  # a round writes beside what checkpoints refer to
@@ -91,7 +101,7 @@ def describe(
             share, text = over
             (show.warn if share > 0.05 else show.note)(f"{'warning: ' if share > 0.05 else ''}{split}: {text}")
     rank_of = functools.partial(spec.recipe.rank_of, algorithm)
-    stack = _stacks(parts, layout, messages, dtype, rank_of) if algorithm.folds else lambda round: 0
+    stack = _stacks(algorithm, parts, layout, messages, dtype, rank_of) if algorithm.folds else lambda round: 0
 
     def bytes_of(round: int, client: int, since: int) -> tuple[int, int]:
         up, down = sizes(round, rank_of(client), since)
@@ -100,17 +110,50 @@ def describe(
     return bytes_of
 
 
+def tell_filters(folder: RunFolder, filters: Filters, layout: Layout, show: Progress) -> None:
+    """What the filters are, and are not; into `privacy.json`, too.
+
+    Raises:
+        UserError: for excluded parameters that are not trained.
+    """
+    out = [name for name in layout.shapes if filters.excludes(name)]
+    absent = (
+        [name for name in filters.exclude if name not in layout.shapes] if isinstance(filters.exclude, tuple) else []
+    )
+    if absent or (filters.exclude is not None and not out):
+        near = ", ".join(list(layout.shapes)[:4])
+        raise UserError(
+            f"privacy.exclude: {shown(absent[0] if absent else filters.exclude)} is no trained parameter; these are: {near} ..."
+        )
+    says = "filters change what clients send, and guarantee nothing: there is no epsilon"
+    told = {"level": "none", "epsilon": None, "note": says, "excluded": out}
+    told |= {
+        n: f and vars(f) for n, f in (("percentile", filters.percentile), ("sparse_vector", filters.sparse_vector))
+    }
+    folder.write_json("privacy.json", told)
+    show.note(f"privacy: {says}")
+
+
 def _stacks(
-    parts: Parts, layout: Layout, messages: Messages, dtype: torch.dtype, rank_of: Callable[[int], int | None]
+    algorithm: Algorithm,
+    parts: Parts,
+    layout: Layout,
+    messages: Messages,
+    dtype: torch.dtype,
+    rank_of: Callable[[int], int | None],
 ) -> Callable[[int], int]:
     """Round -> bytes of the stack of its cohort's factors, which a client receives for each round since it last began."""
     schedule = schedule_of(parts, "federated")
-    factors = [(n, s) for n, s in layout.shapes.items() if ".lora_A." in n or ".lora_B." in n]
+    sent = algorithm.messages(layout)["update"].shapes
+    factors = [(n, s, layout.shapes[n]) for n, s in sent.items() if ".lora_A." in n or ".lora_B." in n]
 
     @functools.cache
     def stack(round: int) -> int:
         ranks = Counter(rank_of(int(client)) for client in schedule.cohort(round))
-        each = {r: downlink(messages.down).nbytes([shape_at(n, s, r) for n, s in factors], dtype).total for r in ranks}
+        each = {
+            r: downlink(messages.down).nbytes([shape_at(n, s, r, own) for n, s, own in factors], dtype).total
+            for r in ranks
+        }
         return sum(each[rank] * count for rank, count in ranks.items())
 
     return stack
@@ -138,6 +181,7 @@ def _sizes(
     messages: Messages,
     dtype: torch.dtype,
     scale: Sizes,
+    excludes: Callable[[str], bool],
     round: int,
     rank: int | None,
     since: int,
@@ -145,7 +189,8 @@ def _sizes(
     """Bytes of a client's message in a round, and of what it receives: what has changed since it last began, in round `since`."""
     sent, exact = [], []
     for group, tensors in algorithm.messages(layout).items():
-        names = [(n, s) for n, s in tensors.shapes.items() if algorithm.travels(n, round)]
+        out = excludes if group == "update" else lambda name: False
+        names = [(n, s) for n, s in tensors.shapes.items() if algorithm.travels(n, round) and not out(n)]
         (exact if group in algorithm.exact else sent).extend(names)
     stays, state = algorithm.stays(layout.shapes), algorithm.sent(algorithm.init(meta(layout))[0])
     received = [*layout.shapes.items(), *((n, tuple(t.shape)) for n, t in state.items() if not n.startswith(FOLD))]
@@ -155,6 +200,8 @@ def _sizes(
         for n, s in received
         if n not in stays and (n in state or not missed or any(algorithm.changes(n, r) for r in missed))
     ]
-    sends, plain, receives = ([shape_at(n, s, rank) for n, s in each] for each in (sent, exact, received))
+    sends, plain, receives = (
+        [shape_at(n, s, rank, layout.shapes.get(n)) for n, s in each] for each in (sent, exact, received)
+    )
     up = uplink(messages.up).nbytes(sends, dtype) + uplink(None).nbytes(plain, dtype) + scale
     return up, downlink(messages.down).nbytes(receives, dtype)

@@ -90,7 +90,7 @@ def write_cards(
         scored = scores.get((client, round), {})
         if owns:
             mine = "shared_" if client is None else "own_"
-            scored = {(s, n.removeprefix(mine)): v for (s, n), v in scored.items() if s == "test" or n.startswith(mine)}
+            scored = {(s, n.removeprefix(mine)): v for (s, n), v in scored.items() if n.startswith(mine)}
         found = [(*key, value) for key, value in scored.items() if ":" not in key[1]]
         note = "Parameters that stay with the clients have their initial value here." if owns and client is None else ""
         about = {"title": title, "scores": found, "examples": examples, "note": note}

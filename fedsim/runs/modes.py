@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from fedsim.core.errors import CallbackError
 from fedsim.core.files import CROSS, OWN, folder_names, record
 from fedsim.core.params import FOLD, Params, clone
 from fedsim.core.store import Records
-from fedsim.core.types import RoundEnd, Row, Scores, Scoring
+from fedsim.core.types import ADAPTED, RoundEnd, Row, Scores, Scoring
 from fedsim.runs.build import CENTRAL
 from fedsim.runs.checks import MOST_SITES
 from fedsim.runs.export import save_model, write_cards
@@ -23,6 +23,7 @@ from fedsim.runs.resolve import schedule_of
 from fedsim.runs.setup import Setup
 from fedsim.runs.tracking import Tracking
 from fedsim.simulate.faults import SIMULATED, describe_faults
+from fedsim.simulate.own import OwnModels, own_metrics, score_records
 from fedsim.simulate.rounds import Halved, PackDone, Round, World, collect, global_metrics, rounds
 from fedsim.simulate.schedule import CENTRAL as CENTRAL_CLIENT
 from fedsim.simulate.schedule import Schedule
@@ -30,6 +31,7 @@ from fedsim.simulate.state import GLOBAL, State
 from fedsim.training.packs import factors, reducer_of
 from fedsim.training.records import RecordLayout
 
+SHARED = "shared"  # the global model among scores by example, where clients have models of their own
 BY_ROW_CLIENTS = (
     MOST_SITES  # local models that are evaluated example by example at the end; of more, only the best ones
 )
@@ -75,7 +77,7 @@ def run_mode(
         save_by_row(folder, mode, found)
         metrics.log(tested, seconds())
         scored = [m for split in ("validation", "test") for m in metrics.of_split(split)]
-        write_cards(setup.parts, folder, mode, exported, scored, world.owns)
+        write_cards(setup.parts, folder, mode, exported, scored, world.own is not None)
         mark = metrics.mark()
         files = record(folder.path, [*exported, f"checkpoints/{mode}/by_row.npz"])
         checkpoints.end(rounds=exp.rounds, models=len(found), metrics=mark, files=files)
@@ -102,9 +104,19 @@ def _world(setup: Setup, mode: str) -> World:
         setup.spec.recipe.chunk,
         setup.bytes_of,
         setup.parts.privacy if mode == "federated" else None,
-        algorithm.merges and bool(RecordLayout.of(mode, algorithm, setup.layout, setup.spec.recipe).own),
+        _own(setup) if algorithm.merges else None,
         factors(algorithm, setup.layout),
+        setup.parts.ledger if mode == "federated" else None,
     )
+
+
+def _own(setup: Setup) -> OwnModels | None:
+    """Where the clients' own models are."""
+    adapted = ADAPTED in setup.spec.algorithms
+    mode = ADAPTED if adapted else "federated"
+    record = RecordLayout.of(mode, setup.spec.algorithms[mode], setup.layout, setup.spec.recipe)
+    places = record.places if adapted else record.own
+    return OwnModels(setup.layout, places, setup.stores[mode], setup.first, adapted) if places else None
 
 
 def _fresh(setup: Setup, world: World) -> State:
@@ -274,24 +286,27 @@ def _finish(
     request = Scoring("validation", by_row=True)
     if cross := setup.exp.evaluate.cross_site:
         request = dataclasses.replace(request, generate=setup.exp.evaluate.generate, sites=True)
+    own: dict[int, int] = {}  # records of clients' own models, chosen with the best global one
     if world.algorithm.merges:
         export("global", None, state.round, state.server)
         answers = yield from collect(executor.score([request]))
-        last = _by_row("validation", [mode], answers)
+        label = mode if world.own is None else SHARED
+        last = _by_row("validation", [label], answers)
         crossed += cross_site_rows(world.schedule, state.round, state.step, None, answers[0][0])
-        for name in _personal(setup, world, state):
-            export(f"{OWN}/{folders.get(name, name)}", name, state.round)
-            if cross:
-                executor.broadcast(setup.memory.params, {})
-                ((scores,),) = yield from collect(executor.score([request]))
-                steps = state.steps.get(setup.parts.client(name), 0)
-                crossed += cross_site_rows(world.schedule, state.round, steps, name, scores)
+        if world.own is not None:
+            crossed += yield from _own_last(setup, world, state, request if cross else None, export)
         requests = []
         if state.best is not None:
             executor.broadcast(setup.read(world.best, state.best_records.read(GLOBAL)), state.best_fold)
             export("best", None, state.best.round, state.best_fold)
             requests.append(Scoring("test"))
-            owners.append((None, state.best, mode))
+            owners.append((None, state.best, label))
+            own = {c: r for c, r in state.best_records.table.items() if c != GLOBAL}
+        for client, at in sorted(own.items()):
+            name = world.schedule.name(client)
+            if (place := f"{OWN}/{folders.get(name, name)}") in exported:
+                setup.read(world.best, at)
+                export(f"{place}/best", name, state.best.round)
     else:
         labels, trained, records, best_records = [], [], [], []
         for client, at in sorted(state.records.table.items()):
@@ -319,11 +334,17 @@ def _finish(
     generate = setup.exp.evaluate.generate
     asked = [dataclasses.replace(r, split="test", generate=generate, sites=False, by_row=True) for r in requests]
     answers = yield from collect(executor.score(asked))
+    shared = "shared_" if own else ""
     tested = [
-        Row(best.round, best.step, mode, client, "test", n, v, w)
+        Row(best.round, best.step, mode, client, "test", shared + n, v, w)
         for scores, (client, best, _) in zip((s for part in answers for s in part), owners, strict=True)
         for n, (v, w) in scores.values.items()
     ]
+    if own:
+        lanes = max(1, setup.plan.lanes_at(mode, setup.exp.rounds))
+        asked_own = Scoring("test", store=f"best-{mode}", generate=generate)
+        of = yield from score_records(executor, own, asked_own, lanes)
+        tested += own_metrics(state.best.round, state.best.step, {}, world.schedule, of, ("test",))
     chosen = _by_row("test", [label for *_, label in owners], answers)
     found = {label: {**last.get(label, {}), **chosen.get(label, {})} for label in {**last, **chosen}}
     return found, crossed + tested, exported
@@ -339,17 +360,30 @@ def cross_site_rows(schedule: Schedule, round: int, step: int, client: str | Non
     ]
 
 
-def _personal(setup: Setup, world: World, state: State) -> Iterator[str]:
-    """Each client that keeps a model, or a part of one, of its own: its parameters are in the run's vector meanwhile."""
-    own = RecordLayout.of(world.schedule.mode, world.algorithm, setup.layout, setup.spec.recipe).own
-    views = {n: view for n, view in setup.layout.views(setup.memory.params).items() if n in own}
-    shared = clone(views)
-    for client, at in sorted(state.records.table.items()) if own else ():
-        for name, view in views.items():
-            view.copy_(world.store.read(at, own[name], own[name] + view.numel()).view(view.shape))
-        yield world.schedule.name(client)
-    for name, view in views.items():
-        view.copy_(shared[name])
+def _own_last(
+    setup: Setup, world: World, state: State, request: Scoring | None, export: Callable[[str, str, int], None]
+) -> Generator[None, None, list[Row]]:
+    """Export the last own model of each client that has one; metrics of cross-site evaluation, by the request."""
+    own, names = world.own, folder_names(setup.parts.partition.names or ())
+    assert own is not None, "clients have models of their own"
+    lanes, shared = max(1, setup.plan.lanes_at(world.schedule.mode, state.round)), state.params.clone()
+    records = yield from own.train(setup.executor, world.schedule, state, lanes)
+    records = {c: r for c, r in sorted(records.items()) if r >= 0}
+    found: dict[int, Scores] = {}
+    if request is not None:
+        found = yield from own.score(setup.executor, records, request, lanes)
+    for client, at in records.items():
+        own.read(at, setup.memory.params)
+        name = world.schedule.name(client)
+        export(f"{OWN}/{names.get(name, name)}", name, state.round)
+        setup.memory.params.copy_(shared)
+    return [
+        row
+        for client, scores in found.items()
+        for row in cross_site_rows(
+            world.schedule, state.round, state.steps.get(client, 0), world.schedule.name(client), scores
+        )
+    ]
 
 
 def _packed(setup: Setup, mode: str, store: str, records: list[int], like: Scoring) -> list[Scoring]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
@@ -28,7 +28,7 @@ def privacy_of(parts: Parts) -> CentralPrivacy | None:
 
     exp = parts.exp
     section = exp.privacy
-    if section.name == "none" or "federated" not in exp.modes:
+    if section.name != "central" or "federated" not in exp.modes:
         return None
     check(exp)
     clients = len(parts.clients)
@@ -112,12 +112,21 @@ def keep(folder: RunFolder, privacy: CentralPrivacy) -> None:
     told = {"noise_multiplier": privacy.z, "delta": privacy.delta, "accountant": privacy.accountant}
     told |= {"neighbours": privacy.neighbours, **dataclasses.asdict(privacy.cohorts)}
     told |= {"max_weight": privacy.max_weight, "denominator": privacy.expected_weight, "clip": privacy.start}
+    keep_noise(folder, told)
+
+
+def keep_noise(folder: RunFolder, told: dict[str, Any]) -> None:
+    """Write `privacy.json`, whose noise never changes.
+
+    Raises:
+        UserError: if the run was begun with other noise.
+    """
     place = folder.path / "privacy.json"
     before = read_json(place) if place.is_file() else told
-    if before.get("noise_multiplier") != privacy.z:
+    if before.get("noise_multiplier") != told["noise_multiplier"]:
         raise UserError(
             f"privacy.target_epsilon: the run was begun with a noise multiplier of {before.get('noise_multiplier')}, and now it would be "
-            f"{privacy.z}: it was solved for another number of rounds; set privacy.noise_multiplier in its place"
+            f"{told['noise_multiplier']}: it was solved for another number of rounds; set privacy.noise_multiplier in its place"
         )
     folder.write_json("privacy.json", told)
 
@@ -126,8 +135,13 @@ def table(privacy: CentralPrivacy, rounds: int) -> pd.DataFrame:
     """Epsilon after at most 20 of the rounds, the last one among them."""
     import pandas as pd
 
-    shown = sorted({round(1 + i * (rounds - 1) / 19) for i in range(20)}) if rounds > 20 else range(1, rounds + 1)
-    return pd.DataFrame({"round": list(shown), "epsilon": [privacy.epsilon(t) for t in shown]})
+    shown = shown_rounds(rounds)
+    return pd.DataFrame({"round": shown, "epsilon": [privacy.epsilon(t) for t in shown]})
+
+
+def shown_rounds(rounds: int) -> list[int]:
+    """At most 20 of the rounds, the first and the last one among them."""
+    return sorted({round(1 + i * (rounds - 1) / 19) for i in range(20)}) if rounds > 20 else list(range(1, rounds + 1))
 
 
 def about(privacy: CentralPrivacy, exp: Experiment) -> list[str]:

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedsim.channel.filters import Filters, Percentile, SparseVector
 from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
 from fedsim.config.sections import Simulation
 from fedsim.core.errors import UserError
 from fedsim.core.seeding import stream
 from fedsim.core.store import Records
-from fedsim.core.types import ROOT
+from fedsim.core.types import ADAPTED, ROOT
 from fedsim.data.partition import VirtualPartition
 from fedsim.runs.build import Parts
 from fedsim.runs.checks import sampler_of
@@ -33,7 +34,7 @@ def recipe_of(exp: Experiment) -> LocalTrainingConfig:
     names = [f.name for f in dataclasses.fields(Optim)]
     keys = {n: getattr(work, n) for n in names}
     # Alone and central nothing is merged: rounds are only places where they are scored, so the optimizer lives on.
-    keep = {"federated": work.keep_state, "local": True, "central": True}
+    keep = {"federated": work.keep_state, "local": True, "central": True, ADAPTED: False}
     return LocalTrainingConfig(
         Optim(**{**keys, "betas": tuple(work.betas)}),
         sampler_of(exp),
@@ -53,8 +54,21 @@ def recipe_of(exp: Experiment) -> LocalTrainingConfig:
         policy=exp.faults.policy,
         max_norm=exp.faults.max_norm,
         meter=exp.adapter.name == "lora" and exp.privacy.name == "none",
+        filters=filters_of(exp),
         private=exp.privacy.name == "central",
     )
+
+
+def filters_of(exp: Experiment) -> Filters | None:
+    """What changes updates before they are sent; None = nothing."""
+    s = exp.privacy
+    if s.name != "filters":
+        return None
+    percentile = s.percentile and Percentile(s.percentile.percentile, s.percentile.gamma)
+    v = s.sparse_vector
+    vector = v and SparseVector(v.fraction, v.epsilon, v.noise_var, v.gamma, v.tau, v.replace)
+    exclude = tuple(s.exclude) if isinstance(s.exclude, list) else s.exclude
+    return Filters(exclude, percentile, vector, exp.seed)
 
 
 def ranks_of(parts: Parts) -> np.ndarray | None:

@@ -18,7 +18,7 @@ from fedsim.core.files import differing, record
 from fedsim.core.numerics import kernels, threads
 from fedsim.core.params import Layout, Params, meta
 from fedsim.core.store import Store
-from fedsim.core.types import Engine, Memory, Scores, Scoring
+from fedsim.core.types import ADAPTED, Engine, Memory, Scores, Scoring
 from fedsim.executors import FleetExecutor, PoolExecutor, SerialExecutor
 from fedsim.executors.fleet import Fleet
 from fedsim.models import adapters, sharing
@@ -38,8 +38,9 @@ from fedsim.training.config import LocalTrainingConfig
 from fedsim.training.packs import reducer_of
 from fedsim.training.planner import Plan
 from fedsim.training.planner import describe as describe_plan
+from fedsim.training.private import PrivateExamples
 from fedsim.training.ranks import largest_rank, shape_at
-from fedsim.training.records import stores_of
+from fedsim.training.records import START, stores_of
 
 
 @dataclass
@@ -154,9 +155,14 @@ def set_up(
         trained = adapters.trained(model)
         if not full:  # a head of the base that is trained; exports write into the trained parameters
             sharing.own_memory(trained.values(), lent)
-        if not known and exp.training.lanes != 1:
+        if not known and (exp.training.lanes != 1 or parts.ledger is not None):
             plan.why_not = spec.why_not_packed(model, own)
             plan.packed = plan.why_not is None
+        if parts.ledger is not None and not plan.packed:
+            raise UserError(
+                f"privacy.name: local_sgd needs the gradient of each example, which lanes give, but {plan.why_not}; take an adapter "
+                "and a base that train in lanes, such as adapter.name=lora on a Llama, or another privacy"
+            )
         if exp.training.packing:
             spec.check_packing(model, own)
         if exp.training.checkpointing is True:
@@ -233,13 +239,14 @@ def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> WorkerSpec:
         tokens=parts.tokens,
         train=shareable(parts.partition),
         own=None if parts.own is None else shareable(parts.own),
-        algorithms={m: algorithm_of(exp.algorithm, exp.aggregator) if m == "federated" else Local() for m in exp.modes},
+        algorithms=_algorithms(exp),
         recipe=dataclasses.replace(
             recipe_of(exp),
             slots=schedule_of(parts, "federated").slots,
             attack=parts.attack,
             root=parts.root,
             ranks=ranks_of(parts),
+            examples=parts.ledger and PrivateExamples(parts.ledger.clip, parts.ledger.z),
         ),
         state=folder.path / "checkpoints",
         tokenizer=parts.tokenizer,
@@ -247,6 +254,14 @@ def _spec(parts: Parts, model: nn.Module, folder: RunFolder) -> WorkerSpec:
         packing=exp.training.packing,
         kernels=kernels(),
     )
+
+
+def _algorithms(exp: Experiment) -> dict[str, Algorithm]:
+    """Mode -> algorithm; with `ADAPTED` for what clients train in front of an evaluation."""
+    federated = algorithm_of(exp.algorithm, exp.aggregator)
+    out = {m: federated if m == "federated" else Local() for m in exp.modes}
+    adapted = federated.adapted() if "federated" in out else None
+    return out if adapted is None else {**out, ADAPTED: adapted}
 
 
 def _pool(
@@ -287,7 +302,7 @@ def _keep_start(parts: Parts, folder: RunFolder, spec: WorkerSpec, model: nn.Mod
 
     Neither stays in memory, where a full model would be one copy too many.
     """
-    first, start = Store(folder.path / "checkpoints" / "start.bin", layout.numel, layout.dtype), 0
+    first, start = Store(folder.path / "checkpoints" / f"{START}.bin", layout.numel, layout.dtype), 0
     for parameter in adapters.trained(model).values():
         first.write_at(0, start, parameter.data.reshape(-1))
         start += parameter.numel()

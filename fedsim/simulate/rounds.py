@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-import numpy as np
 from torch import Tensor
 
 from fedsim.aggregators import Accumulator, meter
@@ -23,7 +22,9 @@ from fedsim.core.params import FOLD, Layout, Params
 from fedsim.core.store import Store
 from fedsim.core.types import ROOT, Memory, Pack, Report, Row, Scores, Scoring
 from fedsim.privacy.central import CentralPrivacy
+from fedsim.privacy.examples import ExamplePrivacy
 from fedsim.simulate.faults import check, fault_metrics
+from fedsim.simulate.own import OwnModels, own_metrics
 from fedsim.simulate.schedule import CENTRAL, Schedule
 from fedsim.simulate.state import GLOBAL, Choice, State
 from fedsim.simulate.timeline import RoundWork
@@ -63,8 +64,9 @@ class World:
         chunk: elements of the parameters that are aggregated at a time; None = all.
         bytes_of: (round, client, round in which it last began, or 0) -> bytes that it sends and receives.
         privacy: what the mode guarantees of each client; None = nothing.
-        owns: whether clients have models of their own, or parts of one.
+        own: where clients' own models are; None = they have none.
         factors: adapted layer -> names of its A and B, where the aggregation error is measured.
+        ledger: what the mode guarantees of each example of a client; None = nothing.
     """
 
     schedule: Schedule
@@ -80,8 +82,9 @@ class World:
     chunk: int | None
     bytes_of: Callable[[int, int, int], tuple[int, int]]
     privacy: CentralPrivacy | None = None
-    owns: bool = False
+    own: OwnModels | None = None
     factors: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    ledger: ExamplePrivacy | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
         _commit(packs, reports, state)
         metrics = [row for report in reports for row in report.rows]
         metrics += fault_metrics(t, schedule, work, packs, reports, state, arriving)
+        if world.ledger is not None:
+            metrics += _spent(world.ledger, schedule, state, t, packs)
         began = time.monotonic()
         if algorithm.merges:
             acc = state.pending.pop(t)
@@ -223,6 +228,16 @@ def _private_round(
     state.clip = privacy.next_clip(round, clip, within)
     found = {"epsilon": privacy.epsilon(round), "clip": clip, "noise_std": privacy.z_update * clip * privacy.max_weight}
     return [Row(round, state.step, "federated", None, "privacy", n, v) for n, v in found.items()]
+
+
+def _spent(ledger: ExamplePrivacy, schedule: Schedule, state: State, round: int, packs: Sequence[Pack]) -> list[Row]:
+    """What examples of the clients have spent: of each that trained in the round, and the largest and the distribution over all."""
+    each = ledger.epsilons(state.steps)
+    trained = sorted({task.client for pack in packs for task in pack.tasks if task.client >= 0})
+    found = ledger.summary(each)
+    return [Row(round, state.step, "federated", None, "privacy", n, v) for n, v in found.items()] + [
+        Row(round, state.steps.get(c, 0), "federated", schedule.name(c), "privacy", "epsilon", each[c]) for c in trained
+    ]
 
 
 def _commit(packs: Sequence[Pack], reports: Sequence[Report], state: State) -> None:
@@ -337,19 +352,17 @@ def _evaluate(world: World, state: State, executor: Executor, round: int) -> Gen
     ((scores,),) = yield from collect(executor.score([request]))
     metrics = global_metrics(round, state.step, scores, "federated", world.schedule)
     values = {n: v for n, (v, _) in scores.values.items()}
-    if world.owns:
-        clients = [int(c) for c in world.schedule.clients]
+    records: dict[int, int] = {}
+    if world.own is not None:
         lanes = max(1, world.plan.lanes_at("federated", round))
-        records = [state.records.read(c) for c in clients]
-        own = dataclasses.replace(request, store="federated", owned=True)
-        asked = [dataclasses.replace(own, records=tuple(records[i : i + lanes])) for i in range(0, len(records), lanes)]
-        answers = yield from collect(executor.score(asked))
-        found = dict(zip(clients, (s for part in answers for s in part), strict=True))
-        of_clients = own_metrics(round, state, world.schedule, found)
+        records = yield from world.own.train(executor, world.schedule, state, lanes)
+        found = yield from world.own.score(executor, records, request, lanes)
+        of_clients = own_metrics(round, state.step, state.steps, world.schedule, found)
         values = {r.name: r.value for r in of_clients if r.client is None and r.split == "validation"}
         # The curve is that of the clients' own models; the global model's is beside it.
         metrics = [dataclasses.replace(r, name=f"shared_{r.name}") if r.client is None else r for r in metrics]
-        metrics += of_clients
+        untrained = float(sum(record < 0 for record in records.values()))
+        metrics += [*of_clients, Row(round, state.step, "federated", None, "validation", "own_untrained", untrained)]
     chosen = world.choice.better(values, round, state.step, state.best)
     if chosen is not None:
         state.best = chosen
@@ -357,37 +370,9 @@ def _evaluate(world: World, state: State, executor: Executor, round: int) -> Gen
         world.best.write(into, state.params)
         state.best_fold = {n: t.clone() for n, t in state.server.items() if n.startswith(FOLD)}
         state.best_records.wrote(GLOBAL, into)
+        if world.own is not None:
+            world.own.keep(records, state, world.best)
     return metrics
-
-
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-
-
-def own_metrics(round: int, state: State, schedule: Schedule, found: Mapping[int, Scores]) -> list[Row]:
-    """Metrics of the clients' own models: `own_NAME` of each client on the shared validation examples and on its own, and over the
-    clients, of both, the mean weighted by training examples under the plain name, and `own_NAME_mean`, `_worst`, `_q10` ... `_q90`.
-    """
-    out: list[Row] = []
-    for split in ("validation", "site"):
-        by_name: dict[str, list[tuple[float, float]]] = {}
-        for client, scores in found.items():
-            values = scores.values if split == "validation" else scores.sites.get(client, {})
-            for name, (value, weight) in ((n, v) for n, v in values.items() if ":" not in n):  # counts by class
-                of, step = schedule.name(client), state.steps.get(client, 0)
-                out.append(Row(round, step, "federated", of, split, f"own_{name}", value, weight))
-                by_name.setdefault(name, []).append((value, float(schedule.sizes[client])))
-        for name, each in by_name.items():
-            values, sizes = np.array(each).T
-            worst = values.max() if name.endswith(("loss", "perplexity")) else values.min()
-            over = {f"own_{name}_mean": values.mean(), f"own_{name}_worst": worst}
-            over |= {f"own_{name}_q{int(q * 100)}": float(np.quantile(values, q)) for q in QUANTILES}
-            over = {
-                name if split == "validation" else f"own_{name}_weighted_mean": np.average(values, weights=sizes),
-                **over,
-            }
-            out += [Row(round, state.step, "federated", None, split, n, float(v)) for n, v in over.items()]
-    untrained = sum(state.records.read(client) < 0 for client in found)
-    return [*out, Row(round, state.step, "federated", None, "validation", "own_untrained", float(untrained))]
 
 
 def global_metrics(round: int, step: int, scores: Scores, scope: str, schedule: Schedule) -> list[Row]:

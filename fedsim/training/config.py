@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedsim.algorithms import Algorithm
+from fedsim.channel import Filters
 from fedsim.data.batches import BatchSampler
 from fedsim.training.attack import Attack
 from fedsim.training.optim import Optim
+from fedsim.training.private import PrivateExamples
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class LocalTrainingConfig:
         root: examples that the server trains on by itself.
         ranks: LoRA rank by client number, int64; None = the algorithm's, or the adapter's.
         meter: whether the aggregation error of LoRA's factors is measured, where these fit.
+        examples: how DP-SGD clips gradients and adds noise in the mode federated; None = it does not.
+        filters: what changes updates before they are sent; None = nothing.
         private: whether all that a client sends is clipped as one vector, to the norm that its pack names.
     """
 
@@ -61,6 +65,8 @@ class LocalTrainingConfig:
     root: np.ndarray | None = None
     ranks: np.ndarray | None = None
     meter: bool = False
+    examples: PrivateExamples | None = None
+    filters: Filters | None = None
     private: bool = False
 
     def rank_of(self, algorithm: Algorithm, client: int) -> int | None:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithms import ClientOptimizer
+from fedsim.algorithms.base import Factors
 from fedsim.channel import Senders
 from fedsim.core.heartbeat import beat
 from fedsim.core.params import Chunk, Message, Params
 from fedsim.core.types import ROOT, Task
 from fedsim.training.faults import judge, norms
 from fedsim.training.packs import RunPack, factors
+from fedsim.training.private import PrivateLane
 from fedsim.training.ranks import largest_rank, slots
 from fedsim.training.received import Received, View
 from fedsim.training.trainer import Fit, Trainer
@@ -50,6 +52,8 @@ class LaneGroup:
 
     Attributes:
         lanes, tasks: its lanes, ascending, and the task of each.
+        beside: what the clients' models are without, by adapted layer.
+        private: what DP-SGD does in each; None where gradients are not private.
         facts: what the algorithm needs, by name, `[K]`.
         ranks, slots: rank of each client, `[K]`, and which elements it has, bool `[K, N]`; None where the algorithm gives none.
     """
@@ -63,10 +67,12 @@ class LaneGroup:
         self.optim = ClientOptimizer(optim.optimizer, optim.lr, optim.momentum)
         self.lanes: list[int] = []
         self.tasks: list[Task] = []
+        self.private: list[PrivateLane | None] = []
         self.facts: dict[str, Tensor] = {}
         self.ranks: Tensor | None = None
         self.slots: Tensor | None = None
         self.scratch: list[Params] = []  # by chunk
+        self.beside: Factors = {}
         self._norms: list[float] = []  # of whole messages where these are clipped, of updates, or of parameters
         self._pieces: tuple[int, list[_Piece]] = (0, [])  # of so many active lanes
         self._received: Received | None = None
@@ -86,9 +92,9 @@ class LaneGroup:
         lanes = [self.lanes[i] for i in clients]
         return slice(0, len(lanes)) if lanes == list(range(len(lanes))) else lanes
 
-    def take(self, lanes: list[int], tasks: list[Task]) -> None:
-        """These are its lanes, and their tasks."""
-        self.lanes, self.tasks = lanes, tasks
+    def take(self, lanes: list[int], tasks: list[Task], private: list[PrivateLane | None]) -> None:
+        """These are its lanes, their tasks, and what DP-SGD does in them."""
+        self.lanes, self.tasks, self.private = lanes, tasks, private
         if self.run.setup.ranked:
             layout = self.trainer.layout
             most = largest_rank(layout)
@@ -122,6 +128,7 @@ class LaneGroup:
             view = View(self.received(i), slice(None), [0] * k, none)
             self.fill(i, algorithm.start(view))
             self.scratch.append(algorithm.scratch(view))
+            self.beside |= algorithm.beside(view)
 
     def at(self, point: Tensor, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
         """Put where the algorithm takes the gradient into its lanes of `point`, `[K, N]`, which hold the parameters."""
@@ -133,11 +140,19 @@ class LaneGroup:
                     view.copy_(found[name])
 
     def adjust(self, active: int, step: int, lr_sums: Tensor, batch: int) -> None:
-        """The algorithm's `adjust`, chunk by chunk."""
+        """Noise on private gradients, then the algorithm's `adjust`, chunk by chunk."""
+        self._add_noise(active, step)
         for p in self._active(active) if self.run.algorithm.overrides("adjust") else ():
             view = self._view(p, step, lr_sums, batch)
             self.run.algorithm.adjust(self._training(p.grads, step), self._training(p.params, step), p.scratch, view)
             self._cut_to_rank(p, p.grads)
+
+    def _add_noise(self, active: int, step: int) -> None:
+        """Once for each batch, however many passes it took; nothing on what a client's rank leaves out."""
+        for i, (j, private) in enumerate(zip(self.lanes, self.private, strict=True)):
+            if j < active and private is not None and private.std > 0:
+                noise = private.noise(step, self.trainer.grad[j])
+                self.trainer.grad[j] += noise if self.slots is None else noise * self.slots[i]
 
     def after_step(self, active: int, step: int, lr_sums: Tensor, rates: Tensor) -> None:
         """The algorithm's `after_step`, chunk by chunk."""
@@ -194,7 +209,9 @@ class LaneGroup:
         most = config.max_norm if self.run.algorithm.merges else None
         bounded = most is not None or self.run.pack.clip is not None
         self._norms = self._norms_of_messages(fit) if bounded else self._norms_of_parameters()
-        _, found = judge(self.tasks, [fit.losses[j] for j in self.lanes], self._norms, config.policy, most)
+        # A private client is judged by what is private, its noisy parameters, and not by its loss.
+        losses = [fit.losses[j] if p is None else 0.0 for j, p in zip(self.lanes, self.private, strict=True)]
+        _, found = judge(self.tasks, losses, self._norms, config.policy, most)
         self.run.report.faults += [f for f in found if f.client not in self.run.failed]
 
     def finish(self, fit: Fit) -> None:
@@ -206,7 +223,7 @@ class LaneGroup:
         good = [i for i, t in enumerate(self.tasks) if t.client not in run.failed]
         tasks, clip = [self.tasks[i] for i in good], run.pack.clip
         norms = [self._norms[i] for i in good]
-        senders = Senders(norms, clip)
+        senders = Senders(norms, clip, *self._senders(good, fit))
         if clip is not None and self.number == 0:
             run.report.within += sum(norm <= clip for norm in norms)
         if self.number == 0 and not run.may_add():
@@ -224,14 +241,14 @@ class LaneGroup:
             self._write(tasks, record.state_at(self.number) + chunk.start, state)
             message = coded = state = lost = None  # before those of the next chunk are made
         if self.number == 0:
-            self._keep_factors(good)
+            self._keep_factors(good, fit)
             self._keep_personal(good)
             run.done(tasks, [fit.steps[self.lanes[i]] for i in good])
         for i, task in zip(good, tasks, strict=True):
             if task.write >= 0 and record.optimizer:
                 self._keep_optimizer(self.lanes[i], task.write)
 
-    def _keep_factors(self, clients: list[int]) -> None:
+    def _keep_factors(self, clients: list[int], fit: Fit) -> None:
         """Keep LoRA's factors beside the messages, where the aggregation error is measured."""
         reducer, algorithm = self.run.setup.reducer, self.run.algorithm
         clients = [i for i in clients if self.tasks[i].client != ROOT]
@@ -240,12 +257,13 @@ class LaneGroup:
         layout = self.trainer.layout.sums
         (whole,) = layout.chunks()
         params = whole.views(self.trainer.flat[self.place(clients)].to(layout.dtype))
-        scale = None  # of methods whose clients have scales of their own
-        if self.ranks is not None and hasattr(algorithm, "carried"):
-            scale = largest_rank(layout) / self.ranks[clients].to(layout.dtype).view(-1, 1, 1)
+        if algorithm.overrides("carried"):
+            own = self.place(clients)
+            view = View(self.received(0), clients, [fit.steps[self.lanes[i]] for i in clients], fit.lr_sums[own])
+            params = algorithm.carried(params, view)
         named = {}
         for layer, (a, b) in factors(algorithm, layout).items():
-            named |= {f"A of {layer}": params[a], f"B of {layer}": params[b] if scale is None else scale * params[b]}
+            named |= {f"A of {layer}": params[a], f"B of {layer}": params[b]}
         tasks = [self.tasks[i] for i in clients]
         self.run.add_factors(named, tasks)
 
@@ -289,6 +307,10 @@ class LaneGroup:
             message = attack.apply(message, [self.tasks[i] for i in clients])
         return message, state
 
+    def _senders(self, clients: Sequence[int], fit: Fit) -> tuple[list[int], list[tuple[str | int, ...]]]:
+        """Optimizer steps and random streams of these clients, by their places in `tasks`."""
+        return [fit.steps[self.lanes[i]] for i in clients], [self.tasks[i].stream for i in clients]
+
     def _norms_of_parameters(self) -> list[float]:
         """2-norms of the clients' parameters, which need no copy and tell as well as updates whether all are finite."""
         flat, own = self.trainer.flat, self.place(range(len(self)))
@@ -297,13 +319,14 @@ class LaneGroup:
 
     def _norms_of_messages(self, fit: Fit) -> list[float]:
         """2-norms of the clients' updates as the server would decode them; of all that they send, where that is clipped."""
-        whole = self.run.pack.clip is not None
+        whole, every = self.run.pack.clip is not None, list(range(len(self)))
+        senders = Senders(None, None, *self._senders(every, fit))
 
         def pieces() -> Iterator[Params]:
             for i in range(len(self.chunks)):
                 beat()
-                message, _ = self._made(i, list(range(len(self))), fit)
-                sent, _ = self.run.worker.uplink.up(message, Senders(), self._lost(i, self.tasks, message))
+                message, _ = self._made(i, every, fit)
+                sent, _ = self.run.worker.uplink.up(message, senders, self._lost(i, self.tasks, message))
                 yield from sent.values() if whole else [sent.get("update", {})]
 
         return norms(pieces(), len(self))

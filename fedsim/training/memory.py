@@ -55,7 +55,10 @@ def measure(trainer: Trainer, examples: Sequence[np.ndarray], weights: Tensor) -
         torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
     ):
         began = time.perf_counter()
-        _, useful, _ = trainer.backward(examples)
+        if (private := trainer.config.examples) is None:
+            _, useful, _ = trainer.backward(examples)
+        else:
+            _, useful, _ = trainer.backward_private(examples, [private.lane(1.0, lambda step: 0)] * k)
         if cuda:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began

@@ -48,8 +48,8 @@ class Setup:
     def of(cls, mode: str, algorithm: Algorithm, layout: Layout, config: LocalTrainingConfig, store: Store) -> Setup:
         """Of a mode with this algorithm; `layout` is that of the parameters."""
         reducer = reducer_of(algorithm, layout.sums, config)
-        noisy = config.attack is not None and config.attack.whole
-        chunks = chunks_of(algorithm, layout, reducer, None if noisy else config.chunk)
+        whole = (config.attack is not None and config.attack.whole) or config.filters is not None
+        chunks = chunks_of(algorithm, layout, reducer, None if whole else config.chunk)
         record = RecordLayout.of(mode, algorithm, layout, config)
         stays = algorithm.stays(layout.shapes)
         ranked = mode == "federated" and (config.ranks is not None or algorithm.overrides("rank"))
@@ -59,7 +59,8 @@ class Setup:
 def reducer_of(algorithm: Algorithm, layout: Layout, config: LocalTrainingConfig) -> Reducer:
     """How the messages of the algorithm's clients become one."""
     made = Reducer(algorithm.aggregates, algorithm.messages(layout), layout, config.slots)
-    metered = meter.factors_of(layout, factors(algorithm, layout), config.slots) if config.meter else None
+    sent = algorithm.messages(layout).get("update", layout)
+    metered = meter.factors_of(sent, factors(algorithm, layout), config.slots) if config.meter else None
     if metered is not None and algorithm.merges:
         made.measure(metered)
     return made

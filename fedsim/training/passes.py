@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fedsim.core.types import ROOT, Row
+from fedsim.models import fold
 from fedsim.training.lanes import LaneGroup
 from fedsim.training.scoring import Evaluator
 from fedsim.training.trainer import Fit, Trainer
@@ -35,7 +36,7 @@ class Pass:
             raise ValueError("runs whose algorithms draw different numbers of batches for a step cannot go together")
         for group in groups:
             lanes = [j for j, owner in enumerate(self.owners) if owner is group]
-            group.take(lanes, [self.tasks[j] for j in lanes])
+            group.take(lanes, [self.tasks[j] for j in lanes], [self.lanes[j].private for j in lanes])
 
     def run(self) -> None:
         """Start, fit, finish, evaluate, report."""
@@ -43,13 +44,14 @@ class Pass:
         self._measure()
         for group in self.groups:
             group.start()
-        fit = self.trainer.fit(self.lanes, self.groups, self.evaluate)
-        for group in self.groups:
-            group.judge(fit)
-        for group in self.groups:
-            group.finish(fit)
-        ends = [j for j in range(len(self.lanes)) if self._is_own(j) and self._counts(j) and self._ends_due(j, fit)]
-        found = self.evaluator.lanes(ends, self.whose, [fit.steps[j] for j in ends])
+        with fold.beside(self.trainer.net, self.groups[0].beside):  # of one run: those that use it take no guests
+            fit = self.trainer.fit(self.lanes, self.groups, self.evaluate)
+            for group in self.groups:
+                group.judge(fit)
+            for group in self.groups:
+                group.finish(fit)
+            ends = [j for j in range(len(self.lanes)) if self._is_own(j) and self._counts(j) and self._ends_due(j, fit)]
+            found = self._score(ends, [fit.steps[j] for j in ends])
         final = dict(zip(ends, found, strict=True))
         for j in sorted(range(len(self.lanes)), key=lambda j: self.order[j]):  # metrics in the packs' order
             self._report(j, fit, final.get(j, []))
@@ -70,8 +72,18 @@ class Pass:
     def evaluate(self, lanes: list[int], step: int) -> None:
         """Evaluate those of these lanes that are due, in the middle of the round."""
         lanes = [j for j in lanes if self._is_own(j)]
-        for j, rows in zip(lanes, self.evaluator.lanes(lanes, self.whose, [step] * len(lanes)), strict=True):
+        for j, rows in zip(lanes, self._score(lanes, [step] * len(lanes)), strict=True):
             self.inside.setdefault(j, []).extend(rows)
+
+    def _score(self, lanes: Sequence[int], steps: Sequence[int]) -> list[list[Row]]:
+        """Metrics of these lanes; clients with scales alpha / r_k of their own are scored with these."""
+        weights = self.trainer.flat[: len(self.lanes)]
+        scaled = [group for group in self.groups if group.ranks is not None] if lanes else []
+        if scaled:
+            weights, none = weights.clone(), torch.zeros(len(self.lanes), device=weights.device)
+            for group in scaled:
+                group.at(weights, len(self.lanes), 0, none, 0)
+        return self.evaluator.lanes(weights, lanes, self.whose, steps)
 
     # ------------------------------------------------------------------------------------------------ metrics
 

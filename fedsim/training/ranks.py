@@ -29,11 +29,13 @@ def largest_rank(layout: Layout) -> int:
     return max(found)
 
 
-def shape_at(name: str, shape: Shape, rank: int | None) -> Shape:
-    """The shape of a parameter at this rank; None = as it is."""
+def shape_at(name: str, shape: Shape, rank: int | None, full: Shape | None = None) -> Shape:
+    """The shape of a parameter at this rank; None = as it is. A message may hold several of `full`, the parameter's own shape, side by side."""
     axis = _axis(name)
     if rank is None or axis is None:
         return shape
+    if full is not None:
+        rank *= shape[axis] // full[axis]
     if not 1 <= rank <= shape[axis]:
         raise UserError(f"algorithm: rank {rank} of a client is not between 1 and {shape[axis]}; raise adapter.r")
     return (*shape[:axis], rank, *shape[axis + 1 :])

@@ -15,6 +15,8 @@ from fedsim.core.params import Chunk, Layout, meta
 from fedsim.core.store import Store
 from fedsim.training.config import LocalTrainingConfig
 
+START = "start"  # the store of the parameters that training starts from
+
 
 @dataclass(frozen=True)
 class RecordLayout:
@@ -94,9 +96,9 @@ def stores_of(
 ) -> dict[str, Store]:
     """Mode -> file of client state, one record per client; a record of width 0 means that the mode keeps nothing.
 
-    `best-<mode>` holds the parameters of best models: each client's where nothing is merged, else the global one's.
+    `best-<mode>` holds the parameters of best models, of clients and of the global model; `START` those of the start, as record 0.
     """
-    dtype, out = layout.sums.dtype, {}
+    dtype, out = layout.sums.dtype, {START: Store(folder / f"{START}.bin", layout.numel, layout.sums.dtype)}
     for mode, algorithm in algorithms.items():
         width = RecordLayout.of(mode, algorithm, layout, config).width
         out[mode] = Store(folder / f"{mode}.bin", width, dtype)

@@ -16,6 +16,7 @@ from fedsim.core.heartbeat import beat
 from fedsim.core.types import Row, Scores, Scoring, Task
 from fedsim.data.tokens import Tokens
 from fedsim.training.evaluation import score_rows, to_scores
+from fedsim.training.records import START
 from fedsim.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -39,13 +40,18 @@ class Model:
         if not self.request.owned:
             return store.read(self.record, start, stop)
         out = self.weights[start:stop].clone()
-        for name, shape in self.worker.layout.shapes.items() if self.record >= 0 else ():
-            held = self.worker.setups[self.request.store].record
+        held = self.worker.setups[self.request.store].record
+        for name, shape in self.worker.layout.shapes.items():
             at, size = held.places[name], Size(shape).numel()
             begin, end = max(start, at), min(stop, at + size)
             if name in held.own and begin < end:
                 place = held.own[name] - at
-                out[begin - start : end - start] = store.read(self.record, place + begin, place + end).to(out)
+                found = (
+                    self.worker.stores[START].read(0, begin, end)
+                    if self.record < 0
+                    else store.read(self.record, place + begin, place + end)
+                )
+                out[begin - start : end - start] = found.to(out)
         return out
 
     def own(self) -> dict[int, np.ndarray]:
@@ -98,7 +104,7 @@ class Evaluator:
         return [to_scores(r, tokens, o, by_row) for r, o in zip(found, own, strict=True)]
 
     def lanes(
-        self, lanes: Sequence[int], whose: Sequence[tuple[Worker, str, Task]], steps: Sequence[int]
+        self, weights: Tensor, lanes: Sequence[int], whose: Sequence[tuple[Worker, str, Task]], steps: Sequence[int]
     ) -> list[list[Row]]:
         """Metrics of the models in these lanes, on the shared validation examples and on each client's own.
 
@@ -106,6 +112,7 @@ class Evaluator:
         and with another evaluation frequency others are due.
 
         Args:
+            weights: the models of all lanes, `[K, N]`.
             lanes: those due.
             whose: run, mode and task of every lane.
             steps: optimizer steps of the round, of each lane that is due.
@@ -118,7 +125,7 @@ class Evaluator:
         began = time.monotonic()
         own = [{t.client: w.sites.own(t.client)} if t.client >= 0 else {} for w, _, t in (whose[j] for j in lanes)]
         generate = self.trainer.config.generate
-        found = self.score(self.trainer.flat[: len(whose)], "validation", generate, own, lanes=lanes)
+        found = self.score(weights, "validation", generate, own, lanes=lanes)
         out = []
         for j, n, scores in zip(lanes, steps, found, strict=True):
             _, mode, task = whose[j]

@@ -25,6 +25,7 @@ from fedsim.models.stacked import StackedNet, StreamNet
 from fedsim.training.config import LocalTrainingConfig
 from fedsim.training.memory import trim
 from fedsim.training.optim import FlatOptimizer, Kept, LaneOptimizer
+from fedsim.training.private import PrivateLane
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Lane:
         optimizer_state: reads the optimizer state to start from; None = a fresh start.
         due: whether it is to be evaluated after so many steps of the round.
         fresh: which parameters start with fresh optimizer state even so, bool `[P]`.
+        private: what DP-SGD does with its gradients; None = they are not private. All lanes of a pass have it, or none.
     """
 
     batches: Sequence[Sequence[np.ndarray]]
@@ -48,6 +50,7 @@ class Lane:
     optimizer_state: Kept | None
     due: Callable[[int], bool]
     fresh: np.ndarray | None = None
+    private: PrivateLane | None = None
 
 
 class Hooks(Protocol):
@@ -174,20 +177,24 @@ class Trainer:
                 self.net.train(True)
                 self.net.bind(weights[:active], self.grad[:active])
                 bound = active
+            trains = np.ones((active, len(self.layout.shapes)), dtype=bool) if freezes else None
+            for hook in hooks if freezes else ():
+                hook.freeze(trains, i)
             for b in range(hooks[0].batches):
                 if moves:
                     weights[:active].copy_(self.flat[:active])
                     for hook in hooks:
                         hook.at(weights, active, i, lr_sums[i], b)
-                step_loss, step_useful, step_computed = self.backward([lane.batches[i][b] for lane in lanes[:active]])
+                batches = [lane.batches[i][b] for lane in lanes[:active]]
+                if private := [p for lane in lanes[:active] if (p := lane.private) is not None]:
+                    step_loss, step_useful, step_computed = self.backward_private(batches, private, trains)
+                else:
+                    step_loss, step_useful, step_computed = self.backward(batches)
                 for hook in hooks:
                     hook.adjust(active, i, lr_sums[i], b)
                 loss[:active] += step_loss / hooks[0].batches
                 useful[:active] += step_useful
                 computed[:active] += step_computed
-            trains = np.ones((active, len(self.layout.shapes)), dtype=bool) if freezes else None
-            for hook in hooks if freezes else ():
-                hook.freeze(trains, i)
             self.optimizer.step(rates[i][:active], trains)
             for hook in hooks:
                 hook.after_step(active, i + 1, lr_sums[i + 1], lrs[i])
@@ -195,6 +202,8 @@ class Trainer:
             if due:
                 evaluate(due, i + 1)
                 bound = 0
+        for j in (j for j, lane in enumerate(lanes) if lane.private is not None):  # batches differ in size
+            loss[j] *= steps[j] / max(1, sum(len(b) for step in lanes[j].batches for b in step))
         return Fit(loss.tolist(), useful, computed, steps, lr_sums[-1])
 
     def losses(self, examples: Sequence[np.ndarray]) -> Tensor:
@@ -211,13 +220,9 @@ class Trainer:
         Returns:
             Those losses `[K]`, tokens trained on and tokens computed, by lane.
         """
-        tokens, size, k = self.tokens, self.config.micro_batch, len(batches)
+        tokens, k = self.tokens, len(batches)
         self.grad[:k].zero_()
-        # Like lengths together: less padding, the same sum. A batch that is not cut stays as it is, whoever is beside it.
-        several = self.config.row_tokens is not None
-        batches = [
-            b[np.argsort(tokens.lengths_of(b), kind="stable")] if several or size < len(b) else b for b in batches
-        ]
+        batches = self._sorted(batches)
         every = np.concatenate(batches)
         lane_of = np.repeat(np.arange(k), [len(b) for b in batches])
         useful = np.bincount(lane_of, weights=tokens.lengths_of(every), minlength=k).astype(np.int64)
@@ -232,6 +237,40 @@ class Trainer:
             loss = part if loss is None else loss + part
             computed += sizes
         return loss, useful, computed
+
+    def backward_private(
+        self, batches: Sequence[np.ndarray], private: Sequence[PrivateLane], trains: np.ndarray | None = None
+    ) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Sum of the clipped gradients of each lane's examples, over the number that its batch is expected to have, into `grad`.
+
+        Args:
+            batches: of each lane; some may be empty.
+            private: how each lane clips; the clip is the same in all.
+            trains: which parameters do, bool `[K, P]`; None = all.
+
+        Returns:
+            As `backward`, with the sum of the examples' losses.
+        """
+        k = len(batches)
+        self.grad[:k].zero_()
+        batches = self._sorted(batches)
+        useful = np.array([self.tokens.lengths_of(b).sum() for b in batches], dtype=np.int64)
+        loss, computed = torch.zeros(k, dtype=torch.float64, device=self.net.device), np.zeros(k, dtype=np.int64)
+        for examples in self._passes(batches) if any(map(len, batches)) else ():
+            beat()
+            part, sizes = self.net.clipped(self.tokens, examples, private[0].clip, trains)
+            loss += part
+            computed += sizes
+        expected = torch.tensor([p.expected for p in private], dtype=torch.float64, device=self.net.device)
+        self.grad[:k] /= expected[:, None].to(self.grad.dtype)
+        return loss, useful, computed
+
+    def _sorted(self, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Like lengths together: less padding, the same sum. A batch that is not cut stays as it is, whoever is beside it."""
+        several, size = self.config.row_tokens is not None, self.config.micro_batch
+        return [
+            b[np.argsort(self.tokens.lengths_of(b), kind="stable")] if several or size < len(b) else b for b in batches
+        ]
 
     def _passes(self, batches: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         """The examples of each forward and backward pass, one array per lane."""

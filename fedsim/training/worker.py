@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ from fedsim.channel import downlink, uplink
 from fedsim.core.params import Params
 from fedsim.core.seeding import stream, stream_seed
 from fedsim.core.types import ROOT, Engine, Measured, Pack, Report, Scores, Scoring, Share, Task, Turn
+from fedsim.data.batches import BatchSampler
 from fedsim.models import fold
 from fedsim.training import memory
 from fedsim.training.config import LocalTrainingConfig, Sites
 from fedsim.training.lanes import LaneGroup
 from fedsim.training.packs import RunPack, Setup
 from fedsim.training.passes import Pass
+from fedsim.training.private import PrivateLane
 from fedsim.training.records import stores_of
 from fedsim.training.scoring import Evaluator
 from fedsim.training.trainer import Lane, Trainer
@@ -54,7 +57,8 @@ class Worker:
         self.config, self.seed, self.layout = config, seed, trainer.layout
         self.downlink = downlink(config.down)
         clips = config.policy == "clip"
-        self.uplink = uplink(config.up, config.error_feedback, config.max_norm if clips else None, config.private)
+        most = config.max_norm if clips else None
+        self.uplink = uplink(config.up, config.error_feedback, most, config.private, config.filters)
         self.stores = stores_of(state, algorithms, self.layout, config)
         self.setups = {m: Setup.of(m, a, self.layout, config, self.stores[m]) for m, a in algorithms.items()}
 
@@ -121,7 +125,16 @@ class Worker:
             kept,
             functools.partial(self.is_due, task),
             fresh,
+            self._private(task, mode),
         )
+
+    def _private(self, task: Task, mode: str) -> PrivateLane | None:
+        """What DP-SGD does in a client's lane."""
+        private, rows = self.config.examples, self.examples_of(task, mode)
+        if private is None or mode != "federated" or not len(rows):
+            return None
+        seed = functools.partial(stream_seed, self.seed, "example noise", *task.stream)
+        return private.lane(self.config.draw.rate(len(rows)) * len(rows), seed)
 
     def is_due(self, task: Task, steps: int) -> bool:
         """Whether a client is evaluated after so many steps of its round."""
@@ -139,10 +152,15 @@ class Worker:
         which = [draw] if draw else []
         if front:
             rng = stream(self.seed, "first batches", *task.stream, *which)
-            first = self.config.draw.batches(self.examples_of(task, mode), rng, front)
+            first = self._draw(mode).batches(self.examples_of(task, mode), rng, front)
             return [*first, *self._batches(task, mode, draw, 0)]
         rng = stream(self.seed, "batches", *task.stream, *which)
-        return self.config.draw.batches(self.examples_of(task, mode), rng, task.steps)
+        return self._draw(mode).batches(self.examples_of(task, mode), rng, task.steps)
+
+    def _draw(self, mode: str) -> BatchSampler:
+        """How batches are drawn: under DP-SGD each example by itself, which epsilon rests on."""
+        private = self.config.examples is not None and mode == "federated"
+        return dataclasses.replace(self.config.draw, poisson=True) if private else self.config.draw
 
     def examples_of(self, task: Task, mode: str) -> np.ndarray:
         """A client's training examples."""
