@@ -66,6 +66,7 @@ class Server:
             "is_running": lambda: self.receive() is not None,
             "get_site_name": lambda: self.site,
             "get_job_id": lambda: "job",
+            "get_task_name": lambda: self.now[0],
             "log": lambda name, value, *a, **k: self.logs.append((name, value)),
         }
         for name, function in {**functions, **asked}.items():
@@ -246,6 +247,19 @@ def test_after_the_answer_the_trainer_is_the_users(server: Server, patch: Any, t
     loop(trainer)
     assert trainer.evaluate()["eval_loss"] != server.answers[0].metrics["eval_loss"]  # of the trained model
     assert trainer.train() is None and len(server.answers) == 1
+
+
+def test_a_loop_without_training_ends_in_one_line(server: Server, patch: Any, tmp_path: Path) -> None:
+    from fedsim.client import hf as flare
+
+    server.tasks = rounds(count=1)
+    trainer = patch(hf(tmp_path, max_steps=1))
+    assert flare.is_running() and flare.is_running()  # nobody has begun
+    trainer.evaluate()
+    with pytest.raises(RuntimeError, match="train, has no answer yet: call the trainer's train or fit"):
+        flare.is_running()
+    trainer.train()
+    assert not flare.is_running()
 
 
 def test_two_patched_trainers_in_one_process(monkeypatch: pytest.MonkeyPatch, patch: Any, tmp_path: Path) -> None:

@@ -19,7 +19,19 @@ from typing import Any
 
 from fedsim import client as flare
 from fedsim.client import *  # noqa: F403  scripts import the rest of the client API from here, too
-from fedsim.client.patching import EVALUATE, STEPS, SUBMIT, TRAIN, Task, copied, load, meta_of, numbers, state_of
+from fedsim.client.patching import (
+    EVALUATE,
+    STEPS,
+    SUBMIT,
+    TRAIN,
+    Task,
+    copied,
+    is_running,  # noqa: F401  in `__all__`
+    load,
+    meta_of,
+    numbers,
+    state_of,
+)
 from fedsim.core.errors import UserError
 
 __all__ = [*flare.__all__, "logger", "patch"]

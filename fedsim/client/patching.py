@@ -42,6 +42,7 @@ class Task:
         if model is not self.model:
             Task.__init__(self)
             self.model = model
+            model.begun = True
         return TRAIN if flare.is_train() else EVALUATE if flare.is_evaluate() else SUBMIT
 
     def answer(self, params: dict[str, Tensor] | None = None, meta: Mapping[str, Any] | None = None) -> None:
@@ -50,6 +51,21 @@ class Task:
         self.answered = True
         flare.send(FLModel(metrics=self.metrics, **what), clear_cache=False)
         flare.clear()
+
+
+def is_running() -> bool:
+    """As that of the API, but for a loop that would never end.
+
+    Raises:
+        RuntimeError: a trainer has begun the task at hand and not answered it.
+    """
+    if flare.pending() and getattr(flare.receive(), "begun", False):
+        name = flare.get_task_name()
+        method = "evaluate or validate" if name == "validate" else "train or fit"
+        raise RuntimeError(
+            f"the task at hand, {name}, has no answer yet: call the trainer's {method} before is_running"
+        )
+    return flare.is_running()
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
