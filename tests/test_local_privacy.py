@@ -251,9 +251,36 @@ def test_lanes_workers_micro_batches_and_a_stop_change_nothing(lab: Any, distanc
         "one": {"training": {"lanes": 1}},
         "four": {"training": {"lanes": 4}},
         "cut": {"local": {**SGD, "micro_batch": 1}},
+        "twice": {"training": {"lanes": 2, "checkpointing": True}},
     }.items():
         other = lab.run(**{**tree, **more, "name": name})
         assert distance(adapter_of(other / "global"), adapter_of(whole / "global")) < 1e-9, name
+
+
+def test_dropout_is_of_the_client_and_not_of_the_lane(lab: Any, distance: Any) -> None:
+    tree = {**keys(), "adapter": {"name": "lora", "r": 3, "alpha": 6, "dropout": 0.3}}
+    runs = [lab.run(**{**tree, "name": f"lanes{n}", "training": {"lanes": n}}) for n in (1, 2, 4)]
+    off = lab.run(**keys(), name="off")
+    for other in runs[1:]:
+        assert distance(adapter_of(other / "global"), adapter_of(runs[0] / "global")) < 1e-9
+    assert distance(adapter_of(off / "global"), adapter_of(runs[0] / "global")) > 1e-3
+
+
+def test_a_skipped_client_has_spent_what_it_trained(lab: Any) -> None:
+    """Its parameters overflow at a rate that no noise survives; lost work is not trained and costs nothing."""
+    huge = {**SGD, "lr": 1e300}
+    tree = {
+        **keys(),
+        "local": huge,
+        "faults": {"policy": "skip"},
+        "cohort": {"size": "all"},
+        "simulation": {"drop": 0.4},
+    }
+    with pytest.raises(Exception, match="all of|every client|round 1"):
+        lab.run(**tree)
+    parts = prepare(lab.exp(**tree))
+    rounds = [set(c) for c in planned(parts)]
+    assert rounds[0] < rounds[-1] or len(rounds[0]) < 4, "some are dropped"
 
 
 def test_batches_are_drawn_example_by_example(lab: Any) -> None:

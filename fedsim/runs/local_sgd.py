@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -40,16 +41,14 @@ def ledger_of(parts: Parts) -> ExamplePrivacy | None:
     return made
 
 
-def planned(parts: Parts) -> Iterator[dict[int, int]]:
+def planned(parts: Parts) -> Iterator[Counter[int]]:
     """After each round, the optimizer steps that each client will have done, by its number; changed in place."""
     from fedsim.runs.resolve import schedule_of
 
     schedule = schedule_of(parts, "federated")
-    front, steps = algorithm_of(parts.exp.algorithm, parts.exp.aggregator).first_steps, dict[int, int]()
+    front, steps = algorithm_of(parts.exp.algorithm, parts.exp.aggregator).first_steps, Counter[int]()
     for t in range(1, schedule.rounds + 1):
-        for work in (w for w in schedule.timeline.work(t).work if w.arrives is not None):
-            each = front + schedule.count(int(schedule.sizes[work.client]), schedule.steps)
-            steps[work.client] = steps.get(work.client, 0) + each
+        steps += schedule.steps_of(schedule.timeline.work(t), front)
         yield steps
 
 

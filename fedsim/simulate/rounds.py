@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -128,6 +129,9 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
     """
     schedule, algorithm = world.schedule, world.algorithm
     executor.broadcast(state.params, algorithm.sent(state.server))
+    spent = Counter[int]()  # a function of the schedule alone, so that no stop changes it
+    for t in range(1, state.round + 1) if world.ledger is not None else ():
+        spent += schedule.steps_of(schedule.timeline.work(t), algorithm.first_steps)
     for t in range(state.round + 1, schedule.rounds + 1):
         if world.incoming is not None:
             world.incoming.write(t, state.params)
@@ -137,7 +141,8 @@ def rounds(world: World, state: State, executor: Executor) -> Iterator[Event]:
         metrics = [row for report in reports for row in report.rows]
         metrics += fault_metrics(t, schedule, work, packs, reports, state, arriving)
         if world.ledger is not None:
-            metrics += _spent(world.ledger, schedule, state, t, packs)
+            spent += (now := schedule.steps_of(work, algorithm.first_steps))
+            metrics += _spent(world.ledger, schedule, state, t, spent, now)
         if world.scripted and algorithm.merges:
             metrics += _received(world, state, t, metrics)
         began = time.monotonic()
@@ -239,13 +244,15 @@ def _private_round(
     return [Row(round, state.step, "federated", None, "privacy", n, v) for n, v in found.items()]
 
 
-def _spent(ledger: ExamplePrivacy, schedule: Schedule, state: State, round: int, packs: Sequence[Pack]) -> list[Row]:
-    """What examples of the clients have spent: of each that trained in the round, and the largest and the distribution over all."""
-    each = ledger.epsilons(state.steps)
-    trained = sorted({task.client for pack in packs for task in pack.tasks if task.client >= 0})
+def _spent(
+    ledger: ExamplePrivacy, schedule: Schedule, state: State, round: int, spent: Counter[int], now: Counter[int]
+) -> list[Row]:
+    """What examples of the clients have spent after so many steps: the largest and the distribution over all clients, and of each
+    that has trained `now`."""
+    each = ledger.epsilons(spent)
     found = ledger.summary(each)
     return [Row(round, state.step, "federated", None, "privacy", n, v) for n, v in found.items()] + [
-        Row(round, state.steps.get(c, 0), "federated", schedule.name(c), "privacy", "epsilon", each[c]) for c in trained
+        Row(round, spent[c], "federated", schedule.name(c), "privacy", "epsilon", each[c]) for c in sorted(now)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from fedsim.core.types import ROOT, Pack, Task
 from fedsim.simulate.availability import ClientAvailability
 from fedsim.simulate.buffered import BufferedTimeline
 from fedsim.simulate.state import State
-from fedsim.simulate.timeline import Timeline, Work
+from fedsim.simulate.timeline import RoundWork, Timeline, Work
 
 CENTRAL = -1
 
@@ -126,6 +127,13 @@ class Schedule:
         """The weight of a client with so many examples."""
         each = {"samples": examples, "steps": self.count(examples, self.steps), "uniform": 1}[self.weights]
         return float(each) if self.max_weight is None else min(float(each), self.max_weight)
+
+    def steps_of(self, work: RoundWork, front: int) -> Counter[int]:
+        """Optimizer steps by client of a round's work that is not lost, whatever becomes of its messages; `front` come before its own."""
+        out = Counter[int]()
+        for w in (w for w in work.work if w.arrives is not None):
+            out[w.client] += front + self.count(int(self.sizes[w.client]), self.steps)
+        return out
 
     def evaluates(self, round: int) -> bool:
         """Whether models are evaluated at the end of a round."""
