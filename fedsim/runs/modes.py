@@ -106,7 +106,7 @@ def _world(setup: Setup, mode: str) -> World:
         setup.parts.privacy if mode == "federated" else None,
         _own(setup) if algorithm.merges else None,
         factors(algorithm, setup.layout),
-        setup.parts.ledger if mode == "federated" else None,
+        ledger=setup.parts.ledger if mode == "federated" else None,
     )
 
 
