@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -266,21 +267,18 @@ def test_dropout_is_of_the_client_and_not_of_the_lane(lab: Any, distance: Any) -
     assert distance(adapter_of(off / "global"), adapter_of(runs[0] / "global")) > 1e-3
 
 
-def test_a_skipped_client_has_spent_what_it_trained(lab: Any) -> None:
-    """Its parameters overflow at a rate that no noise survives; lost work is not trained and costs nothing."""
-    huge = {**SGD, "lr": 1e300}
-    tree = {
-        **keys(),
-        "local": huge,
-        "faults": {"policy": "skip"},
-        "cohort": {"size": "all"},
-        "simulation": {"drop": 0.4},
-    }
-    with pytest.raises(Exception, match="all of|every client|round 1"):
-        lab.run(**tree)
-    parts = prepare(lab.exp(**tree))
-    rounds = [set(c) for c in planned(parts)]
-    assert rounds[0] < rounds[-1] or len(rounds[0]) < 4, "some are dropped"
+def test_lost_work_costs_nothing(lab: Any) -> None:
+    """The plan's steps are those of the rounds in which a client has trained; its ledger follows them."""
+    tree = {**keys(), "rounds": 6, "cohort": {"size": "all"}, "simulation": {"drop": 0.4}}
+    run, parts = lab.run(**tree), prepare(lab.exp(**tree))
+    trained = Counter(r["client"] for r in lab.metrics(run) if r["name"] == "tokens" and r["scope"] == "federated")
+    (*_, steps) = planned(parts)
+    assert 0 < min(trained.values()) < 6
+    assert {parts.partition.name(c): n for c, n in steps.items()} == {k: SGD["steps"] * n for k, n in trained.items()}
+    for client, n in steps.items():
+        q, name = parts.ledger.sampling(client), parts.partition.name(client)
+        wanted = epsilon(sampling=q, noise_multiplier=parts.ledger.z, rounds=n, delta=parts.ledger.delta)
+        assert spent(lab, run, client=name)[-1] == pytest.approx(wanted)
 
 
 def test_batches_are_drawn_example_by_example(lab: Any) -> None:
