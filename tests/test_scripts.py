@@ -291,6 +291,69 @@ raise SystemExit(0)
         assert rows(run, client=site, name="numpy") == plain.tolist()
 
 
+def test_a_script_that_raises_is_skipped_where_faults_are(script: Any) -> None:
+    text = PLUS.replace(
+        "    w = model",
+        "    if flare.get_site_name() == 'site-2' and model.current_round == 1:\n        raise ValueError('mine')\n    w = model",
+    )
+    with pytest.raises(ClientError, match=r"client site-2, round 2: its script raised:\n(.|\n)*ValueError: mine"):
+        script(text)
+    run = script(text, faults={"policy": "skip"}, name="skips")
+    assert (load_file(run / "global" / "model.safetensors")["w"] == 3).all()
+    assert rows(run, client="site-2", split="fault") == [pytest.approx(float("nan"), nan_ok=True)]
+
+
+LOADS = """
+import os
+import torch
+import fedsim.client as flare
+flare.init()
+data = torch.utils.data.TensorDataset(torch.arange(8.0))
+loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=2)
+while flare.is_running():
+    model = flare.receive()
+    flare.log("sum", sum(float(b[0].sum()) for b in loader))
+    flare.log("pid", os.getpid())
+    flare.log("workers", loader.num_workers)
+    flare.send(model)
+"""
+
+
+@pytest.mark.parametrize("spawn", [False, True])
+def test_data_loaders_have_workers_where_each_client_has_a_process(script: Any, spawn: bool) -> None:
+    run = script(LOADS, clients=2, rounds=1, spawn=spawn, name="loads")
+    assert rows(run, name="sum") == [28.0, 28.0] and rows(run, name="workers") == [2.0 * spawn] * 2
+    assert len(set(rows(run, name="pid"))) == 1 + spawn
+
+
+SHARES = """
+import torch
+from transformers import AutoModelForCausalLM
+import fedsim.client as flare
+flare.init()
+model = AutoModelForCausalLM.from_pretrained(BASE)
+while flare.is_running():
+    got = flare.receive()
+    flare.log("where", next(model.parameters()).data_ptr() % 2**40)
+    flare.send(got)
+"""
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_base_is_shared_where_asked(script: Any, lab: Any, share: bool) -> None:
+    run = script(
+        SHARES.replace("BASE", repr(str(lab.base("llama")))), clients=2, rounds=1, share_base=share, name="base"
+    )
+    assert len(set(rows(run, name="where"))) == 2 - share
+
+
+def test_rounds_that_scripts_were_told_stay(script: Any, tmp_path: Path) -> None:
+    run = script(PLUS, rounds=2)
+    tree = yaml.safe_load((run / "config.yaml").read_text()) | {"rounds": 3}
+    with pytest.raises(UserError, match="which its scripts were told"):
+        fedsim.run(tree, progress=False, resume=run)
+
+
 def test_fifty_clients_in_one_process(script: Any) -> None:
     run = script(PLUS, clients=50, rounds=2)
     assert (load_file(run / "global" / "model.safetensors")["w"] == 2).all()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import logging
+import multiprocessing
 import os
 import random
 import shlex
@@ -302,7 +303,11 @@ def settle(script: Script) -> None:
             keys = {k: v for k, v in keys.items() if k not in ("prefetch_factor", "persistent_workers", "timeout")}
         original(self, *args, num_workers=0, **keys)
 
-    if not script.config.get("spawn"):
+    if script.config.get("spawn"):
+        # As in a process of its own: it may have children, by fork, which do not import the script again.
+        multiprocessing.current_process()._config["daemon"] = False
+        multiprocessing.set_start_method("fork", force=True)
+    else:
         DataLoader.__init__ = alone
     if script.compat:
         compat()

@@ -142,6 +142,10 @@ def _check_rounds(exp: Experiment, path: Path, before: int, resume: bool) -> Non
         )
     if exp.rounds < before:
         raise UserError(f"rounds: {exp.rounds}, but {path} was started with {before}; they can be raised, not lowered")
+    if exp.client is not None:
+        raise UserError(
+            f"rounds: {exp.rounds}, but {path} was started with {before}, which its scripts were told; use another name"
+        )
     if work.schedule != "constant" and work.horizon is None and work.schedule_over == "run":
         why = f"its learning rates reach local.min_lr after {before} rounds (local.schedule={work.schedule} without local.horizon)"
         way = "use another name, and set local.horizon or local.schedule=constant in runs that may grow"

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,10 @@ from torch import Tensor
 from fedsim.algorithms import Algorithm
 from fedsim.client.context import EVALUATE, STEPS, SUBMIT, TRAIN, FLModel, ParamsType
 from fedsim.client.runner import Script, ScriptClient, ScriptFailed, settle
-from fedsim.core.errors import UserError
+from fedsim.core.errors import ClientError, UserError
 from fedsim.core.params import Layout, Params
 from fedsim.core.store import Store
-from fedsim.core.types import Engine, Pack, Report, Row, Scores, Scoring, Share, Task, Turn
+from fedsim.core.types import Engine, Fault, Pack, Report, Row, Scores, Scoring, Share, Task, Turn
 from fedsim.training.config import LocalTrainingConfig
 from fedsim.training.lanes import LaneGroup
 from fedsim.training.packs import RunPack
@@ -84,8 +85,18 @@ class ScriptWorker(Worker):
         group.start()
         steps, losses = [], []
         for i, task in enumerate(tasks):
-            answer = self._ask(pack.mode, task, TRAIN, self.layout.views(self.trainer.flat[i]))
-            self._put(task, answer, self.trainer.flat[i])
+            try:
+                answer = self._ask(pack.mode, task, TRAIN, self.layout.views(self.trainer.flat[i]))
+                self._put(task, answer, self.trainer.flat[i])
+            except (UserError, ClientError) as error:
+                if self.config.policy != "skip":
+                    raise
+                print(f"fedsim: {error}", file=sys.stderr)
+                run.report.faults.append(Fault(task.client, task.name, "skipped", "script", math.nan))
+                self.clients.pop((pack.mode, task.name), None)
+                steps.append(1)
+                losses.append(0.0)
+                continue
             weight = _number(answer.meta, STEPS, 1.0)
             steps.append(max(1, int(weight)))
             losses.append(0.0)
@@ -119,7 +130,7 @@ class ScriptWorker(Worker):
             if not self.script.once:
                 client.end()
         except ScriptFailed as error:
-            raise UserError(f"client {task.name}, round {task.round}: {error}") from None
+            raise _told(f"client {task.name}, round {task.round}", error) from None
         if self.script.once and kind == TRAIN:
             self._note(mode, task, answer)
         return answer
@@ -217,7 +228,7 @@ class ScriptWorker(Worker):
                     try:
                         self.clients.pop(key).end()
                     except ScriptFailed as error:
-                        raise UserError(f"client {task.name}, after the last round: {error}") from None
+                        raise _told(f"client {task.name}, after the last round", error) from None
                 continue
             answer = self._ask(
                 "federated", task, pack.mode, self.layout.views(weights) if pack.mode == EVALUATE else None
@@ -251,6 +262,12 @@ class ScriptWorker(Worker):
 
     def shrink(self) -> None:
         """Nothing is held."""
+
+
+def _told(where: str, error: ScriptFailed) -> Exception:
+    """A script's own traceback, or one line."""
+    text = str(error)
+    return ClientError(f"{where}: its script raised:\n{text}") if "\n" in text else UserError(f"{where}: {text}")
 
 
 def arrays(params: Any) -> dict[str, Tensor]:
