@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -41,8 +42,9 @@ class ClientScript:
     def _read(cls, value: str) -> str:
         if isinstance(value, UserCode):
             return value
-        if not value.endswith(".py"):
-            raise wrong("script", value, "is not a Python file; give FILE.py")
+        if not value.endswith(".py") or not Path(value).expanduser().is_file():
+            what = "is not a Python file" if not value.endswith(".py") else "is not there"
+            raise wrong("script", value, f"{what}; give FILE.py")
         return read(f"{value}:", "client.script")  # a file's content; nothing in it is named
 
     @field_validator("init", mode="after")
