@@ -56,7 +56,7 @@ def methods(df: pd.DataFrame, table: pd.DataFrame, key: str = "algorithm", x: st
     metric = str(table["metric"].iloc[0])
     table = table[(table["scope"] == "federated") & table["last"].notna()]
     scales = [scale_of(df[df["run"] == run], "federated", x) for run in table["run"]]
-    on_axis = [scale is not None and bool(np.isfinite(scale[1]).any()) for scale in scales]
+    on_axis = [scale is not None and bool(np.isfinite(scale[1]).all()) for scale in scales]
     table = table[on_axis] if any(on_axis) else table  # runs without noise have no place on an axis of epsilon
     apart = panel_keys(table, key)
     settings = list(table.groupby(apart, sort=False, dropna=False)) if apart else [((), table)]
