@@ -354,6 +354,17 @@ def test_rounds_that_scripts_were_told_stay(script: Any, tmp_path: Path) -> None
         fedsim.run(tree, progress=False, resume=run)
 
 
+def test_a_sweep_of_scripts_and_the_metric_that_chooses(script: Any, tmp_path: Path) -> None:
+    run = script(PLUS.replace("w + by", "w - by"), metric="mean", name="down")
+    assert (load_file(run / "best" / "model.safetensors")["w"] == 0).all()
+    own = {"script": str(tmp_path / "down.py"), "init": str(tmp_path / "start.npz")}
+    tree = {"rounds": 2, "client": own, "results": str(tmp_path / "swept")}
+    swept = fedsim.run_sweep(
+        {"name": "s", "experiment": tree, "grid": {"clients": [1, 2]}}, progress=False, metric="mean"
+    )
+    assert not swept.failed and swept.table("mean")["last"].tolist() == [-1.0, -1.0]
+
+
 def test_fifty_clients_in_one_process(script: Any) -> None:
     run = script(PLUS, clients=50, rounds=2)
     assert (load_file(run / "global" / "model.safetensors")["w"] == 2).all()

@@ -30,6 +30,8 @@ class ClientScript:
     """What scripts send counts as: the model, or its difference from the model received; an answer's own params_type holds over it."""
     init: Text = "script"
     """Initial parameters: FILE.safetensors, FILE.npz, FILE.py:FUNCTION (returns a module or a dict of arrays), or script: what the first client's script sends when it receives none."""
+    metric: Text | None = None
+    """Metric of the script's by which the best model is chosen, the higher the better unless its name ends in loss or perplexity, or best.mode says otherwise; null = best.metric."""
     compat: bool = False
     """Put the client API under NVFlare's module names, so that scripts written for it run unchanged."""
     spawn: bool = False

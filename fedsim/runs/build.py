@@ -254,7 +254,7 @@ class Shared:
     @staticmethod
     def base_key(exp: Experiment) -> str | None:
         """Runs with the same key can share a base; None where the whole model is trained, each of its own copy."""
-        if exp.adapter.name == "none":
+        if exp.adapter.name == "none" or exp.client is not None:
             return None
         heads = exp.model.task == "sequence_classification"
         # A head that the folder does not hold starts from the seed.

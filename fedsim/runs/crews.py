@@ -28,7 +28,12 @@ def crews_of(group: list[tuple[int, Parts]], together: int) -> list[list[int]]:
     """
     alike: dict[str, list[int]] = {}
     for i, parts in group:
-        apart = together == 1 or (parts.attack is not None and parts.attack.relabels) or parts.ledger is not None
+        apart = (
+            together == 1
+            or parts.exp.client is not None
+            or (parts.attack is not None and parts.attack.relabels)
+            or parts.ledger is not None
+        )
         alike.setdefault(repr(i) if apart else _pass_key(parts.exp), []).append(i)
     return [runs[a : a + together] for runs in alike.values() for a in range(0, len(runs), together)]
 

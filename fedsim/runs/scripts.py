@@ -24,6 +24,7 @@ from fedsim.client.runner import Script
 from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
 from fedsim.config.scripts import names_of
+from fedsim.config.sections import Pool
 from fedsim.core.errors import ClientError, UserError
 from fedsim.core.files import CLIENT_FOLDERS, CROSS, folder_names, record
 from fedsim.core.params import Layout
@@ -206,7 +207,7 @@ def script_session(
     status.write("running")
     folder.record(files=None)
     folder.write_text("config.yaml", exp.to_yaml())
-    workers = len(parts.names) if exp.client.spawn else exp.executor.workers or len(devices)
+    workers = len(parts.names) if exp.client.spawn else getattr(exp.executor, "workers", None) or len(devices)
     threads = exp.executor.threads or max(1, (os.cpu_count() or 1) // workers)
     folder.write_json("environment.json", environment(devices, threads))
     names = folder_names(parts.names)
@@ -279,7 +280,9 @@ def _set_up(
     recipe = dataclasses.replace(recipe, keep_state=keeps, slots=size, chunk=None, meter=False)
     spec = ScriptSpec(script, layout, kinds, algorithms, recipe, exp.seed, state, exp.rounds)
     places = [devices[i % len(devices)] for i in range(workers)]
-    executor = PoolExecutor(spec, places, threads, "cpu", hang_s=exp.executor.hang_s, note=show.warn)
+    executor = PoolExecutor(
+        spec, places, threads, "cpu", hang_s=getattr(exp.executor, "hang_s", Pool.hang_s), note=show.warn
+    )
     try:
         first = Store(state / f"{START}.bin", layout.numel, layout.dtype)
         first.write(0, *[t.to(wide).reshape(-1) for t in params.values()])
@@ -423,10 +426,8 @@ def _world(setup: _Setup, mode: str) -> World:
         uplink(exp.messages.up).nbytes(sizes, dtype).total,
         downlink(exp.messages.down).nbytes(sizes, dtype).total,
     )
-    best = exp.best
-    choice = Choice(
-        best.metric or "", best.mode or ("min" if (best.metric or "").endswith(("loss", "perplexity")) else "max")
-    )
+    metric = exp.client.metric or exp.best.metric or ""
+    choice = Choice(metric, exp.best.mode or ("min" if metric.endswith(("loss", "perplexity")) else "max"))
     incoming = None
     if exp.client.launch == "once" and mode == "federated":
         incoming = Store(setup.folder.path / "checkpoints" / f"incoming-{mode}.bin", setup.layout.numel, dtype)

@@ -32,6 +32,7 @@ from fedsim.runs.build import Parts, Shared, prepare
 from fedsim.runs.crews import crews_of, places_of
 from fedsim.runs.progress import Board, Progress, Relay
 from fedsim.runs.run import run_folder_of, run_steps
+from fedsim.runs.scripts import script_parts
 from fedsim.runs.signals import ended_by_signals
 from fedsim.runs.sweep_plan import Job, Sweep, said
 from fedsim.runs.tuning import scores_of
@@ -198,7 +199,8 @@ def run_jobs(
                 continue
             # Every worker has something to do before runs go side by side.
             crews = crews_of(group, min(together, max(1, -(-len(group) // len(places)))))
-            if min(len(places), len(crews)) > 1:
+            scripts = group[0][1].exp.client is not None  # these have worker processes of their own
+            if min(len(places), len(crews)) > 1 and not scripts:
                 _run_apart(runs, crews, shared, places, threads)
                 continue
             for crew in crews:
@@ -228,7 +230,7 @@ class _Runs:
             check_own(place, results_of(self.jobs[0].exp))
         for i, job in enumerate(self.jobs):
             try:
-                parts = prepare(job.exp, shared)
+                parts = prepare(job.exp, shared) if job.exp.client is None else script_parts(job.exp)
             except Exception as error:
                 job.state, job.reason = "failed", _in_a_line(error)
                 continue
