@@ -54,6 +54,31 @@ class AppConstants:
     SUBMIT_MODEL_NAME = "submit_model_name"
 
 
+class AlgorithmConstants:
+    """Names that SCAFFOLD puts into a message's meta."""
+
+    SCAFFOLD_CTRL_DIFF = "scaffold_c_diff"
+    SCAFFOLD_CTRL_GLOBAL = "scaffold_c_global"
+
+
+class ConfigKey:
+    """Keys of a client's configuration."""
+
+    EXCHANGE_FORMAT = "exchange_format"
+    TRANSFER_TYPE = "transfer_type"
+    TRAIN_WITH_EVAL = "train_with_evaluation"
+    TASK_EXCHANGE = "TASK_EXCHANGE"
+    METRICS_EXCHANGE = "METRICS_EXCHANGE"
+
+
+class ExchangeFormat:
+    """What parameters are exchanged as."""
+
+    RAW = "raw"
+    NUMPY = "numpy"
+    PYTORCH = "pytorch"
+
+
 class ReservedKey:
     """Names of properties of a run."""
 
@@ -76,14 +101,16 @@ def compat() -> bool:
     holds: dict[str, dict[str, Any]] = {
         "nvflare": {"__fedsim__": True},
         "nvflare.client": {name: getattr(client, name) for name in client.__all__},
-        "nvflare.client.config": {
-            "ConfigKey": type("ConfigKey", (), {}),
-            "ExchangeFormat": type("ExchangeFormat", (), {}),
-        },
+        "nvflare.client.config": {"ConfigKey": ConfigKey, "ExchangeFormat": ExchangeFormat},
+        "nvflare.client.api": {name: getattr(client, name) for name in client.__all__},
         "nvflare.app_common": {},
         "nvflare.app_common.abstract": {},
         "nvflare.app_common.abstract.fl_model": {"FLModel": client.FLModel, "ParamsType": client.ParamsType},
-        "nvflare.app_common.app_constant": {"ModelName": ModelName, "AppConstants": AppConstants},
+        "nvflare.app_common.app_constant": {
+            "ModelName": ModelName,
+            "AppConstants": AppConstants,
+            "AlgorithmConstants": AlgorithmConstants,
+        },
         "nvflare.app_common.np": {},
         "nvflare.app_common.np.constants": {"NPConstants": NPConstants},
         "nvflare.apis": {},

@@ -109,7 +109,7 @@ class Surroundings:
     environ: dict[str, str]
     out: TextIO
     modules: dict[str, types.ModuleType]
-    randoms: tuple[Any, Any, torch.Tensor]
+    randoms: tuple[Any, Any, torch.Tensor, list[torch.Tensor]]
     dtype: torch.dtype
     handlers: list[logging.Handler]
     level: int
@@ -125,7 +125,7 @@ class Surroundings:
             sys.meta_path.remove(finder)
         return cls(
             *(list(sys.argv), list(sys.path), os.getcwd(), dict(os.environ), sys.stdout, modules),
-            (random.getstate(), np.random.get_state(), torch.get_rng_state()),
+            (random.getstate(), np.random.get_state(), torch.get_rng_state(), _of_devices()),
             *(torch.get_default_dtype(), list(root.handlers), root.level),
             *(list(warnings.filters), finder),
         )
@@ -141,15 +141,22 @@ class Surroundings:
         sys.modules.update(self.modules)
         if self.finder is not None:
             sys.meta_path.insert(0, self.finder)
-        python, numpy, tensor = self.randoms
+        python, numpy, tensor, devices = self.randoms
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(tensor)
+        if devices and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state_all(devices)
         torch.set_default_dtype(self.dtype)
         root = logging.getLogger()
         root.handlers[:], root.level = self.handlers, self.level
         warnings.filters[:] = self.filters
         getattr(warnings, "_filters_mutated", lambda: None)()  # what was shown once is looked up anew
+
+
+def _of_devices() -> list[torch.Tensor]:
+    """Random states of GPUs that are in use."""
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 class ScriptClient:

@@ -27,7 +27,7 @@ class ClientScript:
     exchange: Literal["numpy", "torch"] = "numpy"
     """What scripts receive parameters as."""
     transfer: Literal["full", "diff"] = "full"
-    """What scripts send counts as: the model, or its difference from the model received; an answer's own params_type holds over it."""
+    """NVFlare's transfer type: with diff an answer that is a model is turned into its difference from the model received. What comes out is the same; an answer of `ParamsType.DIFF` is a difference under both."""
     init: Text = "script"
     """Initial parameters: FILE.safetensors, FILE.npz, FILE.py:FUNCTION (returns a module or a dict of arrays), or script: what the first client's script sends when it receives none."""
     metric: Text | None = None
@@ -37,7 +37,7 @@ class ClientScript:
     spawn: bool = False
     """A process for each client: for scripts that set devices, or whose data loaders have workers."""
     share_base: bool = False
-    """Models that scripts load by `from_pretrained` with the same arguments share their weights; only for weights that nobody trains."""
+    """Models that scripts load by `from_pretrained` with the same arguments share their weights: only for weights that nobody trains, since training would leak from client to client."""
 
     @field_validator("script", mode="after")
     @classmethod
