@@ -143,6 +143,11 @@ def clients() -> list[str]:
     return [f"{few:.1f} ms and {many:.1f} ms per round outside training", "", f"+{growth:.0f} MB"]
 
 
+def scripts() -> list[str]:
+    value = measured("scripts")
+    return [f"{value['ms_a_round']:.1f} ms per round", "", f"{value['mb_a_client']:.2f} MB per client"]
+
+
 def test_the_benchmark_table_is_what_was_measured() -> None:
     table = re.search(r"^\| benchmark \|.*?\n\n", README, flags=re.MULTILINE | re.DOTALL)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].strip().splitlines()[2:]]
@@ -153,6 +158,7 @@ def test_the_benchmark_table_is_what_was_measured() -> None:
         packing("packing_bases", 8, base="smollm2", batch=1),
         tax(),
         clients(),
+        scripts(),
     ]
     assert [row[1:] for row in rows] == expected
 
