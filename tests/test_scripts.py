@@ -442,3 +442,29 @@ def test_the_id_holds_script_and_modules_beside_it(script: Any, tmp_path: Path) 
     assert script(REGRESSION, **keys) == first
     assert script(REGRESSION.replace("lr=0.05", "lr=0.06"), **keys) != first
     assert script(REGRESSION, **keys, args="--steps 1") != first
+
+
+@pytest.mark.parametrize(("name", "metric"), [("numpy", "distance"), ("torch", "loss")])
+def test_the_hello_scripts_learn(tmp_path: Path, name: str, metric: str) -> None:
+    file = Path(__file__).resolve().parents[1] / "experiments" / "client_api" / f"hello_{name}.py"
+    run = fedsim.run_script(file, rounds=3, results=str(tmp_path), progress=False).path
+    found = rows(run, split="validation", name=metric, client=None)
+    assert len(found) == 3 and found[-1] < found[0]
+
+
+def test_the_constants_that_scripts_import_are_there() -> None:
+    """In a process of its own: what stands under NVFlare's names stays there."""
+    import subprocess
+    import sys
+
+    lines = [
+        "import fedsim.client; fedsim.client.compat()",
+        "from nvflare.client.config import ConfigKey, ExchangeFormat",
+        "from nvflare.app_common.app_constant import AlgorithmConstants, ModelName",
+        "from nvflare.app_common.abstract.fl_model import FLModel, ParamsType",
+        "from nvflare.apis.fl_constant import FLMetaKey",
+        "import nvflare.client.api, nvflare.client.tracking",
+        "print(ExchangeFormat.NUMPY, FLMetaKey.NUM_STEPS_CURRENT_ROUND, ModelName.BEST_MODEL)",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["numpy", "NUM_STEPS_CURRENT_ROUND", "best_model"], done.stderr
