@@ -365,6 +365,23 @@ def test_a_sweep_of_scripts_and_the_metric_that_chooses(script: Any, tmp_path: P
     assert not swept.failed and swept.table("mean")["last"].tolist() == [-1.0, -1.0]
 
 
+def test_names_of_clients_never_lead_out_of_the_run(script: Any, tmp_path: Path) -> None:
+    run = script(PLUS + "print('here')\n", clients=["../../out", "a/b", "site"], rounds=1)
+    inside = {f.relative_to(run) for f in run.rglob("*.log")}
+    assert len(inside) == 3 and set(tmp_path.rglob("*.log")) == {run / f for f in inside}
+    assert set(rows(run, name="merged_mean")) == {0.0}
+    with pytest.raises(UserError, match="clients: .* has a twice"):
+        script(PLUS, clients=["a", "a"])
+
+
+def test_damage_to_a_finished_run_is_named(script: Any, capfd: Any) -> None:
+    run = script(PLUS, rounds=1)
+    with (run / "global" / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    fedsim.run(fedsim.Experiment.load(run / "config.yaml"), progress=True)
+    assert "global/model.safetensors" in capfd.readouterr().err
+
+
 def test_fifty_clients_in_one_process(script: Any) -> None:
     run = script(PLUS, clients=50, rounds=2)
     assert (load_file(run / "global" / "model.safetensors")["w"] == 2).all()

@@ -52,7 +52,7 @@ class Script:
         config: the section `client` of the config.
         seed: of the experiment.
         job: the run's id.
-        logs: folder of the files that scripts' output goes to; None = where it goes.
+        logs: site -> file that its output goes to; without one, where it goes.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class Script:
     config: Mapping[str, Any]
     seed: int
     job: str
-    logs: Path | None = None
+    logs: Mapping[str, Path] = field(default_factory=dict)
 
     def argv(self, site: str) -> list[str]:
         """The script's `sys.argv`."""
@@ -244,9 +244,9 @@ class ScriptClient:
         sys.argv = self.script.argv(self.site)
         sys.path.insert(0, str(self.script.path.parent))
         sys.meta_path.insert(0, self._finder)
-        if self.script.logs is not None:
-            self.script.logs.mkdir(parents=True, exist_ok=True)
-            sys.stdout = open(self.script.logs / f"{self.site}.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if (log := self.script.logs.get(self.site)) is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            sys.stdout = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         seed = stream_seed(self.script.seed, "script", *self._stream)
         random.setstate(random.Random(seed).getstate())
         np.random.set_state(np.random.RandomState(seed % 2**32).get_state())

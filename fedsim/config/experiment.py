@@ -184,6 +184,9 @@ class Experiment:
             raise wrong("modes", self.modes, "holds central, for which a script has no data; use federated and local")
         if not u.names_of(self.clients):
             raise wrong("clients", self.clients, "names no client")
+        if isinstance(self.clients, list) and len(set(self.clients)) < len(self.clients):
+            twice = next(name for name in self.clients if self.clients.count(name) > 1)
+            raise wrong("clients", self.clients, f"has {twice} twice; remove one")
         return self
 
     @model_validator(mode="after")

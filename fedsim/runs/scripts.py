@@ -7,9 +7,10 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from fedsim.config.components import algorithm_of
 from fedsim.config.experiment import Experiment
 from fedsim.config.scripts import names_of
 from fedsim.config.sections import Pool
-from fedsim.core.errors import ClientError, UserError
+from fedsim.core.errors import CallbackError, ClientError, UserError
 from fedsim.core.files import CLIENT_FOLDERS, CROSS, folder_names, record
 from fedsim.core.params import Layout
 from fedsim.core.store import Store
 from fedsim.core.types import Engine, Memory, Pack, RoundEnd, Row, Task
 from fedsim.core.user_code import UserCode
 from fedsim.executors import PoolExecutor
+from fedsim.executors.processes import die_with_parent
 from fedsim.runs.environment import environment
 from fedsim.runs.folder import Metrics, RunFolder
 from fedsim.runs.modes import resume_mode, train_rounds
@@ -134,7 +136,7 @@ def script_parts(exp: Experiment) -> ScriptParts:
         )
     if exp.privacy.name == "local_sgd":
         raise UserError(
-            "privacy.name: 'local_sgd' clips each example's gradient, which a script computes by itself; use central"
+            "privacy.name: 'local_sgd' clips each example's gradient, which a script computes by itself; leave privacy out"
         )
     if exp.privacy.name == "central":
         raise UserError("privacy.name: 'central' is not supported with client.script yet; leave privacy out")
@@ -170,7 +172,6 @@ class _Setup:
     algorithms: dict[str, Algorithm]
     recipe: Any
     slow_evaluation: bool = True
-    scored: dict[str, Any] = field(default_factory=dict)
 
     @property
     def exp(self) -> Experiment:
@@ -199,7 +200,7 @@ def script_session(
     callback: Callable[[RoundEnd], object] | None,
 ) -> Iterator[None]:
     """Run a script's experiment to its end in a folder that is locked; see `fedsim.runs.session.session`."""
-    from fedsim.runs.session import Status, draw_figures
+    from fedsim.runs.session import Status, draw_figures, record_files
 
     exp = parts.exp
     status = Status(folder, exp.rounds, before)
@@ -230,21 +231,12 @@ def script_session(
                     setup.first.path.unlink(missing_ok=True)
                 setup.executor.close()
         except BaseException as error:
-            stopped = not isinstance(error, Exception)
+            stopped = not isinstance(error, Exception) or isinstance(error, CallbackError)
             reason = str(error).split("\n")[0][:300] or type(error).__name__
             with contextlib.suppress(OSError):
                 status.write("stopped" if stopped else "failed", None if stopped else reason)
             raise
-        held = [
-            f.relative_to(folder.path).as_posix()
-            for f in sorted((folder.path / "checkpoints").rglob("*"))
-            if f.is_file()
-        ]
-        unsteady = ("checkpoints/run.json", "checkpoints/tracked.json")
-        files = record(
-            folder.path, ["config.yaml", "environment.json", "metrics", *(n for n in held if n not in unsteady)]
-        )
-        folder.record(files=files)
+        record_files(exp, folder)
         status.write("finished", figures=False)
         draw_figures(folder, show)
         status.write("finished")
@@ -262,7 +254,8 @@ def _set_up(
         {name: own or client.args for name, own in parts.args.items()},
         *(client.launch == "once", client.exchange == "torch", client.compat, client.share_base),
         exp.to_dict()["client"],
-        *(exp.seed, folder.path.name, folder.path / "logs"),
+        *(exp.seed, folder.path.name),
+        {name: folder.path / "logs" / f"{folder_names(parts.names).get(name, name)}.log" for name in parts.names},
     )
     show.note(f"{script.path.name}: {len(parts.names)} clients, {workers} worker process(es)")
     params = _initial(exp, script, parts.names[0])
@@ -330,7 +323,7 @@ def _made_by(init: UserCode) -> dict[str, Tensor]:
 
 def _in_process(function: Callable[..., dict[str, Tensor]], *args: Any) -> dict[str, Tensor]:
     """Call it in a process of its own: a user's code changes what it likes there."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # ends with this process, see `_answer`
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(there, function, args))
     process.start()
@@ -347,6 +340,7 @@ def _in_process(function: Callable[..., dict[str, Tensor]], *args: Any) -> dict[
 
 
 def _answer(pipe: Any, function: Callable[..., dict[str, Tensor]], args: tuple[Any, ...]) -> None:
+    threading.Thread(target=die_with_parent, daemon=True).start()
     try:
         made = function(*args)
         pipe.send({n: t.numpy() if t.dtype != torch.bfloat16 else t for n, t in made.items()})

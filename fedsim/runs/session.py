@@ -105,7 +105,7 @@ def session(
                 raise WorkerDied(f"{error}\n{way}") from None
             raise
         gc.collect()
-        _record_files(exp, folder)
+        record_files(exp, folder)
         status.write("finished", figures=False)
         draw_figures(folder, show)
         tracking.trackers.log_figures(folder.path / "figures", exp.rounds)
@@ -184,7 +184,7 @@ def _reached(exp: Experiment, folder: RunFolder) -> str:
     return "before training" if "plan" not in recorded(folder) else "before round 1"
 
 
-def _record_files(exp: Experiment, folder: RunFolder) -> None:
+def record_files(exp: Experiment, folder: RunFolder) -> None:
     """Record sizes and checksums of what a finished run holds, so that later damage is found."""
     run = folder.path
     held = [f.relative_to(run).as_posix() for f in sorted((run / "checkpoints").rglob("*")) if f.is_file()]
